@@ -1,0 +1,12 @@
+"""Neural memory beside short-range attention, and rewards that train what a model attends to."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration import HybridMemConfig
+from .modeling import HybridMemForCausalLM, HybridMemModel
+
+AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
+AutoModel.register(HybridMemConfig, HybridMemModel)
+AutoModelForCausalLM.register(HybridMemConfig, HybridMemForCausalLM)
+
+__all__ = ["HybridMemConfig", "HybridMemForCausalLM", "HybridMemModel"]

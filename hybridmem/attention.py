@@ -1,0 +1,324 @@
+"""Short-range attention: a sliding window, a segment or everything before, beside tokens that are always seen."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration import HybridMemConfig
+from .convolution import ConvolutionState, ShortConvolution
+from .functional import rotate
+from .sequence import NOWHERE, TokenSequence
+from .state import map_state
+
+
+class AttentionState(NamedTuple):
+    """The keys and values that later tokens can still see, rotated, and their documents (None: all of one)."""
+
+    keys: Float[Tensor, "batch kv_heads past dim"]
+    values: Float[Tensor, "batch kv_heads past dim"]
+    document_ids: Int[Tensor, "batch past"] | None
+    convolution: ConvolutionState | None
+
+
+@dataclass
+class Visibility:
+    """Which keys a query sees: persistent ones, and earlier ones of its document within the window.
+
+    Keys stand in the order [persistent, others]; times and documents are those of the others. `rows` is 1, the
+    batch, or whatever queries are folded into.
+    """
+
+    query_time: Int[Tensor, " queries"]
+    key_time: Int[Tensor, " keys"]
+    num_persistent: int = 0
+    window: int | None = None
+    query_documents: Int[Tensor, "rows queries"] | None = None
+    key_documents: Int[Tensor, "rows keys"] | None = None
+
+    def __call__(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `query` sees `key`, as flex_attention asks it."""
+        other = (key - self.num_persistent).clamp(min=0)
+        distance = self.query_time[query] - self.key_time[other]
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+        if self.query_documents is not None and self.key_documents is not None:
+            seen = seen & (self.query_documents[row, query] == self.key_documents[row, other])
+        return seen | (key < self.num_persistent)
+
+    @cached_property
+    def dense(self) -> Bool[Tensor, "rows 1 queries keys"]:
+        """The same as a mask."""
+        rows = 1 if self.query_documents is None else len(self.query_documents)
+        device = self.query_time.device
+        queries, keys = len(self.query_time), self.num_persistent + len(self.key_time)
+        row, query, key = (torch.arange(n, device=device) for n in (rows, queries, keys))
+        return self(row[:, None, None, None], row, query[None, None, :, None], key[None, None, None, :])
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys dim"],
+    attention_mask: Float[Tensor, "rows 1 queries keys"] | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Float[Tensor, "batch queries heads dim"], Float[Tensor, "batch heads queries keys"]]:
+    """Attention with its weights in the open, in transformers' form."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    precise = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    weights = F.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ShortRangeAttention(nn.Module):
+    """Grouped-query attention with rotary positions and persistent tokens.
+
+    The implementation comes from transformers' registry: `eager`, `sdpa`, `flex_attention`, `flash_attention_2`
+    or one that was registered. A window under sdpa is folded into blocks, so that it costs time · window.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: the layer's number, which attention functions may ask for.
+        window: how many tokens a token sees, itself included; None: all before it.
+    """
+
+    def __init__(self, config: HybridMemConfig, layer_idx: int, window: int | None):
+        super().__init__()
+        self.config, self.layer_idx, self.window = config, layer_idx, window
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.num_key_value_groups = self.heads // self.kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        channels = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.persistent_tokens = (
+            nn.Parameter(torch.empty(config.num_persistent_tokens, config.hidden_size))
+            if config.num_persistent_tokens
+            else None
+        )
+        self.convolution = ShortConvolution(channels, config.memory_conv_size) if config.attention_conv else None
+
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"], state: AttentionState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch time hidden"], AttentionState, Tensor | None]:
+        """Attend along `x`; returns the output, the state to go on with, and the weights where they exist.
+
+        Columns of the weights are [persistent tokens, kept keys, `x`].
+        """
+        q, k, v, convolution = self.project(x, None if state is None else state.convolution, sequence)
+        documents = _documents(sequence, state, x)
+        keys, values = k, v
+        if state is not None:
+            keys, values = (
+                torch.cat((state.keys.to(k.dtype), k), 2),
+                torch.cat((state.values.to(v.dtype), v), 2),
+            )
+        fold = self.config._attn_implementation == "sdpa" and self.window is not None and x.shape[1] > self.window
+        attend = self._attend_folded if fold else self._attend_in_order
+        out, weights = attend(q, keys, values, documents, sequence)
+        kept = keys.shape[2] if self.window is None else min(self.window - 1, keys.shape[2])
+        new_state = AttentionState(
+            _last(keys, kept, 2),
+            _last(values, kept, 2),
+            map_state(lambda d: _last(d, kept, 1), documents),
+            convolution,
+        )
+        return self.o_proj(out.flatten(-2)), new_state, weights
+
+    def project(
+        self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
+    ) -> tuple[Tensor, Tensor, Tensor, ConvolutionState | None]:
+        """Rotated queries and keys, values, and the convolution's state."""
+        qkv = self.qkv_proj(x)
+        if self.convolution is not None:
+            qkv, state = self.convolution(qkv, state, sequence)
+        q, k, v = self._split(qkv)
+        cos, sin = (angles.to(q.dtype) for angles in sequence.angles)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, state
+
+    def keys_and_values(
+        self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch kv_heads time dim"], Float[Tensor, "batch kv_heads time dim"]]:
+        """Rotated keys and values of tokens that only answer: mac's memory tokens."""
+        kv = F.linear(x, self.qkv_proj.weight[self.heads * self.head_dim :])
+        k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.kv_heads, dim=1)
+        cos, sin = (angles.to(k.dtype) for angles in sequence.angles)
+        return rotate(k, cos, sin), v
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, visible: Visibility
+    ) -> tuple[Float[Tensor, "batch queries heads dim"], Tensor | None]:
+        """Attention of `q` to [persistent, keys] through transformers' registry."""
+        implementation = self.config._attn_implementation
+        if implementation.startswith("flash_attention"):
+            raise ValueError(
+                "flash_attention_2 cannot show mac's segments what the memory recalls: set attn_implementation to "
+                "'sdpa' or 'flex_attention'"
+            )
+        keys, values = self._with_persistent(keys, values)
+        mask: Any
+        if implementation == "flex_attention":
+            rows = None if visible.query_documents is None else len(visible.query_documents)
+            mask = create_block_mask(visible, rows, None, q.shape[2], keys.shape[2], device=q.device)
+        elif implementation == "eager":
+            mask = torch.zeros((), dtype=q.dtype, device=q.device).where(visible.dense, torch.finfo(q.dtype).min)
+        else:
+            mask = visible.dense
+        return self._call(q, keys, values, mask)
+
+    def _attend_in_order(
+        self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, sequence: TokenSequence
+    ) -> tuple[Tensor, Tensor | None]:
+        """All keys in one row, as they come."""
+        implementation = self.config._attn_implementation
+        time, past = q.shape[2], keys.shape[2] - q.shape[2]
+        if implementation.startswith("flash_attention"):
+            return self._attend_flash(q, keys, values, documents)
+        everything = documents is None and (self.window is None or keys.shape[2] <= self.window)
+        if implementation == "sdpa" and everything and (time == 1 or past == 0):
+            return self._attend_unmasked(q, keys, values)
+        memo = ("in order", self.window, past)
+        if memo not in sequence.memo:
+            clock = torch.arange(keys.shape[2], device=q.device)
+            query_documents = None if documents is None else documents[:, past:]
+            sequence.memo[memo] = Visibility(
+                clock[past:], clock, self.num_persistent, self.window, query_documents, documents
+            )
+        return self.attend(q, keys, values, sequence.memo[memo])
+
+    def _attend_unmasked(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One token that sees all, or a plain causal row: fused kernels skip what a mask would hide."""
+        keys, values = self._with_persistent(keys, values)
+        front = self.num_persistent if q.shape[2] > 1 else 0
+        # Persistent tokens become the first tokens of the row; what they would answer is dropped.
+        out, weights = self._call(F.pad(q, (0, 0, front, 0)), keys, values, None)
+        return out[:, front:], weights
+
+    def _attend_folded(
+        self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, sequence: TokenSequence
+    ) -> tuple[Tensor, Tensor | None]:
+        """A window in blocks: each block of queries meets its own keys and those of the block before."""
+        assert self.window is not None
+        batch, _, time, _ = q.shape
+        window, past = self.window, keys.shape[2] - q.shape[2]
+        blocks = -(-time // window)
+        front, back = window - past, blocks * window - time
+        keys, values = (_block_pairs(F.pad(x, (0, 0, front, back)), window) for x in (keys, values))
+        q = F.pad(q, (0, 0, 0, back)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+        memo = ("folded", window, past)
+        if memo not in sequence.memo:
+            mask = self._fold_visibility(blocks, front, back, documents, q.device).dense
+            if len(mask) == blocks != len(q):
+                mask = mask.expand(batch, *mask.shape).flatten(0, 1)
+            sequence.memo[memo] = mask
+        out, _ = self._call(q, *self._with_persistent(keys, values), sequence.memo[memo])
+        return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time], None
+
+    def _fold_visibility(
+        self, blocks: int, front: int, back: int, documents: Tensor | None, device: torch.device
+    ) -> Visibility:
+        assert self.window is not None
+        clock = torch.arange(2 * self.window, device=device)
+        visible = Visibility(clock[self.window :], clock, self.num_persistent, self.window)
+        if documents is None and front == 1:
+            return visible  # the one missing key lies outside every window
+        if documents is None:
+            length = (blocks + 1) * self.window - front - back
+            documents = torch.zeros(1, length, dtype=torch.long, device=device)
+        folded = F.pad(documents, (front, back), value=NOWHERE).unfold(1, 2 * self.window, self.window).flatten(0, 1)
+        visible.query_documents, visible.key_documents = folded[:, self.window :], folded
+        return visible
+
+    def _attend_flash(
+        self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """FlashAttention knows causal rows, windows and padding, but no token that a window always shows."""
+        if self.num_persistent and self.window is not None:
+            raise ValueError(
+                "flash_attention_2 cannot keep persistent tokens in a sliding window: set "
+                "num_persistent_tokens=0, or attn_implementation to 'sdpa' or 'flex_attention'"
+            )
+        if documents is not None and (documents.max() > 0 or self.num_persistent):
+            raise ValueError(
+                "flash_attention_2 takes rows of one document without persistent tokens here: use "
+                "attn_implementation='sdpa' or 'flex_attention' for packed documents"
+            )
+        mask = None if documents is None else (documents >= 0).long()
+        keys, values = self._with_persistent(keys, values)
+        return self._call(q, keys, values, mask, sliding_window=self.window)
+
+    def _call(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out, weights = function(self, q, keys, values, mask, dropout=dropout, scaling=self.scaling, **options)
+        return out, weights
+
+    @property
+    def num_persistent(self) -> int:
+        """Tokens that are always seen."""
+        return 0 if self.persistent_tokens is None else len(self.persistent_tokens)
+
+    def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the persistent tokens' keys and values in front.
+
+        They have no position, so their keys leave the channels that turn empty: a query's score with them must
+        not depend on where it stands.
+        """
+        if self.persistent_tokens is None:
+            return keys, values
+        kv = F.linear(self.persistent_tokens, self.qkv_proj.weight[self.heads * self.head_dim :])
+        k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(keys.dtype).split(self.kv_heads)
+        k = F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0))
+        return (
+            torch.cat((k.expand(len(keys), -1, -1, -1), keys), dim=2),
+            torch.cat((v.expand(len(values), -1, -1, -1), values), dim=2),
+        )
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), 1)
+        )
+        return q, k, v
+
+
+def _block_pairs(x: Float[Tensor, "batch kv_heads time dim"], size: int) -> Float[Tensor, "folded kv_heads pair dim"]:
+    """Each block behind the one before it (a concatenation: the backward of `unfold` is slow)."""
+    blocks = x.unflatten(2, (-1, size)).transpose(1, 2)
+    return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=3).flatten(0, 1)
+
+
+def _last(x: Tensor, count: int, dim: int) -> Tensor:
+    """The end of `x`, without keeping the rest of it alive."""
+    return x if count == x.shape[dim] else x.narrow(dim, x.shape[dim] - count, count).clone()
+
+
+def _documents(sequence: TokenSequence, state: AttentionState | None, x: Tensor) -> Int[Tensor, "batch read"] | None:
+    """The documents of kept keys and tokens; None if there is but one."""
+    before, now = (None if state is None else state.document_ids), sequence.document_ids
+    if state is None or (before is None and now is None):
+        return now
+    if before is None:
+        before = torch.zeros(len(x), state.keys.shape[2], dtype=torch.long, device=x.device)
+    if now is None:
+        now = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    return torch.cat((before, now), dim=1)

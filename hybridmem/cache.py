@@ -1,0 +1,132 @@
+"""The streaming state of a layer, as a layer of transformers' caches.
+
+`generate` builds a `DynamicCache` from the configuration's layer types; the classes below register themselves
+for ours. A layer's state is a nested tuple of tensors that the model puts in and takes out; apart from the keys
+of `full` layers its size does not depend on how much was read.
+"""
+
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .sequence import TokenSequence, next_last_document
+from .state import map_state
+
+
+class StreamingLayer(CacheLayerMixin):
+    """One layer's state, how many tokens it has seen, and each row's document."""
+
+    is_croppable = False  # what was written to a memory cannot be unwritten
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, **_: Any):
+        super().__init__()
+        self.state: Any = None
+        self.seen_tokens = 0
+        self.last_document: Int[Tensor, " batch"] | None = None
+
+    def store(self, state: Any, tokens: int, sequence: TokenSequence) -> None:
+        """Take the state after `tokens` more tokens."""
+        self.state = state
+        self.seen_tokens += tokens
+        self.is_initialized = True
+        if sequence.document_ids is not None:
+            self.last_document = next_last_document(sequence.document_ids, self.last_document)
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As if every token were kept; the model makes its own masks."""
+        return self.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the state, -1 before the first token."""
+        tensors = self.tensors()
+        return len(tensors[0]) if tensors else -1
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        map_state(note, (self.state, self.last_document))
+        return found
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first `store` initialises the layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: this layer keeps a state, not keys and values that grow."""
+        raise TypeError(f"{type(self).__name__} holds a streaming state; only HybridMem layers can use it")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.last_document, self.seen_tokens, self.is_initialized = None, None, 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to go back; removing nothing is allowed."""
+        if tokens_to_remove:
+            raise ValueError(
+                "a neural memory cannot be rolled back: tokens it has read stay read. Assisted generation and "
+                "cache cropping need variant 'full' models of another family; decode without them"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beam search."""
+        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, for several continuations of one prompt."""
+        self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._apply(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def offload(self) -> None:
+        """Move the state to the CPU until it is needed."""
+        self._apply(self._remember_device)
+
+    def prefetch(self) -> None:
+        """Bring an offloaded state back."""
+        self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _remember_device(self, tensor: Tensor) -> Tensor:
+        self.device = tensor.device if tensor.device.type != "cpu" else getattr(self, "device", tensor.device)
+        return tensor.to("cpu", non_blocking=True)
+
+    def _apply(self, function: Any) -> None:
+        self.state, self.last_document = map_state(function, (self.state, self.last_document))
+
+
+def _register(variant: str) -> type[StreamingLayer]:
+    """A class per layer type is how transformers' caches find the right layer."""
+    return type(f"{variant.capitalize()}StreamingLayer", (StreamingLayer,), {"_layer_type": variant})
+
+
+(
+    MacStreamingLayer,
+    MagStreamingLayer,
+    MalStreamingLayer,
+    LmmStreamingLayer,
+    SwaStreamingLayer,
+    FullStreamingLayer,
+) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full"))
+
+
+def state_bytes(cache: Any) -> int:
+    """Bytes that a cache's states take."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in layer.tensors())

@@ -1,0 +1,161 @@
+"""The configuration of a hybrid of neural memory and short-range attention."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
+MEMORY_VARIANTS = ("mac", "mag", "mal", "lmm")
+MEMORY_STEPS = ("certified", "damped", "raw")
+
+
+@strict  # transformers then runs the validate_* methods below, before saving as well
+class HybridMemConfig(PreTrainedConfig):
+    """What a HybridMem model is made of; the names are those of Titans (arXiv 2501.00663) and of transformers.
+
+    Args:
+        vocab_size: tokens; the default is the byte tokenizer's 256 bytes and three special tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the SwiGLU feed-forward layers.
+        num_hidden_layers: decoder layers.
+        num_attention_heads, num_key_value_heads, head_dim: attention's shape; fewer key-value heads than heads
+            is grouped-query attention.
+        max_position_embeddings: the longest text that evaluation tools should feed at once. It bounds nothing here.
+        rope_theta: base of the rotary embedding.
+        partial_rotary_factor: share of each head's channels that turn with the position. Persistent tokens have
+            no position: their keys live in the other channels.
+        variant: how a layer mixes tokens: `mac` memory as context, `mag` memory as gate, `mal` memory as layer,
+            `lmm` memory alone, `swa` sliding-window attention alone, `full` causal attention alone.
+        layer_types: the variant of every layer; None fills the list with `variant`.
+        attention_window: tokens that a token of mag, mal and swa sees, itself included.
+        attention_conv: give attention's q, k and v the short convolution that the memory has.
+        attention_dropout: dropout on attention weights.
+        segment_length: tokens per segment of mac.
+        num_persistent_tokens: learned tokens that attention always sees.
+        memory_depth: 1 is a linear memory, exact; from 2 on an MLP of that many layers.
+        memory_heads, memory_head_dim: the memory's heads, each with a state of its own.
+        memory_expansion: width of a deep memory's hidden layers in multiples of memory_head_dim.
+        memory_chunk_size: tokens worked on at once. A speed knob at depth 1; from depth 2 on, the tokens that
+            take their gradient at the same weights.
+        memory_step: bound on the write: `certified` keeps momentum fixed per head and theta below
+            2(1-eta)²/(1+eta), where no sequence of keys makes the state grow; `damped` bounds theta by 1-eta;
+            `raw` by 1.
+        memory_momentum, memory_forgetting: switch the surprise's momentum or the forgetting gate off.
+        memory_conv_size: taps of the convolution on the memory's q, k, v; 1 is none.
+        memory_max_grad_norm: bound on a token's gradient, over all layers of a head, from depth 2 on.
+        initializer_range: standard deviation of the weights at the start.
+        rms_norm_eps: added to mean squares.
+
+    Raises:
+        ValueError: a value or a combination that cannot work; the message names the setting and the remedy.
+    """
+
+    model_type = "hybridmem"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 259
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    max_position_embeddings: int = 1_048_576
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 0.5
+    variant: str = "mag"
+    layer_types: list[str] | None = None
+    attention_window: int = 256
+    attention_conv: bool = False
+    attention_dropout: float = 0.0
+    segment_length: int = 256
+    num_persistent_tokens: int = 4
+    memory_depth: int = 1
+    memory_heads: int = 4
+    memory_head_dim: int = 64
+    memory_expansion: int = 1
+    memory_chunk_size: int = 64
+    memory_step: str = "certified"
+    memory_momentum: bool = True
+    memory_forgetting: bool = True
+    memory_conv_size: int = 4
+    memory_max_grad_norm: float | None = 1.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            self.layer_types = [self.variant] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn: pairs of them."""
+        return int(self.head_dim * self.partial_rotary_factor) // 2 * 2
+
+    def layer_type(self, layer_idx: int) -> str:
+        """The variant of a layer."""
+        assert self.layer_types is not None
+        return self.layer_types[layer_idx]
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any layer holds a neural memory."""
+        return any(kind in MEMORY_VARIANTS for kind in self.layer_types or ())
+
+    def validate_layer_type(self) -> None:
+        """Check the variants (transformers' own check knows only its own layer types)."""
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+        layer_types = self.layer_types or []
+        for number, kind in enumerate(layer_types):
+            if kind not in VARIANTS:
+                raise ValueError(f"layer_types[{number}]={kind!r} is unknown; choose one of {', '.join(VARIANTS)}")
+        if len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(layer_types)} layers but num_hidden_layers={self.num_hidden_layers}; "
+                "make them equal"
+            )
+
+    def validate_shapes(self) -> None:
+        """Check numbers that must be positive or must divide one another."""
+        positive = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "attention_window", "segment_length", "memory_depth", "memory_heads",
+            "memory_head_dim", "memory_expansion", "memory_chunk_size", "memory_conv_size", "max_position_embeddings",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_persistent_tokens < 0:
+            raise ValueError(f"num_persistent_tokens={self.num_persistent_tokens} must be 0 or more")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not 0 <= self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in [0, 1]")
+        if "mag" in (self.layer_types or ()) and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
+                f"{self.num_attention_heads} in mag: every head's share of channels has one gate"
+            )
+
+    def validate_memory(self) -> None:
+        """Check the memory's settings."""
+        if self.memory_step not in MEMORY_STEPS:
+            raise ValueError(f"memory_step={self.memory_step!r} is unknown; choose one of {', '.join(MEMORY_STEPS)}")
+        if self.memory_max_grad_norm is not None and self.memory_max_grad_norm <= 0:
+            raise ValueError(f"memory_max_grad_norm={self.memory_max_grad_norm} must be above 0, or null for no bound")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be in [0, 1)")
+
+
+HybridMemConfig.register_for_auto_class()

@@ -1,0 +1,81 @@
+"""The short causal convolution in front of the memory, and in front of attention where a baseline wants it."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .functional import causal_convolution
+from .sequence import NOWHERE, PADDING, TokenSequence
+
+
+class ConvolutionState(NamedTuple):
+    """The last `kernel - 1` tokens that were read, and their documents (None: all of one)."""
+
+    tail: Float[Tensor, "batch taps channels"]
+    document_ids: Int[Tensor, "batch taps"] | None
+
+
+class ShortConvolution(nn.Module):
+    """A depthwise causal convolution that streams and does not look across documents.
+
+    Args:
+        channels: width of its input and output.
+        kernel: tokens that an output depends on, the current one included.
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+
+    def forward(
+        self, x: Float[Tensor, "batch time channels"], state: ConvolutionState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
+        """Convolve, and return the state to go on with."""
+        return convolve(x, self.weight, state, sequence)
+
+
+def convolve(
+    x: Float[Tensor, "batch time channels"],
+    weight: Float[Tensor, "channels kernel"],
+    state: ConvolutionState | None,
+    sequence: TokenSequence,
+) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
+    """`ShortConvolution` as a function of its weight."""
+    batch, time, channels = x.shape
+    taps = weight.shape[1] - 1
+    tail = x.new_zeros(batch, taps, channels) if state is None else state.tail.to(x.dtype)
+    extended = torch.cat((tail, x), dim=1)
+    documents = _extended_documents(x, taps, state, sequence)
+    same_document = None
+    if documents is not None:
+        same_document = documents.unfold(1, taps + 1, 1) == documents[:, taps:, None]
+    out = causal_convolution(extended, weight, same_document)
+    end = torch.full((batch, 1), time, device=x.device)
+    if sequence.mask is not None:
+        clock = torch.arange(1, time + 1, device=x.device)
+        end = torch.where(sequence.mask, clock, 0).amax(1, keepdim=True)
+    kept = end + torch.arange(taps, device=x.device)
+    new_tail = extended.gather(1, kept[..., None].expand(-1, -1, channels))
+    return out, ConvolutionState(new_tail, None if documents is None else documents.gather(1, kept))
+
+
+def _extended_documents(
+    x: Tensor, taps: int, state: ConvolutionState | None, sequence: TokenSequence
+) -> Int[Tensor, "batch read"] | None:
+    """The documents of the tail and of the tokens; None if there is but one."""
+    before = None if state is None else state.document_ids
+    now = sequence.document_ids
+    if now is None and sequence.mask is not None:
+        now = torch.where(sequence.mask, 0, PADDING)
+    if before is None and now is None and sequence.fresh_rows is None:
+        return None
+    zeros = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    now = zeros if now is None else now
+    if before is None:
+        # Zeros, or the one document that was read without a word about documents.
+        before = torch.full((x.shape[0], taps), NOWHERE if state is None else 0, device=x.device)
+    if sequence.fresh_rows is not None:
+        before = before.masked_fill(sequence.fresh_rows[:, None], NOWHERE)
+    return torch.cat((before, now), dim=1)

@@ -1,0 +1,147 @@
+"""Finding documents, reading them, and keeping some of them apart."""
+
+import json
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .order import permutation
+
+SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file, or one text out of a file.
+
+    Args:
+        name: what errors call it.
+        size: in bytes.
+        source: where the bytes are read when they are needed, or the bytes.
+    """
+
+    name: str
+    size: int
+    source: Path | bytes
+
+    def read(self) -> bytes:
+        """All of it."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+
+def standard_library_files() -> list[Path]:
+    """Every .py file of the running interpreter's standard library, sorted: about 30 MB on any machine."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _files_below(folder, "*.py")
+
+
+def list_documents(
+    paths: str | Path | Sequence[str | Path] | None,
+    *,
+    pattern: str = "*.py",
+    text_column: str = "text",
+) -> list[Document]:
+    """The documents of files and folders, each once, without empty ones.
+
+    A folder gives its files whose name matches `pattern`, hidden ones and those of __pycache__ and site-packages
+    apart, however deep. A .jsonl file gives one document per line. None stands for the standard library.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder without a matching file, a bad line, or nothing but empty documents.
+    """
+    if paths is None:
+        files = standard_library_files()
+    else:
+        paths = [paths] if isinstance(paths, str | Path) else paths
+        files = [file for path in paths for file in find_files(Path(path), pattern)]
+    unique = {file.resolve(): file for file in files}.values()
+    documents = [document for file in unique for document in _documents_in(file, text_column) if document.size]
+    if not documents:
+        raise ValueError(f"path={paths}: all documents are empty")
+    return documents
+
+
+def find_files(path: Path, pattern: str) -> list[Path]:
+    """The file itself, or the files below a folder whose names match `pattern`, sorted."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} does not exist")
+    files = _files_below(path, pattern)
+    if not files:
+        found = Counter(file.suffix or file.name for file in _files_below(path, "*"))
+        endings = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files at all"
+        raise ValueError(f"path={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings})")
+    return files
+
+
+def split_documents(
+    documents: Sequence[Document], val_fraction: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and a fraction of them, drawn by `seed`, to validate on.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    held_out = round(len(documents) * val_fraction)
+    if not 0 < held_out < len(documents):
+        raise ValueError(
+            f"val_fraction={val_fraction} of {len(documents)} documents leaves {held_out} for validation and "
+            f"{len(documents) - held_out} for training: change val_fraction, or set val_path"
+        )
+    chosen = set(permutation(len(documents), seed)[:held_out].tolist())
+    train = [document for index, document in enumerate(documents) if index not in chosen]
+    return train, [document for index, document in enumerate(documents) if index in chosen]
+
+
+def limit_bytes(documents: Sequence[Document], max_bytes: int | None, seed: int, setting: str) -> list[Document]:
+    """Documents drawn by `seed` that together have at most `max_bytes`; None: all. `setting` is its name."""
+    if max_bytes is None:
+        return list(documents)
+    chosen, room = [], max_bytes
+    for index in permutation(len(documents), seed):
+        if documents[index].size <= room:
+            chosen.append(index)
+            room -= documents[index].size
+    if not chosen:
+        smallest = min(document.size for document in documents)
+        raise ValueError(f"{setting}={max_bytes} has room for no document: the smallest has {smallest} bytes")
+    return [documents[index] for index in sorted(chosen)]
+
+
+def _files_below(folder: Path, pattern: str) -> list[Path]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [path for path in paths if path.relative_to(folder).match(pattern) and path.is_file()]
+    return sorted(files, key=Path.as_posix)
+
+
+def _documents_in(file: Path, text_column: str) -> Iterator[Document]:
+    if file.suffix != ".jsonl":
+        yield Document(str(file.resolve()), file.stat().st_size, file)
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                name = f"{file.resolve()}:{number}"
+                text = _json_text(line, name, text_column)
+                yield Document(name, len(text), text)
+
+
+def _json_text(line: bytes, name: str, text_column: str) -> bytes:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    text = record.get(text_column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{name} has no text in the column text_column={text_column!r} (it has {has})")
+    # JSON can spell halves of surrogate pairs, which no encoding has.
+    return text.encode("utf-8", "surrogatepass")

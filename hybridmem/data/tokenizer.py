@@ -1,0 +1,110 @@
+"""Tokenizers: bytes, which need no training, or any of transformers'; and the bytes that each token stands for."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 256, 257, 258
+NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a longest text
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte
+
+
+def byte_characters() -> str:
+    """The 256 printable characters that stand for the bytes, in GPT-2 and all byte-level tokenizers after it."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return "".join(chr(byte if byte in kept else next(others)) for byte in range(256))
+
+
+BYTE_VOCABULARY = {character: byte for byte, character in enumerate(byte_characters())}
+
+
+def byte_tokenizer(model_max_length: int = NO_LIMIT) -> PreTrainedTokenizerFast:
+    """A tokenizer whose id of byte b is b, then <|pad|>, <|bos|> and <|eos|>: 259 in all. It pads on the left.
+
+    What `save_pretrained` writes is an ordinary tokenizer: AutoTokenizer loads it without this package.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (PAD, BOS, EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every byte is its own id and there are no longer tokens: bytes then need no tokenizer at all."""
+    return tokenizer.vocab_size == 256 and tokenizer.get_vocab().items() >= BYTE_VOCABULARY.items()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The byte tokenizer for "bytes", else what transformers finds in a folder or on the Hugging Face hub.
+
+    Raises:
+        ValueError: there is no such tokenizer.
+    """
+    if name_or_path == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer={name_or_path!r} cannot be loaded: set 'bytes', a folder that holds a tokenizer, or the "
+            f"name of a model on the Hugging Face hub ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes that each id stands for, none for special tokens.
+
+    Byte-level tokenizers write a character for a byte, SentencePiece "▁" for a space and <0x0A> for a byte. Of
+    others the token's own text counts, without the white space that they drop.
+    """
+    pieces = [b""] * len(tokenizer)
+    decode = _piece_decoder(tokenizer)
+    for piece, token in tokenizer.get_vocab().items():
+        pieces[token] = decode(piece)
+    for token, added in tokenizer.added_tokens_decoder.items():
+        pieces[token] = b"" if added.special else added.content.encode()
+    for token in tokenizer.all_special_ids:
+        pieces[token] = b""
+    return pieces
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
+    """How many UTF-8 bytes each id stands for, 0 for special tokens: what bits per byte divide by.
+
+    Summed over a text's tokens this is the text's length, but for what the tokenizer adds or drops by itself
+    (SentencePiece: a space before the text).
+    """
+    return torch.tensor([len(piece) for piece in token_bytes(tokenizer)])
+
+
+def _piece_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in repr(backend.decoder):
+        return _byte_level_piece
+    if any("▁" in piece for piece in tokenizer.get_vocab()):
+        return _sentencepiece_piece
+    return str.encode
+
+
+def _byte_level_piece(piece: str) -> bytes:
+    return bytes(BYTE_VOCABULARY[character] for character in piece)
+
+
+def _sentencepiece_piece(piece: str) -> bytes:
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()

@@ -1,0 +1,161 @@
+"""Small differentiable functions whose backward is written by hand.
+
+On a CPU these are bound by memory traffic: autograd's composite backward of a norm takes ten times as long as
+the norm. Here every pass over the data is one that is needed.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*lead dim"]:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 at least."""
+    if x.is_cuda:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return _Normalize.apply(x, weight, 1 / x.shape[-1], eps)
+
+
+def l2_normalize(x: Float[Tensor, "*lead dim"], eps: float = 1e-6) -> Float[Tensor, "*lead dim"]:
+    """x / sqrt(sum(x²) + eps) over the last axis: unit vectors, and zero for zero."""
+    return _Normalize.apply(x, None, 1.0, eps)
+
+
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would round the sums inside a function that says itself what precision it works in."""
+
+    @wraps(method)
+    def precise(ctx: Any, x: Tensor, *others: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *others)
+
+    return precise
+
+
+class _Normalize(torch.autograd.Function):
+    """y = x · weight / sqrt(scale · sum(x²) + eps)."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor:
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        inverse = torch.linalg.vecdot(wide, wide).mul_(scale).add_(eps).rsqrt_().unsqueeze(-1)
+        out = wide * inverse
+        if weight is not None:
+            out *= weight
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.scale = scale
+        return out.to(x.dtype)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
+        grad_weight = None
+        if weight is not None:
+            # A product with the vector of inverse norms sums over all tokens in one pass.
+            grad_weight = (inverse.flatten() @ (grad * wide).reshape(-1, x.shape[-1])).to(weight.dtype)
+            grad = grad * weight
+        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3).mul_(-ctx.scale)
+        return (grad * inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None, None
+
+
+def causal_convolution(
+    x: Float[Tensor, "batch read channels"],
+    weight: Float[Tensor, "channels kernel"],
+    same_document: Bool[Tensor, "batch time kernel"] | None = None,
+) -> Float[Tensor, "batch time channels"]:
+    """A depthwise convolution over the current and the `kernel - 1` tokens before it.
+
+    Args:
+        x: the tokens with `kernel - 1` earlier ones in front.
+        weight: the last tap meets the current token.
+        same_document: which taps of a token lie in its own document; None: all.
+    """
+    return _CausalConvolution.apply(x, weight, same_document)
+
+
+class _CausalConvolution(torch.autograd.Function):
+    """One multiply-add over the sequence a tap; as a grouped convolution it takes three times as long."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor, same_document: Tensor | None) -> Tensor:
+        taps = weight.t().contiguous().to(x.dtype)
+        time = x.shape[1] - len(taps) + 1
+        out = torch.zeros_like(x[:, :time])
+        for row, into, same in _parts(x, out, same_document):
+            for i, tap in enumerate(taps):
+                into.addcmul_(row.narrow(-2, i, time), tap if same is None else same[..., i, None] * tap)
+        ctx.save_for_backward(x, taps, same_document)
+        ctx.weight_dtype = weight.dtype
+        return out
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, same_document = ctx.saved_tensors
+        time = grad.shape[1]
+        grad_x, grad_taps = torch.zeros_like(x), torch.zeros_like(taps)
+        for row, into, through, same in _parts(x, grad_x, grad, same_document):
+            for i, tap in enumerate(taps):
+                masked = through if same is None else through * same[..., i, None]
+                into.narrow(-2, i, time).addcmul_(masked, tap)
+                grad_taps[i] += (masked * row.narrow(-2, i, time)).flatten(0, -2).sum(0)
+        return grad_x, grad_taps.t().to(ctx.weight_dtype), None
+
+
+def _parts(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Row by row on the CPU, so that a row stays in the cache while its taps pass; all at once elsewhere.
+
+    The last tensor is a mask; a row that it leaves whole comes without.
+    """
+    *data, mask = tensors
+    first = data[0]
+    assert first is not None
+    if first.device.type != "cpu":
+        return iter([tensors])
+    masks = repeat(None) if mask is None else (None if row.all() else row for row in mask)
+    return zip(*(x for x in data if x is not None), masks, strict=False)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads time dim"],
+    cos: Float[Tensor, "rows 1 time half"],
+    sin: Float[Tensor, "rows 1 time half"],
+) -> Float[Tensor, "batch heads time dim"]:
+    """Rotary position embedding (arXiv 2104.09864): channels i and i + half turn by the i-th angle, the rest stay."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation; its backward is the rotation back."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty_like(x)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out

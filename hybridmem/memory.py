@@ -1,0 +1,219 @@
+"""The neural memory as a layer: what is in front of the scan and behind it (Titans, arXiv 2501.00663, section 4)."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hybridmem_kernels import MemoryMLPState, MemoryState, memory_mlp, memory_mlp_scan, memory_scan
+from hybridmem_kernels.memory_scan import state_dtype
+
+from .configuration import HybridMemConfig
+from .convolution import ConvolutionState, ShortConvolution, convolve
+from .functional import l2_normalize, rms_norm
+from .sequence import TokenSequence
+from .state import select_rows
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead dim"]:
+        """Normalise."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class ScanInputs(NamedTuple):
+    """What the scan reads and writes for every token."""
+
+    q: Float[Tensor, "batch heads time dim"]
+    k: Float[Tensor, "batch heads time dim"]
+    v: Float[Tensor, "batch heads time dim"]
+    alpha: Float[Tensor, "batch heads time"]
+    eta: Float[Tensor, "batch heads time"]
+    theta: Float[Tensor, "batch heads time"]
+
+
+class MemoryTrace(NamedTuple):
+    """What the memory did with a text."""
+
+    alpha: Float[Tensor, "batch heads time"]
+    eta: Float[Tensor, "batch heads time"]
+    theta: Float[Tensor, "batch heads time"]
+    surprise: Float[Tensor, "batch heads rest"]  # of every token but the first
+    state_norm: Float[Tensor, "batch heads"]
+
+
+class NeuralMemoryState(NamedTuple):
+    """What a memory layer carries from call to call, whatever was read: constant in size."""
+
+    scan: MemoryState | MemoryMLPState
+    convolution: ConvolutionState | None
+
+
+class NeuralMemory(nn.Module):
+    """A memory that writes what surprises it and forgets the rest, read by every token after its own write.
+
+    Projections, short convolution, SiLU and L2-norm; gates; the scan; RMSNorm, output gate and projection.
+    """
+
+    def __init__(self, config: HybridMemConfig):
+        super().__init__()
+        self.config = config
+        heads, dim = config.memory_heads, config.memory_head_dim
+        self.heads, self.dim, self.inner = heads, dim, heads * dim
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * self.inner, bias=False)
+        self.convolution = (
+            ShortConvolution(3 * self.inner, config.memory_conv_size) if config.memory_conv_size > 1 else None
+        )
+        self.momentum_depends_on_token = config.memory_momentum and config.memory_step != "certified"
+        self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if self.momentum_depends_on_token else 2))
+        # Certified steps need a momentum that stays the same: one per head.
+        self.momentum_logit = (
+            nn.Parameter(torch.empty(heads)) if config.memory_momentum and not self.momentum_depends_on_token else None
+        )
+        hidden = dim * config.memory_expansion
+        widths = [dim, *[hidden] * (config.memory_depth - 1), dim]
+        shapes = pairwise(widths) if config.memory_depth > 1 else ()
+        self.initial_weights = nn.ParameterList(torch.empty(heads, *shape) for shape in shapes)
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.output_gate = nn.Linear(config.hidden_size, self.inner, bias=False)
+        self.o_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch time hidden"], NeuralMemoryState]:
+        """Read and write along `x`; returns the output and the state to go on with."""
+        if state is not None and sequence.fresh_rows is not None:
+            state = self.reset(state, sequence.fresh_rows)
+        inputs, convolution = self.scan_inputs(x, None if state is None else state.convolution, sequence)
+        out, scan = self._scan(inputs, None if state is None else state.scan, sequence)
+        return self._finish(out, x), NeuralMemoryState(scan, convolution)
+
+    def scan_inputs(
+        self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
+    ) -> tuple[ScanInputs, ConvolutionState | None]:
+        """Queries, keys, values and gates of every token."""
+        qkv = self.qkv_proj(x)
+        if self.convolution is not None:
+            qkv, state = self.convolution(qkv, state, sequence)
+        q, k, v = self._split(nn.functional.silu(qkv))
+        return ScanInputs(l2_normalize(q), l2_normalize(k), v, *self._gates(x)), state
+
+    def trace(
+        self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
+    ) -> MemoryTrace:
+        """Gates, surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
+        inputs, _ = self.scan_inputs(x, None if state is None else state.convolution, sequence)
+        # A token reads what stands after its own write: asked with the next token's key, it tells what that one found.
+        ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
+        recalled, scan = self._scan(ahead, None if state is None else state.scan, sequence)
+        weights = (scan.weight,) if isinstance(scan, MemoryState) else scan.weights
+        norm = torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0).sqrt()
+        surprise = (recalled[:, :, :-1] - inputs.v[:, :, 1:]).norm(dim=-1)
+        return MemoryTrace(inputs.alpha, inputs.eta, inputs.theta, surprise, norm)
+
+    def read(
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        queries: Float[Tensor, "batch heads time dim"],
+        scan: MemoryState | MemoryMLPState,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """What the memory as it stands answers to `queries` (see `queries`), nothing being written."""
+        if isinstance(scan, MemoryState):
+            out = queries.to(scan.weight.dtype) @ scan.weight
+        else:
+            out = memory_mlp(scan.weights, queries.to(scan.weights[0].dtype))
+        return self._finish(out.to(queries.dtype), x)
+
+    def queries(
+        self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch heads time dim"], ConvolutionState | None]:
+        """The queries of `x` alone, for `read`."""
+        q = nn.functional.linear(x, self.qkv_proj.weight[: self.inner])
+        if self.convolution is not None:
+            q, state = convolve(q, self.convolution.weight[: self.inner], state, sequence)
+        return l2_normalize(self._split(nn.functional.silu(q))[0]), state
+
+    def initial_scan_state(self, batch: int, like: Tensor) -> MemoryState | MemoryMLPState:
+        """The state of a memory that has read nothing."""
+        empty = like.new_zeros(batch, self.heads, 0, self.dim)
+        gate = like.new_zeros(batch, self.heads, 0)
+        return self._scan(ScanInputs(empty, empty, empty, gate, gate, gate), None, TokenSequence())[1]
+
+    def reset(self, state: NeuralMemoryState, rows: Bool[Tensor, " batch"]) -> NeuralMemoryState:
+        """Forget everything in `rows`."""
+        fresh = self.initial_scan_state(len(rows), self.o_proj.weight)
+        return state._replace(scan=select_rows(rows, fresh, state.scan))
+
+    def _scan(
+        self, inputs: ScanInputs, state: MemoryState | MemoryMLPState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryState | MemoryMLPState]:
+        config = self.config
+        if config.memory_depth == 1:
+            assert not isinstance(state, MemoryMLPState)
+            return memory_scan(
+                *inputs,
+                state,
+                chunk_size=config.memory_chunk_size,
+                document_ids=sequence.document_ids,
+                mask=sequence.mask,
+            )
+        assert not isinstance(state, MemoryState)
+        return memory_mlp_scan(
+            *inputs,
+            list(self.initial_weights),
+            state,
+            chunk_size=config.memory_chunk_size,
+            max_grad_norm=config.memory_max_grad_norm,
+            document_ids=sequence.document_ids,
+            mask=sequence.mask,
+        )
+
+    def _gates(self, x: Float[Tensor, "batch time hidden"]) -> tuple[Float[Tensor, "batch heads time"], ...]:
+        """alpha, eta and theta; theta within the bound of `memory_step`."""
+        config = self.config
+        logits = self.gate_proj(x)
+        gates = torch.sigmoid(logits.to(state_dtype(logits.dtype))).transpose(1, 2)
+        alpha, write, *rest = gates.split(self.heads, dim=1)
+        if not config.memory_forgetting:
+            alpha = torch.zeros_like(alpha)
+        if not config.memory_momentum:
+            eta = torch.zeros_like(write)
+        elif self.momentum_logit is not None:
+            eta = torch.sigmoid(self.momentum_logit.to(write.dtype))[:, None].expand_as(write)
+        else:
+            eta = rest[0]
+        bound = write_bound(config.memory_step, eta)
+        # A deep memory has no certificate: every layer moves at once, so each gets its share of the step.
+        return alpha, eta, write * bound / config.memory_depth
+
+    def _split(self, x: Float[Tensor, "batch time channels"]) -> list[Float[Tensor, "batch heads time dim"]]:
+        """Cut channels into heads, and those into q, k, v."""
+        return list(x.unflatten(-1, (-1, self.dim)).transpose(1, 2).split(self.heads, dim=1))
+
+    def _finish(
+        self, out: Float[Tensor, "batch heads time dim"], x: Float[Tensor, "batch time hidden"]
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Normalise each head, gate by the token, project."""
+        out = self.norm(out.transpose(1, 2)).flatten(-2)
+        return self.o_proj(out * torch.sigmoid(self.output_gate(x)))
+
+
+def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
+    """The largest theta that `memory_step` allows beside momentum eta.
+
+    A write keeps moving the weights after its key is gone, by theta / (1 - eta) in all. Below
+    2(1 - eta)² / (1 + eta), eta being constant, no sequence of unit keys makes the state grow; above 1 a write
+    without momentum overshoots its target, so the bound stops there.
+    """
+    if step == "certified":
+        return (2 * (1 - eta).square() / (1 + eta)).clamp(max=1)
+    return 1 - eta if step == "damped" else torch.ones_like(eta)

@@ -1,0 +1,108 @@
+"""What one forward pass knows about its tokens: where they stand, and which document they belong to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PADDING = -1  # the document of tokens that do not count
+NOWHERE = -2  # the document of places that hold no token
+
+
+@dataclass
+class TokenSequence:
+    """The tokens of a forward pass, seen by every layer alike.
+
+    Args:
+        cos, sin: rotary angles of every token; None where no attention needs them.
+        document_ids: PADDING (-1) for tokens that do not count; None: one document, no padding.
+        mask: which tokens count; None: all.
+        fresh_rows: rows whose first token does not continue what the cache holds; None: no row.
+        memo: what layers work out from the above and share.
+    """
+
+    cos: Float[Tensor, "rows 1 time half"] | None = None
+    sin: Float[Tensor, "rows 1 time half"] | None = None
+    document_ids: Int[Tensor, "batch time"] | None = None
+    mask: Bool[Tensor, "batch time"] | None = None
+    fresh_rows: Bool[Tensor, " batch"] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), where attention needs them."""
+        assert self.cos is not None
+        assert self.sin is not None
+        return self.cos, self.sin
+
+
+def read_documents(
+    shape: tuple[int, int],
+    document_ids: Int[Tensor, "batch time"] | None,
+    attention_mask: Tensor | None,
+    position_ids: Int[Tensor, "batch time"] | None,
+    last_document: Int[Tensor, " batch"] | None,
+) -> Int[Tensor, "batch time"] | None:
+    """The document of every token, PADDING for padding; None if there is one document and no padding.
+
+    `attention_mask` marks padding, over this call's tokens or over all that was ever read (as transformers
+    passes it). Without a mask and a cache, positions that do not go up by one start a document, as in
+    transformers. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
+    """
+    batch, time = shape
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError("attention_mask must be (batch, length), 0 for padding; 4D masks are not supported")
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, attention_mask.shape[1] - time :] == 0
+        if not padding.any():
+            padding = None
+    if document_ids is None:
+        if last_document is not None:
+            document_ids = last_document.clamp(min=0)[:, None].expand(batch, time)
+        elif attention_mask is None and position_ids is not None and time > 1:
+            jumps = position_ids.diff(dim=1) != 1
+            if jumps.any():
+                counts = torch.nn.functional.pad(jumps.long(), (1, 0)).cumsum(1)
+                document_ids = counts.expand(batch, time)
+    if padding is not None:
+        document_ids = torch.zeros_like(padding, dtype=torch.long) if document_ids is None else document_ids
+        document_ids = document_ids.masked_fill(padding, PADDING)
+    return document_ids
+
+
+def next_last_document(
+    document_ids: Int[Tensor, "batch time"], last_document: Int[Tensor, " batch"] | None
+) -> Int[Tensor, " batch"]:
+    """The last token's document in every row, padding apart; PADDING where nothing was read yet."""
+    before = torch.full_like(document_ids[:, 0], PADDING) if last_document is None else last_document
+    valid = document_ids != PADDING
+    time = torch.arange(document_ids.shape[1], device=document_ids.device)
+    last = torch.where(valid, time, -1).amax(1)
+    return torch.where(last >= 0, document_ids.gather(1, last.clamp(min=0)[:, None])[:, 0], before)
+
+
+def rows_starting_afresh(
+    document_ids: Int[Tensor, "batch time"], last_document: Int[Tensor, " batch"] | None
+) -> Bool[Tensor, " batch"] | None:
+    """Rows whose first valid token belongs to another document than the cache; None if there is none."""
+    if last_document is None:
+        return None
+    first = (document_ids != PADDING).long().argmax(1, keepdim=True)
+    now = document_ids.gather(1, first)[:, 0]
+    fresh = (now != PADDING) & (last_document != PADDING) & (now != last_document)
+    return fresh if fresh.any() else None
+
+
+def rotary_angles(
+    position_ids: Int[Tensor, "rows time"], dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows 1 time half"], Float[Tensor, "rows 1 time half"]]:
+    """Cosine and sine of the angles by which `dim` channels turn at every position, taken in float64.
+
+    In float32 the angle at position 2,000,000 is wrong by a quarter of a radian.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device) / dim
+    angles = position_ids.to(torch.float64)[:, None, :, None] * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,0 +1,134 @@
+"""Callbacks: exact resumption, a clean stop, and what the memory and the attention do."""
+
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from .observe import observe
+
+
+class RandomState(L.Callback):
+    """Checkpoints the random generators, which Lightning does not: a resumed run draws what it would have drawn."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save as tensors, lists and numbers: checkpoints are loaded with weights_only."""
+        state: Any = np.random.get_state()  # noqa: NPY002 (libraries still draw from the global generator)
+        name, keys, *rest = state
+        checkpoint["random_state"] = {
+            "torch": torch.get_rng_state(),
+            "numpy": (name, keys.tolist(), *rest),
+            "python": random.getstate(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep them until training starts: setting up draws numbers too."""
+        self.loaded = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Restore before the first batch."""
+        if self.loaded is None:
+            return
+        torch.set_rng_state(self.loaded["torch"])
+        name, keys, *rest = self.loaded["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+        version, numbers, gauss = self.loaded["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        if self.loaded["cuda"]:
+            torch.cuda.set_rng_state_all(self.loaded["cuda"])
+        self.loaded = None
+
+
+class GracefulStop(L.Callback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, say how to go on. A second Ctrl-C stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals."""
+        for number in self.SIGNALS:
+            self.previous[number] = signal.signal(number, self._note)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give them back."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give them back."""
+        self._restore()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop here if a signal came."""
+        if self.received is None:
+            return
+        path = Path(trainer.default_root_dir) / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        command = " ".join([Path(sys.argv[0]).name, *_without_checkpoint(sys.argv[1:])])
+        rank_zero_info(
+            f"\nstopped after step {trainer.global_step}; nothing is lost. Go on with:\n  {command} --ckpt_path {path}"
+        )
+        raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        rank_zero_info("\nstopping after this step, to save it (once more: stop at once)")
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
+def _without_checkpoint(arguments: list[str]) -> list[str]:
+    """The command line without an earlier --ckpt_path."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--ckpt_path":
+            skip = True
+        elif not argument.startswith("--ckpt_path="):
+            kept.append(argument)
+    return kept
+
+
+class MemoryMonitor(L.Callback):
+    """Logs surprise, gates, state norm, half-life, allocation and attention's effective span, from one row.
+
+    Args:
+        every_n_steps: optimiser steps between two looks.
+        tokens: how much of the row is read: the look keeps an attention map of tokens² numbers per head.
+    """
+
+    def __init__(self, every_n_steps: int = 50, tokens: int = 512):
+        if every_n_steps < 1 or tokens < 2:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 and tokens={tokens} at least 2")
+        self.every_n_steps, self.tokens = every_n_steps, tokens
+        self.last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
+    ) -> None:
+        """Look every `every_n_steps` optimiser steps."""
+        step = trainer.global_step
+        if step == self.last_step or step % self.every_n_steps:
+            return
+        self.last_step = step
+        row = {name: batch[name][:1, : self.tokens] for name in ("input_ids", "document_ids") if name in batch}
+        pl_module.log_dict(observe(pl_module.model, **row))

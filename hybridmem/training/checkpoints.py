@@ -1,0 +1,124 @@
+"""What a checkpoint holds beside weights, and the folder that a checkpoint becomes."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import DynamicCache
+
+from hybridmem_kernels import MemoryMLPState, MemoryState
+
+from ..attention import AttentionState
+from ..configuration import HybridMemConfig
+from ..convolution import ConvolutionState
+from ..data import load_tokenizer
+from ..memory import NeuralMemoryState
+from ..modeling import HybridMemForCausalLM
+from ..variants import BranchStates, OpenSegment, SegmentStates
+
+# Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
+torch.serialization.add_safe_globals(
+    [
+        AttentionState,
+        BranchStates,
+        ConvolutionState,
+        MemoryMLPState,
+        MemoryState,
+        NeuralMemoryState,
+        OpenSegment,
+        SegmentStates,
+    ]
+)
+
+IGNORED = {"transformers_version", "dtype", "architectures", "auto_map", "use_cache", "_name_or_path"}
+
+
+def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> None:
+    """Raise a ValueError that names the settings in which a checkpoint's model differs."""
+    saved = checkpoint.get("hybridmem_config")
+    if saved is None:
+        raise ValueError("the checkpoint holds no hybridmem_config: it was not written by hybridmem")
+    now = config.to_dict()
+    names = sorted(name for name in saved.keys() & now.keys() - IGNORED if saved[name] != now[name])
+    if names:
+        changes = ", ".join(f"{name}={saved[name]!r} (here {now[name]!r})" for name in names)
+        raise ValueError(f"the checkpoint is of another model: {changes}; set model.init_args.config accordingly")
+
+
+def save_cache(cache: DynamicCache | None) -> list[tuple[Any, ...]] | None:
+    """The carried states as plain values."""
+    if cache is None:
+        return None
+    return [(layer.state, layer.seen_tokens, layer.last_document) for layer in cache.layers]
+
+
+def restore_cache(saved: list[tuple[Any, ...]] | None, config: HybridMemConfig) -> DynamicCache | None:
+    """Undo `save_cache`."""
+    if saved is None:
+        return None
+    cache = DynamicCache(config=config)
+    for layer, (state, seen_tokens, last_document) in zip(cache.layers, saved, strict=True):
+        layer.state, layer.seen_tokens, layer.last_document = state, seen_tokens, last_document
+        layer.is_initialized = state is not None
+    return cache
+
+
+def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
+    """Read a Lightning checkpoint, a file or the folder that a sharded run writes, without running anything in it.
+
+    Args:
+        path: the checkpoint.
+        weights: whether a folder's weights are gathered too, or only what describes them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of hybridmem.
+    """
+    path = Path(path)
+    sharded = (path / "meta.pt").is_file()
+    if not path.is_file() and not sharded:
+        raise FileNotFoundError(f"ckpt_path={path} does not exist")
+    try:
+        checkpoint = _load(path / "meta.pt" if sharded else path)
+        if sharded and weights:
+            with tempfile.TemporaryDirectory() as folder:
+                gathered = Path(folder) / "weights.pt"
+                dcp_to_torch_save(path, gathered)
+                checkpoint |= _load(gathered)
+    except Exception as error:
+        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "hybridmem_config" not in checkpoint:
+        raise ValueError(f"ckpt_path={path} was not written by hybridmem")
+    return checkpoint
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def export(ckpt_path: Path, output: Path) -> None:
+    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code.
+
+    Args:
+        ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
+        output: the folder to write.
+    """
+    checkpoint = load_checkpoint(ckpt_path)
+    config = HybridMemConfig(**{k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED})
+    tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    if tokenizer is not None:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model = HybridMemForCausalLM(config)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("model.")
+    }
+    model.load_state_dict(weights)
+    model.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    print(f"wrote {output}")

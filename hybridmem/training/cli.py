@@ -1,0 +1,124 @@
+"""The command line: Lightning's subcommands, and a few of our own in the same form."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from huggingface_hub.errors import StrictDataclassError
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from .allocator import keep_freed_memory
+from .callbacks import GracefulStop, RandomState
+from .checkpoints import check_same_model, export, load_checkpoint
+from .generate import generate
+from .pretrain import PretrainModule
+
+COMMANDS = {"export": export, "generate": generate}
+USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
+
+  fit        train: pretraining, or whatever the configuration says
+  validate   held-out loss of a checkpoint
+  test       loss by position and needles of a checkpoint
+  predict    bits that each held-out token takes
+  export     a checkpoint as a Hugging Face folder
+  generate   text from an exported folder
+
+hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
+"""
+
+
+class SettingsError(Exception):
+    """Something that the user can mend, found before any long work."""
+
+
+@contextmanager
+def settings_errors() -> Iterator[None]:
+    """Turn what the checks of settings and files raise into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise SettingsError(" ".join(str(cause).split())) from error
+
+
+class HybridMemCLI(LightningCLI):
+    """LightningCLI that checks settings, data and checkpoint before it starts to work."""
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer from the configuration."""
+        with settings_errors():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **settings: Any) -> L.Trainer:
+        """Build the trainer; what it writes goes below default_root_dir unless the configuration says otherwise."""
+        root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            settings["logger"] = [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
+        trainer = super().instantiate_trainer(**settings)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(root)
+        return trainer
+
+    def predict(self, **arguments: Any) -> None:
+        """Predict, and write a line of JSON for every row."""
+        batches = self.trainer.predict(**arguments)
+        path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch))
+        print(f"wrote {path}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with settings_errors():
+            self._check(subcommand)
+        super()._run_subcommand(subcommand)
+
+    def _check(self, subcommand: str) -> None:
+        """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
+        self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
+        if not isinstance(self.model, PretrainModule):
+            return
+        self.model.check_data(self.datamodule)
+        if subcommand == "fit":
+            self.model.check_schedule(self.trainer.max_steps)
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry"):
+            check_same_model(self.model.config, load_checkpoint(path, weights=False))
+
+
+def main() -> None:
+    """Run a command; exits with 2 and one line where the settings are at fault."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    # Lightning asks torch a question in a way that torch deprecates; users cannot do anything about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    keep_freed_memory()
+    try:
+        if arguments[0] in COMMANDS:
+            with settings_errors():
+                auto_cli(COMMANDS, as_positional=False)
+        else:
+            HybridMemCLI(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
+                parser_kwargs={"description": "Train and evaluate hybrids of neural memory and attention."},
+                auto_configure_optimizers=False,
+            )
+    except SettingsError as error:
+        print(f"hybridmem: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,48 @@
+"""Text from an exported model, as it comes."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+
+def generate(
+    model: Path,
+    prompt: str = "",
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stream: bool = True,
+) -> None:
+    """Continue a prompt with an exported model.
+
+    Args:
+        model: a folder that `hybridmem export` wrote.
+        prompt: the text to continue; without one, a document starts.
+        max_new_tokens: how much to write at most.
+        temperature: 0 takes the most likely token each time.
+        top_p: sample among the most likely tokens that together have this probability.
+        seed: of the sampling.
+        stream: print the text as it comes rather than at the end.
+    """
+    if not (model / "config.json").is_file():
+        raise FileNotFoundError(f"model={model} is no exported folder: it has no config.json (see hybridmem export)")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be 0 or more and top_p={top_p} in (0, 1]")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    set_seed(seed)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    if not ids.numel():
+        raise ValueError("prompt is empty and the tokenizer has no bos token to start a document with")
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    out = network.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+    )
+    if not stream:
+        print(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,251 @@
+"""Pretraining as a Lightning module: next-token prediction, packed or with the memory carried from row to row."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DynamicCache
+
+from ..configuration import HybridMemConfig
+from ..metrics import BitsPerByte, LossByPosition, NeedleAccuracy, document_positions
+from ..modeling import HybridMemForCausalLM
+from ..sequence import PADDING
+from ..state import detach_state
+from .checkpoints import check_same_model, restore_cache, save_cache
+from .optimizers import MatrixOptimizer, decay_groups
+from .schedules import WarmupCosine
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+Batch = dict[str, Tensor]
+
+
+class PretrainModule(L.LightningModule):
+    """Trains a HybridMem language model from scratch.
+
+    Args:
+        config: the model.
+        optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
+        matrix_optimizer: a second optimiser for the hidden layers' matrices, such as torch.optim.Muon.
+        lr_scheduler: made with the optimiser and the number of optimiser steps of the whole run.
+        carry_state: hand each row's memory and window, detached, to the next batch's row (truncated
+            backpropagation). For data in `continuous` mode.
+        activation_checkpointing: recompute layers in the backward instead of keeping their activations.
+        attn_implementation: `eager`, `sdpa`, `flex_attention` or `flash_attention_2`.
+        position_edges: where the ranges of the loss by position begin; None: 0 and the attention window times
+            1, 2, 4, ….
+
+    Raises:
+        ValueError: settings that cannot go together, before training starts.
+    """
+
+    def __init__(
+        self,
+        config: HybridMemConfig,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        matrix_optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory = WarmupCosine,
+        carry_state: bool = False,
+        activation_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+        position_edges: list[int] | None = None,
+    ):
+        super().__init__()
+        if carry_state and activation_checkpointing:
+            raise ValueError(
+                "carry_state hands states over through the cache, which activation_checkpointing leaves out: "
+                "set one of the two to false"
+            )
+        self.config = config
+        self.optimizer, self.matrix_optimizer, self.lr_scheduler = optimizer, matrix_optimizer, lr_scheduler
+        self.carry_state, self.activation_checkpointing = carry_state, activation_checkpointing
+        self.attn_implementation = attn_implementation
+        window = config.attention_window
+        edges = position_edges or [0, *(window * 2**n for n in range(15))]
+        self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
+        self.needles = torch.nn.ModuleDict()
+        self.model: HybridMemForCausalLM | None = None
+        self.carried: DynamicCache | None = None
+        self.register_buffer("byte_lengths", torch.ones(config.vocab_size, dtype=torch.long), persistent=False)
+        self._batch_started = 0.0
+
+    def configure_model(self) -> None:
+        """Build the model once; under Lightning's ModelParallelStrategy, sharded layer by layer (FSDP2)."""
+        if self.model is not None:
+            return
+        model = HybridMemForCausalLM(self.config)
+        model.set_attn_implementation(self.attn_implementation)
+        if self.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        mesh = self.device_mesh
+        if mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh["data_parallel"])
+            fully_shard(model, mesh=mesh["data_parallel"])
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        """Take from the data what a token stands for."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        self.check_data(data)
+        lengths = data.token_byte_lengths
+        self.byte_lengths[: len(lengths)] = lengths
+        if stage == "test":
+            needles = {str(length): NeedleAccuracy() for length in data.hparams.get("needle_lengths") or ()}
+            self.needles = torch.nn.ModuleDict(needles).to(self.device)
+
+    def check_data(self, data: L.LightningDataModule) -> None:
+        """Raise a ValueError when the data cannot be read by this model."""
+        if data.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {data.vocab_size} tokens but config.vocab_size={self.config.vocab_size}; "
+                f"set model.init_args.config.vocab_size to {data.vocab_size} or more"
+            )
+        if self.carry_state and data.hparams.get("mode") != "continuous":
+            raise ValueError(
+                "carry_state needs rows that go on from batch to batch: set data.init_args.mode to continuous"
+            )
+
+    def check_schedule(self, max_steps: int) -> None:
+        """Raise a ValueError when the learning-rate schedule cannot run for so many optimiser steps."""
+        if max_steps > 0:
+            self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss per predicted token."""
+        cache = self._cache() if self.carry_state else None
+        _, nats = self._token_losses(batch, cache)
+        if cache is not None:
+            for layer in cache.layers:
+                layer.state = detach_state(layer.state)
+        predicted = (batch["shift_labels"] != -100).sum().clamp(min=1)
+        loss = nats.sum() / predicted
+        bits = BitsPerByte().to(self.device)
+        bits.update(nats.detach(), self._bytes(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/bits_per_byte", bits.compute().float(), prog_bar=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the clock."""
+        self._batch_started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the speed."""
+        seconds = time.perf_counter() - self._batch_started
+        tokens = batch["input_ids"].numel() * self.trainer.world_size
+        self.log("train/tokens_per_second", tokens / seconds)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Bits per byte, overall and by position in the document."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log them."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Held-out rows first, then needles, length by length."""
+        if dataloader_idx == 0:
+            self._evaluate(batch)
+            return
+        logits, _ = self._token_losses(batch)
+        needles: Any = list(self.needles.values())[dataloader_idx - 1]
+        needles.update(logits, batch["shift_labels"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log bits per byte, loss by position and needle accuracy by length."""
+        self._log_evaluation("test")
+        metric: Any
+        for length, metric in self.needles.items():
+            self.log(f"test/needle_accuracy/{length}", metric.compute().float())
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, list]]:
+        """For every row the tokens to predict, in order, and how many bits each took."""
+        _, nats = self._token_losses(batch)
+        rows = []
+        for labels, row in zip(batch["shift_labels"], nats / math.log(2), strict=True):
+            predicted = labels != -100
+            rows.append({"tokens": labels[predicted].tolist(), "bits": row[predicted].tolist()})
+        return rows
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimiser for all, or Muon's kind for the matrices beside it; the schedule steps with it."""
+        assert self.model is not None
+        if self.matrix_optimizer is None:
+            optimizer = self.optimizer(decay_groups(self.model))
+        else:
+            optimizer = MatrixOptimizer(self.model, self.matrix_optimizer, self.optimizer)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer, steps), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration, so that the checkpoint says what it holds, and the states under way."""
+        checkpoint["hybridmem_config"] = self.config.to_dict()
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
+        checkpoint["carried"] = save_cache(self.carried)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's checkpoint; take up the states."""
+        check_same_model(self.config, checkpoint)
+        self.carried = restore_cache(checkpoint.get("carried"), self.config)
+
+    def _cache(self) -> DynamicCache:
+        if self.carried is None:
+            self.carried = DynamicCache(config=self.config)
+        return self.carried
+
+    def _token_losses(
+        self, batch: Batch, cache: DynamicCache | None = None
+    ) -> tuple[Float[Tensor, "batch time vocab"], Float[Tensor, "batch time"]]:
+        """Logits, and each predicted token's negative log-likelihood in nats."""
+        assert self.model is not None
+        outputs = self.model(
+            batch["input_ids"],
+            document_ids=batch.get("document_ids"),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        labels = batch["shift_labels"]
+        nats = F.cross_entropy(
+            outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
+        )
+        return outputs.logits, nats.view_as(labels)
+
+    def _bytes(self, batch: Batch) -> Int[Tensor, "batch time"]:
+        """Bytes that each predicted token stands for."""
+        labels = batch["shift_labels"]
+        return torch.where(labels == -100, 0, self.byte_lengths[labels.clamp(min=0)])
+
+    def _evaluate(self, batch: Batch) -> None:
+        _, nats = self._token_losses(batch)
+        num_bytes = self._bytes(batch)
+        documents = batch.get("document_ids")
+        if documents is None:
+            documents = torch.zeros_like(batch["input_ids"])
+        self.bits_per_byte.update(nats, num_bytes)
+        self.loss_by_position.update(nats, num_bytes.where(documents != PADDING, 0), document_positions(documents))
+
+    def _log_evaluation(self, stage: str) -> None:
+        self.log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
+        for name, bits in self.loss_by_position.compute().items():
+            self.log(f"{stage}/bits_per_byte_at/{name}", bits.float())
+        self.bits_per_byte.reset()
+        self.loss_by_position.reset()

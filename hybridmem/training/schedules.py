@@ -1,0 +1,68 @@
+"""Learning-rate schedules over a known number of optimiser steps."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up, then a cosine down to a share of the peak.
+
+    Args:
+        optimizer: whose learning rate is the peak.
+        total_steps: optimiser steps of the whole run; the trainer fills it in.
+        warmup_steps: steps of the warm-up.
+        final_ratio: the learning rate at the end, as a share of the peak.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 50, final_ratio: float = 0.1):
+        check_steps(total_steps, warmup_steps)
+
+        def ratio(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+        super().__init__(optimizer, ratio)
+
+
+class WarmupStableDecay(LambdaLR):
+    """Linear warm-up, a plateau, then a linear fall (WSD, arXiv 2404.06395): the plateau can be prolonged.
+
+    Args:
+        optimizer: whose learning rate is the plateau's.
+        total_steps: optimiser steps of the whole run; the trainer fills it in.
+        warmup_steps: steps of the warm-up.
+        decay_share: the share of all steps in which the learning rate falls.
+        final_ratio: the learning rate at the end, as a share of the plateau's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int = 50,
+        decay_share: float = 0.2,
+        final_ratio: float = 0.0,
+    ):
+        check_steps(total_steps, warmup_steps)
+        decay_steps = max(1, round(total_steps * decay_share))
+
+        def ratio(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            left = max(0, total_steps - step) / decay_steps
+            return final_ratio + (1 - final_ratio) * min(1.0, left)
+
+        super().__init__(optimizer, ratio)
+
+
+def check_steps(total_steps: int, warmup_steps: int) -> None:
+    """Raise a ValueError when the warm-up would take the whole run."""
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} is not shorter than the run of {total_steps} optimiser steps; "
+            "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"
+        )

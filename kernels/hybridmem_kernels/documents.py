@@ -1,0 +1,62 @@
+"""Where documents start in packed, padded rows, and what that does to the gates."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def document_starts(
+    document_ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"] | None = None
+) -> Bool[Tensor, "batch time"]:
+    """Mark the tokens at which another document begins; the first one of a row continues what came before.
+
+    Masked tokens belong to no document: the comparison is with the last token that counts.
+    """
+    starts = torch.zeros_like(document_ids, dtype=torch.bool)
+    if mask is None:
+        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        return starts
+    time = torch.arange(document_ids.shape[1], device=document_ids.device)
+    last_valid = torch.where(mask, time, -1).cummax(dim=1).values[:, :-1]
+    previous_id = document_ids.gather(1, last_valid.clamp(min=0))
+    starts[:, 1:] = mask[:, 1:] & (last_valid >= 0) & (document_ids[:, 1:] != previous_id)
+    return starts
+
+
+class Gates(NamedTuple):
+    """What the recurrence multiplies with, once resets and padding are in.
+
+    W_t = keep_t W_{t-1} + active_t S_t, S_t = momentum_t S_{t-1} - theta_t G_t, G_t taken at continues_t W_{t-1}.
+    A document's first token keeps nothing (keep = momentum = continues = 0). A masked one changes nothing
+    (keep = momentum = 1, theta = active = 0).
+    """
+
+    keep: Float[Tensor, "batch heads time"]
+    momentum: Float[Tensor, "batch heads time"]
+    theta: Float[Tensor, "batch heads time"]
+    active: Float[Tensor, "batch heads time"] | None  # None: every token is
+    continues: Float[Tensor, "batch heads time"] | None  # None: one document
+
+
+def effective_gates(
+    alpha: Float[Tensor, "batch heads time"],
+    eta: Float[Tensor, "batch heads time"],
+    theta: Float[Tensor, "batch heads time"],
+    document_ids: Int[Tensor, "batch time"] | None,
+    mask: Bool[Tensor, "batch time"] | None,
+    dtype: torch.dtype,
+) -> Gates:
+    """Write document boundaries and padding into the gates, in `dtype`."""
+    keep, momentum, theta = 1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)
+    active = continues = None
+    if mask is not None:
+        valid = mask[:, None]
+        keep, momentum = keep.where(valid, 1), momentum.where(valid, 1)
+        theta, active = theta.where(valid, 0), valid.to(dtype).expand_as(theta)
+    if document_ids is not None:
+        same = ~document_starts(document_ids, mask)[:, None]
+        keep, momentum = keep.where(same, 0), momentum.where(same, 0)
+        continues = same.to(dtype).expand_as(theta)
+    return Gates(keep, momentum, theta, active, continues)

@@ -1,0 +1,88 @@
+"""Deep memory: an MLP whose weights are written while it reads, without a weight per token."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..checks import check_scan_inputs, check_state
+from ..dispatch import choose_backend
+from ..memory_scan.reference import state_dtype
+from .chunked import memory_mlp_scan_chunked
+from .reference import MemoryMLPState, initial_state, memory_mlp, memory_mlp_scan_reference
+
+__all__ = ["MemoryMLPState", "memory_mlp", "memory_mlp_scan"]
+
+
+def memory_mlp_scan(
+    q: Float[Tensor, "batch heads time dim"],
+    k: Float[Tensor, "batch heads time dim"],
+    v: Float[Tensor, "batch heads time dim"],
+    alpha: Float[Tensor, "batch heads time"],
+    eta: Float[Tensor, "batch heads time"],
+    theta: Float[Tensor, "batch heads time"],
+    weights: Sequence[Float[Tensor, "heads _ _"]],
+    state: MemoryMLPState | None = None,
+    *,
+    chunk_size: int = 64,
+    max_grad_norm: float | None = None,
+    document_ids: Int[Tensor, "batch time"] | None = None,
+    mask: Bool[Tensor, "batch time"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "batch heads time dim"], MemoryMLPState]:
+    """Read and write a deep neural memory along a sequence (Titans, arXiv 2501.00663, eq. 9-14 and section 3.2).
+
+    Args:
+        q, k: queries and keys, L2-normalised by the caller.
+        v: the values to store, of the keys' dimension: the MLP has a residual around it.
+        alpha, eta, theta: forgetting, momentum and step size, as in `memory_scan`.
+        weights: the learned start of each layer, first to last; a document starts from them.
+        state: what earlier tokens left; it belongs to the first document of the row.
+        chunk_size: tokens that take their gradient at the same weights. Part of the model here, not a speed
+            knob: chunks are counted from a document's first token, however it is fed in.
+        max_grad_norm: a token's gradient, over all layers of a head, is scaled down to this norm.
+        document_ids, mask, backend: as in `memory_scan`.
+
+    Returns:
+        out in v's dtype, and the state after the last token, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together; an unknown backend.
+    """
+    gates = {"alpha": alpha, "eta": eta, "theta": theta}
+    check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})
+    _check_weights(weights, q, v)
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
+    dtype = state_dtype(q.dtype)
+    if state is None:
+        state = initial_state(weights, q.shape[0], dtype)
+    for name in ("weights", "momenta", "anchors"):
+        layers = getattr(state, name)
+        if len(layers) != len(weights):
+            raise ValueError(f"state.{name} has {len(layers)} layers, weights has {len(weights)}")
+        for layer, weight in zip(layers, weights, strict=True):
+            check_state(name, layer, (q.shape[0], *weight.shape), q)
+    start, momenta, anchors = (tuple(w.to(dtype) for w in layers) for layers in state[:3])
+    state = MemoryMLPState(start, momenta, anchors, state.filled)
+    backend = choose_backend(backend)
+    if q.shape[2] == 0:
+        return v, state
+    scan = memory_mlp_scan_reference if backend == "reference" else memory_mlp_scan_chunked
+    return scan(q, k, v, alpha, eta, theta, weights, state, document_ids, mask, chunk_size, max_grad_norm)
+
+
+def _check_weights(weights: Sequence[Tensor], q: Tensor, v: Tensor) -> None:
+    if len(weights) < 2:
+        raise ValueError(f"weights has {len(weights)} layers; depth 1 is memory_scan, this one starts at 2")
+    if v.shape[-1] != q.shape[-1]:
+        raise ValueError(f"v must have the keys' dimension {q.shape[-1]} (residual), got {v.shape[-1]}")
+    heads, dim = q.shape[1], q.shape[-1]
+    widths = [dim, *(w.shape[-1] for w in weights)]
+    for n, weight in enumerate(weights):
+        if tuple(weight.shape) != (heads, widths[n], widths[n + 1]):
+            raise ValueError(
+                f"weights[{n}] must be (heads, in, out) = ({heads}, {widths[n]}, …), got {tuple(weight.shape)}"
+            )
+    if widths[-1] != dim:
+        raise ValueError(f"weights[-1] must map back to {dim}, got {widths[-1]}")

@@ -1,0 +1,62 @@
+"""Linear memory: surprise, momentum and forgetting, exact at any chunk size."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..checks import check_scan_inputs, check_state
+from ..dispatch import choose_backend
+from .chunked import memory_scan_chunked
+from .reference import MemoryState, empty_state, memory_scan_reference, state_dtype
+
+__all__ = ["MemoryState", "memory_scan"]
+
+
+def memory_scan(
+    q: Float[Tensor, "batch heads time key_dim"],
+    k: Float[Tensor, "batch heads time key_dim"],
+    v: Float[Tensor, "batch heads time value_dim"],
+    alpha: Float[Tensor, "batch heads time"],
+    eta: Float[Tensor, "batch heads time"],
+    theta: Float[Tensor, "batch heads time"],
+    state: MemoryState | None = None,
+    *,
+    chunk_size: int = 64,
+    document_ids: Int[Tensor, "batch time"] | None = None,
+    mask: Bool[Tensor, "batch time"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
+    """Read and write a linear neural memory along a sequence (Titans, arXiv 2501.00663, eq. 9-14).
+
+    Args:
+        q, k: queries and keys, L2-normalised by the caller.
+        v: the values to store.
+        alpha: forgetting, in [0, 1]: the share of the weights that a token wipes.
+        eta: momentum of the surprise, in [0, 1].
+        theta: step size of a write, >= 0.
+        state: what earlier tokens left; None starts at zero. It belongs to the first document of the row.
+        chunk_size: a speed knob; every value gives the same numbers.
+        document_ids: a token whose id differs from the one before it finds an empty memory.
+        mask: False for padding, which neither writes nor decays; the output there means nothing.
+        backend: "torch" (default) or "reference", the token-by-token definition.
+
+    Returns:
+        out in v's dtype: token t reads what it has just written; and the state after the last token.
+        States and sums are float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together; an unknown backend.
+    """
+    gates = {"alpha": alpha, "eta": eta, "theta": theta}
+    check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})
+    if state is None:
+        state = empty_state(q, v)
+    shape = (*q.shape[:2], q.shape[-1], v.shape[-1])
+    for name, tensor in state._asdict().items():
+        check_state(name, tensor, shape, q)
+    state = MemoryState(*(tensor.to(state_dtype(q.dtype)) for tensor in state))
+    backend = choose_backend(backend)
+    if q.shape[2] == 0:
+        return v, state
+    if backend == "reference":
+        return memory_scan_reference(q, k, v, alpha, eta, theta, state, document_ids, mask)
+    return memory_scan_chunked(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)

@@ -1,0 +1,102 @@
+"""Compare pretraining runs: held-out bits per byte, loss by position, and the curves as a picture.
+
+python scripts/compare_runs.py runs/a runs/b --output curves.png
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+AT_POSITION = "val/bits_per_byte_at/"
+
+
+def read_log(run: Path) -> dict[str, dict[int, float]]:
+    """Everything a run logged, by name and step, over all its starts."""
+    files = sorted(run.glob("csv/version_*/metrics.csv"))
+    if not files:
+        raise SystemExit(f"error: {run} holds no csv/version_*/metrics.csv: is it the default_root_dir of a run?")
+    log: dict[str, dict[int, float]] = {}
+    for file in files:
+        with file.open() as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        log.setdefault(name, {})[int(row["step"])] = float(value)
+    return log
+
+
+def last(values: dict[int, float]) -> float:
+    """The value of the last step."""
+    return values[max(values)]
+
+
+def loss_by_position(log: dict[str, dict[int, float]]) -> dict[str, float]:
+    """Held-out bits per byte by range of positions, in order."""
+    ranges = {
+        name.removeprefix(AT_POSITION): last(values) for name, values in log.items() if name.startswith(AT_POSITION)
+    }
+    return dict(sorted(ranges.items(), key=lambda item: int(item[0][1:].split(",")[0])))
+
+
+def print_table(logs: dict[str, dict[str, dict[int, float]]]) -> None:
+    """Held-out bits per byte of every run, overall and by position."""
+    positions = list(dict.fromkeys(name for log in logs.values() for name in loss_by_position(log)))
+    width = max(map(len, [*logs, "tokens read before"]))
+    print(f"\nheld-out bits per byte\n{'':{width}}  {'all':>7}  steps")
+    for name, log in logs.items():
+        print(f"{name:{width}}  {last(log['val/bits_per_byte']):7.3f}  {max(log['train/loss']) + 1}")
+    columns = [max(7, len(position)) for position in positions]
+    cells = "  ".join(f"{position:>{column}}" for position, column in zip(positions, columns, strict=True))
+    print(f"\n{'tokens read before':{width}}  {cells}")
+    for name, log in logs.items():
+        by_position = loss_by_position(log)
+        cells = "  ".join(f"{by_position[p]:{c}.3f}" for p, c in zip(positions, columns, strict=True))
+        print(f"{name:{width}}  {cells}")
+
+
+def draw(logs: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
+    """Training curves, and loss by position."""
+    figure, (curves, positions) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, log in logs.items():
+        steps, bits = zip(*sorted(log["train/bits_per_byte"].items()), strict=True)
+        window = max(1, len(bits) // 20)
+        smooth = [
+            sum(bits[max(0, i - window) : i + 1]) / len(bits[max(0, i - window) : i + 1]) for i in range(len(bits))
+        ]
+        (line,) = curves.plot(steps, smooth, label=name)
+        held_out = log["val/bits_per_byte"]
+        curves.plot(list(held_out), list(held_out.values()), "o", color=line.get_color())
+        by_position = loss_by_position(log)
+        positions.plot(list(by_position), list(by_position.values()), "o-", color=line.get_color(), label=name)
+    curves.set(xlabel="optimiser steps", ylabel="bits per byte", title="training (line) and held out (dot)")
+    positions.set(xlabel="tokens of the document read before", title="held out, by position")
+    positions.tick_params(axis="x", rotation=20)
+    low = min(min(loss_by_position(log).values()) for log in logs.values())
+    curves.set_ylim(low - 0.1, low + 3)
+    for axes in (curves, positions):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)
+    print(f"\nwrote {output}")
+
+
+def main() -> None:
+    """Print the table and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their default_root_dir)")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write")
+    arguments = parser.parse_args()
+    logs = {run.name: read_log(run) for run in arguments.runs}
+    print_table(logs)
+    draw(logs, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Train the small models of docs/results.md, and write their table.
+
+    python scripts/results_pretrain.py time             seconds per step of every model, side by side
+    python scripts/results_pretrain.py run              train what is not trained yet, two runs at a time
+    python scripts/results_pretrain.py write            docs/results_pretrain.json and the tables
+
+Runs are those of configs/quickstart.yaml with 300 steps, on one thread each. A run that stopped goes on where it was;
+one that is finished is not run again.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from compare_runs import last, read_log
+
+ROOT = Path("runs/results")
+STEPS = 300
+SEEDS = (0, 1, 2)
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile for n runs
+CONV = {"attention_conv": True}
+
+
+@dataclass
+class Cell:
+    """A model of the table: changes to the configuration, how many steps and seeds, and what it is compared with."""
+
+    config: dict[str, Any]
+    steps: int = STEPS
+    seeds: tuple[int, ...] = SEEDS
+    as_long_as: str | None = None  # steps are set so that the run takes as long as this cell's
+
+
+MIX = {"layer_types": ["swa", "mag", "swa"]} | CONV
+SHAPE = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["model"]["init_args"]["config"]
+SHAPE |= {"layer_types": None, "attention_conv": False}
+CELLS = {
+    "swa": Cell({"variant": "swa"}),
+    "swa + conv": Cell({"variant": "swa"} | CONV),
+    "full": Cell({"variant": "full"}),
+    "full + conv": Cell({"variant": "full"} | CONV),
+    "mal": Cell({"variant": "mal"} | CONV),
+    "mac": Cell({"variant": "mac", "segment_length": 64} | CONV),
+    "mag": Cell({"variant": "mag"} | CONV),
+    "mag in one of three layers": Cell(MIX),
+    "swa + conv, as many parameters as mag": Cell({"variant": "swa", "intermediate_size": 496} | CONV),
+    "swa + conv, as long as mag in one layer": Cell({"variant": "swa"} | CONV, as_long_as="mag in one of three layers"),
+    "swa + conv, as long as mag": Cell({"variant": "swa"} | CONV, as_long_as="mag"),
+    "without momentum": Cell(MIX | {"memory_momentum": False}, seeds=(0,)),
+    "without forgetting": Cell(MIX | {"memory_forgetting": False}, seeds=(0,)),
+    "without the memory's convolution": Cell(MIX | {"memory_conv_size": 1, "attention_conv": False}, seeds=(0,)),
+    "without attention's convolution": Cell(MIX | {"attention_conv": False}, seeds=(0,)),
+    "without persistent tokens": Cell(MIX | {"num_persistent_tokens": 0}, seeds=(0,)),
+    "memory of depth 2": Cell(MIX | {"memory_depth": 2}, seeds=(0,)),
+}
+
+
+def folder(name: str, seed: int) -> Path:
+    """Where a run lives."""
+    return ROOT / name.replace(" ", "_").replace("'", "").replace(",", "") / f"seed{seed}"
+
+
+def steps_of(name: str) -> int:
+    """A cell's optimiser steps."""
+    cell = CELLS[name]
+    if cell.as_long_as is None:
+        return cell.steps
+    seconds = json.loads((ROOT / "seconds_per_step.json").read_text())
+    return round(cell.steps * seconds[cell.as_long_as] / seconds["swa + conv"])
+
+
+def command(name: str, seed: int) -> list[str]:
+    """The `hybridmem fit` of a run."""
+    run, steps = folder(name, seed), steps_of(name)
+    options: dict[str, Any] = {
+        "seed_everything": seed,
+        "trainer.default_root_dir": run,
+        "trainer.max_steps": steps,
+        "trainer.val_check_interval": steps,
+        "trainer.enable_progress_bar": False,
+        "model.init_args.position_edges": [0, 64, 256, 1024],
+        "data.init_args.seed": seed,
+        "data.init_args.val_sequence_length": 4096,
+        "data.init_args.val_batch_size": 2,
+        "data.init_args.max_val_bytes": 600_000,
+    }
+    config = {"attention_conv": False} | CELLS[name].config
+    config.setdefault("layer_types", [config.pop("variant", "mag")] * SHAPE["num_hidden_layers"])
+    options |= {f"model.init_args.config.{key}": value for key, value in config.items()}
+    fit = [str(Path(sys.executable).parent / "hybridmem"), "fit", "--config", "configs/quickstart.yaml"]
+    for key, value in options.items():
+        fit += [f"--{key}", json.dumps(value) if isinstance(value, list | bool | None) else str(value)]
+    checkpoint = run / "last.ckpt"
+    return fit + (["--ckpt_path", str(checkpoint)] if checkpoint.exists() else [])
+
+
+def finished(name: str, seed: int) -> bool:
+    """Whether a run's final loss is on disk."""
+    try:
+        return max(read_log(folder(name, seed))["val/bits_per_byte"]) + 1 >= steps_of(name)
+    except (SystemExit, KeyError):
+        return False
+
+
+def train(name: str, seed: int) -> None:
+    """Run one cell on one thread, its output in a file beside it."""
+    run = folder(name, seed)
+    run.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with (run / "output.txt").open("a") as output:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run(
+            command(name, seed), stdout=output, stderr=output, env=environment, check=False
+        ).returncode
+    state = "done" if code == 0 else f"FAILED (see {run}/output.txt)"
+    print(f"{name}, seed {seed}: {state} after {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def run_all(parallel: int) -> None:
+    """Train what is missing: first seeds first, so that every cell has a figure early."""
+    seeds = sorted({seed for cell in CELLS.values() for seed in cell.seeds})
+    waiting = [(name, seed) for seed in seeds for name, cell in CELLS.items() if seed in cell.seeds]
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(lambda run: train(*run), [run for run in waiting if not finished(*run)]))
+
+
+def time_steps(rounds: int = 8) -> None:
+    """Seconds per training step of every architecture, one thread, in turn: the least over rounds."""
+    import torch
+
+    from hybridmem import HybridMemConfig, HybridMemForCausalLM
+    from hybridmem.training.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    models = {
+        name: HybridMemForCausalLM(HybridMemConfig(**(SHAPE | cell.config)))
+        for name, cell in CELLS.items()
+        if cell.as_long_as is None
+    }
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
+    ids = torch.randint(0, 256, (8, 1024))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    least = {name: round(min(values), 4) for name, values in seconds.items()}
+    ROOT.mkdir(parents=True, exist_ok=True)
+    (ROOT / "seconds_per_step.json").write_text(json.dumps(least, indent=1))
+    for name, value in least.items():
+        print(f"{name:40} {value:.3f} s  {value / least['swa + conv']:.2f} x swa + conv")
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of the 95 % confidence interval."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
+def collect() -> dict[str, Any]:
+    """Every finished run's figures."""
+    seconds = json.loads((ROOT / "seconds_per_step.json").read_text())
+    results = {}
+    for name, cell in CELLS.items():
+        logs = {seed: read_log(folder(name, seed)) for seed in cell.seeds if finished(name, seed)}
+        if not logs:
+            continue
+        keys = [key for key in next(iter(logs.values())) if key.startswith("val/bits_per_byte")]
+        results[name] = {
+            "steps": steps_of(name),
+            "parameters": parameters(cell.config),
+            "seconds_per_step": seconds.get(name, seconds["swa + conv"]),
+            "seeds": list(logs),
+            **{key.removeprefix("val/"): [last(log[key]) for log in logs.values()] for key in keys},
+        }
+    return results
+
+
+def parameters(config: dict[str, Any]) -> int:
+    """Parameters of a cell's model."""
+    from hybridmem import HybridMemConfig, HybridMemForCausalLM
+
+    return HybridMemForCausalLM(HybridMemConfig(**(SHAPE | config))).num_parameters()
+
+
+def write() -> None:
+    """Write the JSON, and the tables between their markers in docs/results.md."""
+    results = collect()
+    Path("docs/results_pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
+    header = "| model | parameters | steps | s/step | bits per byte | first 64 | 64-255 | 256-1023 | 1024-4095 |"
+    lines = [header, "|" + " --- |" + " ---: |" * 8]
+    for name, row in results.items():
+        ranges = [interval(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
+        cells = [
+            name, f"{row['parameters'] / 1e3:.0f}k", row["steps"], f"{row['seconds_per_step']:.2f}",
+            interval(row["bits_per_byte"]), *ranges,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    page = Path("docs/results.md")
+    text = page.read_text()
+    start, end = "<!-- pretraining: written by scripts/results_pretrain.py -->", "<!-- end of pretraining -->"
+    before, after = text.split(start)[0], text.split(end)[1]
+    page.write_text(before + start + "\n" + "\n".join(lines) + "\n" + end + after)
+    print("\n".join(lines))
+
+
+def main() -> None:
+    """Run one of the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["time", "run", "write"])
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    arguments = parser.parse_args()
+    if arguments.part == "time":
+        time_steps()
+    elif arguments.part == "run":
+        run_all(arguments.parallel)
+    else:
+        write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridmem.data import Document, list_documents, standard_library_files
+from hybridmem.data.corpora import limit_bytes, split_documents
+
+from .helpers import write_files, write_jsonl
+
+
+def texts(documents: list[Document]) -> list[bytes]:
+    return [document.read() for document in documents]
+
+
+def made_up(sizes: list[int]) -> list[Document]:
+    return [Document(str(index), size, b"x" * size) for index, size in enumerate(sizes)]
+
+
+def test_standard_library():
+    files = standard_library_files()
+    names = [file.relative_to(sysconfig.get_path("stdlib")).as_posix() for file in files]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not any("-packages" in name or "__pycache__" in name for name in names)
+    assert {document.source for document in list_documents(None)} <= set(files)
+
+
+def test_folders_files_and_lines_together(tmp_path):
+    folder = write_files(tmp_path / "code", count=3)
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "more.py").write_bytes(b"more \xff")
+    (folder / "notes.txt").write_text("not asked for")
+    (folder / "empty.py").touch()
+    for hidden in (".hidden.py", ".git/object.py", "__pycache__/cached.py", "site-packages/other.py"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_text("hidden")
+    lines = write_jsonl(tmp_path / "lines.jsonl", ["one", "", "two\n"])
+
+    documents = list_documents([str(folder), str(lines), str(folder / "notes.txt")], pattern="*.py")
+    names = [Path(document.name).name for document in documents]
+    expected = ["more.py", "file_000.py", "file_001.py", "file_002.py", "lines.jsonl:1", "lines.jsonl:3", "notes.txt"]
+    assert names == expected
+    assert texts(documents)[0] == b"more \xff"
+    assert texts(documents)[-3:] == [b"one", b"two\n", b"not asked for"]
+    assert all(document.size == len(document.read()) for document in documents)
+
+
+def test_a_file_named_twice_is_one_document(tmp_path):
+    folder = write_files(tmp_path, count=3)
+    assert len(list_documents([folder, folder / "file_001.py", str(folder) + "/../" + folder.name])) == 3
+
+
+def test_column_and_pattern(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x", "y"], column="body")
+    assert texts(list_documents(tmp_path, pattern="*.jsonl", text_column="body")) == [b"x", b"y"]
+
+
+def test_errors_name_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path='.*/absent' does not exist"):
+        list_documents(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"no file that matches pattern='\*\.py' \(it has no files at all\)"):
+        list_documents(tmp_path)
+    write_files(tmp_path, count=2, suffix=".txt")
+    with pytest.raises(ValueError, match=r"no file that matches pattern='\*\.py' \(it has 2 \.txt\)"):
+        list_documents(tmp_path)
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(ValueError, match="all documents are empty"):
+        list_documents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", r"bad\.jsonl:2 is not JSON"),
+        (json.dumps({"body": "x"}), r"bad\.jsonl:2 has no text in the column text_column='text' \(it has \['body'\]\)"),
+        (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in the column"),
+        (json.dumps(["x"]), r"bad\.jsonl:2 has no text .*\(it has list\)"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        list_documents(tmp_path / "bad.jsonl")
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_split_shares_out_every_document(count, fraction, seed):
+    documents = made_up([1] * count)
+    if not 0 < round(count * fraction) < count:
+        with pytest.raises(ValueError, match="change val_fraction, or set val_path"):
+            split_documents(documents, fraction, seed)
+        return
+    train, val = split_documents(documents, fraction, seed)
+    assert len(val) == round(count * fraction)
+    assert sorted(train + val, key=documents.index) == documents
+    assert split_documents(documents, fraction, seed) == (train, val)
+
+
+def test_split_depends_on_the_seed():
+    documents = made_up([1] * 100)
+    assert split_documents(documents, 0.1, 0) != split_documents(documents, 0.1, 1)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 400), st.integers(0, 3))
+def test_limit_takes_what_fits(sizes, limit, seed):
+    documents = made_up(sizes)
+    if limit < min(sizes):
+        with pytest.raises(ValueError, match=f"max_bytes={limit} has room for no document"):
+            limit_bytes(documents, limit, seed, "max_bytes")
+        return
+    chosen = limit_bytes(documents, limit, seed, "max_bytes")
+    room = limit - sum(document.size for document in chosen)
+    assert room >= 0
+    assert all(document.size > room for document in documents if document not in chosen)
+    assert chosen == limit_bytes(documents, limit, seed, "max_bytes")
+
+
+def test_no_limit():
+    assert limit_bytes(made_up([3, 4]), None, 0, "max_bytes") == made_up([3, 4])

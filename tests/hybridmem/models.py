@@ -1,0 +1,46 @@
+"""Tiny models for the tests."""
+
+import torch
+
+from hybridmem import HybridMemConfig, HybridMemForCausalLM
+
+VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
+# Every variant, memories of depth 1 and 2, and layers of different kinds.
+KINDS = {
+    **{variant: dict(variant=variant) for variant in VARIANTS},
+    **{f"{variant} depth 2": dict(variant=variant, memory_depth=2) for variant in ("mac", "mag", "mal", "lmm")},
+    "mag depth 3": dict(variant="mag", memory_depth=3, memory_expansion=2),
+    "mixed": dict(layer_types=["swa", "mag", "mac"], num_hidden_layers=3),
+    "with attention_conv": dict(layer_types=["swa", "full"], attention_conv=True),
+}
+
+
+def tiny_config(**changes) -> HybridMemConfig:
+    """A configuration whose windows, segments and chunks are shorter than the tests' texts, and do not align."""
+    settings = dict(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        attention_window=7,
+        segment_length=6,
+        num_persistent_tokens=2,
+        memory_heads=2,
+        memory_head_dim=8,
+        memory_chunk_size=8,
+    )
+    return HybridMemConfig(**settings | changes)
+
+
+def tiny_model(dtype=torch.float64, seed=0, **changes) -> HybridMemForCausalLM:
+    """A model whose weights are large enough for every part to matter."""
+    torch.manual_seed(seed)
+    model = HybridMemForCausalLM(tiny_config(initializer_range=0.3, **changes))
+    return model.to(dtype).eval()
+
+
+def tokens(batch=2, time=40, seed=1):
+    return torch.randint(0, 37, (batch, time), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,186 @@
+"""The commands, as a user calls them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..data.helpers import byte_level_bpe
+from .runs import hybridmem, logged, weights, write_config
+
+PROGRAM = str(Path(sys.executable).with_name("hybridmem"))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    checkpoint = tmp_path / "run" / "step=6.ckpt"
+    assert checkpoint.exists()
+    losses = logged(tmp_path, "train/loss")
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert logged(tmp_path, "train/tokens_per_second")
+    for command in ("validate", "predict"):
+        hybridmem(monkeypatch, command, "--config", config, "--ckpt_path", checkpoint)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]
+    bits = sum(sum(row["bits"]) for row in rows) / sum(sum(token < 256 for token in row["tokens"]) for row in rows)
+    assert bits == pytest.approx(logged(tmp_path, "val/bits_per_byte")[-1], rel=1e-4)
+    needles = ["--data.init_args.needle_lengths", "[100,200]", "--data.init_args.num_needles", "2"]
+    hybridmem(monkeypatch, "test", "--config", config, "--ckpt_path", checkpoint, *needles)
+    assert logged(tmp_path, "test/bits_per_byte") == pytest.approx([bits], rel=1e-4)
+    assert logged(tmp_path, "test/bits_per_byte_at/[0,8)")
+    assert 0 <= logged(tmp_path, "test/needle_accuracy/200")[0] <= 1
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", checkpoint, "--output", exported)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    assert torch.equal(model.lm_head.weight, weights(checkpoint)["model.lm_head.weight"])
+    assert len(tokenizer) == 259
+    assert str(tmp_path) not in (exported / "config.json").read_text()
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 258
+    capsys.readouterr()
+    for stream in ("true", "false"):
+        options = ["--prompt", "value_1", "--max_new_tokens", 5, "--stream", stream, "--seed", 3]
+        hybridmem(monkeypatch, "generate", "--model", exported, *options)
+    streamed, whole = capsys.readouterr().out.strip().split("value_1")[1:]
+    assert streamed.strip("\n") == whole.strip("\n")
+
+
+@pytest.mark.parametrize("mode", ["packed", "continuous"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, mode):
+    changes = dict(
+        data__init_args__mode=mode,
+        model__init_args__carry_state=mode == "continuous",
+        model__init_args__config__attention_dropout=0.1,
+        trainer__accumulate_grad_batches=2,
+    )
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    for folder in folders:
+        folder.mkdir()
+        config = write_config(folder, **changes)
+        if folder.name == "whole":
+            hybridmem(monkeypatch, "fit", "--config", config)
+            continue
+        hybridmem(monkeypatch, "fit", "--config", config, "--trainer.max_steps", 6, "--trainer.limit_train_batches", 6)
+        first = folder / "run" / "step=3.ckpt"
+        for later in (folder / "run").glob("step=[456].ckpt"):
+            later.unlink()
+        hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", first)
+    whole, resumed = (weights(folder / "run" / "step=6.ckpt") for folder in folders)
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+    assert logged(folders[0], "train/loss") == logged(folders[1], "train/loss")
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_train_and_export(tmp_path):
+    """FSDP2 on two CPU processes; the folder that a sharded run writes becomes a model."""
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
+    }
+    config = write_config(
+        tmp_path,
+        trainer__strategy=strategy,
+        trainer__devices=2,
+        trainer__max_steps=3,
+        trainer__precision="bf16-mixed",
+        model__init_args__activation_checkpointing=True,
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    fit = subprocess.run([PROGRAM, "fit", "--config", config], capture_output=True, text=True, env=environment)
+    assert fit.returncode == 0, fit.stderr[-3000:]
+    exported = tmp_path / "exported"
+    export = [PROGRAM, "export", "--ckpt_path", tmp_path / "run" / "step=3.ckpt", "--output", exported]
+    subprocess.run(export, check=True, capture_output=True, env=environment)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
+    config = write_config(tmp_path, trainer__max_steps=100_000, trainer__val_check_interval=100_000)
+    arguments = [sys.executable, "-c", "from hybridmem.training.cli import main; main()", "fit", "--config", config]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("step=*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    saved = tmp_path / "run" / "interrupted.ckpt"
+    assert saved.exists()
+    assert f"--ckpt_path {saved}" in output
+    assert "nothing is lost" in output
+    assert torch.load(saved, weights_only=True)["global_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__init_args__config__variant="mag2"), "variant='mag2' is unknown; choose one of mac, mag"),
+        (dict(model__init_args__config__num_key_value_heads=3), "num_attention_heads=2 must be a multiple of"),
+        (dict(model__init_args__config__attention_window=0), "attention_window=0 must be at least 1"),
+        (dict(model__init_args__config__vocab_size=100), "set model.init_args.config.vocab_size to 259"),
+        (dict(model__init_args__carry_state=True), "set data.init_args.mode to continuous"),
+        (dict(data__init_args__path="/nowhere/to/be/found"), "path='/nowhere/to/be/found' does not exist"),
+        (dict(data__init_args__pattern="*.md"), "no file that matches pattern='*.md'"),
+        (dict(data__init_args__tokenizer="/no/such/tokenizer"), "/no/such/tokenizer"),
+        (dict(data__init_args__sequence_length=100_000), "lower one of them, or give more text"),
+        (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),
+        (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
+    ],
+)
+def test_impossible_settings_stop_before_training_with_one_line(tmp_path, monkeypatch, capsys, changes, message):
+    config = write_config(tmp_path, **changes)
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", config)
+    error = capsys.readouterr().err
+    assert stopped.value.code != 0
+    assert message in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    hybridmem(monkeypatch, "fit", "--config", config, "--trainer.max_steps", 3)
+    capsys.readouterr()
+    wider = ["--model.init_args.config.hidden_size", 32]
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", tmp_path / "run" / "step=3.ckpt", *wider)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hybridmem: error: the checkpoint is of another model: hidden_size=16 (here 32)")
+
+
+def test_text_that_is_not_utf8_needs_bytes(tmp_path, monkeypatch, capsys):
+    byte_level_bpe().save_pretrained(tmp_path / "tokenizer")
+    vocabulary = dict(data__init_args__tokenizer=str(tmp_path / "tokenizer"), model__init_args__config__vocab_size=2000)
+    config = write_config(tmp_path, **vocabulary)
+    (tmp_path / "text" / "bad.txt").write_bytes(b"caf\xe9 " * 100)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    error = capsys.readouterr().err
+    assert "bad.txt is not UTF-8" in error
+    assert "set encoding_errors to 'replace'" in error
+
+
+def test_print_config_and_help(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", config, "--print_config")
+    assert stopped.value.code == 0
+    assert "memory_step: certified" in capsys.readouterr().out
+    hybridmem(monkeypatch, "--help")
+    assert "generate" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""Every committed configuration parses; those of large models take a step with a tiny one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .hybridmem.training.runs import hybridmem, write_text
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+COMPLETE = [path for path in CONFIGS if path.parent.name != "overlays"]
+OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+TINY = {
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_window": 8,
+    "memory_heads": 2,
+    "memory_head_dim": 8,
+    "memory_chunk_size": 8,
+    "num_persistent_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_says_what_it_takes(path):
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_parses(path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", path, "--print_config")
+    assert stopped.value.code == 0, capsys.readouterr().err
+
+
+def tiny_run(path: Path, folder: Path) -> list[str]:
+    """Options that make a configuration small: a tiny model, short rows, little text, a step or three."""
+    layers = yaml.safe_load(path.read_text())["model"]["init_args"]["config"].get("layer_types")
+    options = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+    if layers is None:
+        options["model.init_args.config.num_hidden_layers"] = 2
+    options |= {
+        "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
+        "trainer.max_steps": 3,
+        "trainer.val_check_interval": 3,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.default_root_dir": folder / "run",
+        "data.init_args.sequence_length": 32,
+        "data.init_args.val_sequence_length": 32,
+        "data.init_args.batch_size": 2,
+    }
+    if "HubDataModule" in path.read_text():
+        text = folder / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": f"line {n} of text, and more " * 9}) + "\n" for n in range(60)))
+        options |= {
+            "data.init_args.dataset": "json",
+            "data.init_args.name": "null",
+            "data.init_args.data_files": text,
+            "data.init_args.tokenizer": "bytes",
+            "data.init_args.val_documents": 5,
+            "data.init_args.num_workers": 0,
+        }
+    else:
+        options |= {"data.init_args.path": write_text(folder / "text"), "data.init_args.pattern": "*.txt"}
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_takes_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
+    hybridmem(monkeypatch, "fit", "--config", path, *tiny_run(path, tmp_path))
+    assert (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_overlays_go_on_top_and_export(path, tmp_path, monkeypatch):
+    below = ROOT / "configs" / "quickstart.yaml"
+    hybridmem(monkeypatch, "fit", "--config", below, "--config", path, *tiny_run(below, tmp_path))
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "last.ckpt", "--output", exported)
+    assert (exported / "model.safetensors").exists()

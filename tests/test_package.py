@@ -1,0 +1,112 @@
+"""What is installed: both packages, their types and the operators' derivations, in the wheel as in the checkout."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_both_packages(tmp_path):
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    copied = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()]
+    if not names:
+        pytest.skip("not a git checkout: there is no list of files to build from")
+    for name in names:
+        target = copied / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=copied, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        name.removeprefix("kernels/") for name in names if re.match(r"(kernels/hybridmem_kernels|hybridmem)/", name)
+    }
+    assert wanted <= held
+    assert not any(name.startswith(("tests/", "kernels/", "scripts/")) for name in held)
+
+
+def test_importing_the_kernels_needs_nothing_of_hybridmem():
+    others = ("hybridmem", "transformers", "lightning")
+    code = f"import sys, hybridmem_kernels; assert not any(n.split('.')[0] in {others} for n in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_public_names_exist():
+    for name in (
+        "hybridmem",
+        "hybridmem_kernels",
+        "hybridmem.data",
+        "hybridmem.metrics",
+        "hybridmem.tasks",
+        "hybridmem.training",
+    ):
+        module = importlib.import_module(name)
+        assert sorted(module.__all__) == module.__all__
+        for public in module.__all__:
+            assert getattr(module, public).__doc__, f"{name}.{public}"
+
+
+def test_every_dependency_is_pinned():
+    pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for requirement in requires("hybridmem") or []:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+        assert name in pins or name in ("hybridmem", "flash-attn"), requirement
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, pin = line.partition("==")
+        if name in ("torch", "transformers", "lightning"):
+            assert version(name).split("+")[0] == pin
+
+
+def test_no_file_imports_from_below():
+    """The README's tree is in the order of imports."""
+    order = [
+        "hybridmem_kernels",
+        "configuration",
+        "functional",
+        "state",
+        "sequence",
+        "convolution",
+        "memory",
+        "attention",
+    ]
+    order += ["cache", "variants", "modeling", "tasks", "data", "metrics", "training"]
+    for path in [*(ROOT / "hybridmem").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        package = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts
+        place = "hybridmem_kernels" if package[0] == "hybridmem_kernels" else package[1]
+        if place == "__init__":
+            continue
+        for target in imported(path, package):
+            if target in order and place in order:
+                assert order.index(target) <= order.index(place), f"{path.relative_to(ROOT)} imports {target}"
+
+
+def imported(path: Path, package: tuple[str, ...]) -> set[str]:
+    """First names below `hybridmem` that a file imports, and hybridmem_kernels."""
+    found = set()
+    for dots, module in re.findall(r"^\s*from (\.*)([\w.]*) import", path.read_text(), re.M):
+        parts = module.split(".") if module else []
+        absolute = [*package[: len(package) - len(dots)], *parts] if dots else parts
+        if absolute[:1] == ["hybridmem"] and len(absolute) > 1:
+            found.add(absolute[1])
+        elif absolute[:1] == ["hybridmem_kernels"]:
+            found.add("hybridmem_kernels")
+    return found
+
+
+def test_scripts_do_not_hold_paths_of_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".yaml", ".toml", ".sh")) or os.access(ROOT / name, os.X_OK):
+            text = (ROOT / name).read_text(errors="replace")
+            assert not re.search(r"/(root|home/\w+|work)/", text), name
