@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their default_root_dir)")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write")
     arguments = parser.parse_args()
-    logs = {run.name: read_log(run) for run in arguments.runs}
+    by_name = len({run.name for run in arguments.runs}) == len(arguments.runs)
+    logs = {run.name if by_name else str(run): read_log(run) for run in arguments.runs}
     print_table(logs)
     draw(logs, arguments.output)
 
