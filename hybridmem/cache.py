@@ -7,11 +7,10 @@ of `full` layers its size does not depend on how much was read.
 
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .sequence import TokenSequence, next_last_document
+from .sequence import LastDocument, TokenSequence
 from .state import map_state
 
 
@@ -26,15 +25,14 @@ class StreamingLayer(CacheLayerMixin):
         super().__init__()
         self.state: Any = None
         self.seen_tokens = 0
-        self.last_document: Int[Tensor, " batch"] | None = None
+        self.last_document: LastDocument | None = None
 
     def store(self, state: Any, tokens: int, sequence: TokenSequence) -> None:
         """Take the state after `tokens` more tokens."""
         self.state = state
         self.seen_tokens += tokens
         self.is_initialized = True
-        if sequence.document_ids is not None:
-            self.last_document = next_last_document(sequence.document_ids, self.last_document)
+        self.last_document = sequence.last_document
 
     def get_seq_length(self) -> int:
         """Tokens read so far."""
@@ -114,7 +112,9 @@ class StreamingLayer(CacheLayerMixin):
 
 def _register(variant: str) -> type[StreamingLayer]:
     """A class per layer type is how transformers' caches find the right layer."""
-    return type(f"{variant.capitalize()}StreamingLayer", (StreamingLayer,), {"_layer_type": variant})
+    return type(
+        f"{variant.capitalize()}StreamingLayer", (StreamingLayer,), {"_layer_type": variant, "__module__": __name__}
+    )
 
 
 (

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*lead dim"]:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 at least."""
     if x.is_cuda:
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return _Normalize.apply(x, weight, 1 / x.shape[-1], eps)
 
 
@@ -44,7 +46,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor:
-        wide = x.double() if x.dtype == torch.float64 else x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.linalg.vecdot(wide, wide).mul_(scale).add_(eps).rsqrt_().unsqueeze(-1)
         out = wide * inverse
         if weight is not None:
@@ -54,6 +56,7 @@ class _Normalize(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
@@ -99,6 +102,7 @@ class _CausalConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, same_document = ctx.saved_tensors
@@ -145,6 +149,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
@@ -154,8 +159,6 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty_like(x)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
-    out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    turned_first = (first * cos).addcmul_(second, sin, value=-direction)
+    turned_second = (second * cos).addcmul_(first, sin, value=direction)
+    return torch.cat((turned_first, turned_second, x[..., 2 * half :]), dim=-1)

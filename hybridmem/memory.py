@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hybridmem_kernels import MemoryMLPState, MemoryState, memory_mlp, memory_mlp_scan, memory_scan
+from hybridmem_kernels.documents import document_starts
 from hybridmem_kernels.memory_scan import state_dtype
 
 from .configuration import HybridMemConfig
@@ -111,13 +112,20 @@ class NeuralMemory(nn.Module):
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
     ) -> MemoryTrace:
         """Gates, surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
+        if state is not None and sequence.fresh_rows is not None:
+            state = self.reset(state, sequence.fresh_rows)
         inputs, _ = self.scan_inputs(x, None if state is None else state.convolution, sequence)
         # A token reads what stands after its own write: asked with the next token's key, it tells what that one found.
         ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
         recalled, scan = self._scan(ahead, None if state is None else state.scan, sequence)
         weights = (scan.weight,) if isinstance(scan, MemoryState) else scan.weights
         norm = torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0).sqrt()
-        surprise = (recalled[:, :, :-1] - inputs.v[:, :, 1:]).norm(dim=-1)
+        recalled = recalled[:, :, :-1]
+        if sequence.document_ids is not None:  # a document's first token finds a memory that has read nothing
+            starts = document_starts(sequence.document_ids, sequence.mask)[:, None, 1:, None]
+            fresh = _recall(self.initial_scan_state(len(x), x), inputs.k[:, :, 1:])
+            recalled = torch.where(starts, fresh.to(recalled.dtype), recalled)
+        surprise = (recalled - inputs.v[:, :, 1:]).norm(dim=-1)
         return MemoryTrace(inputs.alpha, inputs.eta, inputs.theta, surprise, norm)
 
     def read(
@@ -127,11 +135,7 @@ class NeuralMemory(nn.Module):
         scan: MemoryState | MemoryMLPState,
     ) -> Float[Tensor, "batch time hidden"]:
         """What the memory as it stands answers to `queries` (see `queries`), nothing being written."""
-        if isinstance(scan, MemoryState):
-            out = queries.to(scan.weight.dtype) @ scan.weight
-        else:
-            out = memory_mlp(scan.weights, queries.to(scan.weights[0].dtype))
-        return self._finish(out.to(queries.dtype), x)
+        return self._finish(_recall(scan, queries).to(queries.dtype), x)
 
     def queries(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
@@ -205,6 +209,15 @@ class NeuralMemory(nn.Module):
         """Normalise each head, gate by the token, project."""
         out = self.norm(out.transpose(1, 2)).flatten(-2)
         return self.o_proj(out * torch.sigmoid(self.output_gate(x)))
+
+
+def _recall(
+    scan: MemoryState | MemoryMLPState, queries: Float[Tensor, "batch heads time dim"]
+) -> Float[Tensor, "batch heads time dim"]:
+    """What a memory in this state answers, in the state's dtype."""
+    if isinstance(scan, MemoryState):
+        return queries.to(scan.weight.dtype) @ scan.weight
+    return memory_mlp(scan.weights, queries.to(scan.weights[0].dtype))
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:

@@ -20,7 +20,15 @@ from .cache import StreamingLayer
 from .configuration import HybridMemConfig
 from .convolution import ShortConvolution
 from .memory import NeuralMemory, RMSNorm
-from .sequence import PADDING, TokenSequence, read_documents, rotary_angles, rows_starting_afresh
+from .sequence import (
+    PADDING,
+    LastDocument,
+    TokenSequence,
+    number_documents,
+    read_documents,
+    rotary_angles,
+    rows_starting_afresh,
+)
 from .variants import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 
 MIXERS = {
@@ -91,6 +99,11 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         "attentions": [OutputRecorder(mixer, index=2) for mixer in set(MIXERS.values())],
     }
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code that is not its own, transformers passes over modules that hold no parameter themselves, as if they
+        # had been loaded. Ours start what their children hold; what was loaded is left alone tensor by tensor.
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -120,15 +133,15 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         """
         queries, keys = widths
         kernel = convolution.weight.shape[1]
-        if getattr(qkv, "_is_hf_initialized", False) or getattr(convolution.weight, "_is_hf_initialized", False):
-            return
-        shared = qkv[queries : queries + keys].unflatten(0, (-1, head_dim))
-        qkv[:queries] = shared.repeat_interleave(queries // keys, dim=0).flatten(0, 1)
+        if not getattr(qkv, "_is_hf_initialized", False):
+            shared = qkv[queries : queries + keys].unflatten(0, (-1, head_dim))
+            qkv[:queries] = shared.repeat_interleave(queries // keys, dim=0).flatten(0, 1)
         back = torch.arange(len(qkv)) % head_dim % max(1, kernel - 1)
         back[queries : queries + keys] += 1
         back[queries + keys :] = 0
-        init.normal_(convolution.weight, std=0.1)
-        convolution.weight[torch.arange(len(qkv)), kernel - 1 - back] += 1
+        taps = torch.randn(convolution.weight.shape, device=convolution.weight.device) * 0.1
+        taps[torch.arange(len(qkv)), kernel - 1 - back] += 1
+        init.copy_(convolution.weight, taps)
 
     def _init_memory(self, memory: NeuralMemory) -> None:
         """Write gently, forget slowly: heads start with half-lives from some tens to some thousands of tokens."""
@@ -175,8 +188,8 @@ class HybridMemModel(HybridMemPreTrainedModel):
         Args:
             input_ids, inputs_embeds: one of the two.
             attention_mask: 0 for padding, over these tokens or over all read so far; padding is not read.
-            position_ids: rotary positions; by default they count the tokens that are no padding. Without a
-                cache and a mask, a jump starts a document, as in transformers.
+            position_ids: rotary positions; by default they count all tokens from the first one read. Only their
+                distances matter. Without a cache and a mask, a jump starts a document, as in transformers.
             past_key_values: the streaming state, which this call advances.
             document_ids: a token of another document than the one before it starts from an empty state; with a
                 cache the ids go on from call to call. -1 is padding.
@@ -185,6 +198,8 @@ class HybridMemModel(HybridMemPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if not inputs_embeds.shape[1]:
+            raise ValueError("input_ids holds no token: give at least one, such as the tokenizer's bos")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         sequence = self._sequence(inputs_embeds, attention_mask, position_ids, past_key_values, document_ids)
@@ -205,28 +220,32 @@ class HybridMemModel(HybridMemPreTrainedModel):
     ) -> TokenSequence:
         """Work out documents, padding and positions, once for all layers."""
         shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-        past, last_document = 0, None
+        past = 0
+        last: LastDocument | None = None
         if past_key_values is not None:
             first = past_key_values.layers[0] if past_key_values.layers else None
             if not isinstance(first, StreamingLayer):
                 raise TypeError(
                     "past_key_values holds no streaming layers; build it with DynamicCache(config=model.config)"
                 )
-            past, last_document = first.seen_tokens, first.last_document
+            past, last = first.seen_tokens, first.last_document
         # With a cache, positions say where tokens stand; only without one do jumps in them start documents.
         jumps = None if past else position_ids
-        documents = read_documents(shape, document_ids, attention_mask, jumps, last_document)
+        documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
         mask = fresh_rows = None
         if documents is not None and past_key_values is None and (documents == documents[:, :1]).all():
             documents = None  # each row is one document, and none goes on: nothing to keep apart
         if documents is not None:
+            if past and last is None:  # what was read without a word about documents is document 0
+                last = LastDocument(torch.zeros_like(documents[:, 0]), torch.zeros_like(documents[:, 0]))
             mask = documents != PADDING
             mask = None if mask.all() else mask
-            fresh_rows = rows_starting_afresh(documents, last_document)
+            fresh_rows = rows_starting_afresh(documents, last)
+            documents, last = number_documents(documents, mask, fresh_rows, last)
         if position_ids is None:
             position_ids = past + torch.arange(shape[1], device=inputs_embeds.device)[None]
         cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta, inputs_embeds.dtype)
-        return TokenSequence(cos, sin, documents, mask, fresh_rows)
+        return TokenSequence(cos, sin, documents, mask, fresh_rows, last)
 
 
 class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):

@@ -1,14 +1,23 @@
 """What one forward pass knows about its tokens: where they stand, and which document they belong to."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hybridmem_kernels.documents import document_starts
+
 PADDING = -1  # the document of tokens that do not count
 NOWHERE = -2  # the document of places that hold no token
+
+
+class LastDocument(NamedTuple):
+    """The document that each row was in when a call ended."""
+
+    id: Int[Tensor, " batch"]  # what the caller called it; PADDING: no token of the row was read yet
+    number: Int[Tensor, " batch"]  # how many documents the row had before it
 
 
 @dataclass
@@ -17,9 +26,11 @@ class TokenSequence:
 
     Args:
         cos, sin: rotary angles of every token; None where no attention needs them.
-        document_ids: PADDING (-1) for tokens that do not count; None: one document, no padding.
+        document_ids: each document's number in its row, PADDING (-1) for tokens that do not count; None: one
+            document, no padding.
         mask: which tokens count; None: all.
         fresh_rows: rows whose first token does not continue what the cache holds; None: no row.
+        last_document: where the call ends; None: in the one document that there is.
         memo: what layers work out from the above and share.
     """
 
@@ -28,6 +39,7 @@ class TokenSequence:
     document_ids: Int[Tensor, "batch time"] | None = None
     mask: Bool[Tensor, "batch time"] | None = None
     fresh_rows: Bool[Tensor, " batch"] | None = None
+    last_document: LastDocument | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -52,8 +64,15 @@ def read_documents(
     transformers. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
     """
     batch, time = shape
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError("attention_mask must be (batch, length), 0 for padding; 4D masks are not supported")
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < time
+    ):
+        raise ValueError(
+            f"attention_mask must be (batch, length), 0 for padding, over these {time} tokens of {batch} rows or over "
+            f"all read so far, got {tuple(attention_mask.shape)}"
+        )
+    if document_ids is not None and document_ids.shape != shape:
+        raise ValueError(f"document_ids must be (batch, time) = {shape}, got {tuple(document_ids.shape)}")
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, attention_mask.shape[1] - time :] == 0
@@ -73,27 +92,45 @@ def read_documents(
     return document_ids
 
 
-def next_last_document(
-    document_ids: Int[Tensor, "batch time"], last_document: Int[Tensor, " batch"] | None
-) -> Int[Tensor, " batch"]:
-    """The last token's document in every row, padding apart; PADDING where nothing was read yet."""
-    before = torch.full_like(document_ids[:, 0], PADDING) if last_document is None else last_document
-    valid = document_ids != PADDING
-    time = torch.arange(document_ids.shape[1], device=document_ids.device)
-    last = torch.where(valid, time, -1).amax(1)
-    return torch.where(last >= 0, document_ids.gather(1, last.clamp(min=0)[:, None])[:, 0], before)
-
-
 def rows_starting_afresh(
-    document_ids: Int[Tensor, "batch time"], last_document: Int[Tensor, " batch"] | None
+    document_ids: Int[Tensor, "batch time"], last_document: LastDocument | None
 ) -> Bool[Tensor, " batch"] | None:
     """Rows whose first valid token belongs to another document than the cache; None if there is none."""
     if last_document is None:
         return None
+    before = last_document.id
     first = (document_ids != PADDING).long().argmax(1, keepdim=True)
     now = document_ids.gather(1, first)[:, 0]
-    fresh = (now != PADDING) & (last_document != PADDING) & (now != last_document)
+    fresh = (now != PADDING) & (before != PADDING) & (now != before)
     return fresh if fresh.any() else None
+
+
+def number_documents(
+    document_ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"] | None,
+    fresh_rows: Bool[Tensor, " batch"] | None,
+    last_document: LastDocument | None,
+) -> tuple[Int[Tensor, "batch time"], LastDocument]:
+    """Count each row's documents, over all calls: an id that comes back later is another document.
+
+    Returns the number of every token's document, PADDING for padding, and where the call ends.
+    """
+    numbers = document_starts(document_ids, mask).long().cumsum(1)
+    if fresh_rows is not None:
+        numbers = numbers + fresh_rows[:, None]
+    if last_document is not None:
+        numbers = numbers + last_document.number[:, None]
+    if mask is None:
+        return numbers, LastDocument(document_ids[:, -1], numbers[:, -1])
+    time = torch.arange(mask.shape[1], device=mask.device)
+    end = torch.where(mask, time, -1).amax(1)
+    ids, last_numbers = (x.gather(1, end.clamp(min=0)[:, None])[:, 0] for x in (document_ids, numbers))
+    if last_document is None:  # a row of padding holds no document yet: its id is PADDING
+        last_document = LastDocument(torch.full_like(ids, PADDING), torch.zeros_like(ids))
+    last = LastDocument(
+        torch.where(end >= 0, ids, last_document.id), torch.where(end >= 0, last_numbers, last_document.number)
+    )
+    return numbers.where(mask, PADDING), last
 
 
 def rotary_angles(

@@ -194,7 +194,8 @@ class ContextMixer(nn.Module):
             attention_convolution=attention_convolution,
             query_convolution=query_convolution,
         )
-        return segments.join(outputs), state, self._join_weights(segments, weights)
+        mixed = segments.join(outputs) if outputs else torch.zeros_like(x)  # nothing but padding
+        return mixed, state, self._join_weights(segments, weights)
 
     def _attend(
         self, q: Tensor, new: OpenSegment, old: OpenSegment, begins: Bool[Tensor, " batch"]
@@ -218,28 +219,21 @@ class ContextMixer(nn.Module):
         weights = [w for w in maps if w is not None]
         if not weights:
             return None
-        first, persistent = weights[0], self.attention.num_persistent
-        batch, heads = first.shape[:2]
-        past = (first.shape[3] - persistent) // 2 - first.shape[2]
+        persistent = self.attention.num_persistent
+        past = (weights[0].shape[3] - persistent) // 2 - weights[0].shape[2]
         width = past + segments.time
-        joined = first.new_zeros(batch, heads, segments.time, persistent + 2 * width)
+        nowhere = persistent + 2 * width  # a column that is cut off in the end
+        rows = []
         for n, of_segment in enumerate(weights):
-            valid = segments.valid(n)
-            columns = (of_segment.shape[3] - persistent) // 2
-            old = columns - of_segment.shape[2]
-            for row in range(batch):
-                here = valid[row].nonzero()[:, 0]
-                times = segments.blocks.times[row, n, here]
-                queries = of_segment[row][:, here]
-                of_row = joined[row]
-                of_row[:, times, :persistent] = queries[..., :persistent]
-                for part in range(2):
-                    source, target = persistent + part * columns, persistent + part * width
-                    places = target + past + times
-                    of_row[:, times[:, None], places] = queries[..., source + old + here]
-                    if n == 0:
-                        of_row[:, times, target : target + past] = queries[..., source : source + old]
-        return joined
+            places = segments.places(n, (of_segment.shape[3] - persistent) // 2, past)
+            front = torch.arange(persistent, device=places.device).expand(len(places), -1)
+            parts = ((persistent + part * width + places).where(places >= 0, nowhere) for part in range(2))
+            target = torch.cat((front, *parts), dim=1)[:, None, None].expand_as(of_segment)
+            joined = of_segment.new_zeros(*of_segment.shape[:3], nowhere + 1).scatter(3, target, of_segment)
+            rows.append(joined[..., :nowhere].transpose(1, 2))
+        joined = segments.join(rows).transpose(1, 2)
+        mask = segments.sequence.mask
+        return joined if mask is None else joined * mask[:, None, :, None]
 
     def _initial(self, x: Hidden) -> SegmentStates:
         batch, attention = len(x), self.attention
@@ -269,8 +263,8 @@ class _Segments:
         cut = [self.blocks.gather(y) for y in (x.unsqueeze(1), *others)]
         return zip(cut[0].squeeze(2), *cut[1:], strict=True)
 
-    def join(self, outputs: list[Tensor]) -> Hidden:
-        """Undo `cut`."""
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """Undo `cut` for tensors with time in their second axis."""
         if self.in_order:
             return torch.cat(outputs, dim=1)
         return self.blocks.scatter(torch.stack(outputs).unsqueeze(2)).squeeze(1)
@@ -287,6 +281,17 @@ class _Segments:
         """Which places of the n-th segment hold a token."""
         valid = self.blocks.valid[:, n]
         return valid[:, : min(self.length, self.time - n * self.length)] if self.in_order else valid
+
+    def places(self, n: int, columns: int, past: int) -> Int[Tensor, "batch columns"]:
+        """Where each column of the n-th segment stands in [columns that earlier calls left, tokens]; -1: nowhere."""
+        valid = self.valid(n)
+        new = (past + self.blocks.times[:, n, : valid.shape[1]]).where(valid, -1)
+        old = (
+            torch.arange(columns - valid.shape[1], device=new.device)
+            if n == 0
+            else new.new_full((columns - valid.shape[1],), -1)
+        )
+        return torch.cat((old.expand(len(new), -1), new), dim=1)
 
     def begins(self, n: int) -> Bool[Tensor, " batch"]:
         """Rows whose n-th segment has its first token here."""

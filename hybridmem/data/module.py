@@ -82,6 +82,8 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         at_least(1, sequence_length=sequence_length, val_sequence_length=val_sequence_length)
         at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
+        if len(set(needle_lengths or ())) < len(needle_lengths or ()):
+            raise ValueError(f"needle_lengths={needle_lengths} names a length twice: name each once")
         at_least(1, needle_lengths=min(needle_lengths or [1]), needle_keys=needle_keys, num_needles=num_needles)
         at_least(0, num_workers=num_workers, seed=seed, split_seed=split_seed)
         one_of(("packed", "continuous"), mode=mode)

@@ -1,6 +1,7 @@
 """Callbacks: exact resumption, a clean stop, and what the memory and the attention do."""
 
 import random
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -50,18 +51,28 @@ class RandomState(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, say how to go on. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, say how to go on. A second Ctrl-C stops at once.
+
+    A step ends with its optimiser step and with the validation that is due after it: the checkpoint is taken before
+    the next one begins, so that a resumed run misses neither gradients nor a validation.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
+        self.global_step = -1  # at the end of the last batch
+        self.between_steps = True  # no gradient waits for an optimiser step
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals: a run that is stopped here has lost nothing either."""
+        self._take_over()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
-        for number in self.SIGNALS:
-            self.previous[number] = signal.signal(number, self._note)
+        self._take_over()
+        self.global_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give them back."""
@@ -72,22 +83,29 @@ class GracefulStop(L.Callback):
         self._restore()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note whether the batch completed an optimiser step."""
+        self.between_steps = trainer.global_step != self.global_step
+        self.global_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop here if a signal came."""
-        if self.received is None:
+        if self.received is None or not self.between_steps:
             return
         path = Path(trainer.default_root_dir) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
-        command = " ".join([Path(sys.argv[0]).name, *_without_checkpoint(sys.argv[1:])])
-        rank_zero_info(
-            f"\nstopped after step {trainer.global_step}; nothing is lost. Go on with:\n  {command} --ckpt_path {path}"
-        )
+        command = shlex.join([sys.argv[0], *_without_checkpoint(sys.argv[1:]), "--ckpt_path", str(path)])
+        rank_zero_info(f"\nstopped after step {trainer.global_step}; nothing is lost. Go on with:\n  {command}")
         raise KeyboardInterrupt
+
+    def _take_over(self) -> None:
+        if not self.previous:
+            self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        rank_zero_info("\nstopping after this step, to save it (once more: stop at once)")
+        rank_zero_info("\nstopping after this step and its validation, to save it (once more: stop at once)")
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
@@ -121,6 +139,14 @@ class MemoryMonitor(L.Callback):
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 and tokens={tokens} at least 2")
         self.every_n_steps, self.tokens = every_n_steps, tokens
         self.last_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last look was."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up."""
+        self.last_step = state_dict["last_step"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int

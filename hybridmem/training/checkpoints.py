@@ -16,6 +16,7 @@ from ..convolution import ConvolutionState
 from ..data import load_tokenizer
 from ..memory import NeuralMemoryState
 from ..modeling import HybridMemForCausalLM
+from ..sequence import LastDocument
 from ..variants import BranchStates, OpenSegment, SegmentStates
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
@@ -24,6 +25,7 @@ torch.serialization.add_safe_globals(
         AttentionState,
         BranchStates,
         ConvolutionState,
+        LastDocument,
         MemoryMLPState,
         MemoryState,
         NeuralMemoryState,
@@ -105,6 +107,7 @@ def export(ckpt_path: Path, output: Path) -> None:
         ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
         output: the folder to write.
     """
+    output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
     checkpoint = load_checkpoint(ckpt_path)
     config = HybridMemConfig(**{k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED})
     tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None

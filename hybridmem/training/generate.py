@@ -36,7 +36,7 @@ def generate(
     network = AutoModelForCausalLM.from_pretrained(model)
     set_seed(seed)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]])
     if not ids.numel():
         raise ValueError("prompt is empty and the tokenizer has no bos token to start a document with")
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)

@@ -69,6 +69,11 @@ class MatrixOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore both."""
+        if "parts" not in state_dict:
+            raise ValueError(
+                "the checkpoint was written without matrix_optimizer: resume with the optimisers of the checkpoint, or "
+                "start a new run"
+            )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]

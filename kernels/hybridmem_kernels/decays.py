@@ -18,6 +18,7 @@ reset (keep = momentum = 0) is exact, as are its gradients.
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def decay_rows(
@@ -78,6 +79,7 @@ class DecayRows(torch.autograd.Function):
         return weight_rows, momentum_rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_weight_rows, grad_momentum_rows):  # noqa: D102
         keep, momentum, active, *rows = ctx.saved_tensors
         grads = (grad_weight_rows.clone(), grad_momentum_rows.clone())

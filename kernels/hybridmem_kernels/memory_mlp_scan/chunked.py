@@ -53,6 +53,8 @@ def memory_mlp_scan_chunked(
     batch, heads = q.shape[:2]
     dtype = state_dtype(q.dtype)
     blocks = split_blocks(q.shape[2], chunk_size, state.filled, document_ids, mask)
+    if not blocks.times.numel():  # nothing but padding
+        return torch.zeros_like(v), state
     with torch.autocast(q.device.type, enabled=False):
         chunks = _cut(blocks, q, k, v, alpha, eta, theta, dtype)
         flat = [tuple(w.flatten(0, 1) for w in layers) for layers in state[:3]]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..decays import decay_rows, decay_rows_backward
 from ..documents import effective_gates
@@ -180,6 +181,7 @@ class _MemoryScan(torch.autograd.Function):
         return from_chunks(out, batch, heads).to(v.dtype), final_weight, final_momentum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         chunks = _Chunks(*ctx.saved_tensors)
         grad_out, grad_weight, grad_moment = grads
