@@ -17,7 +17,7 @@ AT_POSITION = "val/bits_per_byte_at/"
 
 def read_log(run: Path) -> dict[str, dict[int, float]]:
     """Everything a run logged, by name and step, over all its starts."""
-    files = sorted(run.glob("csv/version_*/metrics.csv"))
+    files = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
     if not files:
         raise SystemExit(f"error: {run} holds no csv/version_*/metrics.csv: is it the default_root_dir of a run?")
     log: dict[str, dict[int, float]] = {}
@@ -49,13 +49,13 @@ def print_table(logs: dict[str, dict[str, dict[int, float]]]) -> None:
     width = max(map(len, [*logs, "tokens read before"]))
     print(f"\nheld-out bits per byte\n{'':{width}}  {'all':>7}  steps")
     for name, log in logs.items():
-        print(f"{name:{width}}  {last(log['val/bits_per_byte']):7.3f}  {max(log['train/loss']) + 1}")
+        print(f"{name:{width}}  {last(log['val/bits_per_byte']):7.3f}  {max(log['val/bits_per_byte']) + 1}")
     columns = [max(7, len(position)) for position in positions]
     cells = "  ".join(f"{position:>{column}}" for position, column in zip(positions, columns, strict=True))
     print(f"\n{'tokens read before':{width}}  {cells}")
     for name, log in logs.items():
         by_position = loss_by_position(log)
-        cells = "  ".join(f"{by_position[p]:{c}.3f}" for p, c in zip(positions, columns, strict=True))
+        cells = "  ".join(f"{by_position.get(p, float('nan')):{c}.3f}" for p, c in zip(positions, columns, strict=True))
         print(f"{name:{width}}  {cells}")
 
 

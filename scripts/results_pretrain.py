@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_runs import last, read_log
+from compare_runs import AT_POSITION, last, loss_by_position, read_log
 
 ROOT = Path("runs/results")
 STEPS = 300
@@ -181,7 +181,8 @@ def collect() -> dict[str, Any]:
         logs = {seed: read_log(folder(name, seed)) for seed in cell.seeds if finished(name, seed)}
         if not logs:
             continue
-        keys = [key for key in next(iter(logs.values())) if key.startswith("val/bits_per_byte")]
+        ranges = loss_by_position(next(iter(logs.values())))
+        keys = ["val/bits_per_byte", *(AT_POSITION + name for name in ranges)]
         results[name] = {
             "steps": steps_of(name),
             "parameters": parameters(cell.config),

@@ -1,15 +1,14 @@
 """The command line: Lightning's subcommands, and a few of our own in the same form."""
 
 import json
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from huggingface_hub.errors import StrictDataclassError
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -18,10 +17,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from .allocator import keep_freed_memory
 from .callbacks import GracefulStop, RandomState
 from .checkpoints import check_same_model, export, load_checkpoint
+from .errors import CommandParser, SettingsError, TrainingParser, settings_errors
 from .generate import generate
 from .pretrain import PretrainModule
 
 COMMANDS = {"export": export, "generate": generate}
+TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
   fit        train: pretraining, or whatever the configuration says
@@ -33,20 +34,6 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
 hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
 """
-
-
-class SettingsError(Exception):
-    """Something that the user can mend, found before any long work."""
-
-
-@contextmanager
-def settings_errors() -> Iterator[None]:
-    """Turn what the checks of settings and files raise into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise SettingsError(" ".join(str(cause).split())) from error
 
 
 class HybridMemCLI(LightningCLI):
@@ -76,22 +63,48 @@ class HybridMemCLI(LightningCLI):
         path.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch))
         print(f"wrote {path}")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint: the configuration says them, and `_check` compares."""
+
     def _run_subcommand(self, subcommand: str) -> None:
         with settings_errors():
             self._check(subcommand)
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if isinstance(self.model, PretrainModule) and subcommand == "fit" and not self.model.has_started:
+                with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
+                    raise error
+            raise
 
     def _check(self, subcommand: str) -> None:
         """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
+        path = self._get(self.config, "ckpt_path")
+        self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, PretrainModule):
             return
         self.model.check_data(self.datamodule)
         if subcommand == "fit":
             self.model.check_schedule(self.trainer.max_steps)
-        path = self._get(self.config, "ckpt_path")
+        elif not path:
+            raise ValueError(f"hybridmem {subcommand} needs --ckpt_path, a checkpoint of hybridmem fit")
+        if subcommand == "test":
+            self.datamodule.test_dataloader()  # needles that do not fit are found now
         if path and path not in ("last", "best", "hpc", "registry"):
             check_same_model(self.model.config, load_checkpoint(path, weights=False))
+
+    def _check_folder(self, root: Path, fresh: bool) -> None:
+        """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+        held = sorted(root.glob("*.ckpt"))
+        if fresh and held:
+            raise ValueError(
+                f"trainer.default_root_dir={root} holds {held[0].name} of an earlier run: go on with it "
+                f"(--ckpt_path {held[0]}), choose another folder, or remove this one"
+            )
 
 
 def main() -> None:
@@ -106,7 +119,10 @@ def main() -> None:
     try:
         if arguments[0] in COMMANDS:
             with settings_errors():
-                auto_cli(COMMANDS, as_positional=False)
+                auto_cli(COMMANDS, as_positional=False, parser_class=CommandParser)
+        elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
+            commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
+            raise SettingsError(f"there is no command {arguments[0]!r}; choose one of {commands}")
         else:
             HybridMemCLI(
                 L.LightningModule,
@@ -118,7 +134,11 @@ def main() -> None:
                 trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
                 parser_kwargs={"description": "Train and evaluate hybrids of neural memory and attention."},
                 auto_configure_optimizers=False,
+                parser_class=TrainingParser,
             )
     except SettingsError as error:
         print(f"hybridmem: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("hybridmem: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -78,6 +78,11 @@ class PretrainModule(L.LightningModule):
         self.register_buffer("byte_lengths", torch.ones(config.vocab_size, dtype=torch.long), persistent=False)
         self._batch_started = 0.0
 
+    @property
+    def has_started(self) -> bool:
+        """Whether a training batch was begun: what fails earlier is a matter of settings."""
+        return self._batch_started > 0
+
     def configure_model(self) -> None:
         """Build the model once; under Lightning's ModelParallelStrategy, sharded layer by layer (FSDP2)."""
         if self.model is not None:
