@@ -5,7 +5,6 @@ python scripts/compare_runs.py runs/a runs/b --output curves.png
 
 import argparse
 import csv
-import math
 from pathlib import Path
 
 import matplotlib as mpl

@@ -248,3 +248,41 @@ def test_stopping_and_processors_see_every_token():
         ids, max_new_tokens=4, do_sample=False, pad_token_id=0, logits_processor=LogitsProcessorList([processor])
     )
     assert seen == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(memory_step="damped"),
+        dict(memory_step="raw", memory_depth=2),
+        dict(memory_momentum=False),
+        dict(attention_conv=True, num_persistent_tokens=0),
+    ],
+    ids=str,
+)
+def test_every_part_starts_as_the_initialisation_says(changes):
+    """Modules without parameters of their own too: transformers passes over them in code that is not its own."""
+    mixer = HybridMemForCausalLM(tiny_config(**changes)).model.layers[0].mixer
+    assert (mixer.attention_norm.weight == 0.2).all()
+    assert (mixer.allocation_gate.weight == 0).all()
+    assert (mixer.memory.gate_proj.bias[:2] < -3).all()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.abs().max() < 10, name
+
+
+def test_mac_trains_under_eager_attention():
+    model, ids = tiny_model(variant="mac").train(), tokens()
+    model.set_attn_implementation("eager")
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_piece_of_padding_alone_is_read(kind):
+    model, ids = tiny_model(**KINDS[kind]), tokens(time=6)
+    padded = torch.nn.functional.pad(ids, (9, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (9, 0))
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    out = model.generate(padded, attention_mask=mask, prefill_chunk_size=4, **settings)
+    assert torch.equal(out[:, 9:], greedy(model, ids, 5))

@@ -163,3 +163,24 @@ def test_batches_follow_beam_search_and_fan_out(variant):
     cache.reset()
     assert cache.get_seq_length() == 0
     assert state_bytes(cache) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_id_that_comes_back_is_another_document(kind):
+    model, ids = tiny_model(**KINDS[kind]), tokens()
+    again = torch.tensor([0] * 5 + [1] * 3 + [0] * 32).expand(2, -1)
+    for pieces in ([40], [8, 32], [3, 37]):
+        logits, _ = read_in_pieces(model, ids, pieces, document_ids=again)
+        torch.testing.assert_close(logits[:, 8:], model(ids[:, 8:]).logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_may_start_after_calls_without_ids(kind):
+    model, ids = tiny_model(**KINDS[kind]), tokens()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache, use_cache=True)
+    other = torch.full((2, 32), 3)
+    logits = model(ids[:, 8:], document_ids=other, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, model(ids[:, 8:]).logits, rtol=0, atol=1e-10)

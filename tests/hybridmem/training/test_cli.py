@@ -138,6 +138,8 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(data__init_args__pattern="*.md"), "no file that matches pattern='*.md'"),
         (dict(data__init_args__tokenizer="/no/such/tokenizer"), "/no/such/tokenizer"),
         (dict(data__init_args__sequence_length=100_000), "lower one of them, or give more text"),
+        (dict(model__init_args__config__attention_widow=8), "attention_widow' is not accepted"),
+        (dict(model__init_args__attn_implementation="foo"), 'attn_implementation="foo"'),
         (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
     ],
@@ -148,9 +150,21 @@ def test_impossible_settings_stop_before_training_with_one_line(tmp_path, monkey
         hybridmem(monkeypatch, "fit", "--config", config)
     error = capsys.readouterr().err
     assert stopped.value.code != 0
-    assert message in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("hybridmem: error: ")
+    assert message in last
     assert "Traceback" not in error
+    assert "Namespace" not in error
     assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_new_run_keeps_out_of_another_ones_folder(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path)
+    hybridmem(monkeypatch, "fit", "--config", config, "--trainer.max_steps", 3)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert "holds step=1.ckpt of an earlier run" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch, capsys):
