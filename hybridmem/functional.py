@@ -56,8 +56,8 @@ class _Normalize(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
@@ -102,8 +102,8 @@ class _CausalConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, same_document = ctx.saved_tensors
         time = grad.shape[1]
@@ -149,8 +149,8 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, -1), None, None
