@@ -133,6 +133,9 @@ class HybridMemConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.num_persistent_tokens < 0:
             raise ValueError(f"num_persistent_tokens={self.num_persistent_tokens} must be 0 or more")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -152,7 +155,7 @@ class HybridMemConfig(PreTrainedConfig):
         """Check the memory's settings."""
         if self.memory_step not in MEMORY_STEPS:
             raise ValueError(f"memory_step={self.memory_step!r} is unknown; choose one of {', '.join(MEMORY_STEPS)}")
-        if self.memory_max_grad_norm is not None and self.memory_max_grad_norm <= 0:
+        if self.memory_max_grad_norm is not None and not self.memory_max_grad_norm > 0:
             raise ValueError(f"memory_max_grad_norm={self.memory_max_grad_norm} must be above 0, or null for no bound")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be in [0, 1)")
