@@ -48,7 +48,9 @@ class HybridMemConfig(PreTrainedConfig):
         rms_norm_eps: added to mean squares.
 
     Raises:
-        ValueError: a value or a combination that cannot work; the message names the setting and the remedy.
+        StrictDataclassClassValidationError: a combination that cannot work; the message names the setting and the
+            remedy (huggingface_hub.errors; its cause is a ValueError).
+        StrictDataclassFieldValidationError: a value of the wrong type.
     """
 
     model_type = "hybridmem"
@@ -62,13 +64,13 @@ class HybridMemConfig(PreTrainedConfig):
     num_key_value_heads: int = 4
     head_dim: int = 64
     max_position_embeddings: int = 1_048_576
-    rope_theta: float = 10_000.0
-    partial_rotary_factor: float = 0.5
+    rope_theta: int | float = 10_000.0
+    partial_rotary_factor: int | float = 0.5
     variant: str = "mag"
     layer_types: list[str] | None = None
     attention_window: int = 256
     attention_conv: bool = False
-    attention_dropout: float = 0.0
+    attention_dropout: int | float = 0.0
     segment_length: int = 256
     num_persistent_tokens: int = 4
     memory_depth: int = 1
@@ -80,9 +82,9 @@ class HybridMemConfig(PreTrainedConfig):
     memory_momentum: bool = True
     memory_forgetting: bool = True
     memory_conv_size: int = 4
-    memory_max_grad_norm: float | None = 1.0
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    memory_max_grad_norm: int | float | None = 1.0
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -142,6 +144,11 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is no token of a vocabulary of {self.vocab_size}; raise "
+                "vocab_size or choose another token"
             )
         if not 0 <= self.partial_rotary_factor <= 1:
             raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in [0, 1]")

@@ -1,5 +1,6 @@
 """The language model: decoder layers of any variant, and what transformers expects around them."""
 
+import math
 from typing import Any
 
 import torch
@@ -147,7 +148,9 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         """Write gently, forget slowly: heads start with half-lives from some tens to some thousands of tokens."""
         heads = memory.heads
         alpha = -torch.linspace(4, 8, heads) if heads > 1 else torch.tensor([-6.0])
-        write = torch.zeros(heads)
+        # A deep memory's chunk moves the weights from one point: its tokens share a single token's step.
+        gentle = math.log(self.config.memory_chunk_size) if self.config.memory_depth > 1 else 0.0
+        write = torch.full((heads,), -gentle)
         eta = torch.zeros(heads) if memory.momentum_depends_on_token else torch.zeros(0)
         init.normal_(memory.gate_proj.weight, std=self.config.initializer_range)
         init.copy_(memory.gate_proj.bias, torch.cat((alpha, write, eta)))

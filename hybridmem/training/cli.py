@@ -96,8 +96,12 @@ class HybridMemCLI(LightningCLI):
 
     def _check_folder(self, root: Path, fresh: bool) -> None:
         """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""
-        root.mkdir(parents=True, exist_ok=True)
-        if not os.access(root, os.W_OK):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            writable = os.access(root, os.W_OK)
+        except OSError:  # a file of that name, or a file system that takes no folders
+            writable = False
+        if not writable:
             raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
         held = sorted(root.glob("*.ckpt"))
         if fresh and held:

@@ -1,7 +1,9 @@
 """What users of transformers do with a model works with ours."""
 
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +288,21 @@ def test_a_piece_of_padding_alone_is_read(kind):
     settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     out = model.generate(padded, attention_mask=mask, prefill_chunk_size=4, **settings)
     assert torch.equal(out[:, 9:], greedy(model, ids, 5))
+
+
+def test_a_deep_memory_starts_with_gradients_as_tame_as_a_linear_one():
+    text = Path(inspect.__file__).read_bytes()[: 4 * 1024]
+    ids = torch.tensor(list(text)).view(4, 1024)
+    shape = dict(hidden_size=128, num_hidden_layers=3, memory_head_dim=32, memory_chunk_size=32, attention_window=64)
+    norms = {}
+    for depth in (1, 2, 3):
+        torch.manual_seed(0)
+        model = HybridMemForCausalLM(tiny_config(memory_depth=depth, attention_conv=True, vocab_size=256, **shape))
+        model(ids, labels=ids).loss.backward()
+        norms[depth] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert max(norms[2], norms[3]) < 2 * norms[1]
+
+
+def test_whole_numbers_stand_for_real_ones():
+    config = tiny_config(rope_theta=10_000, attention_dropout=0, memory_max_grad_norm=1, partial_rotary_factor=1)
+    assert config.rope_theta == 10_000

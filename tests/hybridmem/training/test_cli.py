@@ -141,6 +141,8 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__config__attention_widow=8), "attention_widow' is not accepted"),
         (dict(model__init_args__attn_implementation="foo"), 'attn_implementation="foo"'),
         (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),
+        (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is no token of a vocabulary of 259"),
+        (dict(trainer__default_root_dir=__file__), "cannot be written to: choose another folder"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
     ],
 )
