@@ -175,7 +175,7 @@ class ShortRangeAttention(nn.Module):
                 "flash_attention_2 cannot show mac's segments what the memory recalls: set attn_implementation to "
                 "'sdpa' or 'flex_attention'"
             )
-        keys, values = self._with_persistent(keys, values)
+        keys, values = self.with_persistent(keys, values)
         mask: Any
         if implementation == "flex_attention":
             rows = None if visible.query_documents is None else len(visible.query_documents)
@@ -208,7 +208,7 @@ class ShortRangeAttention(nn.Module):
 
     def _attend_unmasked(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """One token that sees all, or a plain causal row: fused kernels skip what a mask would hide."""
-        keys, values = self._with_persistent(keys, values)
+        keys, values = self.with_persistent(keys, values)
         front = self.num_persistent if q.shape[2] > 1 else 0
         # Persistent tokens become the first tokens of the row; what they would answer is dropped.
         out, weights = self._call(F.pad(q, (0, 0, front, 0)), keys, values, None)
@@ -231,7 +231,7 @@ class ShortRangeAttention(nn.Module):
             if len(mask) == blocks != len(q):
                 mask = mask.expand(batch, *mask.shape).flatten(0, 1)
             sequence.memo[memo] = mask
-        out, _ = self._call(q, *self._with_persistent(keys, values), sequence.memo[memo])
+        out, _ = self._call(q, *self.with_persistent(keys, values), sequence.memo[memo])
         return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time], None
 
     def _fold_visibility(
@@ -264,7 +264,7 @@ class ShortRangeAttention(nn.Module):
                 "attn_implementation='sdpa' or 'flex_attention' for packed documents"
             )
         mask = None if documents is None else (documents >= 0).long()
-        keys, values = self._with_persistent(keys, values)
+        keys, values = self.with_persistent(keys, values)
         return self._call(q, keys, values, mask, sliding_window=self.window)
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -278,7 +278,7 @@ class ShortRangeAttention(nn.Module):
         """Tokens that are always seen."""
         return 0 if self.persistent_tokens is None else len(self.persistent_tokens)
 
-    def _with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the persistent tokens' keys and values in front.
 
         They have no position, so their keys leave the channels that turn empty: a query's score with them must

@@ -61,9 +61,9 @@ class HybridMemLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.variant = layer_idx, config.layer_type(layer_idx)
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MIXERS[config.layer_type(layer_idx)](config, layer_idx)
+        self.mixer = MIXERS[self.variant](config, layer_idx)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward = FeedForward(config)
 

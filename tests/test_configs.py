@@ -11,6 +11,8 @@ from .hybridmem.training.runs import hybridmem, write_text
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 COMPLETE = [path for path in CONFIGS if path.parent.name != "overlays"]
+PRETRAINING = [path for path in COMPLETE if path.parent.name != "rl"]
+WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
 OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -74,13 +76,38 @@ def tiny_run(path: Path, folder: Path) -> list[str]:
         }
     else:
         options |= {"data.init_args.path": write_text(folder / "text"), "data.init_args.pattern": "*.txt"}
+    return as_arguments(options)
+
+
+def as_arguments(options: dict[str, object]) -> list[str]:
+    """Settings as a command line gives them."""
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize("path", COMPLETE, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: str(p.relative_to(ROOT)))
 def test_takes_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
     hybridmem(monkeypatch, "fit", "--config", path, *tiny_run(path, tmp_path))
     assert (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+    shape = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+    short = {
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 2,
+        "data.init_args.batch_size": 2,
+        "data.init_args.num_val": 4,
+        "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+    }
+    start, run = tmp_path / "start", tmp_path / "run"
+    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(shape | short | {"trainer.default_root_dir": start}))
+    by_reward = path.with_name(path.name.replace("_warmup", ""))
+    short |= {"trainer.default_root_dir": run, "model.init_args.model": start / "last.ckpt"}
+    hybridmem(monkeypatch, "fit", "--config", by_reward, *as_arguments(short))
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
+    assert (exported / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,10 +1,11 @@
-"""Text as rows of tokens: from files, or streamed from the Hugging Face hub."""
+"""Rows of tokens: text from files or streamed from the Hugging Face hub, and tasks with checkable answers."""
 
 from .corpora import Document, list_documents, standard_library_files
 from .hub import HubDataModule
 from .module import TextDataModule
 from .order import EndlessSampler
 from .packing import ContinuousRows, PackedRows
+from .tasks import TaskDataModule
 from .tokenizer import byte_tokenizer, load_tokenizer, token_byte_lengths
 from .tokens import Corpus, tokenize
 
@@ -15,6 +16,7 @@ __all__ = [
     "EndlessSampler",
     "HubDataModule",
     "PackedRows",
+    "TaskDataModule",
     "TextDataModule",
     "byte_tokenizer",
     "list_documents",

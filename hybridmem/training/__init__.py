@@ -2,6 +2,7 @@
 
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
 from .optimizers import MatrixOptimizer, decay_groups
+from .policy import PolicyModule
 from .pretrain import PretrainModule
 from .schedules import WarmupCosine, WarmupStableDecay
 
@@ -9,6 +10,7 @@ __all__ = [
     "GracefulStop",
     "MatrixOptimizer",
     "MemoryMonitor",
+    "PolicyModule",
     "PretrainModule",
     "RandomState",
     "WarmupCosine",

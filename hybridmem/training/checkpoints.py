@@ -100,6 +100,19 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def model_of_checkpoint(checkpoint: dict[str, Any]) -> HybridMemForCausalLM:
+    """The model that a checkpoint holds, with its averaged weights (EMA) where it has them."""
+    config = HybridMemConfig(**{k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED})
+    model = HybridMemForCausalLM(config)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("model.")
+    }
+    model.load_state_dict(weights)
+    return model
+
+
 def export(ckpt_path: Path, output: Path) -> None:
     """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code.
 
@@ -109,18 +122,12 @@ def export(ckpt_path: Path, output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
     checkpoint = load_checkpoint(ckpt_path)
-    config = HybridMemConfig(**{k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED})
     tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    model = model_of_checkpoint(checkpoint)
     if tokenizer is not None:
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    model = HybridMemForCausalLM(config)
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith("model.")
-    }
-    model.load_state_dict(weights)
+        ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        model.config.update(ends | dict(pad_token_id=tokenizer.pad_token_id))
+        model.generation_config.update(**ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)

@@ -19,8 +19,10 @@ from .callbacks import GracefulStop, RandomState
 from .checkpoints import check_same_model, export, load_checkpoint
 from .errors import CommandParser, SettingsError, TrainingParser, settings_errors
 from .generate import generate
+from .policy import PolicyModule
 from .pretrain import PretrainModule
 
+Trained = PretrainModule | PolicyModule
 COMMANDS = {"export": export, "generate": generate}
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
@@ -72,7 +74,7 @@ class HybridMemCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if isinstance(self.model, PretrainModule) and subcommand == "fit" and not self.model.has_started:
+            if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
                 with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
                     raise error
             raise
@@ -82,7 +84,7 @@ class HybridMemCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
-        if not isinstance(self.model, PretrainModule):
+        if not isinstance(self.model, Trained):
             return
         self.model.check_data(self.datamodule)
         if subcommand == "fit":
@@ -92,7 +94,9 @@ class HybridMemCLI(LightningCLI):
         if subcommand == "test":
             self.datamodule.test_dataloader()  # needles that do not fit are found now
         if path and path not in ("last", "best", "hpc", "registry"):
-            check_same_model(self.model.config, load_checkpoint(path, weights=False))
+            checkpoint = load_checkpoint(path, weights=False)
+            if isinstance(self.model, PretrainModule):
+                check_same_model(self.model.config, checkpoint)
 
     def _check_folder(self, root: Path, fresh: bool) -> None:
         """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""

@@ -1,6 +1,15 @@
-"""The operators under hybridmem: a neural memory's scans, needing nothing but torch."""
+"""The operators under hybridmem: a neural memory's scans, attention as a policy; nothing needed but torch."""
 
+from .attention_divergence import AttentionStats, attention_divergence
 from .memory_mlp_scan import MemoryMLPState, memory_mlp, memory_mlp_scan
 from .memory_scan import MemoryState, memory_scan
 
-__all__ = ["MemoryMLPState", "MemoryState", "memory_mlp", "memory_mlp_scan", "memory_scan"]
+__all__ = [
+    "AttentionStats",
+    "MemoryMLPState",
+    "MemoryState",
+    "attention_divergence",
+    "memory_mlp",
+    "memory_mlp_scan",
+    "memory_scan",
+]

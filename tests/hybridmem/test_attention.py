@@ -32,7 +32,7 @@ def sequence(time, past=0, documents=None):
 def by_definition(layer, x, documents=None):
     """Softmax over [persistent, tokens of the window and document], token by token."""
     q, k, v, _ = layer.project(x, None, sequence(x.shape[1]))
-    k, v = layer._with_persistent(k, v)
+    k, v = layer.with_persistent(k, v)
     k, v = (y.repeat_interleave(layer.num_key_value_groups, dim=1) for y in (k, v))
     persistent, out = layer.num_persistent, []
     for t in range(x.shape[1]):

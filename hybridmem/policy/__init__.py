@@ -1,0 +1,24 @@
+"""Attention as the policy: objectives on tokens, and rewards."""
+
+from .attention_rl import AttentionRL
+from .objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO, TokenObjective, group_advantages, groups_with_signal
+from .recorder import AttentionRecorder
+from .rewards import FormatReward, OverlongPenalty, Rewards, RewardSum, check_columns
+
+__all__ = [
+    "CISPO",
+    "DAPO",
+    "GRPO",
+    "GSPO",
+    "AttentionRL",
+    "AttentionRecorder",
+    "DrGRPO",
+    "FormatReward",
+    "OverlongPenalty",
+    "RewardSum",
+    "Rewards",
+    "TokenObjective",
+    "check_columns",
+    "group_advantages",
+    "groups_with_signal",
+]

@@ -1,0 +1,331 @@
+"""Token objectives: an algorithm is a type whose defaults are its published setting; the rest are pure functions.
+
+A prompt is answered `num_generations` times, and the answers, its group, stand next to one another. What an answer got
+above its group's mean is its advantage A. With r = π_θ / π_old, the policy's probability of a generated token over the
+rollout's, the token loses
+
+    −min(r A, clip(r, 1 − ε, 1 + ε_high) A)        GRPO and its descendants
+    −sg(min(r, ε_high)) A log π_θ                  CISPO, where sg lets no gradient through
+
+and β KL(π_θ ‖ π_ref), estimated by k3. Settings have TRL's names and meaning, and at equal settings the loss is TRL's.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+SCALES = ("group", "batch", "none")
+
+STD_EPS = 1e-4  # TRL's; equal rewards have advantages of 0, not 0 / 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenObjective(ABC):
+    """A loss on generated tokens; the algorithms below say what a token loses.
+
+    Args:
+        importance_sampling_level: `token`, or `sequence`: one ratio for a response, its tokens' geometric mean.
+        loss_type: what the tokens' losses are divided by. `grpo`: each response's by its length, then the mean over
+            responses; `bnpo`: by the tokens of the call; `dapo`: by the tokens of the whole generation batch;
+            `dr_grpo`: by responses × max_completion_length.
+        scale_rewards: the standard deviation that advantages are divided by: of the `group`, of the `batch`, `none`.
+        beta: weight of the KL divergence from a reference model; 0 needs none.
+        use_bias_correction_kl: weigh each token's KL by its ratio, so that the KL's gradient is unbiased. TRL does so
+            by default, the papers do not.
+        mask_truncated_completions: leave responses that were cut off out of the loss.
+        dynamic_sampling: replace groups whose rewards are all equal by groups of other prompts.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    importance_sampling_level: str = "token"
+    loss_type: str = "grpo"
+    scale_rewards: str = "group"
+    beta: float = 0.0
+    use_bias_correction_kl: bool = False
+    mask_truncated_completions: bool = False
+    dynamic_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+        _check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        _check_choice("scale_rewards", self.scale_rewards, SCALES)
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be 0, for no reference model, or a positive number")
+
+    @abstractmethod
+    def policy_loss(
+        self,
+        ratio: Float[Tensor, "responses #length"],
+        logps: Float[Tensor, "responses length"],
+        advantages: Float[Tensor, "responses 1"],
+    ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
+        """What each token loses, and where its ratio was clipped, under the metric's name."""
+
+    def loss(
+        self,
+        logps: Float[Tensor, "responses length"],
+        old_logps: Float[Tensor, "responses length"],
+        advantages: Float[Tensor, " responses"],
+        mask: Bool[Tensor, "responses length"],
+        ref_logps: Float[Tensor, "responses length"] | None = None,
+        num_items: int | float | Shaped[Tensor, ""] | None = None,
+        max_completion_length: int | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss of some responses, to be averaged over accumulation steps and processes, and its metrics.
+
+        Args:
+            logps: log-probabilities of the generated tokens under the policy, in nats.
+            old_logps: those under the policy that sampled the tokens.
+            advantages: the responses' own.
+            mask: the tokens that carry loss, the end of text among them. What stands elsewhere does not matter.
+            ref_logps: those under the reference model. At beta=0 they are measured only.
+            num_items: for `dapo`: tokens that carry loss in the generation batch, of all processes, divided by the
+                number of calls that the batch is split into.
+            max_completion_length: for `dr_grpo`: the most tokens that a response can have.
+
+        Returns:
+            The loss, and metrics under TRL's names: `clip_ratio/low_mean`, `clip_ratio/high_mean` and
+            `clip_ratio/region_mean`, or `cispo_clip_ratio`: shares of tokens (of responses where these have one ratio);
+            `kl` in nats, the mean over tokens.
+
+        Raises:
+            ValueError: ref_logps, num_items or max_completion_length is missing where it is needed.
+        """
+        if self.beta and ref_logps is None:
+            raise ValueError(f"beta={self.beta} holds the policy to a reference model: pass ref_logps, or set beta=0")
+        logps, old_logps = logps.masked_fill(~mask, 0), old_logps.masked_fill(~mask, 0)
+        ratio = importance_ratio(logps, old_logps, mask, self.importance_sampling_level)
+        token_loss, clipped = self.policy_loss(ratio, logps, advantages[:, None])
+        metrics = {name: _mean(where.to(logps), mask) for name, where in clipped.items()}
+        if ref_logps is not None:
+            kl = kl_estimate(logps, ref_logps.masked_fill(~mask, 0))
+            kl = kl * ratio if self.use_bias_correction_kl else kl
+            metrics["kl"] = _mean(kl.detach(), mask)
+            token_loss = token_loss + self.beta * kl if self.beta else token_loss
+        return aggregate(token_loss, mask, self.loss_type, num_items, max_completion_length), metrics
+
+    def loss_mask(
+        self, mask: Bool[Tensor, "responses length"], truncated: Bool[Tensor, " responses"]
+    ) -> Bool[Tensor, "responses length"]:
+        """The tokens that carry loss, when `truncated` says which responses were cut off."""
+        return mask & ~truncated[:, None] if self.mask_truncated_completions else mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(TokenObjective):
+    """Group relative policy optimisation (arXiv 2402.03300): the ratio is clipped, so that no step goes far.
+
+    Args:
+        epsilon: how far below 1 a ratio may fall, above 0, before the token has no more gradient.
+        epsilon_high: how far above 1 it may rise; None is epsilon.
+        delta: bound on the ratio where the advantage is negative and nothing else bounds it (arXiv 2505.07291).
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    beta: float = 0.04
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("epsilon", self.epsilon), ("epsilon_high", self.upper)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be above 0: no ratio but 1 would have a gradient")
+        if self.delta is not None and not self.delta > 1 + self.upper:
+            raise ValueError(
+                f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper:g}, or it would bound every ratio"
+            )
+
+    @property
+    def upper(self) -> float:
+        """How far above 1 a ratio may rise."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def policy_loss(
+        self,
+        ratio: Float[Tensor, "responses #length"],
+        logps: Float[Tensor, "responses length"],
+        advantages: Float[Tensor, "responses 1"],
+    ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
+        """−min(r A, clip(r, 1 − ε, 1 + ε_high) A), with r at most delta."""
+        low, high = 1 - self.epsilon, 1 + self.upper
+        bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        loss = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
+        is_low, is_high = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+        return loss, {
+            "clip_ratio/low_mean": is_low,
+            "clip_ratio/high_mean": is_high,
+            "clip_ratio/region_mean": is_low | is_high,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrGRPO(GRPO):
+    """GRPO done right (arXiv 2503.20783): no division by length, which spares long failures, nor by deviation."""
+
+    loss_type: str = "dr_grpo"
+    scale_rewards: str = "none"
+    beta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAPO(GRPO):
+    """DAPO (arXiv 2503.14476): clip higher, every token counts the same, groups without signal are sampled again.
+
+    Its soft overlong punishment is a reward, `OverlongPenalty`; masking what was cut off would hide it.
+    """
+
+    epsilon_high: float | None = 0.28
+    loss_type: str = "dapo"
+    beta: float = 0.0
+    dynamic_sampling: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(GRPO):
+    """Group sequence policy optimisation (arXiv 2507.18071): a response has one ratio, which is clipped as a whole."""
+
+    epsilon: float = 3e-4
+    epsilon_high: float | None = 4e-4
+    importance_sampling_level: str = "sequence"
+    beta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(TokenObjective):
+    """CISPO (MiniMax-M1, arXiv 2506.13585): the ratio is a bounded weight, and every token keeps its gradient.
+
+    Args:
+        epsilon_high: bound on the weight itself, as in TRL, not on its distance from 1. MiniMax-M1 does not tell its
+            own; this is ScaleRL's (arXiv 2510.13786).
+    """
+
+    epsilon_high: float = 5.0
+    loss_type: str = "dapo"
+    dynamic_sampling: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.epsilon_high > 1:
+            raise ValueError(
+                f"epsilon_high={self.epsilon_high} must be above 1: in CISPO it bounds the ratio itself, which is 1 "
+                "before the first step"
+            )
+
+    def policy_loss(
+        self,
+        ratio: Float[Tensor, "responses #length"],
+        logps: Float[Tensor, "responses length"],
+        advantages: Float[Tensor, "responses 1"],
+    ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
+        """−sg(min(r, ε_high)) A log π_θ."""
+        loss = -ratio.detach().clamp(max=self.epsilon_high) * advantages * logps
+        return loss, {"cispo_clip_ratio": (ratio > self.epsilon_high) & (advantages > 0)}
+
+
+def group_advantages(
+    rewards: Float[Tensor, " responses"], num_generations: int, scale_rewards: str = "group"
+) -> Float[Tensor, " responses"]:
+    """A = (R − mean of the group) / (std + 1e-4), the std (of n − 1) being the group's, the batch's or none.
+
+    Args:
+        rewards: of the generation batch of all processes, groups next to one another.
+        num_generations: responses of a group.
+        scale_rewards: `group`, `batch` or `none`, which divides by nothing.
+
+    Raises:
+        ValueError: a group of one, rewards that are not whole groups, or an unknown scale.
+    """
+    _check_choice("scale_rewards", scale_rewards, SCALES)
+    groups = _grouped(rewards, num_generations)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale_rewards == "group":
+        advantages = advantages / (groups.std(1, keepdim=True) + STD_EPS)
+    elif scale_rewards == "batch":
+        advantages = advantages / (rewards.std() + STD_EPS)
+    return advantages.flatten()
+
+
+def groups_with_signal(rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " groups"]:
+    """Which groups have rewards that differ; in the others every advantage is 0, and dynamic sampling replaces them.
+
+    Raises:
+        ValueError: a group of one, or rewards that are not whole groups.
+    """
+    groups = _grouped(rewards, num_generations)
+    return groups.amax(1) > groups.amin(1)
+
+
+def importance_ratio(
+    logps: Float[Tensor, "responses length"],
+    old_logps: Float[Tensor, "responses length"],
+    mask: Bool[Tensor, "responses length"],
+    level: str,
+) -> Float[Tensor, "responses #length"]:
+    """r = π_θ / π_old of every token, or its geometric mean over every response; off the mask both logs are 0."""
+    log_ratio = logps - old_logps
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.exp()
+
+
+def kl_estimate(
+    logps: Float[Tensor, "responses length"], ref_logps: Float[Tensor, "responses length"]
+) -> Float[Tensor, "responses length"]:
+    """The k3 estimate of KL(π_θ ‖ π_ref) from one token, in nats: π_ref/π_θ − log(π_ref/π_θ) − 1, never negative."""
+    log_ratio = ref_logps - logps
+    return log_ratio.exp() - log_ratio - 1
+
+
+def aggregate(
+    token_loss: Float[Tensor, "responses #length"],
+    mask: Bool[Tensor, "responses length"],
+    loss_type: str,
+    num_items: int | float | Shaped[Tensor, ""] | None = None,
+    max_completion_length: int | None = None,
+) -> Float[Tensor, ""]:
+    """One loss out of the tokens' (see TokenObjective's loss_type); responses without a token add 0.
+
+    Raises:
+        ValueError: `dapo` without num_items, or `dr_grpo` without max_completion_length.
+    """
+    summed = (token_loss * mask).sum(1)
+    if loss_type == "grpo":
+        return (summed / mask.sum(1).clamp(min=1)).mean()
+    if loss_type == "bnpo":
+        return summed.sum() / mask.sum().clamp(min=1)
+    if loss_type == "dapo":
+        if num_items is None:
+            raise ValueError("loss_type='dapo' divides by the tokens of the generation batch: pass num_items")
+        return summed.sum() / torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+    if max_completion_length is None:
+        raise ValueError("loss_type='dr_grpo' divides by the longest completion: pass max_completion_length")
+    return summed.mean() / max_completion_length
+
+
+def _mean(x: Float[Tensor, "responses #length"], mask: Bool[Tensor, "responses length"]) -> Float[Tensor, ""]:
+    weight = mask if x.shape == mask.shape else mask.any(1, keepdim=True)
+    return (x * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _grouped(rewards: Float[Tensor, " responses"], num_generations: int) -> Float[Tensor, "groups num_generations"]:
+    if num_generations < 2:
+        raise ValueError(
+            f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
+        )
+    if len(rewards) % num_generations:
+        raise ValueError(f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}")
+    return rewards.reshape(-1, num_generations)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -1,0 +1,206 @@
+"""Groups of sampled responses: each prompt is read once, then answered many times."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn; the names are TRL's.
+
+    Args:
+        max_completion_length: tokens of the longest response, its end among them.
+        temperature: the logits are divided by it; 0 takes the likeliest token.
+        top_k, top_p, min_p: leave out unlikely tokens; off by default, because the ratios of token objectives
+            assume the whole distribution.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length={self.max_completion_length} must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise ValueError(
+                f"temperature={self.temperature} and top_k={self.top_k} must be at least 0, top_p={self.top_p} in "
+                f"(0, 1] and min_p={self.min_p} in [0, 1)"
+            )
+
+
+class PromptBatch(NamedTuple):
+    """Prompts as a model reads them, padded on the left."""
+
+    input_ids: Int[Tensor, "prompts time"]
+    attention_mask: Bool[Tensor, "prompts time"] | None  # None: no padding
+    inputs_embeds: Float[Tensor, "prompts time hidden"] | None = None  # in place of input_ids, for images
+
+    def repeat(self, times: int) -> "PromptBatch":
+        """Each prompt `times` times, copies next to one another."""
+        return self._map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def select(self, rows: Tensor) -> "PromptBatch":
+        """Some of the prompts."""
+        return self._map(lambda x: x[rows])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
+        mask, embeds = (None if x is None else function(x) for x in self[1:])
+        return PromptBatch(function(self.input_ids), mask, embeds)
+
+
+class Completions(NamedTuple):
+    """Responses, those to one prompt next to one another."""
+
+    ids: Int[Tensor, "responses length"]  # the end of text among them, padding after it
+    mask: Bool[Tensor, "responses length"]  # which are tokens of the response
+    truncated: Bool[Tensor, " responses"]  # cut off before an end of text
+    sampled_logps: Float[Tensor, "responses length"]  # without top_k, top_p and min_p; 0 off the mask
+
+
+def pad_prompts(prompts: list[list[int]], pad_id: int, device: torch.device) -> PromptBatch:
+    """Token lists as a batch.
+
+    Raises:
+        ValueError: a prompt without a token.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    if not lengths.all():
+        raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty: a response needs a token to follow")
+    longest = int(lengths.max())
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).to(device)
+    return PromptBatch(ids, None if mask.all() else mask)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: PromptBatch,
+    num_generations: int,
+    sampling: Sampling,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    generator: torch.Generator | None = None,
+    prefill_once: bool = True,
+) -> Completions:
+    """Answer each prompt `num_generations` times.
+
+    Args:
+        model: a causal LM of transformers, in evaluation mode.
+        prompts: what to answer.
+        num_generations: responses to each prompt.
+        sampling: how tokens are drawn.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: what stands behind the end.
+        generator: of the random numbers.
+        prefill_once: read each prompt once and hand its state to all its responses; False: every response reads it,
+            which it must where responses read differently (attention exploration).
+    """
+    if not prefill_once:
+        prompts, fan_out = prompts.repeat(num_generations), 1
+    else:
+        fan_out = num_generations
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits = _read(model, prompts, cache)
+    if fan_out > 1:
+        cache.batch_repeat_interleave(fan_out)
+        logits = logits.repeat_interleave(fan_out, dim=0)
+    mask = None if prompts.attention_mask is None else prompts.attention_mask.repeat_interleave(fan_out, dim=0)
+    ends = torch.tensor(eos_token_ids, device=logits.device)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    ids, masks, logps = [], [], []
+    while True:
+        tokens, chosen = _draw(logits, sampling, generator)
+        ids.append(torch.where(finished, pad_token_id, tokens))
+        masks.append(~finished)
+        logps.append(chosen.masked_fill(finished, 0))
+        finished = finished | torch.isin(tokens, ends)
+        if len(ids) == sampling.max_completion_length or bool(finished.all()):
+            break
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+        logits = _read(model, PromptBatch(ids[-1][:, None], mask), cache)
+    return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
+
+
+def _read(model: Any, new: PromptBatch, cache: DynamicCache) -> Float[Tensor, "rows vocab"]:
+    """The logits behind the last of some new tokens."""
+    tokens = dict(input_ids=new.input_ids) if new.inputs_embeds is None else dict(inputs_embeds=new.inputs_embeds)
+    length = new.input_ids.shape[1]
+    if new.attention_mask is not None:
+        tokens["attention_mask"] = new.attention_mask.long()
+        tokens["position_ids"] = positions(new.attention_mask)[:, -length:]
+    return model(**tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+
+def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
+    """Each token's position behind the padding on the left."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _draw(
+    logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """A token for each row, and its log-probability."""
+    if sampling.temperature == 0:
+        logps = logits.log_softmax(-1)
+        tokens = logits.argmax(-1)
+    else:
+        logps = (logits / sampling.temperature).log_softmax(-1)
+        probabilities = _filtered(logps, sampling).exp()
+        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:
+    """Leave out all but the likeliest tokens, where the settings ask for it; a row keeps its best one."""
+    if 0 < sampling.top_k < logps.shape[-1]:
+        logps = logps.masked_fill(logps < logps.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.min_p > 0:
+        floor = logps.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        logps = logps.masked_fill(logps < floor, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logps.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        logps = logps.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return logps
+
+
+def completion_logps(
+    model: Any, prompts: PromptBatch, completions: Completions, temperature: float
+) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
+    """Log-probabilities of the generated tokens in one pass over prompts and responses, and the entropy at each.
+
+    Args:
+        model: the policy.
+        prompts: of each response, repeated.
+        completions: the responses.
+        temperature: that the logits are divided by; 0 counts as 1.
+    """
+    length = completions.ids.shape[1]
+    ids = torch.cat((prompts.input_ids, completions.ids), dim=1)
+    tokens: dict[str, Any] = dict(input_ids=ids)
+    if prompts.inputs_embeds is not None:
+        generated = model.get_input_embeddings()(completions.ids)
+        tokens = dict(inputs_embeds=torch.cat((prompts.inputs_embeds.to(generated.dtype), generated), dim=1))
+    if prompts.attention_mask is not None:
+        # What stands behind a response's end is seen by no token that counts.
+        mask = torch.nn.functional.pad(prompts.attention_mask, (0, length), value=True)
+        tokens |= dict(attention_mask=mask.long(), position_ids=positions(mask))
+    logits = model(**tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
+    logps = (logits / (temperature or 1.0)).log_softmax(-1)
+    chosen = logps.gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(-1)
+    return chosen, entropy

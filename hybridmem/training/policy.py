@@ -1,0 +1,436 @@
+"""Reinforcement learning as a Lightning module: rewards train tokens, attention, or both."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..modeling import HybridMemForCausalLM
+from ..policy.attention_rl import AttentionRL
+from ..policy.exploration import Noise, draw_noise, explored
+from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
+from ..policy.recorder import AttentionRecorder, LayerRecord
+from ..policy.rewards import RewardSum
+from ..policy.rollouts import Completions, PromptBatch, Sampling, completion_logps, pad_prompts, sample
+from .checkpoints import load_checkpoint, model_of_checkpoint
+from .optimizers import decay_groups
+from .pretrain import OptimizerFactory, SchedulerFactory
+from .schedules import WarmupCosine
+
+Example = dict[str, Any]
+
+
+@dataclass
+class Rollout:
+    """Prompts, the responses to them, and what they earned."""
+
+    prompts: list[list[int]]  # of each response
+    completions: Completions
+    rewards: Float[Tensor, " responses"]
+    noise: Noise | None = None  # that the responses were sampled under
+
+
+class PolicyModule(L.LightningModule):
+    """Trains a causal LM by reward, with objectives on its tokens, on its attention, or on both.
+
+    A training batch is a list of prompts. Each is answered `num_generations` times, the answers are rewarded, and the
+    objectives take `num_iterations` passes over them in `steps_per_generation` optimiser steps each. trainer.max_steps
+    counts optimiser steps.
+
+    Args:
+        model: a Hugging Face folder or name, or a checkpoint (.ckpt) of `hybridmem fit`.
+        objectives: their losses are added. At most one TokenObjective and one AttentionRL.
+        num_generations: responses to each prompt: a group, whose mean is the baseline.
+        max_completion_length: tokens of a response; None: what the task needs.
+        temperature, top_k, top_p, min_p: how responses are drawn (see Sampling).
+        num_iterations: passes over the responses.
+        steps_per_generation: optimiser steps that a pass is cut into.
+        reward_funcs: reward functions with TRL's signature; None: the task's own.
+        reward_weights: one for each; None: 1.
+        optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
+        lr_scheduler: made with the optimiser and the number of optimiser steps of the run.
+        max_grad_norm: gradients are cut to this norm; None: they are not.
+        lora: settings of PEFT's LoraConfig; None: all weights are trained.
+        attn_implementation: `sdpa`, or another that goes through transformers' registry.
+        seed: of the rollouts.
+
+    Raises:
+        ValueError: settings that cannot go together or that could change nothing, before training starts.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        objectives: list[TokenObjective | AttentionRL],
+        num_generations: int = 8,
+        max_completion_length: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        num_iterations: int = 1,
+        steps_per_generation: int = 1,
+        reward_funcs: list[Callable] | None = None,
+        reward_weights: list[float] | None = None,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory = WarmupCosine,
+        max_grad_norm: float | None = 1.0,
+        lora: dict[str, Any] | None = None,
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model_name, self.num_generations = model, num_generations
+        self.max_completion_length = max_completion_length
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.num_iterations, self.steps_per_generation = num_iterations, steps_per_generation
+        self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
+        self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
+        self.lora, self.attn_implementation = lora, attn_implementation
+        self.token_objective = _only(objectives, TokenObjective)
+        self.attention_rl = _only(objectives, AttentionRL)
+        self._check_settings()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model: Any = None
+        self._reference: list[PreTrainedModel] = []  # in a list: not a part of the module, nor of its checkpoints
+        self._waiting: list[Rollout] = []  # groups with signal that do not fill a batch yet
+        self._started = False
+
+    def _check_settings(self) -> None:
+        if self.token_objective is None and self.attention_rl is None:
+            raise ValueError("objectives is empty: name a token objective (GRPO, …), AttentionRL, or both")
+        for name in ("num_iterations", "steps_per_generation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: a group of one has no advantage over itself; sample 2 or more"
+            )
+        attention = self.attention_rl
+        if attention is None:
+            return
+        if attention.weight and not attention.exploration and self.num_iterations * self.steps_per_generation == 1:
+            raise ValueError(
+                "AttentionRL compares with the rollout's attention, from which one optimiser step per rollout never "
+                "moves: its gradient would be zero. Set num_iterations or steps_per_generation to 2 or more, or "
+                "AttentionRL's exploration above 0"
+            )
+        if attention.exploration and self.dynamic_sampling:
+            raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+
+    @property
+    def dynamic_sampling(self) -> bool:
+        """Whether groups without signal are replaced."""
+        return self.token_objective is not None and self.token_objective.dynamic_sampling
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a training batch was begun: what fails earlier is a matter of settings."""
+        return self._started
+
+    def configure_model(self) -> None:
+        """Load the policy once, and the reference model where an objective needs one."""
+        if self.model is not None:
+            return
+        model = load_policy(self.model_name)
+        model.set_attn_implementation(self.attn_implementation)
+        if self.attention_rl is not None:
+            AttentionRecorder(model, self.attention_rl.layers)  # layers that are not there are found now
+        if self.token_objective is not None and self.token_objective.beta and self.lora is None:
+            self._reference = [copy.deepcopy(model).eval().requires_grad_(False)]
+        if self.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(**self.lora))
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        """Take tokenizer, task and rewards from the data."""
+        self.data: Any = self.trainer.datamodule
+        self.check_data(self.data)
+        functions = self.reward_funcs or [self.data.task.reward]
+        self.rewards = RewardSum(functions, self.reward_weights)
+        example = self.data.task.example("val", 0)
+        self.rewards.check_columns(example)
+        length = self.max_completion_length or self.data.task.max_completion_length
+        self.sampling = Sampling(
+            max_completion_length=length, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            min_p=self.min_p,
+        )  # fmt: skip
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a response: the tokenizer's and the model's own."""
+        own = self.model.generation_config.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        return sorted({self.data.end_id, *own})
+
+    def check_data(self, data: Any) -> None:
+        """Raise a ValueError when the data cannot be read by this model."""
+        if data.hparams.get("mode") != "prompts":
+            raise ValueError("reinforcement learning takes prompts: set data.init_args.mode to prompts")
+        if self.model is not None:
+            vocab_size = self.model.config.get_text_config().vocab_size
+            if data.vocab_size > vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {data.vocab_size} tokens but the model's vocab_size is {vocab_size}: set "
+                    "data.init_args.tokenizer to the model's own"
+                )
+
+    def check_schedule(self, max_steps: int) -> None:
+        """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
+        if max_steps < 1:
+            raise ValueError("trainer.max_steps must be given: it is the number of optimiser steps")
+        self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
+
+    def training_step(self, batch: list[Example], batch_idx: int) -> None:
+        """Sample, reward, and step."""
+        self._started = True
+        rollout = self.roll_out(batch)
+        if self.dynamic_sampling:
+            self._waiting.append(self._with_signal(rollout))
+            waiting = sum(len(part.prompts) for part in self._waiting)
+            if waiting < len(batch) * self.num_generations:
+                self.log("dynamic_sampling/waiting", float(waiting))
+                return
+            rollout, self._waiting = self._merged(len(batch) * self.num_generations), []
+        self.learn(rollout)
+
+    @torch.no_grad()
+    def roll_out(self, examples: list[Example]) -> Rollout:
+        """Answer and reward a batch of prompts, and log how it went under TRL's names."""
+        prompts = self._pad([self.data.prompt_tokens(example["prompt"]) for example in examples])
+        noise: Noise | None = None
+        looking: AbstractContextManager = nullcontext()
+        attention = self.attention_rl
+        if attention is not None and attention.exploration:
+            time = prompts.input_ids.shape[1] + self.sampling.max_completion_length
+            layers = list(AttentionRecorder(self.model, attention.layers).layers)
+            noise = draw_noise(
+                self.model, attention.target, layers, attention.exploration, len(examples), self.num_generations, time,
+                self.generator,
+            )  # fmt: skip
+            looking = explored(self.model, attention.target, noise)
+        with self._evaluating(), looking:
+            completions = sample(
+                self.model, prompts, self.num_generations, self.sampling, self.eos_token_ids, self.data.pad_id,
+                self.generator, prefill_once=noise is None,
+            )  # fmt: skip
+        repeated = [example for example in examples for _ in range(self.num_generations)]
+        texts, ids = self._texts(completions)
+        columns = {name: [example[name] for example in repeated] for name in repeated[0] if name != "prompt"}
+        rewards = self.rewards([example["prompt"] for example in repeated], texts, ids, **columns)
+        signal = groups_with_signal(rewards.total, self.num_generations)
+        lengths = completions.mask.sum(1).float()
+        self.log_dict(
+            {
+                **{name: value for name, value in self.rewards.metrics(rewards).items() if name != "reward"},
+                "frac_reward_zero_std": (~signal).float().mean(),
+                "completions/mean_length": lengths.mean(),
+                "completions/clipped_ratio": completions.truncated.float().mean(),
+            }
+        )
+        self.log("reward", rewards.total.mean(), prog_bar=True)
+        self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
+        tokens = [self.data.prompt_tokens(example["prompt"]) for example in examples]
+        return Rollout([p for p in tokens for _ in range(self.num_generations)], completions, rewards.total, noise)
+
+    def learn(self, rollout: Rollout) -> None:
+        """Take the optimiser steps that a rollout is good for."""
+        prompts = self._pad(rollout.prompts)
+        completions = Completions(*(x.to(self.device) for x in rollout.completions))
+        scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
+        advantages = group_advantages(rollout.rewards, self.num_generations, scale).to(self.device)
+        old = None
+        if self.steps_per_generation > 1 or rollout.noise is not None:
+            old = self._score_rollout(prompts, completions, rollout.noise)
+        ref_logps = self._reference_logps(prompts, completions)
+        counted = completions.mask
+        if self.token_objective is not None:
+            counted = self.token_objective.loss_mask(counted, completions.truncated)
+        num_items = counted.sum()
+        logs: dict[str, list[Tensor]] = {}
+        for _ in range(self.num_iterations):
+            for rows in torch.arange(len(advantages)).chunk(self.steps_per_generation):
+                if self.trainer.global_step >= self.trainer.max_steps:
+                    break
+                part = Completions(*(x[rows] for x in completions))
+                logps, entropy, records = self._score(prompts.select(rows), part)
+                if old is None:  # one step a pass: the first pass is the rollout's policy
+                    old = logps.detach(), {n: record.detach() for n, record in records.items()}
+                old_logps, old_records = old[0][rows], {n: record.select(rows) for n, record in old[1].items()}
+                noise = None if rollout.noise is None else {n: eps[rows] for n, eps in rollout.noise.items()}
+                loss = logps.new_zeros(())
+                mask, measured = counted[rows], {"entropy": (entropy * part.mask).sum() / part.mask.sum()}
+                if self.token_objective is not None:
+                    token_loss, metrics = self.token_objective.loss(
+                        logps, old_logps, advantages[rows], mask,
+                        ref_logps=None if ref_logps is None else ref_logps[rows],
+                        num_items=num_items / self.steps_per_generation,
+                        max_completion_length=self.sampling.max_completion_length,
+                    )  # fmt: skip
+                    loss, measured = loss + token_loss, measured | metrics
+                if self.attention_rl is not None:
+                    attention_loss, metrics = self.attention_rl.loss(
+                        records, old_records, advantages[rows], mask, noise
+                    )
+                    loss = loss + attention_loss
+                    measured |= {f"attention/{name}": value for name, value in metrics.items()}
+                difference = ((logps - part.sampled_logps).abs() * part.mask).detach()
+                if "sampling/sampling_logp_difference/max" not in logs:
+                    measured["sampling/sampling_logp_difference/mean"] = difference.sum() / part.mask.sum()
+                    measured["sampling/sampling_logp_difference/max"] = difference.max()
+                self._step(loss)
+                for name, value in {**measured, "loss": loss.detach()}.items():
+                    logs.setdefault(name, []).append(value.detach())
+        self.log_dict({name: torch.stack(values).mean() for name, values in logs.items()})
+
+    def _step(self, loss: Float[Tensor, ""]) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at optimiser step {self.trainer.global_step}: lower the learning rate, or "
+                "look at rewards and clipping; the last checkpoint is as it was"
+            )
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            self.log("grad_norm", norm)
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+
+    def _score(self, prompts: PromptBatch, completions: Completions) -> tuple[Tensor, Tensor, dict[int, LayerRecord]]:
+        """Log-probabilities, token entropies and what the objective's layers attended to."""
+        if self.attention_rl is None:
+            return *completion_logps(self.model, prompts, completions, self.temperature), {}
+        with AttentionRecorder(self.model, self.attention_rl.layers) as recorder:
+            return *completion_logps(self.model, prompts, completions, self.temperature), recorder.records
+
+    @torch.no_grad()
+    def _score_rollout(
+        self, prompts: PromptBatch, completions: Completions, noise: Noise | None
+    ) -> tuple[Tensor, dict[int, LayerRecord]]:
+        """The same under the policy that sampled, its exploration included."""
+        looking: AbstractContextManager = nullcontext()
+        if noise is not None and self.attention_rl is not None:
+            looking = explored(self.model, self.attention_rl.target, noise)
+        with looking:
+            logps, _, records = self._score(prompts, completions)
+        return logps, records
+
+    @torch.no_grad()
+    def _reference_logps(self, prompts: PromptBatch, completions: Completions) -> Tensor | None:
+        if self.token_objective is None or not self.token_objective.beta:
+            return None
+        if self.lora is not None:
+            with self.model.disable_adapter():
+                return completion_logps(self.model, prompts, completions, self.temperature)[0]
+        self._reference = [model.to(self.device) for model in self._reference]
+        return completion_logps(self._reference[0], prompts, completions, self.temperature)[0]
+
+    def _pad(self, prompts: list[list[int]]) -> PromptBatch:
+        return pad_prompts(prompts, self.data.pad_id, self.device)
+
+    def _texts(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
+        """Each response's text without its end, and its tokens with it."""
+        ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
+        bare = [[token for token in row if token not in self.eos_token_ids] for row in ids]
+        return self.data.tokenizer.batch_decode(bare), ids
+
+    def _evaluating(self) -> AbstractContextManager:
+        return _evaluation(self.model)
+
+    def _with_signal(self, rollout: Rollout) -> Rollout:
+        """The groups whose rewards differ."""
+        signal = groups_with_signal(rollout.rewards, self.num_generations)
+        rows = signal.repeat_interleave(self.num_generations).nonzero().squeeze(1)
+        completions = Completions(*(x[rows.to(x.device)] for x in rollout.completions))
+        return Rollout([rollout.prompts[n] for n in rows.tolist()], completions, rollout.rewards[rows])
+
+    def _merged(self, count: int) -> Rollout:
+        """The waiting groups as one rollout of `count` responses."""
+        parts = [part.completions for part in self._waiting]
+        length = max(part.ids.shape[1] for part in parts)
+        longer = [
+            Completions(
+                torch.nn.functional.pad(part.ids, (0, length - part.ids.shape[1]), value=self.data.pad_id),
+                torch.nn.functional.pad(part.mask, (0, length - part.mask.shape[1])),
+                part.truncated,
+                torch.nn.functional.pad(part.sampled_logps, (0, length - part.sampled_logps.shape[1])),
+            )
+            for part in parts
+        ]
+        completions = Completions(*(torch.cat(column)[:count] for column in zip(*longer, strict=True)))
+        prompts = [prompt for part in self._waiting for prompt in part.prompts]
+        return Rollout(prompts[:count], completions, torch.cat([part.rewards for part in self._waiting])[:count])
+
+    @torch.no_grad()
+    def validation_step(self, batch: list[Example], batch_idx: int) -> None:
+        """Reward and accuracy of the likeliest response to every held-out prompt."""
+        prompts = self._pad([self.data.prompt_tokens(example["prompt"]) for example in batch])
+        greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
+        with self._evaluating():
+            completions = sample(self.model, prompts, 1, greedy, self.eos_token_ids, self.data.pad_id)
+        texts, ids = self._texts(completions)
+        columns = {name: [example[name] for example in batch] for name in batch[0] if name != "prompt"}
+        rewards = self.rewards([example["prompt"] for example in batch], texts, ids, **columns)
+        self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
+        if "answer" in columns:
+            right = [text.rstrip() == answer for text, answer in zip(texts, columns["answer"], strict=True)]
+            self.log("val/accuracy", sum(right) / len(right), batch_size=len(batch), prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimiser; the schedule steps with it."""
+        optimizer = self.optimizer(decay_groups(self.model))
+        return [optimizer], [self.lr_scheduler(optimizer, self.trainer.max_steps)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the checkpoint holds and where the rollouts' random numbers stand."""
+        if isinstance(self.model, HybridMemForCausalLM):
+            checkpoint["hybridmem_config"] = self.model.config.to_dict()
+        checkpoint["tokenizer"] = self.data.hparams.get("tokenizer")
+        checkpoint["rollout_generator"] = self.generator.get_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the random numbers up again."""
+        self.generator.set_state(checkpoint["rollout_generator"])
+
+
+class _evaluation:
+    """A model in evaluation mode, for a while."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)
+
+
+def load_policy(name: str) -> Any:
+    """A causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`."""
+    path = Path(name)
+    if path.suffix == ".ckpt" or (path / "meta.pt").is_file():
+        return model_of_checkpoint(load_checkpoint(path))
+    return AutoModelForCausalLM.from_pretrained(name)
+
+
+def _only(objectives: Sequence[Any], kind: type) -> Any:
+    found = [objective for objective in objectives if isinstance(objective, kind)]
+    if len(found) > 1:
+        raise ValueError(f"objectives names {len(found)} of {kind.__name__}; keep one")
+    return found[0] if found else None

@@ -1,0 +1,128 @@
+"""Attention as a policy: how far it is from another one's, how spread out, and how much of it looks back."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..dispatch import choose_backend
+from .chunked import attention_divergence_chunked
+from .reference import AttentionPolicy, AttentionStats, attention_divergence_reference
+
+__all__ = ["AttentionStats", "attention_divergence"]
+
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+
+
+def attention_divergence(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch kv_heads columns dim"],
+    q_ref: Float[Tensor, "batch heads_ref queries dim_ref"],
+    k_ref: Float[Tensor, "batch kv_heads_ref columns_ref dim_ref"],
+    *,
+    scale: float | None = None,
+    scale_ref: float | None = None,
+    window: int | None = None,
+    window_ref: int | None = None,
+    num_persistent: int = 0,
+    num_persistent_ref: int = 0,
+    query_mask: Bool[Tensor, "batch queries"] | None = None,
+    key_mask: Bool[Tensor, "batch keys"] | None = None,
+    exclude_self: bool = True,
+    divergence: str = "jsd",
+    backend: str | None = None,
+) -> AttentionStats:
+    """Compare two attention policies at every query, without a queries × keys map (RAL, arXiv 2602.04884).
+
+    A policy is p_t(i) = mean over heads of the attention of query t to key i, restricted to the keys before t and
+    renormalised. p is that of (q, k); p_ref that of (q_ref, k_ref): the rollout's policy, or a teacher with other
+    heads.
+
+    Args:
+        q: queries after rotation: the last `queries` positions of the row, as with a cache.
+        k: keys after rotation, `num_persistent` + `keys` columns; kv heads are shared by groups of heads.
+        q_ref, k_ref: the same of the reference. They are constants: detached here, no gradient reaches them.
+        scale, scale_ref: what the scores are multiplied by; None: dim**-0.5.
+        window, window_ref: query t sees keys t - window < j <= t; None: all j <= t.
+        num_persistent, num_persistent_ref: columns in front of k that every query sees, window or not. They take
+            part in the softmax but not in the distribution.
+        query_mask: False for queries that do not count; only the positions that some row needs are worked on.
+        key_mask: False for padding, which nothing attends to. A padded query is a query like any other: leave it out
+            with `query_mask`.
+        exclude_self: leave t itself out of its distribution, as RAL does.
+        divergence: "jsd" = ½ KL(p ‖ m) + ½ KL(p_ref ‖ m) with m = ½ (p + p_ref), in [0, ln 2]; "kl" = KL(p_ref ‖ p),
+            which makes p cover p_ref; "reverse_kl" = KL(p ‖ p_ref). The KLs divide by at least 1e-8, so they stay
+            finite where the other policy does not look; no gradient pulls on a p below that floor.
+        backend: "torch" (default), tile by tile, or "reference", the definition with full maps.
+
+    Returns:
+        divergence, entropy of p, entropy of p_ref (nats), and mass, the share of p's attention that lay on the
+        support before it was renormalised; each (batch, queries), float32 (float64 for float64 queries). All are 0
+        where `query_mask` is False or the support is empty; the divergence also where the reference's is.
+        Gradients reach q and k through divergence, entropy and mass.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not go together; settings out of range; an unknown divergence
+            or backend.
+    """
+    policy = _policy("", q, k, scale, window, num_persistent)
+    policy_ref = _policy("_ref", q_ref.detach(), k_ref.detach(), scale_ref, window_ref, num_persistent_ref)
+    _check_together(policy, policy_ref, query_mask, key_mask)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence={divergence!r} does not exist; choose one of {', '.join(DIVERGENCES)}")
+    reference = choose_backend(backend) == "reference"
+    compare = attention_divergence_reference if reference else attention_divergence_chunked
+    return compare(policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
+
+
+def _policy(
+    suffix: str, q: Tensor, k: Tensor, scale: float | None, window: int | None, num_persistent: int
+) -> AttentionPolicy:
+    """Check what belongs to one policy; `suffix` tells the reference's arguments from the others."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"q{suffix}, k{suffix} must be (batch, heads, time, dim), got q{suffix} {tuple(q.shape)}, "
+            f"k{suffix} {tuple(k.shape)}"
+        )
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise ValueError(f"q{suffix}, k{suffix} must be floating point, got {q.dtype} and {k.dtype}")
+    if len(k) != len(q) or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k{suffix} must have the batch and dim of q{suffix} {tuple(q.shape)}, got {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the heads of q{suffix} must be a multiple of those of k{suffix}, got {q.shape[1]} and {k.shape[1]}"
+        )
+    if num_persistent < 0:
+        raise ValueError(f"num_persistent{suffix} must be at least 0, got {num_persistent}")
+    if window is not None and window < 1:
+        raise ValueError(f"window{suffix} must be at least 1, or None for no window, got {window}")
+    if q.shape[2] + num_persistent > k.shape[2]:
+        raise ValueError(
+            f"k{suffix} must hold num_persistent{suffix}={num_persistent} columns and a key for each of the "
+            f"{q.shape[2]} queries, got {k.shape[2]} columns"
+        )
+    return AttentionPolicy(q, k, q.shape[-1] ** -0.5 if scale is None else scale, window, num_persistent)
+
+
+def _check_together(
+    policy: AttentionPolicy, policy_ref: AttentionPolicy, query_mask: Tensor | None, key_mask: Tensor | None
+) -> None:
+    """Raise a ValueError when policies and masks are not about the same rows."""
+    q, q_ref = policy.q, policy_ref.q
+    if (len(q_ref), q_ref.shape[2]) != (len(q), q.shape[2]):
+        raise ValueError(f"q_ref must have the batch and queries of q {tuple(q.shape)}, got {tuple(q_ref.shape)}")
+    keys, keys_ref = (side.k.shape[2] - side.num_persistent for side in (policy, policy_ref))
+    if keys != keys_ref:
+        raise ValueError(
+            f"k and k_ref must hold as many keys beside their persistent ones, got {keys} and {keys_ref}: "
+            "check num_persistent and num_persistent_ref"
+        )
+    masks = {"query_mask": (query_mask, q.shape[2]), "key_mask": (key_mask, keys)}
+    for name, (mask, length) in masks.items():
+        if mask is not None and tuple(mask.shape) != (len(q), length):
+            raise ValueError(f"{name} must be (batch, {length}) = {(len(q), length)}, got {tuple(mask.shape)}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"{name} must be boolean (True: it counts), got {mask.dtype}")
+    tensors = {"k": policy.k, "q_ref": q_ref, "k_ref": policy_ref.k, "query_mask": query_mask, "key_mask": key_mask}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}")

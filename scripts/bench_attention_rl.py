@@ -1,0 +1,95 @@
+"""The divergence of two attention policies, tile by tile beside full maps: peak memory and time, forward and backward.
+
+    python scripts/bench_attention_rl.py [--output docs/attention_rl.json]
+
+One row, 4 heads of 32, every query counted. Each figure comes from a process of its own. Memory is the highest resident
+set of the first forward and backward, less what was resident before; time is the best of some more. Full maps are
+left out where they would pass --limit, judged by the length before: they grow with its square.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from hybridmem_kernels import attention_divergence
+
+HEADS, DIM = 4, 32
+NAMES = {"torch": "tile by tile", "reference": "full maps"}
+
+
+def resident_megabytes() -> float:
+    """The process's resident set."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def peak_megabytes() -> float:
+    """The highest that the resident set has been since the process began."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**10
+
+
+def compare(backend: str, length: int, window: int | None) -> None:
+    """One forward and backward, on inputs as they leave an attention layer."""
+    q, k, q_ref, k_ref = (torch.randn(1, HEADS, length, DIM) for _ in range(4))
+    q.requires_grad_()
+    k.requires_grad_()
+    stats = attention_divergence(q, k, q_ref, k_ref, window=window, window_ref=window, backend=backend)
+    (stats.jsd.mean() - 0.01 * stats.entropy.mean()).backward()
+
+
+def measure(backend: str, length: int, window: int | None, repeats: int, threads: int) -> dict[str, float]:
+    """Peak memory in MB and seconds."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    compare(backend, 64, window)  # what libraries set up once is not counted
+    start = resident_megabytes()
+    compare(backend, length, window)
+    peak = peak_megabytes() - start
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        compare(backend, length, window)
+        seconds.append(time.perf_counter() - began)
+    return {"peak_mb": round(peak, 1), "seconds": round(min(seconds), 4)}
+
+
+def main() -> None:
+    """Measure every length and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--window", type=int, help="of both policies; everything before without it")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=8, help="GB that full maps may take")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    print(f"{'':14}{'tokens':>8}{'peak MB':>10}{'seconds':>10}")
+    rows = []
+    for backend, name in NAMES.items():
+        last = None
+        for length in sorted(arguments.lengths):
+            if (
+                backend == "reference"
+                and last
+                and last["peak_mb"] * (length / last["tokens"]) ** 2 > arguments.limit * 1024
+            ):
+                print(f"{name:14}{length:>8,}   left out: more than {arguments.limit:g} GB")
+                break
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                figures = pool.apply(measure, (backend, length, arguments.window, arguments.repeats, arguments.threads))
+            last = {"tokens": length, **figures}
+            rows.append({"form": name, **last})
+            print(f"{name:14}{length:>8,}{last['peak_mb']:>10.1f}{last['seconds']:>10.3f}", flush=True)
+    if arguments.output:
+        settings = dict(heads=HEADS, dim=DIM, window=arguments.window, threads=arguments.threads)
+        arguments.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

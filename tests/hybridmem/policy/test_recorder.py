@@ -1,0 +1,149 @@
+"""What is recorded gives the attention that eager attention shows, and the model is left as it was."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from hybridmem.policy import AttentionRecorder
+from hybridmem.policy.distributions import attention
+
+from ..models import tiny_model, tokens
+
+SHAPE = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=128,
+)  # fmt: skip
+
+
+def neox():
+    shape = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
+    return GPTNeoXConfig(**shape, rotary_pct=0.5)
+
+
+OTHERS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, sliding_window=5, layer_types=["full_attention", "sliding_attention"]),
+    "gpt_neox": neox,
+}
+
+
+def other_model(name):
+    torch.manual_seed(0)
+    config = OTHERS[name]()
+    config.initializer_range = 0.3
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def expected(weights, queries):
+    """RAL's policy out of attention maps (batch, heads, time, time): mean over heads, self left out, renormalised."""
+    rows = weights.double().mean(1).tril(-1)
+    return (rows / rows.sum(-1, keepdim=True).clamp(min=1e-12))[:, -queries:]
+
+
+def eager_maps(model, ids, **arguments):
+    model.set_attn_implementation("eager")
+    maps = model(ids, output_attentions=True, use_cache=False, **arguments).attentions
+    model.set_attn_implementation("sdpa")
+    return maps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_families(name, padded):
+    model, ids = other_model(name), torch.randint(0, 50, (2, 17), generator=torch.Generator().manual_seed(1))
+    arguments = {}
+    if padded:
+        arguments["attention_mask"] = torch.ones_like(ids)
+        arguments["attention_mask"][1, :4] = 0
+    before = model(ids, use_cache=False, **arguments).logits
+    with AttentionRecorder(model, [0, 1]) as recorder:
+        during = model(ids, use_cache=False, **arguments).logits
+    assert torch.equal(before, during)
+    assert model.config._attn_implementation == "sdpa"
+    for number, weights in enumerate(eager_maps(model, ids, **arguments)):
+        found = attention(recorder.records[number], 12)
+        torch.testing.assert_close(found.double(), expected(weights, 12), rtol=0, atol=1e-5)
+    assert torch.equal(model(ids, use_cache=False, **arguments).logits, before)
+
+
+@torch.no_grad()
+def test_a_vision_language_model():
+    torch.manual_seed(0)
+    text = SHAPE | dict(rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
+    text.pop("head_dim")
+    vision = dict(hidden_size=16, depth=1, num_heads=2, out_hidden_size=32, intermediate_size=16)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    config._attn_implementation = "sdpa"
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    with AttentionRecorder(model) as recorder:
+        model(input_ids=ids, use_cache=False)
+    (record,) = recorder.records.values()
+    weights = eager_maps(model, ids)[-1]
+    torch.testing.assert_close(attention(record, 9).double(), expected(weights, 9), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["swa", "full", "mag", "mal"])
+def test_our_own_models(variant):
+    model, ids = tiny_model(variant=variant), tokens(time=20)
+    persistent = model.config.num_persistent_tokens
+    with AttentionRecorder(model, [0, 1]) as recorder:
+        model(ids, use_cache=False)
+    for number, weights in enumerate(eager_maps(model, ids)):
+        found = attention(recorder.records[number], 11)
+        torch.testing.assert_close(found, expected(weights[..., persistent:], 11), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_mac_attends_within_its_segment():
+    model, ids = tiny_model(variant="mac"), tokens(time=20)
+    persistent = model.config.num_persistent_tokens
+    with AttentionRecorder(model) as recorder:
+        model(ids, use_cache=False)
+    weights = eager_maps(model, ids)[-1][..., persistent + 20 :]  # columns: persistent, recalled, tokens
+    torch.testing.assert_close(attention(recorder.records[1], 13), expected(weights, 13), rtol=0, atol=1e-10)
+
+
+def test_records_carry_gradients_and_a_later_pass_replaces_them():
+    model, ids = tiny_model(variant="mag"), tokens(time=9)
+    with AttentionRecorder(model) as recorder:
+        model(ids, use_cache=False)
+        first = recorder.records[1]
+        model(ids[:, :5], use_cache=False)
+    assert recorder.records[1].attention.q.shape[2] == 5
+    attention(first, 4).square().sum().backward()
+    projection = model.model.layers[1].mixer.attention.qkv_proj.weight
+    assert projection.grad.abs().max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ours", "llama"])
+def test_a_pass_with_a_cache_holds_every_key(name):
+    model = tiny_model(variant="full", dtype=torch.float32) if name == "ours" else other_model(name)
+    ids = tokens(time=14)
+    with AttentionRecorder(model) as recorder:
+        model(ids, use_cache=False)
+        whole = attention(recorder.records[1], 4)
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        model(ids[:, 10:], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(attention(recorder.records[1], 4), whole, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_recorded_says_so():
+    model = tiny_model(variant="mag")
+    with pytest.raises(ValueError, match="must name different ones of the model's 2 layers"):
+        AttentionRecorder(model, [2])
+    with pytest.raises(ValueError, match="no causal attention modules"):
+        AttentionRecorder(torch.nn.Linear(1, 1))
+    other = other_model("llama")
+    other.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="set attn_implementation to 'sdpa'"), AttentionRecorder(other):
+        pass
+    model.activation_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="gradient_checkpointing"), AttentionRecorder(model):
+        pass

@@ -1,0 +1,136 @@
+"""Rollouts sample what the model says, and the training path agrees with them."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hybridmem.policy.exploration import draw_noise, explored
+from hybridmem.policy.recorder import AttentionRecorder
+from hybridmem.policy.rollouts import Sampling, completion_logps, pad_prompts, sample
+
+from ..models import tiny_model
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1], [8, 2, 8, 1, 8, 2]]
+SAMPLING = Sampling(max_completion_length=7, temperature=0.8)
+
+
+def model_of(kind):
+    if kind == "llama":
+        torch.manual_seed(0)
+        shape = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, initializer_range=0.3)).eval()
+    return tiny_model(torch.float32, variant=kind)
+
+
+def roll_out(model, prompts, seed=0, sampling=SAMPLING, **options):
+    batch = pad_prompts(prompts, 0, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    return batch.repeat(4), sample(model, batch, 4, sampling, [7, 11], 0, generator, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mag", "mac", "mal", "lmm", "swa", "full"])
+def test_the_training_path_gives_the_samplers_log_probabilities(kind):
+    model = model_of(kind)
+    prompts, completions = roll_out(model, PROMPTS)
+    logps, entropy = completion_logps(model, prompts, completions, SAMPLING.temperature)
+    mask = completions.mask
+    torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)
+    assert (entropy[mask] > 0).all()
+    assert logps.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "mag"])
+def test_reading_a_prompt_once_or_for_every_response_is_the_same(kind):
+    model = model_of(kind)
+    _, once = roll_out(model, PROMPTS)
+    _, each = roll_out(model, PROMPTS, prefill_once=False)
+    assert torch.equal(once.ids, each.ids)
+
+
+def test_a_response_ends_with_its_end_of_text_or_is_truncated():
+    _, completions = roll_out(model_of("full"), PROMPTS, sampling=Sampling(max_completion_length=30))
+    for ids, mask, truncated in zip(completions.ids, completions.mask, completions.truncated, strict=True):
+        response = ids[mask].tolist()
+        assert (response[-1] in (7, 11)) == (not truncated)
+        assert not {7, 11} & set(response[:-1])
+        assert (ids[~mask] == 0).all()
+        assert not truncated or len(response) == 30
+
+
+def test_temperature_zero_is_greedy():
+    model = model_of("llama")
+    _, completions = roll_out(model, PROMPTS[:1], sampling=Sampling(max_completion_length=6, temperature=0.0))
+    ids = torch.tensor(PROMPTS[:1])
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=[7, 11], pad_token_id=0)[0, 10:]
+    for row in completions.ids:
+        assert torch.equal(row[: len(expected)], expected)
+
+
+@pytest.mark.parametrize(("filters", "kept"), [(dict(top_k=2), 2), (dict(top_p=0.5), 1), (dict(min_p=0.9), 1)])
+def test_filters_leave_the_likeliest_tokens(filters, kept):
+    from hybridmem.policy.rollouts import _filtered
+
+    logps = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).log()
+    left = _filtered(logps, Sampling(max_completion_length=1, **filters))
+    assert int(left.isfinite().sum()) == kept
+    assert left[0, 0] == logps[0, 0]
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ValueError, match="max_completion_length=0"):
+        Sampling(max_completion_length=0)
+    with pytest.raises(ValueError, match="top_p=0"):
+        Sampling(max_completion_length=1, top_p=0.0)
+    with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
+        pad_prompts([[1], []], 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("llama", "attention"), ("swa", "attention"), ("mag", "allocation"), ("mag", "memory")]
+)
+def test_exploration_in_the_rollout_and_in_the_training_path_is_the_same(kind, target):
+    model = model_of(kind)
+    before = model(torch.tensor(PROMPTS[:1])).logits
+    prompts = pad_prompts(PROMPTS[:2], 0, torch.device("cpu"))
+    noise = draw_noise(model, target, [0, 1], 2.0, 2, 4, 17, torch.Generator().manual_seed(0))
+    for eps in noise.values():
+        torch.testing.assert_close(eps[0::2], -eps[1::2])
+    with explored(model, target, noise):
+        completions = sample(model, prompts, 4, SAMPLING, [7], 0, torch.Generator().manual_seed(1), prefill_once=False)
+        logps, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)
+    mask = completions.mask
+    torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)
+    plain, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)
+    assert (plain - logps)[mask].abs().max() > 0.01
+    assert torch.equal(model(torch.tensor(PROMPTS[:1])).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "swa"])
+def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
+    from hybridmem.policy.distributions import attention
+    from hybridmem.policy.exploration import with_noise
+
+    model = model_of(kind)
+    ids = torch.tensor(PROMPTS[:1])
+    noise = draw_noise(model, "attention", [1], 1.5, 1, 2, 10, torch.Generator().manual_seed(0))
+    maps = {}
+    with AttentionRecorder(model) as recorder:
+        model(ids.repeat(2, 1), use_cache=False)
+        record = recorder.records[1]
+    record.attention = with_noise(record.attention, noise[1])
+    found = attention(record, 10)
+    scores = record.attention.q @ record.attention.k.mT * record.attention.scale
+    assert scores.shape[1] == 4
+    with explored(model, "attention", noise), AttentionRecorder(model) as recorder:
+        model(ids.repeat(2, 1), use_cache=False)
+        maps = recorder.records[1]
+    maps.attention = with_noise(maps.attention, noise[1])
+    torch.testing.assert_close(attention(maps, 10), found, rtol=0, atol=1e-5)
+
+
+def test_exploration_that_is_not_defined_says_so():
+    with pytest.raises(ValueError, match="not defined in a layer of mac"):
+        draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
+    with pytest.raises(ValueError, match="not defined in a layer of swa"):
+        draw_noise(model_of("swa"), "allocation", [1], 1.0, 1, 2, 9, torch.Generator())

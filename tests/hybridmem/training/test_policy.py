@@ -1,0 +1,160 @@
+"""Reinforcement learning from the command line: it learns, resumes exactly, and says what is wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hybridmem import HybridMemForCausalLM
+from hybridmem.policy import DAPO, GRPO, AttentionRL
+from hybridmem.tasks.task import Split
+from hybridmem.training import PolicyModule
+
+from ..models import tiny_config
+from .runs import hybridmem, logged, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+ATTENTION = {"class_path": "hybridmem.policy.AttentionRL", "init_args": {}}
+TOKENS = {"class_path": "hybridmem.policy.GRPO", "init_args": {"beta": 0.0}}
+
+
+class Letters:
+    """Answer with a letter a: a reward that a model finds out in a few steps."""
+
+    @property
+    def max_completion_length(self) -> int:
+        """Two letters."""
+        return 2
+
+    def example(self, split: Split, index: int) -> dict[str, Any]:
+        """A prompt of a few letters."""
+        return {"prompt": "bcde"[index % 4] * 4, "answer": "a"}
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """The share of letters before m."""
+        return [sum(letter < "m" for letter in text) / 2 for text in completions]
+
+
+def write_config(folder, model="ours", **changes):
+    """A configuration of a few optimiser steps below `folder`."""
+    torch.manual_seed(0)
+    if model == "llama":
+        shape = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        policy = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1))
+    else:
+        policy = HybridMemForCausalLM(tiny_config(vocab_size=259, variant=model if model != "ours" else "mag"))
+    policy.save_pretrained(folder / "policy")
+    config = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0, "log_every_n_steps": 1, "default_root_dir": str(folder / "run"),
+            "enable_model_summary": False, "enable_progress_bar": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2},
+                }
+            ],
+        },
+        "model": {
+            "class_path": "hybridmem.training.PolicyModule",
+            "init_args": {
+                "model": str(folder / "policy"),
+                "num_generations": 4,
+                "num_iterations": 2,
+                "objectives": [TOKENS, ATTENTION],
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 1}},
+            },
+        },
+        "data": {
+            "class_path": "hybridmem.data.TaskDataModule",
+            "init_args": {"task": f"{__name__}.Letters", "mode": "prompts", "batch_size": 2, "num_val": 4},
+        },
+    }  # fmt: skip
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        part = config
+        for name in path:
+            part = part[name]
+        part[last] = value
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize("model", ["ours", "llama", "mac"])
+def test_a_run_trains_and_logs(tmp_path, monkeypatch, model):
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, model))
+    for name in (
+        "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
+        "entropy", "grad_norm", "loss", "attention/divergence", "attention/effective_span", "val/reward",
+        "val/accuracy",
+    ):  # fmt: skip
+        assert logged(tmp_path, name), name
+    assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
+
+
+def test_the_reward_rises(tmp_path, monkeypatch):
+    changes = dict(trainer__max_steps=60, data__init_args__batch_size=8, trainer__val_check_interval=30)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, "llama", **changes))
+    rewards = logged(tmp_path, "reward")
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+@pytest.mark.parametrize("objectives", ["both", "explored"])
+def test_resuming_goes_on_as_if_never_stopped(tmp_path, monkeypatch, objectives):
+    changes = {}
+    if objectives == "explored":
+        explored = {**ATTENTION, "init_args": {"exploration": 0.5, "positions": "predicting"}}
+        changes["model__init_args__objectives"] = [explored]
+    config = write_config(tmp_path, **changes)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    whole = weights(tmp_path / "run" / "step=6.ckpt")
+    resumed = ("--ckpt_path", tmp_path / "run" / "step=2.ckpt", "--trainer.default_root_dir", tmp_path / "again")
+    hybridmem(monkeypatch, "fit", "--config", config, *resumed)
+    again = weights(tmp_path / "again" / "step=6.ckpt")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_dynamic_sampling_and_lora(tmp_path, monkeypatch):
+    dapo = {"class_path": "hybridmem.policy.DAPO"}
+    lora = {"r": 2, "target_modules": "all-linear"}
+    changes = dict(model__init_args__objectives=[dapo], model__init_args__lora=lora)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, "llama", **changes))
+    state = weights(tmp_path / "run" / "step=6.ckpt")
+    assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in state.items())
+
+
+def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
+    changes = dict(model__init_args__objectives=[{**TOKENS, "init_args": {"beta": 0.1}}])
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    assert logged(tmp_path, "kl")[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__init_args__num_generations=1), "a group of one has no advantage"),
+        (dict(model__init_args__num_iterations=1), "its gradient would be zero"),
+        (dict(model__init_args__objectives=[]), "objectives is empty"),
+        (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
+        (dict(trainer__max_steps=-1), "trainer.max_steps must be given"),
+        (dict(model__init_args__model="/no/such/folder"), "/no/such/folder"),
+    ],
+)
+def test_settings_that_cannot_work_stop_before_training(tmp_path, monkeypatch, capsys, changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_one_step_is_enough_for_exploration_and_tokens():
+    PolicyModule("x", [AttentionRL(exploration=0.5)], num_iterations=1)
+    PolicyModule("x", [GRPO()], num_iterations=1)
+    with pytest.raises(ValueError, match="exploration does not go with dynamic_sampling"):
+        PolicyModule("x", [DAPO(), AttentionRL(exploration=0.5)])
