@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,8 +14,8 @@ from .distributions import TARGETS, Distribution, distribution
 from .exploration import Noise, with_noise
 from .recorder import AttentionRecord, LayerRecord
 
-Divergence = Literal["jsd", "kl", "reverse_kl"]
-Positions = Literal["generated", "predicting"]
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+POSITIONS = ("generated", "predicting")
 FLOOR = 1e-8  # of the probability that a KL divides by, as in the operator
 TINY = 1e-30
 
@@ -43,18 +42,14 @@ class AttentionRL:
     target: str = "attention"
     weight: float = 1.0
     layers: Sequence[int] = (-1,)
-    divergence: Divergence = "jsd"
-    positions: Positions = "generated"
+    divergence: str = "jsd"
+    positions: str = "generated"
     entropy_bonus: float = 0.0
-    min_span: float | None = None
+    min_span: int | float | None = None
     exploration: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("target", TARGETS),
-            ("divergence", get_args(Divergence)),
-            ("positions", get_args(Positions)),
-        ):
+        for name, choices in (("target", TARGETS), ("divergence", DIVERGENCES), ("positions", POSITIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
         if self.target == "unified" and self.exploration:
@@ -104,7 +99,7 @@ class AttentionRL:
         record: LayerRecord,
         old: LayerRecord,
         mask: Bool[Tensor, "responses length"],
-        noise: Float[Tensor, "responses heads time"] | None,
+        noise: Float[Tensor, "responses heads *time"] | None,
     ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
         """Divergence and entropy at the tokens that count, one layer."""
         length, shift = mask.shape[1], int(self.positions == "predicting")
