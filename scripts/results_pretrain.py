@@ -44,7 +44,7 @@ class Cell:
 MAG = {"variant": "mag"} | CONV
 MIXED = {"layer_types": ["swa", "mag", "swa"], "memory_heads": 4} | CONV
 SHAPE = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["model"]["init_args"]["config"]
-SHAPE |= {"layer_types": None, "attention_conv": False}
+SHAPE |= {"layer_types": None, "attention_conv": False, "memory_heads": 2}
 CELLS = {
     "swa": Cell({"variant": "swa"}),
     "swa + conv": Cell({"variant": "swa"} | CONV),
@@ -98,7 +98,7 @@ def command(name: str, seed: int) -> list[str]:
         "data.init_args.val_batch_size": 2,
         "data.init_args.max_val_bytes": 600_000,
     }
-    config = {"attention_conv": False} | CELLS[name].config
+    config = {"attention_conv": False, "memory_heads": 2} | CELLS[name].config
     config.setdefault("layer_types", [config.pop("variant", "mag")] * SHAPE["num_hidden_layers"])
     options |= {f"model.init_args.config.{key}": value for key, value in config.items()}
     fit = [str(Path(sys.executable).parent / "hybridmem"), "fit", "--config", "configs/quickstart.yaml"]
@@ -175,12 +175,12 @@ def time_steps(rounds: int = 6) -> None:
         print(f"{name:40} {value:.3f} s  {value / least['swa + conv']:.2f} x swa + conv")
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int = 3) -> str:
     """Mean and half of the 95 % confidence interval."""
     if len(values) < 2:
-        return f"{values[0]:.3f}"
+        return f"{values[0]:.{digits}f}"
     half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def collect() -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_takes_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
     shape = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+    shape["model.init_args.config.hidden_size"] = 64  # a patch of visual_search has 64 pixels
     short = {
         "trainer.max_steps": 4,
         "trainer.val_check_interval": 2,

@@ -1,6 +1,7 @@
-"""Attention as the policy: objectives on tokens, and rewards."""
+"""Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
 
 from .attention_rl import AttentionRL
+from .distillation import AttentionDistillation
 from .objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO, TokenObjective, group_advantages, groups_with_signal
 from .recorder import AttentionRecorder
 from .rewards import FormatReward, OverlongPenalty, Rewards, RewardSum, check_columns
@@ -10,6 +11,7 @@ __all__ = [
     "DAPO",
     "GRPO",
     "GSPO",
+    "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",
     "DrGRPO",

@@ -150,6 +150,11 @@ class AttentionRecorder:
         }
         mask = arguments.get("attention_mask")
         self._key_mask = None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()
+        if self._key_mask is not None and any(record.variant == "mac" for record in self.records.values()):
+            raise ValueError(
+                "mac cuts padded rows into segments of their own, which cannot be recorded: give prompts of one length "
+                "or record a layer of another variant"
+            )
 
     def _watch_parts(self, number: int, layer: HybridMemLayer) -> None:
         """Projections of our layers are made once more: cheaper than to have every layer hand them out."""

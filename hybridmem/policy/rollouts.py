@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..patches import embed_with_patches
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -45,7 +47,7 @@ class PromptBatch(NamedTuple):
 
     input_ids: Int[Tensor, "prompts time"]
     attention_mask: Bool[Tensor, "prompts time"] | None  # None: no padding
-    inputs_embeds: Float[Tensor, "prompts time hidden"] | None = None  # in place of input_ids, for images
+    images: Float[Tensor, "prompts patches pixels"] | None = None  # in place of each prompt's first tokens
 
     def repeat(self, times: int) -> "PromptBatch":
         """Each prompt `times` times, copies next to one another."""
@@ -56,8 +58,8 @@ class PromptBatch(NamedTuple):
         return self._map(lambda x: x[rows])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        mask, embeds = (None if x is None else function(x) for x in self[1:])
-        return PromptBatch(function(self.input_ids), mask, embeds)
+        mask, images = (None if x is None else function(x) for x in self[1:])
+        return PromptBatch(function(self.input_ids), mask, images)
 
 
 class Completions(NamedTuple):
@@ -69,8 +71,13 @@ class Completions(NamedTuple):
     sampled_logps: Float[Tensor, "responses length"]  # without top_k, top_p and min_p; 0 off the mask
 
 
-def pad_prompts(prompts: list[list[int]], pad_id: int, device: torch.device) -> PromptBatch:
-    """Token lists as a batch.
+def pad_prompts(
+    prompts: list[list[int]],
+    pad_id: int,
+    device: torch.device,
+    images: Float[Tensor, "prompts patches pixels"] | None = None,
+) -> PromptBatch:
+    """Token lists as a batch; images come before the text.
 
     Raises:
         ValueError: a prompt without a token.
@@ -78,10 +85,13 @@ def pad_prompts(prompts: list[list[int]], pad_id: int, device: torch.device) -> 
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     if not lengths.all():
         raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty: a response needs a token to follow")
+    if images is not None:
+        places = [pad_id] * images.shape[1]
+        prompts, lengths, images = [places + prompt for prompt in prompts], lengths + len(places), images.to(device)
     longest = int(lengths.max())
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = (torch.arange(longest) >= longest - lengths[:, None]).to(device)
-    return PromptBatch(ids, None if mask.all() else mask)
+    return PromptBatch(ids, None if mask.all() else mask, images)
 
 
 @torch.no_grad()
@@ -136,12 +146,20 @@ def sample(
 
 def _read(model: Any, new: PromptBatch, cache: DynamicCache) -> Float[Tensor, "rows vocab"]:
     """The logits behind the last of some new tokens."""
-    tokens = dict(input_ids=new.input_ids) if new.inputs_embeds is None else dict(inputs_embeds=new.inputs_embeds)
+    tokens = _as_input(model, new)
     length = new.input_ids.shape[1]
     if new.attention_mask is not None:
         tokens["attention_mask"] = new.attention_mask.long()
         tokens["position_ids"] = positions(new.attention_mask)[:, -length:]
     return model(**tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+
+def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:
+    """What a model takes rows as."""
+    if rows.images is None:
+        return {"input_ids": rows.input_ids}
+    embedding = model.get_input_embeddings()
+    return {"inputs_embeds": embed_with_patches(rows.images, rows.input_ids, rows.attention_mask, embedding)}
 
 
 def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
@@ -190,13 +208,11 @@ def completion_logps(
     """
     length = completions.ids.shape[1]
     ids = torch.cat((prompts.input_ids, completions.ids), dim=1)
-    tokens: dict[str, Any] = dict(input_ids=ids)
-    if prompts.inputs_embeds is not None:
-        generated = model.get_input_embeddings()(completions.ids)
-        tokens = dict(inputs_embeds=torch.cat((prompts.inputs_embeds.to(generated.dtype), generated), dim=1))
-    if prompts.attention_mask is not None:
-        # What stands behind a response's end is seen by no token that counts.
-        mask = torch.nn.functional.pad(prompts.attention_mask, (0, length), value=True)
+    # What stands behind a response's end is seen by no token that counts.
+    mask = prompts.attention_mask
+    mask = None if mask is None else torch.nn.functional.pad(mask, (0, length), value=True)
+    tokens = _as_input(model, PromptBatch(ids, mask, prompts.images))
+    if mask is not None:
         tokens |= dict(attention_mask=mask.long(), position_ids=positions(mask))
     logits = model(**tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
     logps = (logits / (temperature or 1.0)).log_softmax(-1)

@@ -1,12 +1,18 @@
 """Lightning modules, callbacks and the command line."""
 
+from .attention_maps import AttentionMaps
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
+from .collapse import CollapseGuard
 from .optimizers import MatrixOptimizer, decay_groups
 from .policy import PolicyModule
 from .pretrain import PretrainModule
+from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
 
 __all__ = [
+    "AttentionMaps",
+    "CollapseGuard",
+    "CompletionTable",
     "GracefulStop",
     "MatrixOptimizer",
     "MemoryMonitor",

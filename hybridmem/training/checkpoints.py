@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hybridmem_kernels import MemoryMLPState, MemoryState
 
@@ -91,7 +91,7 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
                 checkpoint |= _load(gathered)
     except Exception as error:
         raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or "hybridmem_config" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
     return checkpoint
 
@@ -100,17 +100,24 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def model_of_checkpoint(checkpoint: dict[str, Any]) -> HybridMemForCausalLM:
-    """The model that a checkpoint holds, with its averaged weights (EMA) where it has them."""
-    config = HybridMemConfig(**{k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED})
-    model = HybridMemForCausalLM(config)
+def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
+    """The model that a checkpoint holds, with its averaged weights (EMA) where it has them, adapters merged in."""
+    if "hybridmem_config" in checkpoint:
+        kept = {k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED}
+        model: Any = HybridMemForCausalLM(HybridMemConfig(**kept))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint["transformers_config"]))
+    if checkpoint.get("lora"):
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(**checkpoint["lora"]))
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("model.")
     }
     model.load_state_dict(weights)
-    return model
+    return model.merge_and_unload() if checkpoint.get("lora") else model
 
 
 def export(ckpt_path: Path, output: Path) -> None:

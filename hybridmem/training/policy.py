@@ -1,21 +1,26 @@
-"""Reinforcement learning as a Lightning module: rewards train tokens, attention, or both."""
+"""Reinforcement learning and distillation as a Lightning module: rewards or a teacher train tokens and attention."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..data import load_tokenizer
 from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
+from ..policy.distillation import AttentionDistillation, Observation, observed
 from ..policy.exploration import Noise, draw_noise, explored
 from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
 from ..policy.recorder import AttentionRecorder, LayerRecord
@@ -29,18 +34,69 @@ from .schedules import WarmupCosine
 Example = dict[str, Any]
 
 
+class Prompt(NamedTuple):
+    """What is asked: text, and patches before it where there are any."""
+
+    tokens: list[int]
+    images: Float[Tensor, "patches pixels"] | None
+
+
 @dataclass
 class Rollout:
     """Prompts, the responses to them, and what they earned."""
 
-    prompts: list[list[int]]  # of each response
+    prompts: list[Prompt]  # of each response
     completions: Completions
     rewards: Float[Tensor, " responses"]
     noise: Noise | None = None  # that the responses were sampled under
 
 
+class Scores(NamedTuple):
+    """What a policy makes of responses."""
+
+    logps: Float[Tensor, "responses length"]
+    entropy: Float[Tensor, "responses length"]
+    records: dict[int, LayerRecord]
+
+    def detach(self) -> "Scores":
+        """The same without a graph."""
+        return Scores(self.logps.detach(), self.entropy, {n: record.detach() for n, record in self.records.items()})
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Scores":
+        """Those of some responses."""
+        records = {n: record.select(rows) for n, record in self.records.items()}
+        return Scores(self.logps[rows], self.entropy[rows], records)
+
+
+@dataclass
+class Experience:
+    """A rollout as the objectives take it."""
+
+    prompts: PromptBatch  # of each response
+    completions: Completions
+    advantages: Float[Tensor, " responses"]
+    mask: Bool[Tensor, "responses length"]  # the tokens that carry loss
+    num_items: Float[Tensor, ""]  # such tokens in the whole rollout, for each step of a pass
+    old: Scores | None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
+    ref_logps: Float[Tensor, "responses length"] | None
+    noise: Noise | None
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Experience":
+        """That of some responses."""
+        return Experience(
+            self.prompts.select(rows),
+            Completions(*(x[rows] for x in self.completions)),
+            self.advantages[rows],
+            self.mask[rows],
+            self.num_items,
+            None if self.old is None else self.old.select(rows),
+            None if self.ref_logps is None else self.ref_logps[rows],
+            None if self.noise is None else {n: eps[rows] for n, eps in self.noise.items()},
+        )
+
+
 class PolicyModule(L.LightningModule):
-    """Trains a causal LM by reward, with objectives on its tokens, on its attention, or on both.
+    """Trains a causal LM by reward, with objectives on its tokens, on its attention, or on both; or by a teacher.
 
     A training batch is a list of prompts. Each is answered `num_generations` times, the answers are rewarded, and the
     objectives take `num_iterations` passes over them in `steps_per_generation` optimiser steps each. trainer.max_steps
@@ -48,8 +104,9 @@ class PolicyModule(L.LightningModule):
 
     Args:
         model: a Hugging Face folder or name, or a checkpoint (.ckpt) of `hybridmem fit`.
-        objectives: their losses are added. At most one TokenObjective and one AttentionRL.
-        num_generations: responses to each prompt: a group, whose mean is the baseline.
+        objectives: their losses are added. At most one TokenObjective, one AttentionRL and one AttentionDistillation,
+            which needs no other: rewards are then only logged.
+        num_generations: responses to each prompt: a group, whose mean is the baseline. 1 is enough to distil.
         max_completion_length: tokens of a response; None: what the task needs.
         temperature, top_k, top_p, min_p: how responses are drawn (see Sampling).
         num_iterations: passes over the responses.
@@ -70,7 +127,7 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        objectives: list[TokenObjective | AttentionRL],
+        objectives: list[TokenObjective | AttentionRL | AttentionDistillation],
         num_generations: int = 8,
         max_completion_length: int | None = None,
         temperature: float = 1.0,
@@ -99,20 +156,26 @@ class PolicyModule(L.LightningModule):
         self.lora, self.attn_implementation = lora, attn_implementation
         self.token_objective = _only(objectives, TokenObjective)
         self.attention_rl = _only(objectives, AttentionRL)
+        self.distillation = _only(objectives, AttentionDistillation)
         self._check_settings()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._generator_state: Tensor | None = None  # of the checkpoint that the run goes on from
         self.model: Any = None
         self._reference: list[PreTrainedModel] = []  # in a list: not a part of the module, nor of its checkpoints
+        self._teacher: list[PreTrainedModel] = []  # the same
+        self._teacher_tokenizer: PreTrainedTokenizerBase | None = None
         self._waiting: list[Rollout] = []  # groups with signal that do not fill a batch yet
         self._started = False
 
     def _check_settings(self) -> None:
-        if self.token_objective is None and self.attention_rl is None:
-            raise ValueError("objectives is empty: name a token objective (GRPO, …), AttentionRL, or both")
-        for name in ("num_iterations", "steps_per_generation"):
+        if not self.learns_by_reward and self.distillation is None:
+            raise ValueError(
+                "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, or several"
+            )
+        for name in ("num_generations", "num_iterations", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_generations < 2:
+        if self.learns_by_reward and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: a group of one has no advantage over itself; sample 2 or more"
             )
@@ -129,6 +192,11 @@ class PolicyModule(L.LightningModule):
             raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
 
     @property
+    def learns_by_reward(self) -> bool:
+        """Whether an objective reads advantages; distillation does not."""
+        return self.token_objective is not None or self.attention_rl is not None
+
+    @property
     def dynamic_sampling(self) -> bool:
         """Whether groups without signal are replaced."""
         return self.token_objective is not None and self.token_objective.dynamic_sampling
@@ -138,8 +206,14 @@ class PolicyModule(L.LightningModule):
         """Whether a training batch was begun: what fails earlier is a matter of settings."""
         return self._started
 
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Of the rollouts, on the policy's device; each process has its own."""
+        generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
+        return generator if self._generator_state is None else generator.set_state(self._generator_state)
+
     def configure_model(self) -> None:
-        """Load the policy once, and the reference model where an objective needs one."""
+        """Load the policy once, and the reference model and the teacher where an objective needs one."""
         if self.model is not None:
             return
         model = load_policy(self.model_name)
@@ -148,11 +222,27 @@ class PolicyModule(L.LightningModule):
             AttentionRecorder(model, self.attention_rl.layers)  # layers that are not there are found now
         if self.token_objective is not None and self.token_objective.beta and self.lora is None:
             self._reference = [copy.deepcopy(model).eval().requires_grad_(False)]
+        if self.distillation is not None:
+            self._load_teacher(self.distillation, model)
         if self.lora is not None:
             from peft import LoraConfig, get_peft_model
 
             model = get_peft_model(model, LoraConfig(**self.lora))
         self.model = model
+        self.check_data(self.data)
+
+    def _load_teacher(self, distillation: AttentionDistillation, student: PreTrainedModel) -> None:
+        try:
+            teacher = load_policy(distillation.teacher)
+            self._teacher_tokenizer = tokenizer_of_policy(distillation.teacher)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"teacher={distillation.teacher!r} cannot be loaded: set a Hugging Face folder or name, or a "
+                f"checkpoint of hybridmem fit ({str(error).splitlines()[0]})"
+            ) from error
+        teacher.set_attn_implementation(self.attn_implementation)
+        distillation.check_models(student, teacher)
+        self._teacher = [teacher.eval().requires_grad_(False)]
 
     def setup(self, stage: str) -> None:
         """Take tokenizer, task and rewards from the data."""
@@ -186,6 +276,8 @@ class PolicyModule(L.LightningModule):
                     f"the tokenizer has {data.vocab_size} tokens but the model's vocab_size is {vocab_size}: set "
                     "data.init_args.tokenizer to the model's own"
                 )
+        if self.distillation is not None and self._teacher_tokenizer is not None:
+            self.distillation.check_tokenizers(data.tokenizer, self._teacher_tokenizer)
 
     def check_schedule(self, max_steps: int) -> None:
         """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
@@ -209,7 +301,8 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
         """Answer and reward a batch of prompts, and log how it went under TRL's names."""
-        prompts = self._pad([self.data.prompt_tokens(example["prompt"]) for example in examples])
+        asked = [self._prompt(example) for example in examples]
+        prompts = self._pad(asked)
         noise: Noise | None = None
         looking: AbstractContextManager = nullcontext()
         attention = self.attention_rl
@@ -230,70 +323,91 @@ class PolicyModule(L.LightningModule):
         texts, ids = self._texts(completions)
         columns = {name: [example[name] for example in repeated] for name in repeated[0] if name != "prompt"}
         rewards = self.rewards([example["prompt"] for example in repeated], texts, ids, **columns)
-        signal = groups_with_signal(rewards.total, self.num_generations)
         lengths = completions.mask.sum(1).float()
+        if self.num_generations > 1:
+            signal = groups_with_signal(rewards.total, self.num_generations)
+            self.log("frac_reward_zero_std", (~signal).float().mean())
         self.log_dict(
             {
                 **{name: value for name, value in self.rewards.metrics(rewards).items() if name != "reward"},
-                "frac_reward_zero_std": (~signal).float().mean(),
                 "completions/mean_length": lengths.mean(),
                 "completions/clipped_ratio": completions.truncated.float().mean(),
             }
         )
         self.log("reward", rewards.total.mean(), prog_bar=True)
         self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
-        tokens = [self.data.prompt_tokens(example["prompt"]) for example in examples]
-        return Rollout([p for p in tokens for _ in range(self.num_generations)], completions, rewards.total, noise)
+        return Rollout([p for p in asked for _ in range(self.num_generations)], completions, rewards.total, noise)
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps that a rollout is good for."""
-        prompts = self._pad(rollout.prompts)
-        completions = Completions(*(x.to(self.device) for x in rollout.completions))
-        scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
-        advantages = group_advantages(rollout.rewards, self.num_generations, scale).to(self.device)
-        old = None
-        if self.steps_per_generation > 1 or rollout.noise is not None:
-            old = self._score_rollout(prompts, completions, rollout.noise)
-        ref_logps = self._reference_logps(prompts, completions)
-        counted = completions.mask
-        if self.token_objective is not None:
-            counted = self.token_objective.loss_mask(counted, completions.truncated)
-        num_items = counted.sum()
-        logs: dict[str, list[Tensor]] = {}
+        experience = self._experience(rollout)
+        logs: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(self.num_iterations):
-            for rows in torch.arange(len(advantages)).chunk(self.steps_per_generation):
+            for rows in torch.arange(len(rollout.prompts)).chunk(self.steps_per_generation):
                 if self.trainer.global_step >= self.trainer.max_steps:
                     break
-                part = Completions(*(x[rows] for x in completions))
-                logps, entropy, records = self._score(prompts.select(rows), part)
-                if old is None:  # one step a pass: the first pass is the rollout's policy
-                    old = logps.detach(), {n: record.detach() for n, record in records.items()}
-                old_logps, old_records = old[0][rows], {n: record.select(rows) for n, record in old[1].items()}
-                noise = None if rollout.noise is None else {n: eps[rows] for n, eps in rollout.noise.items()}
-                loss = logps.new_zeros(())
-                mask, measured = counted[rows], {"entropy": (entropy * part.mask).sum() / part.mask.sum()}
-                if self.token_objective is not None:
-                    token_loss, metrics = self.token_objective.loss(
-                        logps, old_logps, advantages[rows], mask,
-                        ref_logps=None if ref_logps is None else ref_logps[rows],
-                        num_items=num_items / self.steps_per_generation,
-                        max_completion_length=self.sampling.max_completion_length,
-                    )  # fmt: skip
-                    loss, measured = loss + token_loss, measured | metrics
-                if self.attention_rl is not None:
-                    attention_loss, metrics = self.attention_rl.loss(
-                        records, old_records, advantages[rows], mask, noise
-                    )
-                    loss = loss + attention_loss
-                    measured |= {f"attention/{name}": value for name, value in metrics.items()}
-                difference = ((logps - part.sampled_logps).abs() * part.mask).detach()
-                if "sampling/sampling_logp_difference/max" not in logs:
-                    measured["sampling/sampling_logp_difference/mean"] = difference.sum() / part.mask.sum()
-                    measured["sampling/sampling_logp_difference/max"] = difference.max()
+                part = experience.select(rows)
+                with self._observing() as seen:
+                    scores = self._score(part.prompts, part.completions)
+                old = scores.detach() if part.old is None else part.old
+                if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
+                    experience.old = old
+                loss, measured = self._loss(part, scores, old, seen)
+                if not logs:
+                    measured |= _sampling_difference(part.completions, scores.logps)
                 self._step(loss)
-                for name, value in {**measured, "loss": loss.detach()}.items():
-                    logs.setdefault(name, []).append(value.detach())
+                for name, value in {**measured, "loss": loss}.items():
+                    logs[name].append(value.detach())
         self.log_dict({name: torch.stack(values).mean() for name, values in logs.items()})
+
+    def _experience(self, rollout: Rollout) -> Experience:
+        """What the objectives need of a rollout, but for the policy's own passes."""
+        prompts = self._pad(rollout.prompts)
+        completions = Completions(*(x.to(self.device) for x in rollout.completions))
+        advantages, mask, old = self._advantages(rollout.rewards), completions.mask, None
+        if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
+            old = self._score_rollout(prompts, completions, rollout.noise)
+        if self.token_objective is not None:
+            mask = self.token_objective.loss_mask(mask, completions.truncated)
+        return Experience(
+            prompts, completions, advantages, mask, mask.sum() / self.steps_per_generation, old,
+            self._reference_logps(prompts, completions), rollout.noise,
+        )  # fmt: skip
+
+    def _advantages(self, rewards: Float[Tensor, " responses"]) -> Float[Tensor, " responses"]:
+        """Those of the groups; zeros for distillation alone, which needs neither groups nor rewards."""
+        if not self.learns_by_reward:
+            return torch.zeros_like(rewards, device=self.device)
+        scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
+        return group_advantages(rewards, self.num_generations, scale).to(self.device)
+
+    def _loss(
+        self, part: Experience, scores: Scores, old: Scores, seen: list[Observation]
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The sum of the objectives' losses, and what they measured."""
+        loss, generated = scores.logps.new_zeros(()), part.completions.mask
+        measured = {"entropy": (scores.entropy * generated).sum() / generated.sum()}
+        for prefix, objective_loss, metrics in self._losses(part, scores, old, seen):
+            loss = loss + objective_loss
+            measured |= {f"{prefix}{name}": value for name, value in metrics.items()}
+        return loss, measured
+
+    def _losses(
+        self, part: Experience, scores: Scores, old: Scores, seen: list[Observation]
+    ) -> Iterator[tuple[str, Float[Tensor, ""], dict[str, Tensor]]]:
+        """What stands before an objective's metrics in the log, its loss, and its metrics."""
+        if self.token_objective is not None:
+            loss, metrics = self.token_objective.loss(
+                scores.logps, old.logps, part.advantages, part.mask, ref_logps=part.ref_logps,
+                num_items=part.num_items, max_completion_length=self.sampling.max_completion_length,
+            )  # fmt: skip
+            yield "", loss, metrics
+        if self.attention_rl is not None:
+            loss, metrics = self.attention_rl.loss(scores.records, old.records, part.advantages, part.mask, part.noise)
+            yield "attention/", loss, metrics
+        if self.distillation is not None:
+            loss, metrics = self.distillation.loss(seen[0], self._teach(self.distillation, part), part.mask)
+            yield "distillation/", loss, metrics
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
         if not torch.isfinite(loss):
@@ -311,24 +425,35 @@ class PolicyModule(L.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
 
-    def _score(self, prompts: PromptBatch, completions: Completions) -> tuple[Tensor, Tensor, dict[int, LayerRecord]]:
-        """Log-probabilities, token entropies and what the objective's layers attended to."""
+    def _score(self, prompts: PromptBatch, completions: Completions) -> Scores:
+        """Log-probabilities, token entropies and what AttentionRL's layers attended to."""
         if self.attention_rl is None:
-            return *completion_logps(self.model, prompts, completions, self.temperature), {}
+            return Scores(*completion_logps(self.model, prompts, completions, self.temperature), {})
         with AttentionRecorder(self.model, self.attention_rl.layers) as recorder:
-            return *completion_logps(self.model, prompts, completions, self.temperature), recorder.records
+            return Scores(*completion_logps(self.model, prompts, completions, self.temperature), recorder.records)
 
     @torch.no_grad()
-    def _score_rollout(
-        self, prompts: PromptBatch, completions: Completions, noise: Noise | None
-    ) -> tuple[Tensor, dict[int, LayerRecord]]:
+    def _score_rollout(self, prompts: PromptBatch, completions: Completions, noise: Noise | None) -> Scores:
         """The same under the policy that sampled, its exploration included."""
         looking: AbstractContextManager = nullcontext()
         if noise is not None and self.attention_rl is not None:
             looking = explored(self.model, self.attention_rl.target, noise)
         with looking:
-            logps, _, records = self._score(prompts, completions)
-        return logps, records
+            return self._score(prompts, completions)
+
+    def _observing(self) -> AbstractContextManager[list[Observation]]:
+        """A context in which the policy's passes leave what distillation compares."""
+        if self.distillation is None:
+            return nullcontext([])
+        return observed(self.model, self.distillation.student_layer)
+
+    @torch.no_grad()
+    def _teach(self, distillation: AttentionDistillation, part: Experience) -> Observation:
+        """What the teacher makes of the policy's responses: for each step anew, as logits are large."""
+        self._teacher = [model.to(self.device) for model in self._teacher]
+        with observed(self._teacher[0], distillation.teacher_layer) as seen:
+            completion_logps(self._teacher[0], part.prompts, part.completions, self.temperature)
+        return seen[0]
 
     @torch.no_grad()
     def _reference_logps(self, prompts: PromptBatch, completions: Completions) -> Tensor | None:
@@ -340,8 +465,13 @@ class PolicyModule(L.LightningModule):
         self._reference = [model.to(self.device) for model in self._reference]
         return completion_logps(self._reference[0], prompts, completions, self.temperature)[0]
 
-    def _pad(self, prompts: list[list[int]]) -> PromptBatch:
-        return pad_prompts(prompts, self.data.pad_id, self.device)
+    def _prompt(self, example: Example) -> Prompt:
+        return Prompt(self.data.prompt_tokens(example["prompt"]), example.get("images"))
+
+    def _pad(self, prompts: list[Prompt]) -> PromptBatch:
+        images = [prompt.images for prompt in prompts if prompt.images is not None]
+        together = torch.stack(images) if images else None
+        return pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, together)
 
     def _texts(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
         """Each response's text without its end, and its tokens with it."""
@@ -379,7 +509,7 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
         """Reward and accuracy of the likeliest response to every held-out prompt."""
-        prompts = self._pad([self.data.prompt_tokens(example["prompt"]) for example in batch])
+        prompts = self._pad([self._prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         with self._evaluating():
             completions = sample(self.model, prompts, 1, greedy, self.eos_token_ids, self.data.pad_id)
@@ -398,14 +528,16 @@ class PolicyModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the checkpoint holds and where the rollouts' random numbers stand."""
-        if isinstance(self.model, HybridMemForCausalLM):
-            checkpoint["hybridmem_config"] = self.model.config.to_dict()
+        model = self.model if self.lora is None else self.model.get_base_model()
+        own = isinstance(model, HybridMemForCausalLM)
+        checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
+        checkpoint["lora"] = self.lora
         checkpoint["tokenizer"] = self.data.hparams.get("tokenizer")
         checkpoint["rollout_generator"] = self.generator.get_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random numbers up again."""
-        self.generator.set_state(checkpoint["rollout_generator"])
+        self._generator_state = checkpoint["rollout_generator"]
 
 
 class _evaluation:
@@ -423,10 +555,34 @@ class _evaluation:
 
 def load_policy(name: str) -> Any:
     """A causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`."""
-    path = Path(name)
-    if path.suffix == ".ckpt" or (path / "meta.pt").is_file():
-        return model_of_checkpoint(load_checkpoint(path))
+    if _is_checkpoint(name):
+        return model_of_checkpoint(load_checkpoint(name))
     return AutoModelForCausalLM.from_pretrained(name)
+
+
+def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that `load_policy` loads; None where nothing says which it is."""
+    if _is_checkpoint(name):
+        tokenizer = load_checkpoint(name, weights=False).get("tokenizer")
+        return None if tokenizer is None else load_tokenizer(tokenizer)
+    if not get_tokenizer_config(name) and not (Path(name) / "tokenizer.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return Path(name).suffix == ".ckpt" or (Path(name) / "meta.pt").is_file()
+
+
+def _sampling_difference(
+    completions: Completions, logps: Float[Tensor, "responses length"]
+) -> dict[str, Float[Tensor, ""]]:
+    """How far log-probabilities are from those that were sampled with, under TRL's names."""
+    difference = ((logps - completions.sampled_logps).abs() * completions.mask).detach()
+    return {
+        "sampling/sampling_logp_difference/mean": difference.sum() / completions.mask.sum(),
+        "sampling/sampling_logp_difference/max": difference.max(),
+    }
 
 
 def _only(objectives: Sequence[Any], kind: type) -> Any:

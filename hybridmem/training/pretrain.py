@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from ..configuration import HybridMemConfig
 from ..metrics import BitsPerByte, LossByPosition, NeedleAccuracy, document_positions
 from ..modeling import HybridMemForCausalLM
+from ..patches import embed_with_patches
 from ..sequence import PADDING
 from ..state import detach_state
 from .checkpoints import check_same_model, restore_cache, save_cache
@@ -73,6 +74,7 @@ class PretrainModule(L.LightningModule):
         edges = position_edges or [0, *(window * 2**n for n in range(15))]
         self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
         self.needles = torch.nn.ModuleDict()
+        self.answers: NeedleAccuracy | None = None  # of a task, where the data has one
         self.model: HybridMemForCausalLM | None = None
         self.carried: DynamicCache | None = None
         self.register_buffer("byte_lengths", torch.ones(config.vocab_size, dtype=torch.long), persistent=False)
@@ -108,6 +110,8 @@ class PretrainModule(L.LightningModule):
         self.check_data(data)
         lengths = data.token_byte_lengths
         self.byte_lengths[: len(lengths)] = lengths
+        if hasattr(data, "task"):
+            self.answers = NeedleAccuracy().to(self.device)
         if stage == "test":
             needles = {str(length): NeedleAccuracy() for length in data.hparams.get("needle_lengths") or ()}
             self.needles = torch.nn.ModuleDict(needles).to(self.device)
@@ -222,17 +226,28 @@ class PretrainModule(L.LightningModule):
     ) -> tuple[Float[Tensor, "batch time vocab"], Float[Tensor, "batch time"]]:
         """Logits, and each predicted token's negative log-likelihood in nats."""
         assert self.model is not None
+        batch = self._with_patches(batch)
         outputs = self.model(
-            batch["input_ids"],
+            batch.get("input_ids"),
+            inputs_embeds=batch.get("inputs_embeds"),
             document_ids=batch.get("document_ids"),
             past_key_values=cache,
             use_cache=cache is not None,
         )
+        logits = outputs.logits[:, -batch["shift_labels"].shape[1] :]
         labels = batch["shift_labels"]
-        nats = F.cross_entropy(
-            outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-        )
-        return outputs.logits, nats.view_as(labels)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+        return logits, nats.view_as(labels)
+
+    def _with_patches(self, batch: Batch) -> Batch:
+        """Images, where there are any, become patches in front of the text, and part of its first document."""
+        if "images" not in batch:
+            return batch
+        assert self.model is not None
+        front = (batch["images"].shape[1], 0)
+        ids, documents = F.pad(batch["input_ids"], front), F.pad(batch["document_ids"], front)
+        embeds = embed_with_patches(batch["images"], ids, None, self.model.get_input_embeddings())
+        return {"inputs_embeds": embeds, "document_ids": documents, "shift_labels": batch["shift_labels"]}
 
     def _bytes(self, batch: Batch) -> Int[Tensor, "batch time"]:
         """Bytes that each predicted token stands for."""
@@ -240,7 +255,9 @@ class PretrainModule(L.LightningModule):
         return torch.where(labels == -100, 0, self.byte_lengths[labels.clamp(min=0)])
 
     def _evaluate(self, batch: Batch) -> None:
-        _, nats = self._token_losses(batch)
+        logits, nats = self._token_losses(batch)
+        if self.answers is not None:
+            self.answers.update(logits, batch["shift_labels"])
         num_bytes = self._bytes(batch)
         documents = batch.get("document_ids")
         if documents is None:
@@ -252,5 +269,8 @@ class PretrainModule(L.LightningModule):
         self.log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
         for name, bits in self.loss_by_position.compute().items():
             self.log(f"{stage}/bits_per_byte_at/{name}", bits.float())
+        if self.answers is not None:
+            self.log(f"{stage}/accuracy", self.answers.compute().float(), prog_bar=True)
+            self.answers.reset()
         self.bits_per_byte.reset()
         self.loss_by_position.reset()

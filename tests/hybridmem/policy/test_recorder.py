@@ -139,6 +139,11 @@ def test_what_cannot_be_recorded_says_so():
         AttentionRecorder(model, [2])
     with pytest.raises(ValueError, match="no causal attention modules"):
         AttentionRecorder(torch.nn.Linear(1, 1))
+    mac, ids = tiny_model(variant="mac"), tokens(time=9)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with pytest.raises(ValueError, match="give prompts of one length"), AttentionRecorder(mac):
+        mac(ids, attention_mask=mask)
     other = other_model("llama")
     other.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="set attn_implementation to 'sdpa'"), AttentionRecorder(other):

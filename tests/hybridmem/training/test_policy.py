@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
-from hybridmem.policy import DAPO, GRPO, AttentionRL
+from hybridmem.data.tokenizer import byte_tokenizer
+from hybridmem.policy import DAPO, GRPO, AttentionDistillation, AttentionRL
 from hybridmem.tasks.task import Split
 from hybridmem.training import PolicyModule
 
@@ -35,6 +36,30 @@ class Letters:
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         """The share of letters before m."""
         return [sum(letter < "m" for letter in text) / 2 for text in completions]
+
+
+class Silent(Letters):
+    """No response is better than another."""
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """Nothing."""
+        return [0.0] * len(completions)
+
+
+def distillation(folder, vocab_size=259, tokenizer=None, **settings):
+    """An objective with a teacher of other heads and depth, written below `folder`."""
+    torch.manual_seed(1)
+    shape = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **shape, initializer_range=0.3))
+    teacher.save_pretrained(folder / "teacher")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "teacher")
+    return distilling(folder / "teacher", **settings)
+
+
+def distilling(teacher, **settings):
+    """An objective with a teacher."""
+    return {"class_path": "hybridmem.policy.AttentionDistillation", "init_args": {"teacher": str(teacher), **settings}}
 
 
 def write_config(folder, model="ours", **changes):
@@ -129,6 +154,22 @@ def test_dynamic_sampling_and_lora(tmp_path, monkeypatch):
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("model", ["ours", "llama"])
+def test_adapters_resume_and_are_merged_on_export(tmp_path, monkeypatch, model):
+    lora = {"r": 2, "target_modules": "all-linear"}
+    config = write_config(tmp_path, model, model__init_args__lora=lora)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    resumed = ("--ckpt_path", tmp_path / "run" / "step=2.ckpt", "--trainer.default_root_dir", tmp_path / "again")
+    hybridmem(monkeypatch, "fit", "--config", config, *resumed)
+    whole, again = (weights(tmp_path / run / "step=6.ckpt") for run in ("run", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", exported)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "policy", exported))
+    ids = torch.arange(9)[None]
+    assert (before(ids).logits - after(ids).logits).abs().max() > 1e-4
+
+
 def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
     changes = dict(model__init_args__objectives=[{**TOKENS, "init_args": {"beta": 0.1}}])
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
@@ -158,3 +199,84 @@ def test_one_step_is_enough_for_exploration_and_tokens():
     PolicyModule("x", [GRPO()], num_iterations=1)
     with pytest.raises(ValueError, match="exploration does not go with dynamic_sampling"):
         PolicyModule("x", [DAPO(), AttentionRL(exploration=0.5)])
+
+
+def test_distillation_needs_neither_rewards_nor_groups(tmp_path, monkeypatch):
+    """A student learns to look as sharply as its teacher; what it answers earns nothing."""
+    changes = dict(
+        model__init_args__objectives=[distilling(tmp_path / "teacher", mu=0.0, gamma=1.0)],
+        model__init_args__optimizer__init_args__lr=0.003, model__init_args__max_completion_length=6,
+        model__init_args__num_generations=1, model__init_args__num_iterations=4,
+        data__init_args__task=f"{__name__}.Silent", data__init_args__batch_size=32,
+        trainer__max_steps=40, trainer__val_check_interval=10,
+    )  # fmt: skip
+    config = write_config(tmp_path, "llama", **changes)
+    teacher = LlamaForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        teacher.model.layers[-1].self_attn.q_proj.weight.mul_(30)
+    teacher.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert set(logged(tmp_path, "reward")) == {0.0}
+    divergence = logged(tmp_path, "distillation/attention_divergence")
+    assert divergence[-1] < 0.75 * divergence[0]
+    state = weights(tmp_path / "run" / "step=40.ckpt")
+    assert state.keys() == {f"model.{name}" for name in teacher.state_dict()}  # the student's alone
+
+
+@pytest.mark.parametrize("model", ["ours", "llama"])
+def test_distillation_beside_other_objectives(tmp_path, monkeypatch, model):
+    """In several steps a pass; with LoRA on a model of another family."""
+    changes: dict[str, Any] = dict(
+        model__init_args__objectives=[TOKENS, ATTENTION, distillation(tmp_path)],
+        model__init_args__steps_per_generation=2,
+    )
+    if model == "llama":
+        changes["model__init_args__lora"] = {"r": 2, "target_modules": "all-linear"}
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, model, **changes))
+    for name in ("attention/divergence", "distillation/gkd", "distillation/attention_divergence", "reward_std"):
+        assert logged(tmp_path, name), name
+
+
+def test_a_checkpoint_teaches(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    short = dict(trainer__max_steps=2, trainer__val_check_interval=2)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path / "first", **short))
+    objectives = [distilling(tmp_path / "first" / "run" / "step=2.ckpt")]
+    config = write_config(tmp_path, **short, model__init_args__objectives=objectives)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert logged(tmp_path, "distillation/gkd")[0] < 0.01  # it was the same model two steps ago
+
+
+def other_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["word"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "has another tokenizer than the data"),
+        (lambda folder: distillation(folder, vocab_size=300), "a vocab_size of 300 and the student of 259"),
+        (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is not there"),
+        (lambda folder: distilling("/no/such/folder"), "teacher='/no/such/folder' cannot be loaded"),
+        (lambda folder: distilling("/no/such.ckpt"), "teacher='/no/such.ckpt' cannot be loaded"),
+        (lambda folder: distilling("x", beta=2.0), "beta=2.0 must be between 0"),
+    ],
+)
+def test_teachers_that_cannot_teach_stop_before_training(tmp_path, monkeypatch, capsys, objective, message):
+    config = write_config(tmp_path, model__init_args__objectives=[objective(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_group_of_one_is_enough_for_distillation_alone():
+    distil = AttentionDistillation(teacher="x")
+    PolicyModule("x", [distil], num_generations=1)
+    with pytest.raises(ValueError, match="a group of one has no advantage"):
+        PolicyModule("x", [distil, GRPO()], num_generations=1)
+    with pytest.raises(ValueError, match="objectives names 2 of AttentionDistillation"):
+        PolicyModule("x", [distil, distil])

@@ -1,0 +1,112 @@
+"""Pictures of where a policy looks while it answers."""
+
+from collections.abc import Sequence
+
+import lightning as L
+from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..policy.distributions import distribution
+from ..policy.recorder import LayerRecord
+from ..policy.rollouts import Sampling
+from .looks import is_due, record_answers
+from .policy import PolicyModule
+
+LABELLED = 64  # tokens that an axis has room to write out
+Map = Float[Tensor, "queries keys"]
+
+
+class AttentionMaps(L.Callback):
+    """Draws, in TensorBoard, the attention to earlier tokens with which the policy answers one held-out prompt.
+
+    The answer is the greedy one. Rows are its tokens, columns all tokens, image patches by number; attention is the
+    head average, below it memory-implied attention where the layer has a memory of depth 1. The first picture is from
+    before training.
+    Loggers without pictures are skipped.
+
+    Args:
+        every_n_steps: optimiser steps between two pictures.
+        layers: a picture for each, from the end if negative.
+        example: number of the prompt among the held-out ones.
+
+    Raises:
+        ValueError: a setting that cannot work; before the first batch, a layer with nothing to draw.
+    """
+
+    def __init__(self, every_n_steps: int = 50, layers: Sequence[int] = (-1,), example: int = 0):
+        if every_n_steps < 1 or example < 0:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 and example={example} at least 0")
+        self.every_n_steps, self.layers, self.example = every_n_steps, layers, example
+        self.previous_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the policy that a new run starts from."""
+        if not isinstance(pl_module, PolicyModule):
+            raise ValueError(f"AttentionMaps draws PolicyModule, not {type(pl_module).__name__}: remove it")
+        self.previous_step = trainer.global_step
+        if trainer.global_step == 0:
+            self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: object) -> None:
+        """Draw every `every_n_steps` optimiser steps."""
+        step, previous = trainer.global_step, self.previous_step
+        self.previous_step = step
+        if is_due(step, previous, self.every_n_steps):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards:
+            return
+        example = module.data.task.example("val", self.example)
+        greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
+        answers = record_answers(module, example, 1, greedy, self.layers)
+        patches = len(example.get("images", ()))
+        labels = [f"#{n}" for n in range(patches)]
+        labels += [token_label(module.data.tokenizer.decode([token])) for token in answers.ids[0, patches:].tolist()]
+        for number, record in answers.records.items():
+            figure = draw(attention_maps(record, answers.completions.ids.shape[1]), labels)
+            for board in boards:
+                board.experiment.add_figure(f"attention_maps/layer_{number}", figure, trainer.global_step)
+
+
+def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
+    """The first row's distributions of the last `queries` tokens: attention and memory, as far as the layer has them.
+
+    Raises:
+        ValueError: a layer that has neither.
+    """
+    maps = {}
+    if record.attention is not None or record.segments:
+        maps["attention"] = distribution(record, "attention", queries)[0]
+    if record.memory is not None and record.memory_depth == 1:
+        maps["memory"] = distribution(record, "memory", queries)[0]
+    if not maps:
+        raise ValueError(
+            f"a layer of variant {record.variant} with memory_depth={record.memory_depth} has no distribution over "
+            "earlier tokens to draw: choose other layers"
+        )
+    return maps
+
+
+def draw(maps: dict[str, Map], labels: list[str]) -> Figure:
+    """A heat map below the other for each distribution; `labels` are those of all tokens, the queries' the last."""
+    queries, keys = next(iter(maps.values())).shape
+    size = (min(2.5 + 0.16 * keys, 16), len(maps) * min(1.6 + 0.18 * queries, 8))
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    for axes, (name, values) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items(), strict=True):
+        image = axes.imshow(values.float().cpu(), vmin=0, aspect="auto", cmap="magma", interpolation="nearest")
+        axes.set(title=name, xlabel="token", ylabel="generated token")
+        if keys <= LABELLED:
+            axes.set_xticks(range(keys), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)
+        if queries <= LABELLED:
+            axes.set_yticks(range(queries), labels[keys - queries :], family="monospace", parse_math=False, fontsize=8)
+        figure.colorbar(image, ax=axes, label="share")
+    return figure
+
+
+def token_label(text: str) -> str:
+    """A token's text on an axis; what cannot be seen, or may be missing from the font, is written out."""
+    return ascii(text)[1:-1].replace(" ", "·").replace("\\ufffd", "�")

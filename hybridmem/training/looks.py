@@ -1,0 +1,77 @@
+"""Looks at a policy between its steps: when they are due, and what it attends to while it answers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from ..policy.recorder import AttentionRecorder, LayerRecord
+from ..policy.rollouts import Completions, Sampling, completion_logps, pad_prompts, sample
+from .policy import PolicyModule
+
+
+class Answers(NamedTuple):
+    """Responses to one prompt, and what some layers did at their tokens."""
+
+    ids: Int[Tensor, "responses time"]  # the prompt's tokens, padding where patches stand, and the response's
+    completions: Completions
+    records: dict[int, LayerRecord]  # the queries are those of the response's tokens
+
+
+def is_due(step: int, previous: int, every_n_steps: int) -> bool:
+    """Whether a multiple of `every_n_steps` was reached since `previous`: a batch may take several optimiser steps."""
+    return step // every_n_steps > previous // every_n_steps
+
+
+@torch.no_grad()
+def record_answers(
+    module: PolicyModule,
+    example: dict[str, Any],
+    num_generations: int,
+    sampling: Sampling,
+    layers: Sequence[int],
+    generator: torch.Generator | None = None,
+) -> Answers:
+    """Answer an example's prompt without exploration, and record what `layers` attend to; the module is left as it was.
+
+    Raises:
+        ValueError: layers that cannot be recorded (see AttentionRecorder).
+    """
+    images = example.get("images")
+    prompts = pad_prompts(
+        [module.data.prompt_tokens(example["prompt"])],
+        module.data.pad_id,
+        module.device,
+        None if images is None else images[None],
+    )
+    with _evaluating(module.model), module.trainer.precision_plugin.forward_context():
+        completions = sample(
+            module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator
+        )
+        prompts = prompts.repeat(num_generations)
+        with AttentionRecorder(module.model, layers) as recorder:
+            completion_logps(module.model, prompts, completions, sampling.temperature)
+    length = completions.ids.shape[1]
+    records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
+    return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records)
+
+
+def _last_queries(record: LayerRecord, length: int) -> LayerRecord:
+    """Keep the queries of the last tokens: a map of all of them would grow with the square of the prompt."""
+    if record.attention is None:
+        return record
+    return replace(record, attention=replace(record.attention, q=record.attention.q[:, :, -length:]))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
