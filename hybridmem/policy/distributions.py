@@ -40,9 +40,9 @@ def distribution(record: LayerRecord, target: str, queries: int) -> Distribution
 def attention(record: LayerRecord, queries: int) -> Distribution:
     """p_t(i) ∝ mean_h a_h,t,i over earlier tokens i < t (RAL, arXiv 2602.04884). In mac, of the token's segment."""
     if record.attention is not None:
-        return _renormalize(_weights(record.attention)[0], queries)
+        return _renormalize(_token_weights(record.attention, queries), queries)
     if record.segments:
-        return _renormalize(_segment_weights(record)[2], queries)
+        return _renormalize(_segment_weights(record, queries)[2], queries)
     raise ValueError(f"a layer of variant {record.variant} has no attention; choose target='memory'")
 
 
@@ -55,7 +55,7 @@ def allocation(record: LayerRecord, queries: int) -> Float[Tensor, "batch querie
         gate = record.gate[:, -queries:].mean(-1)
         return torch.stack((torch.zeros_like(gate), 1 - gate, gate), dim=-1)
     if record.segments:
-        persistent, recalled, tokens, own = _segment_weights(record)
+        persistent, recalled, tokens, own = _segment_weights(record, queries)
         return torch.stack((persistent, recalled.sum(-1), tokens.sum(-1) + own), dim=-1)[:, -queries:]
     if record.memory is not None:
         alpha = record.memory.alpha[:, 0, -queries:]
@@ -104,9 +104,9 @@ def unified(record: LayerRecord, queries: int) -> Distribution:
     return _renormalize(of_memory * memory(record, queries) + of_window * attention(record, queries), queries)
 
 
-def _weights(record: AttentionRecord) -> tuple[Distribution, Float[Tensor, "batch queries persistent"]]:
-    """Head-averaged softmax weights on tokens and on persistent ones; tokens' include the query's own."""
-    q, k = record.q, record.k
+def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
+    """Head-averaged softmax weights of the last queries on tokens, their own included, beside persistent ones."""
+    q, k = record.q[:, :, -queries:], record.k
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).to(state_dtype(q.dtype)) * record.scale
     front = record.num_persistent
@@ -120,18 +120,24 @@ def _weights(record: AttentionRecord) -> tuple[Distribution, Float[Tensor, "batc
         seen = seen & torch.nn.functional.pad(record.key_mask, (front, 0), value=True)[:, None, None]
     lowest = torch.finfo(scores.dtype).min
     weights = scores.masked_fill(~seen, lowest).softmax(-1).masked_fill(~seen, 0).mean(1)
-    return weights[..., front:], weights[..., :front]
+    return weights[..., front:]
 
 
-def _segment_weights(record: LayerRecord) -> tuple[Tensor, Distribution, Distribution, Tensor]:
-    """mac's weights over all tokens: persistent mass, on recalled tokens, on earlier tokens, on the token itself."""
+def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distribution, Distribution, Tensor]:
+    """mac's weights over all tokens: persistent mass, on recalled tokens, on earlier tokens, on the token itself.
+
+    Of the segments that hold one of the last `queries` tokens.
+    """
     parts = []
     time = sum(segment.q.shape[2] for segment in record.segments)
-    start = 0
+    end = 0
     for segment in record.segments:
         q, k = segment.q, segment.k
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         size, front = q.shape[2], segment.num_persistent
+        start, end = end, end + size
+        if end <= time - queries:
+            continue
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         if (k.shape[2] - front) != 2 * size:
             raise ValueError("mac's segments are recorded in whole: record rows of one length, without a cache")
         causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
@@ -139,11 +145,10 @@ def _segment_weights(record: LayerRecord) -> tuple[Tensor, Distribution, Distrib
         scores = (q @ k.mT).to(state_dtype(q.dtype)) * segment.scale
         weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).mean(1)
         persistent, recalled, tokens = weights.split((front, size, size), dim=-1)
-        around = (start, time - start - size)
+        around = (start, time - end)
         own = tokens.diagonal(dim1=-2, dim2=-1)
         recalled, tokens = (torch.nn.functional.pad(x, around) for x in (recalled, tokens.tril(-1)))
         parts.append((persistent.sum(-1), recalled, tokens, own))
-        start += size
     persistent, recalled, tokens, own = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
     return persistent, recalled, tokens, own
 
