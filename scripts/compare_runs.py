@@ -62,6 +62,7 @@ def print_table(logs: dict[str, dict[str, dict[int, float]]]) -> None:
 def draw(logs: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
     """Training curves, and loss by position."""
     figure, (curves, positions) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lowest = []
     for name, log in logs.items():
         steps, bits = zip(*sorted(log["train/bits_per_byte"].items()), strict=True)
         window = max(1, len(bits) // 20)
@@ -70,14 +71,14 @@ def draw(logs: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
         ]
         (line,) = curves.plot(steps, smooth, label=name)
         held_out = log["val/bits_per_byte"]
+        lowest.append(min(*smooth, *held_out.values()))
         curves.plot(list(held_out), list(held_out.values()), "o", color=line.get_color())
         by_position = loss_by_position(log)
         positions.plot(list(by_position), list(by_position.values()), "o-", color=line.get_color(), label=name)
     curves.set(xlabel="optimiser steps", ylabel="bits per byte", title="training (line) and held out (dot)")
     positions.set(xlabel="tokens of the document read before", title="held out, by position")
     positions.tick_params(axis="x", rotation=20)
-    low = min(min(loss_by_position(log).values()) for log in logs.values())
-    curves.set_ylim(low - 0.1, low + 3)
+    curves.set_ylim(min(lowest) - 0.1, min(lowest) + 3)
     for axes in (curves, positions):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

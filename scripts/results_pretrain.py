@@ -49,7 +49,7 @@ CELLS = {
     "swa": Cell({"variant": "swa"}),
     "swa + conv": Cell({"variant": "swa"} | CONV),
     "full": Cell({"variant": "full"}),
-    "full + conv": Cell({"variant": "full"} | CONV, seeds=(0,)),
+    "full + conv": Cell({"variant": "full"} | CONV),
     "mal": Cell({"variant": "mal"} | CONV),
     "mac": Cell({"variant": "mac", "segment_length": 64} | CONV),
     "mag": Cell(MAG),
