@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hybridmem_kernels import attention_divergence
-
 from .distributions import TARGETS, Distribution, distribution
 from .exploration import Noise, with_noise
-from .recorder import AttentionRecord, LayerRecord
+from .recorder import LayerRecord
 
 DIVERGENCES = ("jsd", "kl", "reverse_kl")
 POSITIONS = ("generated", "predicting")
@@ -104,15 +102,10 @@ class AttentionRL:
         """Divergence and entropy at the tokens that count, one layer."""
         length, shift = mask.shape[1], int(self.positions == "predicting")
         if self.target == "attention" and record.attention is not None and old.attention is not None:
-            now, then = (_last_queries(side.attention, length, shift) for side in (record, old))
+            now, then = (side.last_queries(length, shift) for side in (record.attention, old.attention))
             if noise is not None:
                 then = with_noise(then, noise)
-            stats = attention_divergence(
-                now.q, now.k, then.q, then.k,
-                scale=now.scale, scale_ref=then.scale, window=now.window, window_ref=then.window,
-                num_persistent=now.num_persistent, num_persistent_ref=then.num_persistent,
-                query_mask=mask, key_mask=now.key_mask, divergence=self.divergence,
-            )  # fmt: skip
+            stats = now.compare(then, mask, self.divergence)
             return stats.jsd, stats.entropy
         p, p_old = (distribution(side, self.target, length + shift)[:, :length] for side in (record, old))
         return divergence_of(p, p_old, self.divergence), -(p * p.clamp(min=TINY).log()).sum(-1)
@@ -129,12 +122,3 @@ def divergence_of(p: Distribution, p_ref: Distribution, kind: str) -> Float[Tens
 def _kl(p: Distribution, q: Distribution, floor: float) -> Float[Tensor, "batch queries"]:
     # The logarithm's gradient at 0 is infinite; its floor takes it away where p adds nothing.
     return (p * (p.clamp(min=TINY).log() - q.clamp(min=floor).log())).sum(-1)
-
-
-def _last_queries(record: AttentionRecord | None, length: int, shift: int) -> AttentionRecord:
-    """The queries of the last `length` tokens, `shift` tokens earlier, and the keys that they can see."""
-    assert record is not None
-    if not shift:
-        return replace(record, q=record.q[:, :, -length:])
-    key_mask = None if record.key_mask is None else record.key_mask[:, :-1]
-    return replace(record, q=record.q[:, :, -length - 1 : -1], k=record.k[:, :, :-1], key_mask=key_mask)

@@ -13,7 +13,7 @@ of layers may differ between the two models.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem_kernels import attention_divergence
 from hybridmem_kernels.memory_scan import state_dtype
 
 from ..modeling import HybridMemLayer
@@ -184,10 +183,5 @@ def attention_jsd(
     student: AttentionRecord, teacher: AttentionRecord, mask: Bool[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
     """JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of the rows; 0 off the mask."""
-    ours, theirs = (replace(side, q=side.q[:, :, -mask.shape[1] :]) for side in (student, teacher))
-    return attention_divergence(
-        ours.q, ours.k, theirs.q, theirs.k,
-        scale=ours.scale, scale_ref=theirs.scale, window=ours.window, window_ref=theirs.window,
-        num_persistent=ours.num_persistent, num_persistent_ref=theirs.num_persistent,
-        query_mask=mask, key_mask=ours.key_mask,
-    ).jsd  # fmt: skip
+    ours, theirs = (side.last_queries(mask.shape[1]) for side in (student, teacher))
+    return ours.compare(theirs, mask).jsd

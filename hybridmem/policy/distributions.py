@@ -106,21 +106,24 @@ def unified(record: LayerRecord, queries: int) -> Distribution:
 
 def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
     """Head-averaged softmax weights of the last queries on tokens, their own included, beside persistent ones."""
-    q, k = record.q[:, :, -queries:], record.k
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q @ k.mT).to(state_dtype(q.dtype)) * record.scale
-    front = record.num_persistent
-    time = torch.arange(k.shape[2] - front, device=q.device)
-    distance = time[-q.shape[2] :, None] - time
+    record, front = record.last_queries(queries), record.num_persistent
+    time = torch.arange(record.k.shape[2] - front, device=record.q.device)
+    distance = time[-record.q.shape[2] :, None] - time
     seen = distance >= 0
     if record.window is not None:
         seen = seen & (distance < record.window)
-    seen = torch.nn.functional.pad(seen, (front, 0), value=True).expand(len(q), 1, -1, -1)
+    seen = torch.nn.functional.pad(seen, (front, 0), value=True)
     if record.key_mask is not None:
         seen = seen & torch.nn.functional.pad(record.key_mask, (front, 0), value=True)[:, None, None]
-    lowest = torch.finfo(scores.dtype).min
-    weights = scores.masked_fill(~seen, lowest).softmax(-1).masked_fill(~seen, 0).mean(1)
-    return weights[..., front:]
+    return _head_average(record, seen)[..., front:]
+
+
+def _head_average(record: AttentionRecord, seen: Tensor) -> Float[Tensor, "batch queries columns"]:
+    """The mean over heads of the softmax weights on the columns that are `seen`."""
+    q, k = record.q, record.k
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.mT).to(state_dtype(q.dtype)) * record.scale
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0).mean(1)
 
 
 def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distribution, Distribution, Tensor]:
@@ -132,19 +135,15 @@ def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distrib
     time = sum(segment.q.shape[2] for segment in record.segments)
     end = 0
     for segment in record.segments:
-        q, k = segment.q, segment.k
-        size, front = q.shape[2], segment.num_persistent
+        size, front = segment.q.shape[2], segment.num_persistent
         start, end = end, end + size
         if end <= time - queries:
             continue
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        if (k.shape[2] - front) != 2 * size:
+        if (segment.k.shape[2] - front) != 2 * size:
             raise ValueError("mac's segments are recorded in whole: record rows of one length, without a cache")
-        causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+        causal = torch.ones(size, size, dtype=torch.bool, device=segment.q.device).tril()
         seen = torch.nn.functional.pad(causal.repeat(1, 2), (front, 0), value=True)
-        scores = (q @ k.mT).to(state_dtype(q.dtype)) * segment.scale
-        weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).mean(1)
-        persistent, recalled, tokens = weights.split((front, size, size), dim=-1)
+        persistent, recalled, tokens = _head_average(segment, seen).split((front, size, size), dim=-1)
         around = (start, time - end)
         own = tokens.diagonal(dim1=-2, dim2=-1)
         recalled, tokens = (torch.nn.functional.pad(x, around) for x in (recalled, tokens.tril(-1)))

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybridmem_kernels import AttentionStats, attention_divergence
+
 from ..attention import AttentionState, ShortRangeAttention
 from ..memory import NeuralMemory, NeuralMemoryState, ScanInputs
 from ..modeling import HybridMemLayer
@@ -38,6 +40,24 @@ class AttentionRecord:
         """Apply a function to the tensors."""
         key_mask = None if self.key_mask is None else function(self.key_mask)
         return replace(self, q=function(self.q), k=function(self.k), key_mask=key_mask)
+
+    def last_queries(self, length: int, shift: int = 0) -> "AttentionRecord":
+        """The queries of the last `length` tokens, or of as many `shift` tokens earlier, and what they can see."""
+        if not shift:
+            return replace(self, q=self.q[:, :, -length:])
+        key_mask = None if self.key_mask is None else self.key_mask[:, :-shift]
+        return replace(self, q=self.q[:, :, -length - shift : -shift], k=self.k[:, :, :-shift], key_mask=key_mask)
+
+    def compare(
+        self, reference: "AttentionRecord", query_mask: Bool[Tensor, "batch queries"], divergence: str = "jsd"
+    ) -> AttentionStats:
+        """How far this attention is from another one over the same tokens, query by query."""
+        return attention_divergence(
+            self.q, self.k, reference.q, reference.k,
+            scale=self.scale, scale_ref=reference.scale, window=self.window, window_ref=reference.window,
+            num_persistent=self.num_persistent, num_persistent_ref=reference.num_persistent,
+            query_mask=query_mask, key_mask=self.key_mask, divergence=divergence,
+        )  # fmt: skip
 
 
 @dataclass

@@ -24,7 +24,7 @@ from ..policy.distillation import AttentionDistillation, Observation, observed
 from ..policy.exploration import Noise, draw_noise, explored
 from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
 from ..policy.recorder import AttentionRecorder, LayerRecord
-from ..policy.rewards import RewardSum
+from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import Completions, PromptBatch, Sampling, completion_logps, pad_prompts, sample
 from .checkpoints import load_checkpoint, model_of_checkpoint
 from .optimizers import decay_groups
@@ -320,9 +320,7 @@ class PolicyModule(L.LightningModule):
                 self.generator, prefill_once=noise is None,
             )  # fmt: skip
         repeated = [example for example in examples for _ in range(self.num_generations)]
-        texts, ids = self._texts(completions)
-        columns = {name: [example[name] for example in repeated] for name in repeated[0] if name != "prompt"}
-        rewards = self.rewards([example["prompt"] for example in repeated], texts, ids, **columns)
+        texts, rewards = self._reward(repeated, completions)
         lengths = completions.mask.sum(1).float()
         if self.num_generations > 1:
             signal = groups_with_signal(rewards.total, self.num_generations)
@@ -473,6 +471,12 @@ class PolicyModule(L.LightningModule):
         together = torch.stack(images) if images else None
         return pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, together)
 
+    def _reward(self, examples: list[Example], completions: Completions) -> tuple[list[str], Rewards]:
+        """The texts of responses, one to each example, and what they earn."""
+        texts, ids = self._texts(completions)
+        columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
+        return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
+
     def _texts(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
         """Each response's text without its end, and its tokens with it."""
         ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
@@ -513,12 +517,10 @@ class PolicyModule(L.LightningModule):
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         with self._evaluating():
             completions = sample(self.model, prompts, 1, greedy, self.eos_token_ids, self.data.pad_id)
-        texts, ids = self._texts(completions)
-        columns = {name: [example[name] for example in batch] for name in batch[0] if name != "prompt"}
-        rewards = self.rewards([example["prompt"] for example in batch], texts, ids, **columns)
+        texts, rewards = self._reward(batch, completions)
         self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
-        if "answer" in columns:
-            right = [text.rstrip() == answer for text, answer in zip(texts, columns["answer"], strict=True)]
+        if "answer" in batch[0]:
+            right = [text.rstrip() == example["answer"] for text, example in zip(texts, batch, strict=True)]
             self.log("val/accuracy", sum(right) / len(right), batch_size=len(batch), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
