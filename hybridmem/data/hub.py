@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.settings import at_least
+
 from .order import EndlessSampler, ResumableLoader, ordered_loader
 from .packing import PackedRows
-from .settings import at_least, batches_trained, is_training, share_of
 from .streaming import RowStream, StreamLoader, digest, tokenize_texts
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import Corpus, document_marks
+from .trainer import batches_trained, is_training, share_of
 
 
 class HubDataModule(L.LightningDataModule):

@@ -7,14 +7,15 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.settings import at_least, one_of
 from hybridmem.tasks.needle import NeedleRows
 
 from .corpora import Document, limit_bytes, list_documents, split_documents
 from .order import EndlessSampler, ResumableLoader, ordered_loader, start_of_data
 from .packing import ContinuousRows, PackedRows
-from .settings import at_least, batches_trained, is_training, one_of, share_of
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import Corpus, document_marks, tokenize
+from .trainer import batches_trained, is_training, share_of
 
 
 class TextDataModule(L.LightningDataModule):

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.settings import at_least, one_of
 from hybridmem.tasks.task import Split, Task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
 from .packing import IGNORED, PADDING, Row
-from .settings import at_least, batches_trained, is_training, one_of, share_of
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import document_marks
+from .trainer import batches_trained, is_training, share_of
 
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
 Example = dict[str, Any]

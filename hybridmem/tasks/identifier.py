@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from .task import END_OF_ANSWER, Split, at_least, example_generator
+from ..settings import at_least
+from .task import END_OF_ANSWER, Split, example_generator
 
 # Words of source, in bytes. What is not ASCII counts as part of a word, so that no half of a word is one.
 WORD = re.compile(rb"(?<![0-9A-Za-z_\x80-\xff])[A-Za-z_\x80-\xff][0-9A-Za-z_\x80-\xff]*")

@@ -46,10 +46,3 @@ def exact_match(completions: list[str], answer: list[str]) -> list[float]:
     A completion is the generated text up to its end of sequence.
     """
     return [float(completion.rstrip() == right) for completion, right in zip(completions, answer, strict=True)]
-
-
-def at_least(least: int, **settings: int) -> None:
-    """Refuse settings below `least`."""
-    for name, value in settings.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")

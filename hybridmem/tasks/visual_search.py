@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int
 
-from .task import END_OF_ANSWER, Split, at_least, exact_match, example_generator
+from ..settings import at_least
+from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 Question = Literal["where", "count"]
 QUESTIONS: tuple[Question, ...] = get_args(Question)
