@@ -58,6 +58,11 @@ class AttentionRL:
         if self.min_span is not None and not self.min_span >= 1:
             raise ValueError(f"min_span={self.min_span} must be at least 1, the span of a single token")
 
+    @property
+    def reads_memory(self) -> bool:
+        """Whether the target depends on all that was written, the prompt included."""
+        return self.target in ("memory", "unified")
+
     def loss(
         self,
         records: dict[int, LayerRecord],
@@ -73,7 +78,8 @@ class AttentionRL:
             old_records: the same of the rollout's policy.
             advantages: of each response.
             mask: the generated tokens that count; the last `length` tokens of the rows.
-            noise: what was added to the attention logits in the rollout; old_records do not hold it.
+            noise: what was added to the attention logits in the rollout, up to the rows' last token; old_records do
+                not hold it.
 
         Returns:
             The loss, and without gradient the means over tokens of `divergence`, `entropy` and `effective_span`.
@@ -102,9 +108,9 @@ class AttentionRL:
         """Divergence and entropy at the tokens that count, one layer."""
         length, shift = mask.shape[1], int(self.positions == "predicting")
         if self.target == "attention" and record.attention is not None and old.attention is not None:
-            now, then = (side.last_queries(length, shift) for side in (record.attention, old.attention))
-            if noise is not None:
-                then = with_noise(then, noise)
+            then = old.attention if noise is None else with_noise(old.attention, noise)
+            then = then.last_tokens(record.attention.num_tokens)
+            now, then = (side.last_queries(length, shift) for side in (record.attention, then))
             stats = now.compare(then, mask, self.divergence)
             return stats.jsd, stats.entropy
         p, p_old = (distribution(side, self.target, length + shift)[:, :length] for side in (record, old))

@@ -59,6 +59,11 @@ def draw_noise(
     return noise
 
 
+def cut_noise(noise: Noise, time: int) -> Noise:
+    """The noise of the first `time` tokens: all that were read in the end."""
+    return {number: eps[..., :time] if eps.dim() == 3 else eps for number, eps in noise.items()}
+
+
 def _noise_shape(layer: Any, target: str, time: int) -> tuple[int, ...]:
     own = isinstance(layer, HybridMemLayer)
     mixer: Any = layer.mixer if own else None
@@ -91,10 +96,13 @@ def explored(model: Any, target: str, noise: Noise) -> Iterator[None]:
 
 
 def with_noise(record: AttentionRecord, noise: Float[Tensor, "batch heads time"]) -> AttentionRecord:
-    """The record of a noisy layer, noise included: one channel more, in which q · k is the noise."""
+    """The record of a noisy layer, noise included: one channel more, in which q · k is the noise.
+
+    The noise of the last token is that of the last key: a window's cache keeps no others than the last ones.
+    """
     q, front = record.q, record.num_persistent
     k = record.k.repeat_interleave(q.shape[1] // record.k.shape[1], dim=1)
-    noise = torch.nn.functional.pad(noise[..., : k.shape[2] - front], (front, 0)).to(k.dtype)
+    noise = torch.nn.functional.pad(noise[..., noise.shape[-1] - (k.shape[2] - front) :], (front, 0)).to(k.dtype)
     k = torch.cat((k, noise.unsqueeze(-1)), dim=-1)
     q = torch.cat((q, q.new_full((*q.shape[:3], 1), 1 / record.scale)), dim=-1)
     return replace(record, q=q, k=k)

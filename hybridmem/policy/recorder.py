@@ -41,6 +41,20 @@ class AttentionRecord:
         key_mask = None if self.key_mask is None else function(self.key_mask)
         return replace(self, q=function(self.q), k=function(self.k), key_mask=key_mask)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys are here."""
+        return self.k.shape[2] - self.num_persistent
+
+    def last_tokens(self, count: int) -> "AttentionRecord":
+        """The same with the keys of the last `count` tokens only, which must be all that the queries see."""
+        front, dropped = self.num_persistent, self.num_tokens - count
+        if not dropped:
+            return self
+        k = torch.cat((self.k[:, :, :front], self.k[:, :, front + dropped :]), dim=2)
+        key_mask = None if self.key_mask is None else self.key_mask[:, dropped:]
+        return replace(self, k=k, key_mask=key_mask)
+
     def last_queries(self, length: int, shift: int = 0) -> "AttentionRecord":
         """The queries of the last `length` tokens, or of as many `shift` tokens earlier, and what they can see."""
         if not shift:
@@ -111,6 +125,11 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return [found[number] for number in sorted(found)]
 
 
+def is_segmented(layer: Any) -> bool:
+    """Whether a layer is one of mac's, whose attention is recorded segment by segment."""
+    return isinstance(layer, HybridMemLayer) and isinstance(layer.mixer, ContextMixer)
+
+
 class AttentionRecorder:
     """A context in which a model's forward passes leave `records`, one for each chosen layer.
 
@@ -149,7 +168,7 @@ class AttentionRecorder:
                 )
             if not isinstance(layer, HybridMemLayer):
                 called[layer] = number
-            elif isinstance(layer.mixer, ContextMixer):
+            elif is_segmented(layer):
                 called[layer.mixer.attention] = number
             if isinstance(layer, HybridMemLayer):
                 self._watch_parts(number, layer)
@@ -247,12 +266,11 @@ def record_attention(
     if state is not None:
         k, v = torch.cat((state.keys.to(k.dtype), k), 2), torch.cat((state.values.to(v.dtype), v), 2)
     k, _ = attention.with_persistent(k, v)
-    mask = sequence.mask
-    if mask is not None and state is not None:
-        before = torch.ones_like(mask[:, :1]).expand(-1, state.keys.shape[2])
-        if state.document_ids is not None:
-            before = state.document_ids >= 0
-        mask = torch.cat((before, mask), dim=1)
+    mask, documents = sequence.mask, None if state is None else state.document_ids
+    if state is not None and (mask is not None or documents is not None):
+        before = state.keys.new_ones(len(x), state.keys.shape[2]) if documents is None else documents
+        mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
+        mask = torch.cat((before >= 0, mask), dim=1)
     return AttentionRecord(q, k, attention.scaling, attention.window, attention.num_persistent, mask)
 
 

@@ -1,6 +1,7 @@
 """Groups of sampled responses: each prompt is read once, then answered many times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,9 +54,20 @@ class PromptBatch(NamedTuple):
         """Each prompt `times` times, copies next to one another."""
         return self._map(lambda x: x.repeat_interleave(times, dim=0))
 
-    def select(self, rows: Tensor) -> "PromptBatch":
+    def select(self, rows: Tensor | slice) -> "PromptBatch":
         """Some of the prompts."""
         return self._map(lambda x: x[rows])
+
+    def followed_by(self, ids: Int[Tensor, "prompts length"]) -> "PromptBatch":
+        """The prompts with tokens behind them."""
+        mask = self.attention_mask
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, ids.shape[1]), value=True)
+        return PromptBatch(torch.cat((self.input_ids, ids), dim=1), mask, self.images)
+
+    def without_last(self) -> "PromptBatch":
+        """All but the last token of each."""
+        mask = self.attention_mask
+        return PromptBatch(self.input_ids[:, :-1], None if mask is None else mask[:, :-1], self.images)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
         mask, images = (None if x is None else function(x) for x in self[1:])
@@ -94,6 +106,17 @@ def pad_prompts(
     return PromptBatch(ids, None if mask.all() else mask, images)
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def sample(
     model: Any,
@@ -123,7 +146,7 @@ def sample(
     else:
         fan_out = num_generations
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = _read(model, prompts, cache)
+    logits = _read(model, prompts, cache)[:, -1]
     if fan_out > 1:
         cache.batch_repeat_interleave(fan_out)
         logits = logits.repeat_interleave(fan_out, dim=0)
@@ -140,18 +163,20 @@ def sample(
         if len(ids) == sampling.max_completion_length or bool(finished.all()):
             break
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-        logits = _read(model, PromptBatch(ids[-1][:, None], mask), cache)
+        logits = _read(model, PromptBatch(ids[-1][:, None], mask), cache)[:, -1]
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
 
 
-def _read(model: Any, new: PromptBatch, cache: DynamicCache) -> Float[Tensor, "rows vocab"]:
-    """The logits behind the last of some new tokens."""
+def _read(
+    model: Any, new: PromptBatch, cache: DynamicCache | None, logits_to_keep: int = 1
+) -> Float[Tensor, "rows kept vocab"]:
+    """The logits behind the last of some new tokens; the mask may tell of those before them too."""
     tokens = _as_input(model, new)
-    length = new.input_ids.shape[1]
     if new.attention_mask is not None:
         tokens["attention_mask"] = new.attention_mask.long()
-        tokens["position_ids"] = positions(new.attention_mask)[:, -length:]
-    return model(**tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        tokens["position_ids"] = positions(new.attention_mask)[:, -new.input_ids.shape[1] :]
+    caching = cache is not None
+    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
 
 
 def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:
@@ -196,25 +221,27 @@ def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[T
 
 
 def completion_logps(
-    model: Any, prompts: PromptBatch, completions: Completions, temperature: float
+    model: Any, prompts: PromptBatch, completions: Completions, temperature: float, num_generations: int = 1
 ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
-    """Log-probabilities of the generated tokens in one pass over prompts and responses, and the entropy at each.
+    """Log-probabilities of the generated tokens, and the entropy at each.
 
     Args:
         model: the policy.
         prompts: of each response, repeated.
         completions: the responses.
         temperature: that the logits are divided by; 0 counts as 1.
+        num_generations: responses, next to one another, that answer one prompt. It is then read once for them all,
+            gradients included, where it has a token before its last one; 1: each response reads its own.
     """
-    length = completions.ids.shape[1]
-    ids = torch.cat((prompts.input_ids, completions.ids), dim=1)
+    length, cache = completions.ids.shape[1], None
     # What stands behind a response's end is seen by no token that counts.
-    mask = prompts.attention_mask
-    mask = None if mask is None else torch.nn.functional.pad(mask, (0, length), value=True)
-    tokens = _as_input(model, PromptBatch(ids, mask, prompts.images))
-    if mask is not None:
-        tokens |= dict(attention_mask=mask.long(), position_ids=positions(mask))
-    logits = model(**tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
+    rows = prompts.followed_by(completions.ids)
+    if num_generations > 1 and prompts.input_ids.shape[1] > 1:
+        cache = DynamicCache(config=model.config.get_text_config())
+        _read(model, prompts.select(slice(None, None, num_generations)).without_last(), cache)
+        cache.batch_repeat_interleave(num_generations)
+        rows = PromptBatch(rows.input_ids[:, -length - 1 :], rows.attention_mask)
+    logits = _read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
     logps = (logits / (temperature or 1.0)).log_softmax(-1)
     chosen = logps.gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():

@@ -1,16 +1,15 @@
 """Looks at a policy between its steps: when they are due, and what it attends to while it answers."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..policy.recorder import AttentionRecorder, LayerRecord
-from ..policy.rollouts import Completions, Sampling, completion_logps, pad_prompts, sample
+from ..policy.rollouts import Completions, Sampling, completion_logps, evaluating, pad_prompts, sample
 from .policy import PolicyModule
 
 
@@ -48,7 +47,7 @@ def record_answers(
         module.device,
         None if images is None else images[None],
     )
-    with _evaluating(module.model), module.trainer.precision_plugin.forward_context():
+    with evaluating(module.model), module.trainer.precision_plugin.forward_context():
         completions = sample(
             module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator
         )
@@ -65,13 +64,3 @@ def _last_queries(record: LayerRecord, length: int) -> LayerRecord:
     if record.attention is None:
         return record
     return replace(record, attention=replace(record.attention, q=record.attention.q[:, :, -length:]))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

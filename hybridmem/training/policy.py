@@ -21,11 +21,11 @@ from ..data import load_tokenizer
 from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
 from ..policy.distillation import AttentionDistillation, Observation, observed
-from ..policy.exploration import Noise, draw_noise, explored
+from ..policy.exploration import Noise, cut_noise, draw_noise, explored
 from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
-from ..policy.recorder import AttentionRecorder, LayerRecord
+from ..policy.recorder import AttentionRecorder, LayerRecord, is_segmented
 from ..policy.rewards import Rewards, RewardSum
-from ..policy.rollouts import Completions, PromptBatch, Sampling, completion_logps, pad_prompts, sample
+from ..policy.rollouts import Completions, PromptBatch, Sampling, completion_logps, evaluating, pad_prompts, sample
 from .checkpoints import load_checkpoint, model_of_checkpoint
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
@@ -166,6 +166,7 @@ class PolicyModule(L.LightningModule):
         self._teacher_tokenizer: PreTrainedTokenizerBase | None = None
         self._waiting: list[Rollout] = []  # groups with signal that do not fill a batch yet
         self._started = False
+        self._records_prompts = self.distillation is not None  # or AttentionRL's layers do, see configure_model
 
     def _check_settings(self) -> None:
         if not self.learns_by_reward and self.distillation is None:
@@ -219,7 +220,8 @@ class PolicyModule(L.LightningModule):
         model = load_policy(self.model_name)
         model.set_attn_implementation(self.attn_implementation)
         if self.attention_rl is not None:
-            AttentionRecorder(model, self.attention_rl.layers)  # layers that are not there are found now
+            recorded = AttentionRecorder(model, self.attention_rl.layers).layers  # layers that are not there: now
+            self._records_prompts |= self.attention_rl.reads_memory or any(map(is_segmented, recorded.values()))
         if self.token_objective is not None and self.token_objective.beta and self.lora is None:
             self._reference = [copy.deepcopy(model).eval().requires_grad_(False)]
         if self.distillation is not None:
@@ -314,11 +316,12 @@ class PolicyModule(L.LightningModule):
                 self.generator,
             )  # fmt: skip
             looking = explored(self.model, attention.target, noise)
-        with self._evaluating(), looking:
+        with evaluating(self.model), looking:
             completions = sample(
                 self.model, prompts, self.num_generations, self.sampling, self.eos_token_ids, self.data.pad_id,
                 self.generator, prefill_once=noise is None,
             )  # fmt: skip
+        noise = noise and cut_noise(noise, prompts.input_ids.shape[1] + completions.ids.shape[1])
         repeated = [example for example in examples for _ in range(self.num_generations)]
         texts, rewards = self._reward(repeated, completions)
         lengths = completions.mask.sum(1).float()
@@ -346,7 +349,7 @@ class PolicyModule(L.LightningModule):
                     break
                 part = experience.select(rows)
                 with self._observing() as seen:
-                    scores = self._score(part.prompts, part.completions)
+                    scores = self._score(part.prompts, part.completions, self._readers(len(rows)))
                 old = scores.detach() if part.old is None else part.old
                 if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
                     experience.old = old
@@ -423,21 +426,30 @@ class PolicyModule(L.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
 
-    def _score(self, prompts: PromptBatch, completions: Completions) -> Scores:
+    def _score(self, prompts: PromptBatch, completions: Completions, readers: int) -> Scores:
         """Log-probabilities, token entropies and what AttentionRL's layers attended to."""
         if self.attention_rl is None:
-            return Scores(*completion_logps(self.model, prompts, completions, self.temperature), {})
+            return Scores(*completion_logps(self.model, prompts, completions, self.temperature, readers), {})
         with AttentionRecorder(self.model, self.attention_rl.layers) as recorder:
-            return Scores(*completion_logps(self.model, prompts, completions, self.temperature), recorder.records)
+            logps, entropy = completion_logps(self.model, prompts, completions, self.temperature, readers)
+            return Scores(logps, entropy, recorder.records)
+
+    def _readers(self, responses: int) -> int:
+        """How many responses share one reading of their prompt.
+
+        One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, and where
+        a step holds parts of groups.
+        """
+        shared = not self._records_prompts and not self.model.is_gradient_checkpointing
+        return self.num_generations if shared and responses % self.num_generations == 0 else 1
 
     @torch.no_grad()
     def _score_rollout(self, prompts: PromptBatch, completions: Completions, noise: Noise | None) -> Scores:
         """The same under the policy that sampled, its exploration included."""
-        looking: AbstractContextManager = nullcontext()
-        if noise is not None and self.attention_rl is not None:
-            looking = explored(self.model, self.attention_rl.target, noise)
-        with looking:
-            return self._score(prompts, completions)
+        if noise is None or self.attention_rl is None:
+            return self._score(prompts, completions, self._readers(len(completions.ids)))
+        with explored(self.model, self.attention_rl.target, noise):
+            return self._score(prompts, completions, 1)  # responses read differently
 
     def _observing(self) -> AbstractContextManager[list[Observation]]:
         """A context in which the policy's passes leave what distillation compares."""
@@ -457,11 +469,12 @@ class PolicyModule(L.LightningModule):
     def _reference_logps(self, prompts: PromptBatch, completions: Completions) -> Tensor | None:
         if self.token_objective is None or not self.token_objective.beta:
             return None
+        readers = self._readers(len(completions.ids))
         if self.lora is not None:
             with self.model.disable_adapter():
-                return completion_logps(self.model, prompts, completions, self.temperature)[0]
+                return completion_logps(self.model, prompts, completions, self.temperature, readers)[0]
         self._reference = [model.to(self.device) for model in self._reference]
-        return completion_logps(self._reference[0], prompts, completions, self.temperature)[0]
+        return completion_logps(self._reference[0], prompts, completions, self.temperature, readers)[0]
 
     def _prompt(self, example: Example) -> Prompt:
         return Prompt(self.data.prompt_tokens(example["prompt"]), example.get("images"))
@@ -482,9 +495,6 @@ class PolicyModule(L.LightningModule):
         ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
         bare = [[token for token in row if token not in self.eos_token_ids] for row in ids]
         return self.data.tokenizer.batch_decode(bare), ids
-
-    def _evaluating(self) -> AbstractContextManager:
-        return _evaluation(self.model)
 
     def _with_signal(self, rollout: Rollout) -> Rollout:
         """The groups whose rewards differ."""
@@ -515,7 +525,7 @@ class PolicyModule(L.LightningModule):
         """Reward and accuracy of the likeliest response to every held-out prompt."""
         prompts = self._pad([self._prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
-        with self._evaluating():
+        with evaluating(self.model):
             completions = sample(self.model, prompts, 1, greedy, self.eos_token_ids, self.data.pad_id)
         texts, rewards = self._reward(batch, completions)
         self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
@@ -540,19 +550,6 @@ class PolicyModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random numbers up again."""
         self._generator_state = checkpoint["rollout_generator"]
-
-
-class _evaluation:
-    """A model in evaluation mode, for a while."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
 
 
 def load_policy(name: str) -> Any:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hybridmem.policy.exploration import draw_noise, explored
+from hybridmem.policy.attention_rl import AttentionRL
+from hybridmem.policy.exploration import cut_noise, draw_noise, explored
 from hybridmem.policy.recorder import AttentionRecorder
 from hybridmem.policy.rollouts import Sampling, completion_logps, pad_prompts, sample
 
@@ -45,6 +46,55 @@ def test_reading_a_prompt_once_or_for_every_response_is_the_same(kind):
     _, once = roll_out(model, PROMPTS)
     _, each = roll_out(model, PROMPTS, prefill_once=False)
     assert torch.equal(once.ids, each.ids)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, PROMPTS[1:2], [[3], [5, 8]], [[3], [5]]], ids=["mixed", "one", "short", "1"]
+)
+@pytest.mark.parametrize("kind", ["llama", "mag", "mac", "mal", "lmm", "swa", "full"])
+def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts):
+    model = model_of(kind)
+    repeated, completions = roll_out(model, prompts)
+    mask, weight = completions.mask, torch.linspace(-1, 1, completions.ids.numel()).view_as(completions.ids)
+    found = []
+    for num_generations in (1, 4):
+        logps, entropy = completion_logps(model, repeated, completions, SAMPLING.temperature, num_generations)
+        found.append((logps[mask], entropy[mask], gradients(model, (logps * weight * mask).sum())))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["generated", "predicting"])
+@pytest.mark.parametrize(("kind", "target"), [("llama", "attention"), ("swa", "attention"), ("mag", "allocation")])
+@pytest.mark.parametrize("sigma", [0.0, 1.5])
+def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, positions, sigma):
+    model, before = model_of(kind), model_of(kind)
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    objective = AttentionRL(target=target, positions=positions, exploration=sigma, divergence="kl")
+    prompts, completions = roll_out(model, PROMPTS)
+    time = prompts.input_ids.shape[1] + completions.ids.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    noise = cut_noise(draw_noise(model, target, [1], sigma, 3, 4, time + 2, generator), time) if sigma else None
+    found = []
+    for num_generations in (1, 4):
+        readers = 1 if sigma else num_generations  # the rollout's policy reads under noise
+        with torch.no_grad(), AttentionRecorder(before) as recorder:
+            completion_logps(before, prompts, completions, 1.0, readers)
+            old = recorder.records
+        with AttentionRecorder(model) as recorder:
+            completion_logps(model, prompts, completions, 1.0, num_generations)
+        noise_of = noise if target == "attention" else None
+        loss, metrics = objective.loss(recorder.records, old, torch.ones(12), completions.mask, noise_of)
+        found.append((loss, metrics, gradients(model, loss)))
+    assert found[0][0].abs() > 1e-5
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_response_ends_with_its_end_of_text_or_is_truncated():
