@@ -22,6 +22,7 @@ from results_pretrain import interval
 
 ROOT = Path("runs/results_rl")
 SEEDS = (0, 1, 2)
+METRICS = ("val/pass@1", "val/accuracy")
 TOKENS = {"class_path": "hybridmem.policy.DrGRPO"}
 
 
@@ -52,6 +53,14 @@ CELLS = {
     "token + unified": Cell([TOKENS, attention(target="unified")], seeds=(0,)),
 }
 
+# A rollout from which nothing is learnt, then a validation: the start as the runs' own validation sees it.
+UNCHANGED = {
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 1,
+    "model.init_args.optimizer.init_args.lr": 0.0,
+    "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+}
+
 
 def fit(config: str, folder: Path, seed: int, **options: Any) -> None:
     """One `hybridmem fit` on one thread, its output in a file beside it."""
@@ -71,6 +80,8 @@ def fit(config: str, folder: Path, seed: int, **options: Any) -> None:
     with (folder / "output.txt").open("a") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
+    if code == 0:
+        (folder / "finished").touch()
     print(f"{folder}: {'done' if code == 0 else f'FAILED (see {folder}/output.txt)'}", flush=True)
 
 
@@ -93,49 +104,57 @@ def run_once(config: str, folder: Path, seed: int, **options: Any) -> None:
     """Run what was not finished before."""
     if not is_finished(folder):
         fit(config, folder, seed, **options)
-        if (folder / "last.ckpt").exists():
-            (folder / "finished").touch()
 
 
 def run_all(task: str, parallel: int) -> None:
-    """Warm up every seed, then train every cell, first seeds first."""
+    """Warm up every seed, then train every cell, first seeds first and what has one seed last."""
+
+    def start(seed: int) -> None:
+        run_once(f"configs/rl/{task}_warmup.yaml", warm_up(task, seed), seed)
+        train(("start", seed), [TOKENS], **UNCHANGED)
+
+    def train(run: tuple[str, int], objectives: list | None = None, **changes: Any) -> None:
+        name, seed = run
+        options = {
+            "model.init_args.model": warm_up(task, seed) / "last.ckpt",
+            "model.init_args.objectives": objectives or CELLS[name].objectives,
+            "model.init_args.seed": seed,
+            **changes,
+        }
+        run_once(f"configs/rl/{task}.yaml", run_folder(task, name, seed), seed, **options)
+
     with ThreadPoolExecutor(parallel) as pool:
-        list(pool.map(lambda s: run_once(f"configs/rl/{task}_warmup.yaml", warm_up(task, s), s), SEEDS))
+        list(pool.map(start, SEEDS))
         waiting = [(name, seed) for seed in SEEDS for name, cell in CELLS.items() if seed in cell.seeds]
-
-        def train(run: tuple[str, int]) -> None:
-            name, seed = run
-            options = {
-                "model.init_args.model": warm_up(task, seed) / "last.ckpt",
-                "model.init_args.objectives": CELLS[name].objectives,
-                "model.init_args.seed": seed,
-            }
-            run_once(f"configs/rl/{task}.yaml", run_folder(task, name, seed), seed, **options)
-
+        waiting.sort(key=lambda run: CELLS[run[0]].seeds != SEEDS)  # ablations last
         list(pool.map(train, waiting))
 
 
-def curve(folder: Path) -> list[float]:
-    """Held-out accuracy at every validation of a run."""
+def curve(folder: Path, metric: str) -> list[float]:
+    """A metric at every validation of a run."""
     log = read_log(folder)
-    return [log["val/accuracy"][step] for step in sorted(log["val/accuracy"])]
+    return [log[metric][step] for step in sorted(log[metric])]
 
 
 def write(task: str) -> None:
     """Write the JSON, and the table between its markers in docs/results.md."""
-    starts = {seed: curve(warm_up(task, seed))[-1] for seed in SEEDS if is_finished(warm_up(task, seed))}
-    results: dict[str, Any] = {"warm-up": {"seeds": list(starts), "accuracy": list(starts.values())}}
-    header = "| objectives | seeds | accuracy before | after | gain |"
-    lines = [header, "| --- | ---: | ---: | ---: | ---: |"]
-    for name, cell in CELLS.items():
-        seeds = [seed for seed in cell.seeds if is_finished(run_folder(task, name, seed))]
+    results: dict[str, Any] = {}
+    lines = [
+        "| objectives | seeds | pass@1 | gain | greedy accuracy | gain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    starts = {seed: {m: curve(run_folder(task, "start", seed), m)[-1] for m in METRICS} for seed in SEEDS}
+    for name, seeds in {"start": SEEDS, **{name: cell.seeds for name, cell in CELLS.items()}}.items():
+        seeds = [seed for seed in seeds if is_finished(run_folder(task, name, seed))]
         if not seeds:
             continue
-        curves = [curve(run_folder(task, name, seed)) for seed in seeds]
-        results[name] = {"seeds": seeds, "accuracy": curves}
-        before, after = [100 * starts[seed] for seed in seeds], [100 * values[-1] for values in curves]
-        gain = [end - start for start, end in zip(before, after, strict=True)]
-        cells = [name, str(len(seeds)), *(interval(values, digits=1) for values in (before, after, gain))]
+        curves = {metric: [curve(run_folder(task, name, seed), metric) for seed in seeds] for metric in METRICS}
+        results[name] = {"seeds": seeds, **curves}
+        cells = [name, str(len(seeds))]
+        for metric, values in curves.items():
+            after = [100 * value[-1] for value in values]
+            gain = [end - 100 * starts[seed][metric] for end, seed in zip(after, seeds, strict=True)]
+            cells += [interval(after, digits=1), "" if name == "start" else interval(gain, digits=1)]
         lines.append("| " + " | ".join(cells) + " |")
     Path(f"docs/results_rl_{task}.json").write_text(json.dumps(results, indent=1) + "\n")
     page = Path("docs/results.md")

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from hybridmem.training.checkpoints import load_policy
+
+from .hybridmem.data.vision_models import tiny_processor, write_vision_model
 from .hybridmem.training.runs import hybridmem, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +17,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 COMPLETE = [path for path in CONFIGS if path.parent.name != "overlays"]
 PRETRAINING = [path for path in COMPLETE if path.parent.name != "rl"]
 WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
+VISION = ROOT / "configs" / "rl" / "visual_search_qwen.yaml"
 OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -109,6 +114,31 @@ def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeyp
     exported = tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()
+
+
+def test_a_vision_language_model_learns_by_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr("hybridmem.data.tasks.load_processor", tiny_processor)
+    small = {
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 1,
+        "trainer.callbacks.init_args.every_n_train_steps": 2,
+        "trainer.default_root_dir": tmp_path / "run",
+        "model.init_args.model": write_vision_model(tmp_path / "model"),
+        "model.init_args.max_completion_length": 4,
+        "model.init_args.reward_funcs": "[tests.hybridmem.data.vision_models.different_tokens]",
+        "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+        "data.init_args.task.init_args.grid": 2,
+        "data.init_args.batch_size": 2,
+        "data.init_args.num_val": 4,
+    }
+    hybridmem(monkeypatch, "fit", "--config", VISION, *as_arguments(small))
+    trained = load_policy(str(tmp_path / "run" / "last.ckpt")).state_dict()
+    start = load_policy(str(tmp_path / "model")).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert changed
+    assert all("language_model" in name for name in changed)
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,6 +8,7 @@ from .packing import ContinuousRows, PackedRows
 from .tasks import TaskDataModule
 from .tokenizer import byte_tokenizer, load_tokenizer, token_byte_lengths
 from .tokens import Corpus, tokenize
+from .vision import Prompt, load_processor
 
 __all__ = [
     "ContinuousRows",
@@ -16,10 +17,12 @@ __all__ = [
     "EndlessSampler",
     "HubDataModule",
     "PackedRows",
+    "Prompt",
     "TaskDataModule",
     "TextDataModule",
     "byte_tokenizer",
     "list_documents",
+    "load_processor",
     "load_tokenizer",
     "standard_library_files",
     "token_byte_lengths",

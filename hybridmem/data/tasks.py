@@ -19,6 +19,7 @@ from .packing import IGNORED, PADDING, Row
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import document_marks
 from .trainer import batches_trained, is_training, share_of
+from .vision import Prompt, load_processor, vision_prompt
 
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
 Example = dict[str, Any]
@@ -49,6 +50,8 @@ class TaskDataModule(L.LightningDataModule):
         num_val: examples of the validation set.
         seed: of the order of the examples; the examples follow from the task's own seed.
         tokenizer: "bytes", a folder with a tokenizer, or the name of a model on the Hugging Face hub.
+        processor: folder or name of a vision-language model, whose processor then writes the prompts, images drawn as
+            one picture, and brings the tokenizer; in "prompts" mode. None: images are patches before the text.
         max_prompt_length: tokens that a prompt may have; a longer one is an error, since cutting it could take away
             what is asked for. None: any number.
         train_on_prompt: give the prompt's tokens labels too.
@@ -67,6 +70,7 @@ class TaskDataModule(L.LightningDataModule):
         num_val: int = 256,
         seed: int = 0,
         tokenizer: str = "bytes",
+        processor: str | None = None,
         max_prompt_length: int | None = None,
         train_on_prompt: bool = False,
         num_workers: int = 0,
@@ -75,8 +79,11 @@ class TaskDataModule(L.LightningDataModule):
         at_least(1, batch_size=batch_size, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
         at_least(0, seed=seed, num_workers=num_workers)
         one_of(("supervised", "prompts"), mode=mode)
+        if processor is not None and mode != "prompts":
+            raise ValueError("processor writes prompts to be answered: set mode to prompts")
         self.save_hyperparameters(ignore=["task"], logger=False)  # checkpoints hold plain values alone
         self.task = task
+        self.processor: Any = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.resumed: dict[str, Any] = {"rows": 0, "batches": 0}
 
@@ -84,7 +91,11 @@ class TaskDataModule(L.LightningDataModule):
         """Load the tokenizer; make an example, so that a task that has none says so before training starts."""
         if self.tokenizer is not None:
             return
-        self.tokenizer = load_tokenizer(self.hparams.tokenizer)
+        if self.hparams.processor is None:
+            self.tokenizer = load_tokenizer(self.hparams.tokenizer)
+        else:
+            self.processor = load_processor(self.hparams.processor)
+            self.tokenizer = self.processor.tokenizer
         self.vocab_size = len(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
@@ -97,7 +108,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def batch(self, examples: list[Example]) -> list[Example] | dict[str, Tensor]:
         """Examples as the mode wants them."""
-        prompts = [self.prompt_tokens(example["prompt"]) for example in examples]
+        prompts = [self.prompt(example).tokens for example in examples]
         if self.hparams.mode == "prompts":
             return examples
         rows = [self.row(prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
@@ -106,17 +117,21 @@ class TaskDataModule(L.LightningDataModule):
             batch["images"] = torch.stack([example["images"] for example in examples])
         return batch
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
-        """The prompt as the tokenizer writes it by itself."""
+    def prompt(self, example: Example) -> Prompt:
+        """What is asked, as the tokenizer writes it by itself, or the processor."""
         assert self.tokenizer is not None
-        tokens = self.tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
+        if self.processor is not None:
+            prompt = vision_prompt(self.processor, example["prompt"], example.get("images"))
+        else:
+            tokens = self.tokenizer(example["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
+            prompt = Prompt(tokens, example.get("images"))
         limit = self.hparams.max_prompt_length
-        if limit is not None and len(tokens) > limit:
+        if limit is not None and len(prompt.tokens) > limit:
             raise ValueError(
-                f"max_prompt_length={limit} is too short for a prompt of {len(tokens)} tokens: raise it, or make the "
-                "task's prompts shorter"
+                f"max_prompt_length={limit} is too short for a prompt of {len(prompt.tokens)} tokens: raise it, or "
+                "make the task's prompts shorter"
             )
-        return tokens
+        return prompt
 
     def row(self, prompt: list[int], example: Example) -> Row:
         """Prompt, answer and end of sequence as inputs with their labels."""

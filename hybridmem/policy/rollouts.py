@@ -48,30 +48,52 @@ class PromptBatch(NamedTuple):
 
     input_ids: Int[Tensor, "prompts time"]
     attention_mask: Bool[Tensor, "prompts time"] | None  # None: no padding
-    images: Float[Tensor, "prompts patches pixels"] | None = None  # in place of each prompt's first tokens
+    images: Float[Tensor, "prompts patches pixels"] | None = None
+    image_grid_thw: Int[Tensor, "prompts 3"] | None = None  # of a vision model; None: patches replace the first tokens
+    position_ids: Int[Tensor, "axes prompts time"] | None = None  # of a vision model
 
     def repeat(self, times: int) -> "PromptBatch":
         """Each prompt `times` times, copies next to one another."""
-        return self._map(lambda x: x.repeat_interleave(times, dim=0))
+        return self._map(lambda x, rows: x.repeat_interleave(times, dim=rows))
 
-    def select(self, rows: Tensor | slice) -> "PromptBatch":
+    def select(self, rows: Int[Tensor, " rows"]) -> "PromptBatch":
         """Some of the prompts."""
-        return self._map(lambda x: x[rows])
+        return self._map(lambda x, dim: x.index_select(dim, rows.to(x.device)))
 
     def followed_by(self, ids: Int[Tensor, "prompts length"]) -> "PromptBatch":
         """The prompts with tokens behind them."""
-        mask = self.attention_mask
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, ids.shape[1]), value=True)
-        return PromptBatch(torch.cat((self.input_ids, ids), dim=1), mask, self.images)
+        mask, places, length = self.attention_mask, self.position_ids, ids.shape[1]
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, length), value=True)
+        if places is not None:
+            ahead = places.amax((0, 2))[:, None] + torch.arange(1, length + 1, device=places.device)
+            places = torch.cat((places, ahead.expand(len(places), -1, -1)), dim=2)
+        ids = torch.cat((self.input_ids, ids), dim=1)
+        return self._replace(input_ids=ids, attention_mask=mask, position_ids=places)
 
     def without_last(self) -> "PromptBatch":
         """All but the last token of each."""
-        mask = self.attention_mask
-        return PromptBatch(self.input_ids[:, :-1], None if mask is None else mask[:, :-1], self.images)
+        mask, places = self.attention_mask, self.position_ids
+        return self._replace(
+            input_ids=self.input_ids[:, :-1],
+            attention_mask=None if mask is None else mask[:, :-1],
+            position_ids=None if places is None else places[..., :-1],
+        )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        mask, images = (None if x is None else function(x) for x in self[1:])
-        return PromptBatch(function(self.input_ids), mask, images)
+    def last(self, count: int) -> "PromptBatch":
+        """The last tokens, which are text, for a model that has read the others; the mask tells of all."""
+        places = None if self.position_ids is None else self.position_ids[..., -count:]
+        return PromptBatch(self.input_ids[:, -count:], self.attention_mask, position_ids=places)
+
+    def _map(self, function: Callable[[Tensor, int], Tensor]) -> "PromptBatch":
+        mask, images, grid, places = self[1:]
+        return PromptBatch(
+            function(self.input_ids, 0),
+            None if mask is None else function(mask, 0),
+            None if images is None else function(images, 0),
+            None if grid is None else function(grid, 0),
+            None if places is None else function(places, 1),
+        )
 
 
 class Completions(NamedTuple):
@@ -88,8 +110,11 @@ def pad_prompts(
     pad_id: int,
     device: torch.device,
     images: Float[Tensor, "prompts patches pixels"] | None = None,
+    image_grid_thw: Int[Tensor, "prompts 3"] | None = None,
 ) -> PromptBatch:
-    """Token lists as a batch; images come before the text.
+    """Token lists as a batch.
+
+    Images come before the text, except with `image_grid_thw`: then the prompts hold places for them already.
 
     Raises:
         ValueError: a prompt without a token.
@@ -97,13 +122,24 @@ def pad_prompts(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     if not lengths.all():
         raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty: a response needs a token to follow")
-    if images is not None:
+    if images is not None and image_grid_thw is None:
         places = [pad_id] * images.shape[1]
-        prompts, lengths, images = [places + prompt for prompt in prompts], lengths + len(places), images.to(device)
+        prompts, lengths = [places + prompt for prompt in prompts], lengths + len(places)
     longest = int(lengths.max())
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = (torch.arange(longest) >= longest - lengths[:, None]).to(device)
-    return PromptBatch(ids, None if mask.all() else mask, images)
+    images, image_grid_thw = (None if x is None else x.to(device) for x in (images, image_grid_thw))
+    return PromptBatch(ids, None if mask.all() else mask, images, image_grid_thw)
+
+
+def vision_positions(model: Any, prompts: PromptBatch) -> Int[Tensor, "axes prompts time"] | None:
+    """Each token's place in time, height and width, where a vision model has such; None where it counts tokens."""
+    places = next((m.get_rope_index for m in model.modules() if hasattr(m, "get_rope_index")), None)
+    if places is None:
+        return None
+    is_image = (prompts.input_ids == model.config.image_token_id).int()
+    mask = None if prompts.attention_mask is None else prompts.attention_mask.long()
+    return places(prompts.input_ids, is_image, prompts.image_grid_thw, attention_mask=mask)[0]
 
 
 @contextmanager
@@ -146,11 +182,11 @@ def sample(
     else:
         fan_out = num_generations
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = _read(model, prompts, cache)[:, -1]
+    logits = read(model, prompts, cache)[:, -1]
     if fan_out > 1:
         cache.batch_repeat_interleave(fan_out)
         logits = logits.repeat_interleave(fan_out, dim=0)
-    mask = None if prompts.attention_mask is None else prompts.attention_mask.repeat_interleave(fan_out, dim=0)
+    rows = prompts.repeat(fan_out)
     ends = torch.tensor(eos_token_ids, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
@@ -162,12 +198,12 @@ def sample(
         finished = finished | torch.isin(tokens, ends)
         if len(ids) == sampling.max_completion_length or bool(finished.all()):
             break
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-        logits = _read(model, PromptBatch(ids[-1][:, None], mask), cache)[:, -1]
+        rows = rows.followed_by(ids[-1][:, None])
+        logits = read(model, rows.last(1), cache)[:, -1]
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
 
 
-def _read(
+def read(
     model: Any, new: PromptBatch, cache: DynamicCache | None, logits_to_keep: int = 1
 ) -> Float[Tensor, "rows kept vocab"]:
     """The logits behind the last of some new tokens; the mask may tell of those before them too."""
@@ -175,6 +211,8 @@ def _read(
     if new.attention_mask is not None:
         tokens["attention_mask"] = new.attention_mask.long()
         tokens["position_ids"] = positions(new.attention_mask)[:, -new.input_ids.shape[1] :]
+    if new.position_ids is not None:
+        tokens["position_ids"] = new.position_ids
     caching = cache is not None
     return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
 
@@ -183,6 +221,9 @@ def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:
     """What a model takes rows as."""
     if rows.images is None:
         return {"input_ids": rows.input_ids}
+    if rows.image_grid_thw is not None:
+        pixels = rows.images.flatten(0, 1)
+        return {"input_ids": rows.input_ids, "pixel_values": pixels, "image_grid_thw": rows.image_grid_thw}
     embedding = model.get_input_embeddings()
     return {"inputs_embeds": embed_with_patches(rows.images, rows.input_ids, rows.attention_mask, embedding)}
 
@@ -238,10 +279,10 @@ def completion_logps(
     rows = prompts.followed_by(completions.ids)
     if num_generations > 1 and prompts.input_ids.shape[1] > 1:
         cache = DynamicCache(config=model.config.get_text_config())
-        _read(model, prompts.select(slice(None, None, num_generations)).without_last(), cache)
+        read(model, prompts.select(torch.arange(0, len(completions.ids), num_generations)).without_last(), cache)
         cache.batch_repeat_interleave(num_generations)
-        rows = PromptBatch(rows.input_ids[:, -length - 1 :], rows.attention_mask)
-    logits = _read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
+        rows = rows.last(length + 1)
+    logits = read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
     logps = (logits / (temperature or 1.0)).log_softmax(-1)
     chosen = logps.gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Lightning modules, callbacks and the command line."""
 
+from .attention_drift import AttentionDrift
 from .attention_maps import AttentionMaps
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
 from .collapse import CollapseGuard
@@ -10,6 +11,7 @@ from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
 
 __all__ = [
+    "AttentionDrift",
     "AttentionMaps",
     "CollapseGuard",
     "CompletionTable",

@@ -63,7 +63,7 @@ class AttentionMaps(L.Callback):
         example = module.data.task.example("val", self.example)
         greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
         answers = record_answers(module, example, 1, greedy, self.layers)
-        patches = len(example.get("images", ()))
+        patches = 0 if module.data.processor is not None else len(example.get("images", ()))
         labels = [f"#{n}" for n in range(patches)]
         labels += [token_label(module.data.tokenizer.decode([token])) for token in answers.ids[0, patches:].tolist()]
         for number, record in answers.records.items():

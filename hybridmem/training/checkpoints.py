@@ -6,14 +6,25 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from hybridmem_kernels import MemoryMLPState, MemoryState
 
 from ..attention import AttentionState
 from ..configuration import HybridMemConfig
 from ..convolution import ConvolutionState
-from ..data import load_tokenizer
+from ..data import load_processor, load_tokenizer
 from ..memory import NeuralMemoryState
 from ..modeling import HybridMemForCausalLM
 from ..sequence import LastDocument
@@ -106,7 +117,8 @@ def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
         kept = {k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED}
         model: Any = HybridMemForCausalLM(HybridMemConfig(**kept))
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**checkpoint["transformers_config"]))
+        config = AutoConfig.for_model(**checkpoint["transformers_config"])
+        model = auto_class(config).from_config(config)
     if checkpoint.get("lora"):
         from peft import LoraConfig, get_peft_model
 
@@ -118,6 +130,33 @@ def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
     }
     model.load_state_dict(weights)
     return model.merge_and_unload() if checkpoint.get("lora") else model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' class for a model that writes text: a vision-language model is no causal LM there."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def load_policy(name: str) -> Any:
+    """A causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`."""
+    if _is_checkpoint(name):
+        return model_of_checkpoint(load_checkpoint(name))
+    return auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that `load_policy` loads; None where nothing says which it is."""
+    if _is_checkpoint(name):
+        tokenizer = load_checkpoint(name, weights=False).get("tokenizer")
+        return None if tokenizer is None else load_tokenizer(tokenizer)
+    if not get_tokenizer_config(name) and not (Path(name) / "tokenizer.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return Path(name).suffix == ".ckpt" or (Path(name) / "meta.pt").is_file()
 
 
 def export(ckpt_path: Path, output: Path) -> None:
@@ -136,6 +175,8 @@ def export(ckpt_path: Path, output: Path) -> None:
         model.config.update(ends | dict(pad_token_id=tokenizer.pad_token_id))
         model.generation_config.update(**ends, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(output)
-    if tokenizer is not None:
+    if checkpoint.get("processor"):
+        load_processor(checkpoint["processor"]).save_pretrained(output)
+    elif tokenizer is not None:
         tokenizer.save_pretrained(output)
     print(f"wrote {output}")

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..policy.recorder import AttentionRecorder, LayerRecord
-from ..policy.rollouts import Completions, Sampling, completion_logps, evaluating, pad_prompts, sample
+from ..policy.rollouts import Completions, Sampling, completion_logps, evaluating, sample
 from .policy import PolicyModule
 
 
@@ -40,13 +40,7 @@ def record_answers(
     Raises:
         ValueError: layers that cannot be recorded (see AttentionRecorder).
     """
-    images = example.get("images")
-    prompts = pad_prompts(
-        [module.data.prompt_tokens(example["prompt"])],
-        module.data.pad_id,
-        module.device,
-        None if images is None else images[None],
-    )
+    prompts = module.prompt_batch([module.data.prompt(example)])
     with evaluating(module.model), module.trainer.precision_plugin.forward_context():
         completions = sample(
             module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator

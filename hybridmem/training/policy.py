@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -14,10 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import load_tokenizer
+from ..data import Prompt
 from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
 from ..policy.distillation import AttentionDistillation, Observation, observed
@@ -25,20 +23,22 @@ from ..policy.exploration import Noise, cut_noise, draw_noise, explored
 from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
 from ..policy.recorder import AttentionRecorder, LayerRecord, is_segmented
 from ..policy.rewards import Rewards, RewardSum
-from ..policy.rollouts import Completions, PromptBatch, Sampling, completion_logps, evaluating, pad_prompts, sample
-from .checkpoints import load_checkpoint, model_of_checkpoint
+from ..policy.rollouts import (
+    Completions,
+    PromptBatch,
+    Sampling,
+    completion_logps,
+    evaluating,
+    pad_prompts,
+    sample,
+    vision_positions,
+)
+from .checkpoints import load_policy, tokenizer_of_policy
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .schedules import WarmupCosine
 
 Example = dict[str, Any]
-
-
-class Prompt(NamedTuple):
-    """What is asked: text, and patches before it where there are any."""
-
-    tokens: list[int]
-    images: Float[Tensor, "patches pixels"] | None
 
 
 @dataclass
@@ -303,8 +303,8 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
         """Answer and reward a batch of prompts, and log how it went under TRL's names."""
-        asked = [self._prompt(example) for example in examples]
-        prompts = self._pad(asked)
+        asked = [self.data.prompt(example) for example in examples]
+        prompts = self.prompt_batch(asked)
         noise: Noise | None = None
         looking: AbstractContextManager = nullcontext()
         attention = self.attention_rl
@@ -363,7 +363,7 @@ class PolicyModule(L.LightningModule):
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
-        prompts = self._pad(rollout.prompts)
+        prompts = self.prompt_batch(rollout.prompts)
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
         advantages, mask, old = self._advantages(rollout.rewards), completions.mask, None
         if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
@@ -440,7 +440,7 @@ class PolicyModule(L.LightningModule):
         One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, and where
         a step holds parts of groups.
         """
-        shared = not self._records_prompts and not self.model.is_gradient_checkpointing
+        shared = not self._records_prompts and not self.model.is_activation_checkpointing
         return self.num_generations if shared and responses % self.num_generations == 0 else 1
 
     @torch.no_grad()
@@ -476,13 +476,12 @@ class PolicyModule(L.LightningModule):
         self._reference = [model.to(self.device) for model in self._reference]
         return completion_logps(self._reference[0], prompts, completions, self.temperature, readers)[0]
 
-    def _prompt(self, example: Example) -> Prompt:
-        return Prompt(self.data.prompt_tokens(example["prompt"]), example.get("images"))
-
-    def _pad(self, prompts: list[Prompt]) -> PromptBatch:
-        images = [prompt.images for prompt in prompts if prompt.images is not None]
-        together = torch.stack(images) if images else None
-        return pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, together)
+    def prompt_batch(self, prompts: list[Prompt]) -> PromptBatch:
+        """Prompts as the model reads them."""
+        images = _stacked([prompt.images for prompt in prompts])
+        grids = _stacked([prompt.image_grid_thw for prompt in prompts])
+        batch = pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, images, grids)
+        return batch if grids is None else batch._replace(position_ids=vision_positions(self.model, batch))
 
     def _reward(self, examples: list[Example], completions: Completions) -> tuple[list[str], Rewards]:
         """The texts of responses, one to each example, and what they earn."""
@@ -522,16 +521,29 @@ class PolicyModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
-        """Reward and accuracy of the likeliest response to every held-out prompt."""
-        prompts = self._pad([self._prompt(example) for example in batch])
+        """Reward and accuracy of the likeliest response to every held-out prompt; pass@1 of responses as in training.
+
+        The random numbers are the same in every validation.
+        """
+        prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
-        with evaluating(self.model):
-            completions = sample(self.model, prompts, 1, greedy, self.eos_token_ids, self.data.pad_id)
-        texts, rewards = self._reward(batch, completions)
+        texts, rewards = self._reward(batch, self._answer(prompts, 1, greedy))
         self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
-        if "answer" in batch[0]:
-            right = [text.rstrip() == example["answer"] for text, example in zip(texts, batch, strict=True)]
-            self.log("val/accuracy", sum(right) / len(right), batch_size=len(batch), prog_bar=True)
+        if "answer" not in batch[0]:
+            return
+        answers = [example["answer"] for example in batch]
+        self.log("val/accuracy", _share_right(texts, answers), batch_size=len(batch), prog_bar=True)
+        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
+        texts, _ = self._texts(self._answer(prompts, self.num_generations, self.sampling, generator))
+        repeated = [answer for answer in answers for _ in range(self.num_generations)]
+        self.log("val/pass@1", _share_right(texts, repeated), batch_size=len(batch))
+
+    def _answer(
+        self, prompts: PromptBatch, times: int, sampling: Sampling, generator: torch.Generator | None = None
+    ) -> Completions:
+        """Responses of the policy as it is, without exploration."""
+        with evaluating(self.model):
+            return sample(self.model, prompts, times, sampling, self.eos_token_ids, self.data.pad_id, generator)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser; the schedule steps with it."""
@@ -544,7 +556,8 @@ class PolicyModule(L.LightningModule):
         own = isinstance(model, HybridMemForCausalLM)
         checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
         checkpoint["lora"] = self.lora
-        checkpoint["tokenizer"] = self.data.hparams.get("tokenizer")
+        checkpoint["processor"] = self.data.hparams.get("processor")
+        checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
         checkpoint["rollout_generator"] = self.generator.get_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -552,25 +565,18 @@ class PolicyModule(L.LightningModule):
         self._generator_state = checkpoint["rollout_generator"]
 
 
-def load_policy(name: str) -> Any:
-    """A causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`."""
-    if _is_checkpoint(name):
-        return model_of_checkpoint(load_checkpoint(name))
-    return AutoModelForCausalLM.from_pretrained(name)
-
-
-def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that `load_policy` loads; None where nothing says which it is."""
-    if _is_checkpoint(name):
-        tokenizer = load_checkpoint(name, weights=False).get("tokenizer")
-        return None if tokenizer is None else load_tokenizer(tokenizer)
-    if not get_tokenizer_config(name) and not (Path(name) / "tokenizer.json").is_file():
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """What each prompt of a batch has, as one tensor; None where they have none."""
+    found = [part for part in parts if part is not None]
+    if not found:
         return None
-    return AutoTokenizer.from_pretrained(name)
+    if len(found) < len(parts) or len({part.shape for part in found}) > 1:
+        raise ValueError("prompts of one batch must all have images, of one size, or none: make the task's examples so")
+    return torch.stack(found)
 
 
-def _is_checkpoint(name: str) -> bool:
-    return Path(name).suffix == ".ckpt" or (Path(name) / "meta.pt").is_file()
+def _share_right(texts: list[str], answers: list[str]) -> float:
+    return sum(text.rstrip() == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
 
 
 def _sampling_difference(

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
+from hybridmem.data.vision import vision_prompt
 from hybridmem.policy.attention_rl import AttentionRL
 from hybridmem.policy.exploration import cut_noise, draw_noise, explored
 from hybridmem.policy.recorder import AttentionRecorder
-from hybridmem.policy.rollouts import Sampling, completion_logps, pad_prompts, sample
+from hybridmem.policy.rollouts import Sampling, completion_logps, pad_prompts, sample, vision_positions
+from hybridmem.tasks import VisualSearch
 
+from ..data.vision_models import tiny_processor, write_vision_model
 from ..models import tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1], [8, 2, 8, 1, 8, 2]]
@@ -184,3 +187,26 @@ def test_exploration_that_is_not_defined_says_so():
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
     with pytest.raises(ValueError, match="not defined in a layer of swa"):
         draw_noise(model_of("swa"), "allocation", [1], 1.0, 1, 2, 9, torch.Generator())
+
+
+@torch.no_grad()
+def test_a_vision_model_reads_its_image_once(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(write_vision_model(tmp_path)).eval()
+    processor, task = tiny_processor(), VisualSearch(grid=2)
+    asked = [vision_prompt(processor, e["prompt"], e["images"]) for e in (task.example("train", n) for n in range(4))]
+    assert len({len(prompt.tokens) for prompt in asked}) > 1  # some are padded
+    images, grids = (torch.stack([prompt[field] for prompt in asked]) for field in (1, 2))
+    batch = pad_prompts([prompt.tokens for prompt in asked], 256, torch.device("cpu"), images, grids)
+    batch = batch._replace(position_ids=vision_positions(model, batch))
+    likeliest = sample(model, batch, 1, Sampling(max_completion_length=5, temperature=0.0), [258], 256)
+    for row, prompt in enumerate(asked):
+        ids = torch.tensor([prompt.tokens])
+        inputs = dict(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int())
+        inputs |= dict(pixel_values=prompt.images, image_grid_thw=prompt.image_grid_thw[None])
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=258)[0, ids.shape[1] :]
+        assert torch.equal(likeliest.ids[row][likeliest.mask[row]], expected)
+    completions = sample(model, batch, 3, SAMPLING, [258], 256, torch.Generator().manual_seed(0))
+    for num_generations in (1, 3):
+        logps, _ = completion_logps(model, batch.repeat(3), completions, SAMPLING.temperature, num_generations)
+        mask = completions.mask
+        torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)

@@ -117,7 +117,7 @@ def test_a_run_trains_and_logs(tmp_path, monkeypatch, model):
     for name in (
         "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
         "entropy", "grad_norm", "loss", "attention/divergence", "attention/effective_span", "val/reward",
-        "val/accuracy",
+        "val/accuracy", "val/pass@1",
     ):  # fmt: skip
         assert logged(tmp_path, name), name
     assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
