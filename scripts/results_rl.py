@@ -75,8 +75,9 @@ def fit(config: str, folder: Path, seed: int, **options: Any) -> None:
     command = [str(Path(sys.executable).parent / "hybridmem"), "fit", "--config", config]
     for key, value in options.items():
         command += [f"--{key}", json.dumps(value) if isinstance(value, list | bool) else str(value)]
-    checkpoint = folder / "last.ckpt"
-    command += ["--ckpt_path", str(checkpoint)] if checkpoint.exists() else []
+    checkpoints = [path for path in (folder / "last.ckpt", folder / "interrupted.ckpt") if path.exists()]
+    if checkpoints:
+        command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
     with (folder / "output.txt").open("a") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
