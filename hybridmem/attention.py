@@ -1,7 +1,6 @@
 """Short-range attention: a sliding window, a segment or everything before, beside tokens that are always seen."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ class Visibility:
     window: int | None = None
     query_documents: Int[Tensor, "rows queries"] | None = None
     key_documents: Int[Tensor, "rows keys"] | None = None
+    _dense: Tensor | None = field(default=None, init=False, repr=False)
 
     def __call__(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether `query` sees `key`, as flex_attention asks it."""
@@ -53,9 +53,14 @@ class Visibility:
             seen = seen & (self.query_documents[row, query] == self.key_documents[row, other])
         return seen | (key < self.num_persistent)
 
-    @cached_property
+    @property
     def dense(self) -> Bool[Tensor, "rows 1 queries keys"]:
-        """The same as a mask."""
+        """The same as a mask, made once."""
+        if self._dense is None:
+            self._dense = self._make_dense()
+        return self._dense
+
+    def _make_dense(self) -> Bool[Tensor, "rows 1 queries keys"]:
         rows = 1 if self.query_documents is None else len(self.query_documents)
         device = self.query_time.device
         queries, keys = len(self.query_time), self.num_persistent + len(self.key_time)

@@ -1,7 +1,8 @@
 """Small differentiable functions whose backward is written by hand.
 
 On a CPU these are bound by memory traffic: autograd's composite backward of a norm takes ten times as long as
-the norm. Here every pass over the data is one that is needed.
+the norm. Here every pass over the data is one that is needed. torch.compile fuses passes by itself: in its graphs the
+same formulas stand in plain PyTorch.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*lead dim"]:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 at least."""
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_compiling():
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return _Normalize.apply(x, weight, 1 / x.shape[-1], eps)
@@ -26,6 +27,9 @@ def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: 
 
 def l2_normalize(x: Float[Tensor, "*lead dim"], eps: float = 1e-6) -> Float[Tensor, "*lead dim"]:
     """x / sqrt(sum(x²) + eps) over the last axis: unit vectors, and zero for zero."""
+    if torch.compiler.is_compiling():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
     return _Normalize.apply(x, None, 1.0, eps)
 
 
@@ -82,6 +86,13 @@ def causal_convolution(
         weight: the last tap meets the current token.
         same_document: which taps of a token lie in its own document; None: all.
     """
+    if torch.compiler.is_compiling():
+        taps = weight.t().to(x.dtype)
+        time = x.shape[1] - len(taps) + 1
+        terms = (x[:, i : i + time] * tap for i, tap in enumerate(taps))
+        if same_document is not None:
+            terms = (term * same_document[..., i, None] for i, term in enumerate(terms))
+        return torch.stack(list(terms)).sum(0)
     return _CausalConvolution.apply(x, weight, same_document)
 
 
@@ -136,7 +147,7 @@ def rotate(
     sin: Float[Tensor, "rows 1 time half"],
 ) -> Float[Tensor, "batch heads time dim"]:
     """Rotary position embedding (arXiv 2104.09864): channels i and i + half turn by the i-th angle, the rest stay."""
-    return _Rotate.apply(x, cos, sin)
+    return _turn(x, cos, sin, 1) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -29,6 +29,7 @@ from .sequence import (
     read_documents,
     rotary_angles,
     rows_starting_afresh,
+    surely,
 )
 from .variants import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 
@@ -236,13 +237,13 @@ class HybridMemModel(HybridMemPreTrainedModel):
         jumps = None if past else position_ids
         documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
         mask = fresh_rows = None
-        if documents is not None and past_key_values is None and (documents == documents[:, :1]).all():
+        if documents is not None and past_key_values is None and surely((documents == documents[:, :1]).all()):
             documents = None  # each row is one document, and none goes on: nothing to keep apart
         if documents is not None:
             if past and last is None:  # what was read without a word about documents is document 0
                 last = LastDocument(torch.zeros_like(documents[:, 0]), torch.zeros_like(documents[:, 0]))
             mask = documents != PADDING
-            mask = None if mask.all() else mask
+            mask = None if surely(mask.all()) else mask
             fresh_rows = rows_starting_afresh(documents, last)
             documents, last = number_documents(documents, mask, fresh_rows, last)
         if position_ids is None:

@@ -20,6 +20,15 @@ class LastDocument(NamedTuple):
     number: Int[Tensor, " batch"]  # how many documents the row had before it
 
 
+def surely(condition: Bool[Tensor, ""]) -> bool:
+    """Whether a shortcut may be taken, because `condition` holds.
+
+    A compiled graph cannot look at data without breaking in two: while one is made the answer is no, and it does what
+    is right in any case.
+    """
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
 @dataclass
 class TokenSequence:
     """The tokens of a forward pass, seen by every layer alike.
@@ -76,14 +85,14 @@ def read_documents(
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, attention_mask.shape[1] - time :] == 0
-        if not padding.any():
+        if surely(~padding.any()):
             padding = None
     if document_ids is None:
         if last_document is not None:
             document_ids = last_document.clamp(min=0)[:, None].expand(batch, time)
         elif attention_mask is None and position_ids is not None and time > 1:
             jumps = position_ids.diff(dim=1) != 1
-            if jumps.any():
+            if not surely(~jumps.any()):
                 counts = torch.nn.functional.pad(jumps.long(), (1, 0)).cumsum(1)
                 document_ids = counts.expand(batch, time)
     if padding is not None:
@@ -102,7 +111,7 @@ def rows_starting_afresh(
     first = (document_ids != PADDING).long().argmax(1, keepdim=True)
     now = document_ids.gather(1, first)[:, 0]
     fresh = (now != PADDING) & (before != PADDING) & (now != before)
-    return fresh if fresh.any() else None
+    return None if surely(~fresh.any()) else fresh
 
 
 def number_documents(

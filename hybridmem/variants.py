@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hybridmem_kernels import MemoryMLPState, MemoryState
-from hybridmem_kernels.blocks import split_blocks
+from hybridmem_kernels.blocks import even_blocks, split_blocks
 
 from .attention import AttentionState, ShortRangeAttention, Visibility
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState
 from .memory import NeuralMemory, NeuralMemoryState, RMSNorm
-from .sequence import NOWHERE, TokenSequence
+from .sequence import NOWHERE, TokenSequence, surely
 from .state import select_rows
 
 Hidden = Float[Tensor, "batch time hidden"]
@@ -166,12 +166,13 @@ class ContextMixer(nn.Module):
         Columns of the weights are [persistent tokens, recalled tokens, tokens]; the latter two begin with those
         of the segment that earlier calls left open.
         """
+        begun = None if state is None else state.filled
         state = self._initial(x) if state is None else state
         if sequence.fresh_rows is not None:
-            state = state._replace(filled=state.filled.where(~sequence.fresh_rows, 0))
+            begun = None if begun is None else begun.where(~sequence.fresh_rows, 0)
         q, k, v, attention_convolution = self.attention.project(x, state.attention_convolution, sequence)
         queries, query_convolution = self.memory.queries(x, state.query_convolution, sequence)
-        segments = _Segments(x.shape[1], self.segment_length, state.filled, sequence)
+        segments = _Segments(x, self.segment_length, begun, sequence)
         outputs: list[Tensor] = []
         weights: list[Tensor | None] = []
         tokens = segments.cut(x, q, k, v, queries, *sequence.angles)
@@ -180,10 +181,13 @@ class ContextMixer(nn.Module):
             memory = state.memory
             if part.fresh_rows is not None:
                 memory = self.memory.reset(memory, part.fresh_rows)
-            recalled_from = select_rows(segments.begins(n), memory.scan, state.segment_memory)
+            recalled_from = memory.scan
+            if not segments.in_order:
+                recalled_from = select_rows(segments.begins(n), memory.scan, state.segment_memory)
             recalled = self.recalled_norm(self.memory.read(x_n, queries_n, recalled_from))
             new = OpenSegment(*self.attention.keys_and_values(recalled, part), k_n, v_n, segments.valid(n))
-            open_segment, attended, weights_n = self._attend(q_n, new, state.segment, segments.begins(n))
+            old = None if segments.in_order else state.segment.without(segments.begins(n))
+            open_segment, attended, weights_n = self._attend(q_n, new, old)
             written = self.written_norm(x_n + attended)
             remembered, memory = self.memory(written, memory, part)
             outputs.append(attended + written * remembered)
@@ -198,15 +202,14 @@ class ContextMixer(nn.Module):
         return mixed, state, self._join_weights(segments, weights)
 
     def _attend(
-        self, q: Tensor, new: OpenSegment, old: OpenSegment, begins: Bool[Tensor, " batch"]
+        self, q: Tensor, new: OpenSegment, old: OpenSegment | None
     ) -> tuple[OpenSegment, Hidden, Tensor | None]:
-        """Attend in one segment; returns its columns so far, the output, and the weights."""
-        old = old.without(begins)
-        columns = old.followed_by(new)
-        past, time = old.valid.shape[1], q.shape[2]
+        """Attend in one segment; returns its columns so far, the output, and the weights. No `old`: all is valid."""
+        columns = new if old is None else old.followed_by(new)
+        past, time = columns.valid.shape[1] - q.shape[2], q.shape[2]
         clock = torch.arange(-past, time, device=q.device)
         visible = Visibility(clock[past:], clock.repeat(2), self.attention.num_persistent)
-        if not columns.valid.all():
+        if old is not None and not columns.valid.all():
             documents = torch.where(columns.valid, 0, NOWHERE)
             visible.query_documents, visible.key_documents = documents[:, past:], documents.repeat(1, 2)
         keys = torch.cat((columns.memory_keys, columns.keys), dim=2)
@@ -247,12 +250,18 @@ class ContextMixer(nn.Module):
 class _Segments:
     """The tokens of a call cut into segments, which begin where they begin when a document is read alone."""
 
-    def __init__(self, time: int, length: int, filled: Int[Tensor, " batch"], sequence: TokenSequence):
+    def __init__(self, x: Hidden, length: int, filled: Int[Tensor, " batch"] | None, sequence: TokenSequence):
+        batch, time, _ = x.shape
         self.length, self.sequence = length, sequence
-        whole = sequence.document_ids is None and sequence.mask is None and not filled.any()
-        self.blocks = split_blocks(time, length, filled, sequence.document_ids, sequence.mask)
-        self.in_order = whole  # every row is cut alike, at multiples of the length
-        self.ragged = not bool(self.blocks.valid.all()) and not whole
+        one_document = sequence.document_ids is None and sequence.mask is None
+        # Every row is cut alike, at multiples of the length.
+        self.in_order = one_document and (filled is None or surely(~filled.any()))
+        if self.in_order:
+            self.blocks = even_blocks(batch, time, length, x.device)
+        else:
+            filled = torch.zeros(batch, dtype=torch.long, device=x.device) if filled is None else filled
+            self.blocks = split_blocks(time, length, filled, sequence.document_ids, sequence.mask)
+        self.ragged = not self.in_order and not bool(self.blocks.valid.all())
         self.time, self.filled = time, self.blocks.filled
 
     def cut(self, x: Hidden, *others: Tensor) -> Any:
@@ -271,6 +280,8 @@ class _Segments:
 
     def part(self, n: int, cos: Tensor, sin: Tensor) -> TokenSequence:
         """What the n-th segment knows about its tokens."""
+        if self.in_order:
+            return TokenSequence(cos, sin)
         fresh = self.blocks.new_document[:, n]
         if n == 0 and self.sequence.fresh_rows is not None:
             fresh = fresh | self.sequence.fresh_rows

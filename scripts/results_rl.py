@@ -145,8 +145,9 @@ def write(task: str) -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     starts = {seed: {m: curve(run_folder(task, "start", seed), m)[-1] for m in METRICS} for seed in SEEDS}
-    for name, seeds in {"start": SEEDS, **{name: cell.seeds for name, cell in CELLS.items()}}.items():
-        seeds = [seed for seed in seeds if is_finished(run_folder(task, name, seed))]
+    planned = {"start": SEEDS, **{name: cell.seeds for name, cell in CELLS.items()}}
+    for name in planned:
+        seeds = [seed for seed in planned[name] if is_finished(run_folder(task, name, seed))]
         if not seeds:
             continue
         curves = {metric: [curve(run_folder(task, name, seed), metric) for seed in seeds] for metric in METRICS}

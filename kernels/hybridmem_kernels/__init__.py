@@ -1,6 +1,7 @@
 """The operators under hybridmem: a neural memory's scans, attention as a policy; nothing needed but torch."""
 
 from .attention_divergence import AttentionStats, attention_divergence
+from .dispatch import use_backend
 from .memory_mlp_scan import MemoryMLPState, memory_mlp, memory_mlp_scan
 from .memory_scan import MemoryState, memory_scan
 
@@ -12,4 +13,5 @@ __all__ = [
     "memory_mlp",
     "memory_mlp_scan",
     "memory_scan",
+    "use_backend",
 ]

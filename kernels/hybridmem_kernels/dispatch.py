@@ -1,16 +1,111 @@
-"""Which implementation of an operator runs."""
+"""Which implementation of an operator runs, and why."""
 
-BACKENDS = ("torch", "reference")
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch", "triton", "reference")
+VARIABLE = "HYBRIDMEM_BACKEND"
+HAS_TRITON = find_spec("triton") is not None
+
+logger = logging.getLogger(__name__)
+_forced: str | None = None  # a plain global, which torch.compile guards: a compiled graph follows `use_backend`
+_said: set[tuple[str, str]] = set()
 
 
-def choose_backend(backend: str | None) -> str:
-    """The backend asked for, or the fastest there is: "torch".
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every operator with "torch", "triton" or "reference" while the context is open, in all threads.
 
     Raises:
         ValueError: a backend that does not exist.
     """
-    if backend is None:
-        return BACKENDS[0]
+    global _forced
+    _check_name(backend, f"use_backend({backend!r})")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose_backend(operator: str, backend: str | None, like: Tensor) -> str:
+    """The backend that `operator` runs with for tensors like `like`, logged the first time it is chosen.
+
+    In order: the call's own `backend`, `use_backend`, the environment's HYBRIDMEM_BACKEND; with none of them "triton"
+    on a GPU and "torch" elsewhere. Triton has no float64 on tensor cores: float64 tensors go to "torch". A compiled
+    graph keeps what the environment said when it was compiled.
+
+    Raises:
+        ValueError: a backend that does not exist, or Triton for tensors that are not on a GPU.
+        ImportError: Triton is asked for and not installed.
+    """
+    variable = os.environ.get(VARIABLE)
+    choice = backend or _forced or variable
+    if not choice:
+        fits = like.device.type == "cuda" and like.dtype != torch.float64 and HAS_TRITON
+        choice = "triton" if fits else "torch"
+    if choice != "torch":
+        _check_choice(choice, _reason(backend, variable, like.device.type, like.dtype), like.device.type)
+    _say_once(operator, choice, backend, variable, like.device.type, like.dtype)
+    return choice
+
+
+def _reason(backend: str | None, variable: str | None, device: str, dtype: torch.dtype) -> str:
+    """Why a backend was chosen, or who asked for it."""
+    if backend:
+        return f"backend={backend!r}"
+    if _forced:
+        return f"use_backend({_forced!r})"
+    if variable:
+        return f"{VARIABLE}={variable}"
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    if dtype == torch.float64:
+        return "the tensors are float64, which the Triton kernels do not take"
+    return (
+        "the tensors are on a GPU"
+        if HAS_TRITON
+        else "Triton is not installed; on Linux: pip install 'hybridmem[triton]'"
+    )
+
+
+def _check_name(backend: str, reason: str) -> None:
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    return backend
+        raise ValueError(f"{reason} does not exist; choose one of {', '.join(BACKENDS)}")
+
+
+def _check_choice(choice: str, reason: str, device: str) -> None:
+    _check_name(choice, reason)
+    if choice != "triton":
+        return
+    if not HAS_TRITON:
+        raise ImportError(
+            f"{reason} needs Triton, which is not installed: on Linux pip install 'hybridmem[triton]', elsewhere "
+            "choose the backend 'torch'"
+        )
+    if device != "cuda" and not interpreting():
+        raise ValueError(
+            f"{reason} needs tensors on a GPU, got {device}: move them there, choose the backend 'torch', or "
+            "set TRITON_INTERPRET=1 to run the kernels slowly without one"
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@torch.compiler.assume_constant_result  # said while a graph is compiled, not each time that it runs
+def _say_once(
+    operator: str, choice: str, backend: str | None, variable: str | None, device: str, dtype: torch.dtype
+) -> None:
+    if (operator, choice) not in _said:
+        _said.add((operator, choice))
+        reason = _reason(backend, variable, device, dtype)
+        logger.info("%s runs with the backend %r: %s", operator, choice, reason)

@@ -94,6 +94,26 @@ def test_equals_the_definition_in_every_output_and_gradient(name, divergence, ex
     assert_equal_to_the_definition(random_inputs(**CASES[name], divergence=divergence, exclude_self=exclude_self))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(window=5, window_ref=5),
+        dict(window=9, window_ref=6, kv_heads=2, num_persistent=2),
+        dict(window=5, window_ref=4, padded=True),
+        dict(window=5, window_ref=5, query_share=0.9),
+        dict(window=5, window_ref=5, exclude_self=False, divergence="kl"),
+    ],
+)
+def test_runs_of_a_window_that_are_worked_on_at_once(options, monkeypatch):
+    """Most blocks of a long row hold several runs, each with a band of its own."""
+    parts, blocks = [], chunked._blocks
+    monkeypatch.setattr(chunked, "LEAST_REACH", 3)
+    monkeypatch.setattr(chunked, "CPU_TILE", 2000)
+    monkeypatch.setattr(chunked, "_blocks", lambda *x: (parts.append(block.parts) or block for block in blocks(*x)))
+    assert_equal_to_the_definition(random_inputs(queries=60, keys=67, **options))
+    assert max(parts) > 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), keys=st.integers(1, 40), kv_heads=st.sampled_from([1, 2, 4]), padded=st.booleans())
 def test_any_shape_equals_the_definition(data, keys, kv_heads, padded):

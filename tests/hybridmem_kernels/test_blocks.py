@@ -1,10 +1,11 @@
 """Blocks are cut by a document's own count of tokens, whatever surrounds it."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridmem_kernels.blocks import split_blocks
+from hybridmem_kernels.blocks import even_blocks, split_blocks
 
 
 def sequential(ids, mask, size, filled):
@@ -52,3 +53,10 @@ def test_gather_and_scatter_undo_each_other():
     blocks = split_blocks(7, 3, torch.tensor([2, 0]), ids)
     x = torch.randn(2, 4, 7, 5)
     assert torch.equal(blocks.scatter(blocks.gather(x)), x)
+
+
+@pytest.mark.parametrize("time", [1, 5, 6, 7, 12])
+def test_even_blocks_are_those_of_rows_that_begin_one(time):
+    expected = split_blocks(time, 6, torch.zeros(2, dtype=torch.long))
+    for got, wanted in zip(even_blocks(2, time, 6, torch.device("cpu")), expected, strict=True):
+        assert torch.equal(got, wanted)

@@ -122,6 +122,37 @@ def test_no_weight_per_token_is_kept_for_the_backward():
     assert sum(saved) < heads * layers * time * dim**2
 
 
+def test_padding_alone_leaves_the_state_and_its_gradient():
+    inputs, weights, state = mlp_inputs(time=5, filled=(3, 0))
+    arguments = dict(inputs.arguments(), state=state, mask=torch.zeros(2, 5, dtype=torch.bool))
+    _, end = memory_mlp_scan(**arguments, weights=weights, chunk_size=16)
+    for before, after in zip(state.weights, end.weights, strict=True):
+        assert torch.equal(before, after)
+        (gradient,) = torch.autograd.grad(after.sum(), before, retain_graph=True)
+        assert torch.equal(gradient, torch.ones_like(before))
+
+
+def test_the_state_is_not_the_parameters_themselves():
+    """An optimizer that changes them in place must not reach into a state that is carried on."""
+    inputs, weights, _ = mlp_inputs(time=5, batch=1)
+    with torch.no_grad():
+        _, end = memory_mlp_scan(**inputs.arguments(), weights=weights, chunk_size=16)
+    places = {w.untyped_storage().data_ptr() for w in weights}
+    assert not any(w.untyped_storage().data_ptr() in places for layers in end[:3] for w in layers)
+
+
+def test_autocast_does_not_round_the_backward():
+    inputs, weights, _ = mlp_inputs(time=20, dtype=torch.float32)
+    weights = [w.detach().float().requires_grad_() for w in weights]
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, _ = memory_mlp_scan(**inputs.arguments(), weights=weights, chunk_size=16, max_grad_norm=0.7)
+            gradients.append(torch.autograd.grad(out.sum(), [*inputs.leaves(), *weights]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

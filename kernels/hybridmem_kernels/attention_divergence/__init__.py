@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dispatch import choose_backend
+from . import operator  # noqa: F401  compiled graphs find it by its name
 from .chunked import attention_divergence_chunked
 from .reference import AttentionPolicy, AttentionStats, attention_divergence_reference
 
@@ -52,7 +53,8 @@ def attention_divergence(
         divergence: "jsd" = ½ KL(p ‖ m) + ½ KL(p_ref ‖ m) with m = ½ (p + p_ref), in [0, ln 2]; "kl" = KL(p_ref ‖ p),
             which makes p cover p_ref; "reverse_kl" = KL(p ‖ p_ref). The KLs divide by at least 1e-8, so they stay
             finite where the other policy does not look; no gradient pulls on a p below that floor.
-        backend: "torch" (default), tile by tile, or "reference", the definition with full maps.
+        backend: "torch" or "triton", tile by tile, or "reference", the definition with full maps; by default what
+            `use_backend` or HYBRIDMEM_BACKEND say, else "triton" on a GPU and "torch" elsewhere.
 
     Returns:
         divergence, entropy of p, entropy of p_ref (nats), and mass, the share of p's attention that lay on the
@@ -62,16 +64,23 @@ def attention_divergence(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not go together; settings out of range; an unknown divergence
-            or backend.
+            or backend, or a backend that cannot take them.
+        ImportError: Triton is asked for and not installed.
     """
     policy = _policy("", q, k, scale, window, num_persistent)
     policy_ref = _policy("_ref", q_ref.detach(), k_ref.detach(), scale_ref, window_ref, num_persistent_ref)
     _check_together(policy, policy_ref, query_mask, key_mask)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} does not exist; choose one of {', '.join(DIVERGENCES)}")
-    reference = choose_backend(backend) == "reference"
-    compare = attention_divergence_reference if reference else attention_divergence_chunked
-    return compare(policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
+    arguments = (policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
+    backend = choose_backend("attention_divergence", backend, q)
+    if backend == "reference":
+        return attention_divergence_reference(*arguments)
+    if backend == "triton":
+        from .triton_op import attention_divergence_triton
+
+        return attention_divergence_triton(*arguments)
+    return attention_divergence_chunked(*arguments)
 
 
 def _policy(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
 from ..memory_scan.reference import state_dtype
+from . import operator, triton_operator  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_mlp_scan_chunked
 from .reference import MemoryMLPState, initial_state, memory_mlp, memory_mlp_scan_reference
 
@@ -47,7 +48,9 @@ def memory_mlp_scan(
         out in v's dtype, and the state after the last token, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown backend.
+        ValueError: shapes, dtypes or devices that do not go together; an unknown backend, or one that cannot take
+            them.
+        ImportError: Triton is asked for and not installed.
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})
@@ -55,6 +58,7 @@ def memory_mlp_scan(
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
     dtype = state_dtype(q.dtype)
+    even = state is None and document_ids is None and mask is None
     if state is None:
         state = initial_state(weights, q.shape[0], dtype)
     for name in ("weights", "momenta", "anchors"):
@@ -65,11 +69,17 @@ def memory_mlp_scan(
             check_state(name, layer, (q.shape[0], *weight.shape), q)
     start, momenta, anchors = (tuple(w.to(dtype) for w in layers) for layers in state[:3])
     state = MemoryMLPState(start, momenta, anchors, state.filled)
-    backend = choose_backend(backend)
+    backend = choose_backend("memory_mlp_scan", backend, q)
     if q.shape[2] == 0:
         return v, state
-    scan = memory_mlp_scan_reference if backend == "reference" else memory_mlp_scan_chunked
-    return scan(q, k, v, alpha, eta, theta, weights, state, document_ids, mask, chunk_size, max_grad_norm)
+    arguments = (q, k, v, alpha, eta, theta, weights, state, document_ids, mask, chunk_size, max_grad_norm)
+    if backend == "reference":
+        return memory_mlp_scan_reference(*arguments)
+    if backend == "triton":
+        from .triton_op import memory_mlp_scan_triton
+
+        return memory_mlp_scan_triton(*arguments, even)
+    return memory_mlp_scan_chunked(*arguments, even)
 
 
 def _check_weights(weights: Sequence[Tensor], q: Tensor, v: Tensor) -> None:

@@ -9,30 +9,18 @@ answers the queries layer by layer. The backward recomputes each chunk from the 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from ..blocks import Blocks, split_blocks
-from ..decays import DecayRows
+from ..blocks import Blocks, even_blocks, split_blocks
+from ..decays import decay_rows, decay_rows_backward
 from ..memory_scan.reference import state_dtype
-from .reference import MemoryMLPState, initial_state
-
-LaneWeights = tuple[Float[Tensor, "lanes _ _"], ...]  # one matrix a layer; a lane is a (batch, head)
-
-
-class ChunkInputs(NamedTuple):
-    """One chunk of every lane."""
-
-    q: Float[Tensor, "lanes width dim"]
-    k: Float[Tensor, "lanes width dim"]
-    v: Float[Tensor, "lanes width dim"]
-    theta: Float[Tensor, "lanes width"]
-    weight_rows: Float[Tensor, "lanes rows columns"]
-    momentum_rows: Float[Tensor, "lanes rows columns"]
+from .chunk import ChunkInputs, LaneWeights, chunk_backward, chunk_forward
+from .reference import MemoryMLPState
 
 
 def memory_mlp_scan_chunked(
@@ -48,114 +36,226 @@ def memory_mlp_scan_chunked(
     mask: Bool[Tensor, "batch time"] | None,
     chunk_size: int,
     max_grad_norm: float | None,
+    even: bool = False,
 ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryMLPState]:
-    """Return (out, state) as the reference does."""
-    batch, heads = q.shape[:2]
-    dtype = state_dtype(q.dtype)
-    blocks = split_blocks(q.shape[2], chunk_size, state.filled, document_ids, mask)
-    if not blocks.times.numel():  # nothing but padding
-        return torch.zeros_like(v), state
+    """Return (out, state) as the reference does; `even`: every row begins a chunk and is one document, unpadded."""
+    depth = len(learned)
+    tensors = (q, k, v, alpha, eta, theta, state.filled, document_ids, mask)
+    layers = (*learned, *state.weights, *state.momenta, *state.anchors)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors[:6], *layers))
+    settings = (chunk_size, max_grad_norm, even, keep)
     with torch.autocast(q.device.type, enabled=False):
-        chunks = _cut(blocks, q, k, v, alpha, eta, theta, dtype)
-        flat = [tuple(w.flatten(0, 1) for w in layers) for layers in state[:3]]
-        fresh = tuple(w.flatten(0, 1) for w in initial_state(learned, batch, dtype).weights)
-        weights, momenta, anchors = flat
-        needs_grad = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (*chunks[0], *fresh, *weights, *momenta, *anchors)
-        )
-        outputs = []
-        for n, inputs in enumerate(chunks):
-            begins, new_document = (_lanes(flags[:, n], heads) for flags in (blocks.begins, blocks.new_document))
-            weights = _select(new_document, fresh, weights)
-            momenta = _select(new_document, tuple(torch.zeros_like(s) for s in momenta), momenta)
-            anchors = _select(begins, weights, anchors)
-            arguments = (inputs, weights, momenta, anchors, max_grad_norm)
-            if needs_grad:
-                out, weights, momenta = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                out, weights, momenta = _chunk(*arguments)
-            outputs.append(out.unflatten(0, (batch, heads)))
-    weights, momenta, anchors = (
-        tuple(w.unflatten(0, (batch, heads)) for w in layers) for layers in (weights, momenta, anchors)
-    )
-    return blocks.scatter(torch.stack(outputs)).to(v.dtype), MemoryMLPState(weights, momenta, anchors, blocks.filled)
+        if torch.compiler.is_compiling():
+            out, filled, *after = torch.ops.hybridmem.memory_mlp_scan(*tensors, layers, *settings)
+        else:
+            out, filled, *after = _MemoryMLPScan.apply(*tensors, settings, *layers)
+    weights, momenta, anchors = (tuple(after[i * depth : (i + 1) * depth]) for i in range(3))
+    return out, MemoryMLPState(weights, momenta, anchors, filled)
 
 
-def _cut(
-    blocks: Blocks,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
-    dtype: torch.dtype,
-) -> list[ChunkInputs]:
-    """Bring the tokens into chunks and unroll the decays of all of them at once."""
-    valid = blocks.valid.movedim(1, 0)[:, :, None]  # (blocks, batch, 1, width)
-    # A free slot changes nothing: it keeps weights and momentum, and writes nothing.
-    keep, momentum, theta = (
-        blocks.gather(gate.to(dtype)).where(valid, free) for gate, free in ((1 - alpha, 1), (eta, 1), (theta, 0))
-    )
-    count, width = keep.shape[0], keep.shape[-1]
-    active = valid.to(dtype).expand_as(keep).reshape(-1, width)
+class Inputs(NamedTuple):
+    """What a scan is given."""
+
+    q: Float[Tensor, "batch heads time dim"]
+    k: Float[Tensor, "batch heads time dim"]
+    v: Float[Tensor, "batch heads time dim"]
+    alpha: Float[Tensor, "batch heads time"]
+    eta: Float[Tensor, "batch heads time"]
+    theta: Float[Tensor, "batch heads time"]
+    filled: Int[Tensor, " batch"]
+    document_ids: Int[Tensor, "batch time"] | None
+    mask: Bool[Tensor, "batch time"] | None
+    layers: Sequence[Float[Tensor, "*lead _ _"]]  # learned ones, then the state's weights, momenta and anchors
+    chunk_size: int
+    max_grad_norm: float | None
+    even: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of states and sums."""
+        return state_dtype(self.q.dtype)
+
+    def blocks(self) -> Blocks:
+        """Cut time into gradient chunks."""
+        batch, _, time = self.alpha.shape
+        if self.even:
+            return even_blocks(batch, time, self.chunk_size, self.q.device)
+        return split_blocks(time, self.chunk_size, self.filled, self.document_ids, self.mask)
+
+    def lanes(self) -> tuple[LaneWeights, LaneWeights, LaneWeights, LaneWeights]:
+        """(fresh, weights, momenta, anchors): the state, and what a document starts from."""
+        depth, batch = len(self.layers) // 4, len(self.q)
+        learned, *state = (self.layers[i * depth : (i + 1) * depth] for i in range(4))
+        fresh = tuple(w.to(self.dtype).expand(batch, *w.shape).flatten(0, 1) for w in learned)
+        weights, momenta, anchors = (tuple(w.to(self.dtype).flatten(0, 1) for w in layers) for layers in state)
+        return fresh, weights, momenta, anchors
+
+
+class Kept(NamedTuple):
+    """What the backward needs beside the inputs: the decays, and each layer's state before every chunk."""
+
+    weight_rows: Float[Tensor, "blocks lanes rows columns"]
+    momentum_rows: Float[Tensor, "blocks lanes rows columns"]
+    weights: tuple[Float[Tensor, "blocks lanes _ _"], ...]
+    momenta: tuple[Float[Tensor, "blocks lanes _ _"], ...]
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor]) -> "Kept":
+        """Undo `flatten`."""
+        depth = (len(tensors) - 2) // 2
+        return cls(tensors[0], tensors[1], tuple(tensors[2 : 2 + depth]), tuple(tensors[2 + depth :]))
+
+    def flatten(self) -> list[Tensor]:
+        """As one list."""
+        return [self.weight_rows, self.momentum_rows, *self.weights, *self.momenta]
+
+
+class _MemoryMLPScan(torch.autograd.Function):
+    """The scan; saves its inputs, the decays and one state per chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, (*settings, keep), layers = arguments[:9], arguments[9], arguments[10:]
+        results, kept = scan_forward(Inputs._make((*tensors, layers, *settings)), keep)
+        ctx.save_for_backward(*tensors, *layers, *kept.flatten())
+        ctx.settings, ctx.layers = settings, len(layers)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(results[1])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, _: None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        layers, kept = saved[9 : 9 + ctx.layers], Kept.unflatten(saved[9 + ctx.layers :])
+        inputs = Inputs._make((*saved[:9], layers, *ctx.settings))
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            tokens, of_layers = scan_backward(inputs, kept, grad_out, grads)
+        return *tokens, None, None, None, None, *of_layers
+
+
+class _Gates(NamedTuple):
+    """keep, momentum and theta in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
+
+    keep: Float[Tensor, "blocks lanes width"]
+    momentum: Float[Tensor, "blocks lanes width"]
+    theta: Float[Tensor, "blocks lanes width"]
+    active: Float[Tensor, "blocks lanes width"]
+
+    @classmethod
+    def of(cls, inputs: Inputs, blocks: Blocks) -> "_Gates":
+        """Gather them."""
+        valid = blocks.valid.movedim(1, 0)[:, :, None]  # (blocks, batch, 1, width)
+        gates = ((1 - inputs.alpha.to(inputs.dtype), 1), (inputs.eta, 1), (inputs.theta, 0))
+        keep, momentum, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
+        active = valid.to(inputs.dtype).expand_as(keep)
+        return cls(*(x.flatten(1, 2) for x in (keep, momentum, theta, active)))
+
+
+def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
+    """Return (out, filled, weights …, momenta …, anchors …), and what the backward needs where `keep` asks for it."""
+    batch, heads = inputs.q.shape[:2]
+    blocks = inputs.blocks()
+    count = blocks.times.shape[1]
+    fresh, weights, momenta, anchors = inputs.lanes()
+    gates = _Gates.of(inputs, blocks)
     # The step sizes stay apart: they also carry the bound on the gradient, known only inside the chunk.
-    rows = DecayRows.apply(keep.reshape(-1, width), momentum.reshape(-1, width), torch.ones_like(active), active)
-    tokens = [blocks.gather(x.to(dtype)).flatten(1, 2) for x in (q, k, v)]
-    parts = [*tokens, theta.flatten(1, 2), *(r.unflatten(0, (count, -1)) for r in rows)]
-    return [ChunkInputs(*part) for part in zip(*(x.unbind(0) for x in parts), strict=True)]
+    rows = decay_rows(
+        *(x.flatten(0, 1) for x in (gates.keep, gates.momentum, torch.ones_like(gates.theta), gates.active))
+    )
+    weight_rows, momentum_rows = (x.unflatten(0, (count, batch * heads)) for x in rows)
+    kept_count = count if keep else 0
+    kept = Kept(
+        weight_rows,
+        momentum_rows,
+        *(tuple(w.new_empty(kept_count, *w.shape) for w in layers) for layers in (weights, momenta)),
+    )
+    tokens = [blocks.gather(x.to(inputs.dtype)).flatten(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
+    outputs = []
+    for n, part in enumerate(zip(*tokens, gates.theta, weight_rows, momentum_rows, strict=True)):
+        if inputs.document_ids is not None:
+            starts = _lanes(blocks.new_document[:, n], heads)
+            weights = _select(starts, fresh, weights)
+            momenta = _select(starts, tuple(torch.zeros_like(s) for s in momenta), momenta)
+        anchors = weights if inputs.even else _select(_lanes(blocks.begins[:, n], heads), weights, anchors)
+        if keep:
+            for stored, layers in ((kept.weights, weights), (kept.momenta, momenta)):
+                for into, layer in zip(stored, layers, strict=True):
+                    into[n] = layer
+        out, weights, momenta = chunk_forward(ChunkInputs(*part), weights, momenta, anchors, inputs.max_grad_norm)
+        outputs.append(out.unflatten(0, (batch, heads)))
+    if outputs:
+        out, anchors = blocks.scatter(torch.stack(outputs)).to(inputs.v.dtype), [w.clone() for w in anchors]
+    else:  # nothing but padding
+        out = torch.zeros_like(inputs.v)
+        weights, momenta, anchors = ([w.clone() for w in layers] for layers in (weights, momenta, anchors))
+    state = (w.unflatten(0, (batch, heads)) for layers in (weights, momenta, anchors) for w in layers)
+    return (out, blocks.filled, *state), kept
 
 
-def _chunk(
-    inputs: ChunkInputs,
-    weights: LaneWeights,
-    momenta: LaneWeights,
-    anchors: LaneWeights,
-    max_grad_norm: float | None,
-) -> tuple[Tensor, LaneWeights, LaneWeights]:
-    """Read and write one chunk."""
-    layer_inputs, layer_errors = _surprise(anchors, inputs.k, inputs.v)
-    theta = inputs.theta
-    if max_grad_norm is not None:
-        squares = zip(layer_inputs, layer_errors, strict=True)
-        norm = torch.stack([a.square().sum(-1) * d.square().sum(-1) for a, d in squares]).sum(0)
-        # The square root has no gradient at 0, where the bound does not bind.
-        theta = theta * (max_grad_norm / norm.clamp(min=max_grad_norm**2).sqrt())
-    after, end = inputs.weight_rows[:, 1:], (inputs.weight_rows[:, -1], inputs.momentum_rows[:, -1])
-    reach = after[..., 2:] * theta[:, None]
+def scan_backward(
+    inputs: Inputs, kept: Kept, grad_out: Tensor | None, grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of (q, k, v, alpha, eta, theta) and of the layers, from those of out and of the state after."""
+    batch, heads = inputs.q.shape[:2]
+    blocks, depth = inputs.blocks(), len(inputs.layers) // 4
+    gates = _Gates.of(inputs, blocks)
+    fresh, _, _, first_anchors = inputs.lanes()
+    grad_weights, grad_momenta, grad_anchors = (
+        [torch.zeros_like(w) if grad is None else grad.flatten(0, 1) for w, grad in zip(fresh, part, strict=True)]
+        for part in (grads[:depth], grads[depth : 2 * depth], grads[2 * depth :])
+    )
+    grad_fresh = [torch.zeros_like(w) for w in fresh]
+    valid = blocks.valid.movedim(1, 0)[:, :, None, :, None]
+    grad_out = torch.zeros_like(inputs.v) if grad_out is None else grad_out
+    grad_out = blocks.gather(grad_out.to(inputs.dtype)).where(valid, 0).flatten(1, 2)
+    tokens = [blocks.gather(x.to(inputs.dtype)).flatten(1, 2) for x in (inputs.q, inputs.k, inputs.v)]
+    everything = ChunkInputs._make((*tokens, gates.theta, kept.weight_rows, kept.momentum_rows))
+    into = ChunkInputs(*(torch.zeros_like(x) for x in everything))
+    for n in reversed(range(len(grad_out))):
+        weights, momenta = ([x[n] for x in layers] for layers in (kept.weights, kept.momenta))
+        begins, anchors = _lanes(blocks.begins[:, n], heads), weights
+        if n == 0 and not inputs.even:  # later blocks that a row does not begin hold none of its tokens
+            anchors = _select(begins, weights, first_anchors)
+        grad_weights, grad_momenta, of_anchors = chunk_backward(
+            ChunkInputs(*(x[n] for x in everything)), weights, momenta, anchors, inputs.max_grad_norm,
+            grad_out[n], grad_weights, grad_momenta, ChunkInputs(*(x[n] for x in into)),
+        )  # fmt: skip
+        of_anchors = [a.add_(b) for a, b in zip(of_anchors, grad_anchors, strict=True)]
+        zeros = [torch.zeros_like(w) for w in of_anchors]
+        grad_anchors = _select(begins, zeros, of_anchors)
+        grad_weights = [a.add_(b) for a, b in zip(grad_weights, _select(begins, of_anchors, zeros), strict=True)]
+        if inputs.document_ids is not None:
+            starts = _lanes(blocks.new_document[:, n], heads)
+            grad_fresh = [a.add_(b) for a, b in zip(grad_fresh, _select(starts, grad_weights, zeros), strict=True)]
+            grad_weights, grad_momenta = (_select(starts, zeros, layers) for layers in (grad_weights, grad_momenta))
+    lanes = (x.flatten(0, 1) for x in (gates.keep, gates.momentum, gates.active, *kept[:2], *into[4:]))
+    grad_keep, grad_moment, _ = decay_rows_backward(*lanes)
+    gate_grads = (grad_keep.neg().view_as(into.theta), grad_moment.view_as(into.theta), into.theta)
+    tokens_grads = [_to_time(x, blocks, inputs) for x in (*into[:3], *gate_grads)]
+    states = [w.unflatten(0, (batch, heads)) for layers in (grad_weights, grad_momenta, grad_anchors) for w in layers]
+    learned = [w.unflatten(0, (batch, heads)).sum(0) for w in grad_fresh]
+    like = (inputs.q, inputs.k, inputs.v, inputs.alpha, inputs.eta, inputs.theta)
+    return (
+        [x.to(y.dtype) for x, y in zip(tokens_grads, like, strict=True)],
+        [x.to(y.dtype) for x, y in zip((*learned, *states), inputs.layers, strict=True)],
+    )
 
-    x, new_weights, new_momenta = inputs.q, [], []
-    for n, (weight, moment) in enumerate(zip(weights, momenta, strict=True)):
-        if n:
-            x = torch.nn.functional.silu(x)
-        a, error = layer_inputs[n], layer_errors[n]
-        read = torch.bmm(x, weight) * after[..., 0, None] + torch.bmm(x, moment) * after[..., 1, None]
-        x = read - torch.bmm(torch.bmm(x, a.mT) * reach, error)
-        of_weight, of_moment = (rows[:, :2, None, None] for rows in end)
-        to_weight, to_moment = (a * (rows[:, 2:] * theta)[..., None] for rows in end)
-        new_weights.append(of_weight[:, 0] * weight + of_weight[:, 1] * moment - torch.bmm(to_weight.mT, error))
-        new_momenta.append(of_moment[:, 1] * moment - torch.bmm(to_moment.mT, error))
-    return inputs.q + x, tuple(new_weights), tuple(new_momenta)
 
-
-def _surprise(anchors: LaneWeights, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Each layer's inputs a_j and output errors delta_j; the gradient of its matrix is sum_j a_j delta_j^T."""
-    layer_inputs, slopes, x = [k], [], k
-    for anchor in anchors[:-1]:
-        z = torch.bmm(x, anchor)
-        gate = torch.sigmoid(z)
-        x = z * gate
-        slopes.append(gate + x * (1 - gate))
-        layer_inputs.append(x)
-    errors = [k + torch.bmm(x, anchors[-1]) - v]
-    for anchor, slope in zip(reversed(anchors[1:]), reversed(slopes), strict=True):
-        errors.append(torch.bmm(errors[-1], anchor.mT) * slope)
-    return layer_inputs, errors[::-1]
+def _to_time(x: Float[Tensor, "blocks lanes width *dim"], blocks: Blocks, inputs: Inputs) -> Tensor:
+    """A gradient back in time, 0 for tokens that do not count."""
+    heads = inputs.q.shape[1]
+    if not len(x):  # nothing but padding
+        return x.new_zeros(*inputs.alpha.shape, *x.shape[3:])
+    grad = blocks.scatter(x.unflatten(1, (-1, heads)))
+    if inputs.mask is None:
+        return grad
+    return grad.where(inputs.mask[:, None].view(len(inputs.q), 1, -1, *(1,) * (grad.dim() - 3)), 0)
 
 
 def _lanes(rows: Bool[Tensor, " batch"], heads: int) -> Bool[Tensor, " lanes"]:
     return rows.repeat_interleave(heads)
 
 
-def _select(rows: Bool[Tensor, " lanes"], yes: LaneWeights, no: LaneWeights) -> LaneWeights:
-    return tuple(torch.where(rows[:, None, None], a, b) for a, b in zip(yes, no, strict=True))
+def _select(rows: Bool[Tensor, " lanes"], yes: LaneWeights, no: LaneWeights) -> list[Tensor]:
+    return [torch.where(rows[:, None, None], a, b) for a, b in zip(yes, no, strict=True)]

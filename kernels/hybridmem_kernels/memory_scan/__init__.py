@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
+from . import operator, triton_operator  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_scan_chunked
 from .reference import MemoryState, empty_state, memory_scan_reference, state_dtype
 
@@ -37,14 +38,17 @@ def memory_scan(
         chunk_size: a speed knob; every value gives the same numbers.
         document_ids: a token whose id differs from the one before it finds an empty memory.
         mask: False for padding, which neither writes nor decays; the output there means nothing.
-        backend: "torch" (default) or "reference", the token-by-token definition.
+        backend: "torch", "triton" or "reference", the token-by-token definition; by default what `use_backend` or
+            HYBRIDMEM_BACKEND say, else "triton" on a GPU and "torch" elsewhere.
 
     Returns:
         out in v's dtype: token t reads what it has just written; and the state after the last token.
         States and sums are float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown backend.
+        ValueError: shapes, dtypes or devices that do not go together; an unknown backend, or one that cannot take
+            them.
+        ImportError: Triton is asked for and not installed.
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})
@@ -54,9 +58,13 @@ def memory_scan(
     for name, tensor in state._asdict().items():
         check_state(name, tensor, shape, q)
     state = MemoryState(*(tensor.to(state_dtype(q.dtype)) for tensor in state))
-    backend = choose_backend(backend)
+    backend = choose_backend("memory_scan", backend, q)
     if q.shape[2] == 0:
         return v, state
     if backend == "reference":
         return memory_scan_reference(q, k, v, alpha, eta, theta, state, document_ids, mask)
+    if backend == "triton":
+        from .triton_op import memory_scan_triton
+
+        return memory_scan_triton(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)
     return memory_scan_chunked(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)

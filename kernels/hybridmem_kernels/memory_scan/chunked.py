@@ -11,6 +11,7 @@ All that does not need z is batched over every chunk of the row; two small produ
 forward and backward. The derivation, the flops and the bytes are in README.md.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,10 @@ def memory_scan_chunked(
         q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
         alpha, eta, theta = (F.pad(gate, (0, padding)) for gate in (alpha, eta, theta))
     gates = effective_gates(alpha, eta, theta, document_ids, mask, state_dtype(q.dtype))
+    scan = torch.ops.hybridmem.memory_scan if torch.compiler.is_compiling() else _MemoryScan.apply
     with torch.autocast(q.device.type, enabled=False):
-        out, weight, momentum = _MemoryScan.apply(q, k, v, *gates, *state, size)
-    return out[:, :, :time], MemoryState(weight, momentum)
+        out, weight, momentum = scan(q, k, v, *gates, *state, size)[:3]
+    return out[:, :, :time] if padding else out, MemoryState(weight, momentum)
 
 
 def to_chunks(x: Float[Tensor, "batch heads time dim"], size: int, dtype: torch.dtype) -> Float[Tensor, "n size dim"]:
@@ -67,7 +69,7 @@ def from_chunks(x: Float[Tensor, "n size dim"], batch: int, heads: int) -> Float
 
 
 def _gate_to_chunks(gate: Float[Tensor, "batch heads time"], size: int) -> Float[Tensor, "n size"]:
-    return to_chunks(gate.unsqueeze(-1), size, gate.dtype).squeeze(-1)
+    return gate.unflatten(2, (-1, size)).permute(2, 0, 1, 3).contiguous().flatten(0, 2)
 
 
 def _scaled_pair(
@@ -96,7 +98,7 @@ def _pair_dots(x: Float[Tensor, "n size dim"], grad_pair: Float[Tensor, "n size 
     return torch.matmul(grad_pair.unflatten(-1, (2, -1)), x.unsqueeze(-1)).squeeze(-1)
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """What the forward works out and the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
 
     queries: Float[Tensor, "n size key_dim"]
@@ -135,78 +137,92 @@ class _MemoryScan(torch.autograd.Function):
     """The scan over whole chunks. Saves per token a few rows of `size`, per chunk one state; no weight per token."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor,
-        momentum: Tensor,
-        theta: Tensor,
-        active: Tensor | None,
-        continues: Tensor | None,
-        weight: Tensor,
-        moment: Tensor,
-        size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, heads, _, key_dim = q.shape
-        lanes, dtype = batch * heads, weight.dtype
-        queries, keys, values = (to_chunks(x, size, dtype) for x in (q, k, v))
-        keep, momentum, theta = (_gate_to_chunks(gate, size) for gate in (keep, momentum, theta))
-        active, continues = (None if x is None else _gate_to_chunks(x, size) for x in (active, continues))
-        weight_rows, momentum_rows = decay_rows(keep, momentum, theta, active)
-        before = weight_rows[:, :-1] if continues is None else weight_rows[:, :-1] * continues.unsqueeze(-1)
-
-        key_products = torch.bmm(keys, keys.mT)
-        inverse = unit_lower_inverse(before[..., 2:] * key_products)
-        chunks = _Chunks(
-            queries, keys, keep, momentum, active, continues, weight_rows, momentum_rows, key_products,
-            query_products=torch.bmm(queries, keys.mT),
-            inverse=inverse,
-            read_keys=torch.bmm(inverse, _scaled_pair(keys, before[..., 0], before[..., 1])),
-            errors=torch.bmm(inverse, values),
-            states=keys.new_empty(len(keys) + lanes, 2 * key_dim, v.shape[-1]),
-            carry=torch.stack((weight_rows[:, -1, :2], momentum_rows[:, -1, :2]), dim=1),
-        )  # fmt: skip
-        chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), moment.flatten(0, 1)), dim=1)
-        _scan_states(chunks, lanes)
-        out = torch.bmm(_scaled_pair(queries, chunks.after[..., 0], chunks.after[..., 1]), chunks.states[:-lanes])
-        out.baddbmm_(chunks.query_products * chunks.after[..., 2:], chunks.errors, alpha=-1)
-
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results, chunks = scan_forward(*inputs)
         ctx.save_for_backward(*chunks)
-        ctx.shape, ctx.dtypes = (batch, heads), (q.dtype, k.dtype, v.dtype)
+        ctx.shape, ctx.dtypes = inputs[0].shape[:2], [x.dtype for x in inputs[:3]]
         ctx.set_materialize_grads(False)
-        last = chunks.states[-lanes:].unflatten(0, (batch, heads))
-        final_weight, final_momentum = last[:, :, :key_dim].clone(), last[:, :, key_dim:].clone()
-        return from_chunks(out, batch, heads).to(v.dtype), final_weight, final_momentum
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        chunks = _Chunks(*ctx.saved_tensors)
-        grad_out, grad_weight, grad_moment = grads
-        batch, heads = ctx.shape
-        lanes, size, key_dim = batch * heads, chunks.keys.shape[1], chunks.keys.shape[2]
-        with torch.autocast(chunks.keys.device.type, enabled=False):
-            grad_last = chunks.states.new_zeros(batch, heads, 2, key_dim, chunks.states.shape[-1])
-            for part, grad in enumerate((grad_weight, grad_moment)):
-                if grad is not None:
-                    grad_last[:, :, part] = grad
-            if grad_out is None:
-                grad_out = torch.zeros_like(chunks.errors)
-            else:
-                grad_out = to_chunks(grad_out, size, chunks.errors.dtype)
-            grad_states, grad_errors = _scan_adjoints(chunks, grad_out, grad_last.flatten(2, 3).flatten(0, 1))
-            tokens, gates = _token_gradients(chunks, grad_out, grad_states, grad_errors)
-        token_grads = [
-            from_chunks(grad, batch, heads).to(dtype) for grad, dtype in zip(tokens, ctx.dtypes, strict=True)
-        ]
-        gate_grads = [from_chunks(grad.unsqueeze(-1), batch, heads).squeeze(-1) for grad in gates]
-        first = grad_states[:lanes].view(batch, heads, 2, key_dim, -1)
-        return *token_grads, *gate_grads, None, None, first[:, :, 0], first[:, :, 1], None
+        *tokens_and_gates, weight, moment = scan_backward(Chunks(*ctx.saved_tensors), grads, ctx.shape, ctx.dtypes)
+        return *tokens_and_gates, None, None, weight, moment, None
 
 
-def _scan_states(chunks: _Chunks, lanes: int) -> None:
+def scan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    momentum: Tensor,
+    theta: Tensor,
+    active: Tensor | None,
+    continues: Tensor | None,
+    weight: Tensor,
+    moment: Tensor,
+    size: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Chunks]:
+    """Return (out, weight, momentum), and what the backward needs; the time is a multiple of `size`."""
+    batch, heads, _, key_dim = q.shape
+    lanes, dtype = batch * heads, weight.dtype
+    queries, keys, values = (to_chunks(x, size, dtype) for x in (q, k, v))
+    keep, momentum, theta = (_gate_to_chunks(gate, size) for gate in (keep, momentum, theta))
+    active, continues = (None if x is None else _gate_to_chunks(x, size) for x in (active, continues))
+    weight_rows, momentum_rows = decay_rows(keep, momentum, theta, active)
+    before = weight_rows[:, :-1] if continues is None else weight_rows[:, :-1] * continues.unsqueeze(-1)
+
+    key_products = torch.bmm(keys, keys.mT)
+    inverse = unit_lower_inverse(before[..., 2:] * key_products)
+    chunks = Chunks(
+        queries, keys, keep, momentum, active, continues, weight_rows, momentum_rows, key_products,
+        query_products=torch.bmm(queries, keys.mT),
+        inverse=inverse,
+        read_keys=torch.bmm(inverse, _scaled_pair(keys, before[..., 0], before[..., 1])),
+        errors=torch.bmm(inverse, values),
+        states=keys.new_empty(len(keys) + lanes, 2 * key_dim, v.shape[-1]),
+        carry=torch.stack((weight_rows[:, -1, :2], momentum_rows[:, -1, :2]), dim=1),
+    )  # fmt: skip
+    chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), moment.flatten(0, 1)), dim=1)
+    _scan_states(chunks, lanes)
+    out = torch.bmm(_scaled_pair(queries, chunks.after[..., 0], chunks.after[..., 1]), chunks.states[:-lanes])
+    out.baddbmm_(chunks.query_products * chunks.after[..., 2:], chunks.errors, alpha=-1)
+    last = chunks.states[-lanes:].unflatten(0, (batch, heads))
+    results = (
+        from_chunks(out, batch, heads).to(v.dtype), last[:, :, :key_dim].clone(), last[:, :, key_dim:].clone()
+    )  # fmt: skip
+    return results, chunks
+
+
+def scan_backward(
+    chunks: Chunks, grads: Sequence[Tensor | None], shape: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> tuple[Tensor, ...]:
+    """The gradients of (q, k, v, keep, momentum, theta, weight, moment), from those of (out, weight, momentum).
+
+    `shape` is (batch, heads), `dtypes` those of q, k and v.
+    """
+    batch, heads = shape
+    grad_out, grad_weight, grad_moment = grads
+    lanes, size, key_dim = batch * heads, chunks.keys.shape[1], chunks.keys.shape[2]
+    with torch.autocast(chunks.keys.device.type, enabled=False):
+        grad_last = chunks.states.new_zeros(batch, heads, 2, key_dim, chunks.states.shape[-1])
+        for part, grad in enumerate((grad_weight, grad_moment)):
+            if grad is not None:
+                grad_last[:, :, part] = grad
+        if grad_out is None:
+            grad_out = torch.zeros_like(chunks.errors)
+        else:
+            grad_out = to_chunks(grad_out, size, chunks.errors.dtype)
+        grad_states, grad_errors = _scan_adjoints(chunks, grad_out, grad_last.flatten(2, 3).flatten(0, 1))
+        tokens, gates = _token_gradients(chunks, grad_out, grad_states, grad_errors)
+    token_grads = [from_chunks(grad, batch, heads).to(dtype) for grad, dtype in zip(tokens, dtypes, strict=True)]
+    gate_grads = [from_chunks(grad.unsqueeze(-1), batch, heads).squeeze(-1) for grad in gates]
+    first = grad_states[:lanes].view(batch, heads, 2, key_dim, -1)
+    return *token_grads, *gate_grads, first[:, :, 0], first[:, :, 1]
+
+
+def _scan_states(chunks: Chunks, lanes: int) -> None:
     """Fill in states and errors, chunk after chunk: all that is sequential."""
     states, errors, written_keys = chunks.states, chunks.errors, chunks.written_keys()
     for start in range(0, len(errors), lanes):
@@ -217,7 +233,7 @@ def _scan_states(chunks: _Chunks, lanes: int) -> None:
 
 
 def _scan_adjoints(
-    chunks: _Chunks, grad_out: Float[Tensor, "n size value_dim"], grad_last: Float[Tensor, "lanes pair value_dim"]
+    chunks: Chunks, grad_out: Float[Tensor, "n size value_dim"], grad_last: Float[Tensor, "lanes pair value_dim"]
 ) -> tuple[Float[Tensor, "n_and_lanes pair value_dim"], Float[Tensor, "n size value_dim"]]:
     """The gradients of states and errors: the same loop backwards, what needs no later state taken first."""
     lanes, after, written_keys = len(grad_last), chunks.after, chunks.written_keys()
@@ -234,7 +250,7 @@ def _scan_adjoints(
 
 
 def _token_gradients(
-    chunks: _Chunks,
+    chunks: Chunks,
     grad_out: Float[Tensor, "n size value_dim"],
     grad_states: Float[Tensor, "n_and_lanes pair value_dim"],
     grad_errors: Float[Tensor, "n size value_dim"],

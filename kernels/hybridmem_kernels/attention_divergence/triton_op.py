@@ -1,0 +1,356 @@
+"""Attention as a policy in Triton: how the kernels are launched, and their place in autograd.
+
+The log-sum-exps of a policy are one launch each, the comparison of both is one, the backward three for every slab of
+queries. README.md has the derivation and what it costs.
+"""
+
+from collections.abc import Sequence
+from math import e, log2
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..builds import Build
+from .chunked import Settings
+from .reference import AttentionPolicy, AttentionStats
+from .triton_backward import grad_keys_kernel, grad_queries_kernel, slopes_kernel
+from .triton_forward import compare_kernel, log_sums_kernel
+from .triton_plan import OPERANDS, Plan, Tiles
+
+LARGEST_DIM = 256
+SLAB = 32  # numbers of v per query and head that are held at once; the more, the fewer sums of dk go through memory
+
+
+def attention_divergence_triton(
+    policy: AttentionPolicy,
+    policy_ref: AttentionPolicy,
+    query_mask: Bool[Tensor, "batch queries"] | None,
+    key_mask: Bool[Tensor, "batch keys"] | None,
+    exclude_self: bool,
+    divergence: str,
+) -> AttentionStats:
+    """Return the stats as the reference does, in float32.
+
+    Raises:
+        ValueError: a dtype other than float32, bfloat16 and float16, or heads of more than 256 dimensions.
+    """
+    for side in (policy, policy_ref):
+        _check(side)
+    tensors = (policy.q, policy.k, policy_ref.q, policy_ref.k, query_mask, key_mask)
+    settings = (*policy[2:], *policy_ref[2:], exclude_self, divergence)
+    compiling = torch.compiler.is_compiling()
+    compare = torch.ops.hybridmem.attention_divergence_triton if compiling else _AttentionDivergence.apply
+    return AttentionStats(*compare(*tensors, *settings)[:4])
+
+
+def builds(
+    dim: int,
+    dim_ref: int,
+    dtype: torch.dtype,
+    *,
+    exclude_self: bool = True,
+    divergence: str = "jsd",
+    masked: bool = True,
+    hip: bool = False,
+) -> list[Build]:
+    """List the kernels of one forward and backward, both policies in `dtype`; `masked`: with either mask."""
+    plan = Plan(dim, dim_ref, dtype, dtype, exclude_self, divergence, hip)
+    kernels = [
+        ("log_sums", log_sums_kernel, plan.log_sums),
+        ("log_sums_ref", log_sums_kernel, plan.log_sums_ref),
+        ("compare", compare_kernel, plan.compare),
+        ("slopes", slopes_kernel, plan.compare),
+        ("grad_queries", grad_queries_kernel, plan.gradient),
+        ("grad_keys", grad_keys_kernel, plan.gradient),
+    ]
+    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    masks = dict(query_mask_ptr="*u8", key_mask_ptr="*u8", needed_blocks_ptr="*i32")
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "q_ref_ptr", "k_ref_ptr", "grad_q_ptr"), element) | masks
+    scales = dict.fromkeys(("scale", "log_scale", "log_scale_ref"), "fp32")
+
+    def build(name: str, kernel: Any, constants: dict[str, Any]) -> Build:
+        absent = {} if masked else {mask: None for mask in masks if mask in kernel.arg_names}
+        constexprs = constants | absent
+        types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names} | pointers | scales
+        signature = {name: "constexpr" if name in constexprs else types[name] for name in kernel.arg_names}
+        label = f"attention_divergence {name} {dim}/{dim_ref} {divergence} {element[1:]}"
+        return Build(label, kernel, signature, constexprs, plan.tiles.num_warps, plan.tiles.num_stages)
+
+    return [build(*kernel) for kernel in kernels]
+
+
+def _check(policy: AttentionPolicy) -> None:
+    """Raise a ValueError where there is no kernel for it."""
+    for x in (policy.q, policy.k):
+        if x.dtype not in OPERANDS:
+            raise ValueError(
+                f"the triton backend takes float32, bfloat16 and float16 queries and keys, got {x.dtype}: choose "
+                "backend='torch'"
+            )
+    if policy.q.shape[-1] > LARGEST_DIM:
+        raise ValueError(
+            f"the triton backend takes heads of at most {LARGEST_DIM} dimensions, got {policy.q.shape[-1]}: choose "
+            "backend='torch'"
+        )
+
+
+class _Side(NamedTuple):
+    """One policy as the kernels take it."""
+
+    q: Float[Tensor, "batch heads queries dim"]
+    k: Float[Tensor, "batch kv_heads columns dim"]
+    scale: float
+    window: int
+    persistent: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, scale: float, window: int | None, persistent: int) -> "_Side":
+        """Vectors without gaps; no window is one that nothing lies outside of."""
+        everything = k.shape[2] - persistent + 1
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        return cls(q, k, scale, everything if window is None else min(window, everything), persistent)
+
+    @property
+    def keys(self) -> int:
+        """Without the persistent ones."""
+        return self.k.shape[2] - self.persistent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its scores' factors."""
+        return torch.promote_types(self.q.dtype, self.k.dtype)
+
+    def arguments(self, suffix: str = "") -> dict[str, Any]:
+        """Its part of a kernel's arguments; `suffix` tells the reference's from the others."""
+        vectors = {f"q{suffix}": self.q, f"k{suffix}": self.k}
+        strides = {
+            f"{name}_{axis}": x.stride(place)
+            for name, x in vectors.items()
+            for place, axis in enumerate(("batch", "head", "time"))
+        }
+        settings = dict(
+            log_scale=self.scale * log2(e),
+            heads=self.q.shape[1],
+            group=self.q.shape[1] // self.k.shape[1],
+            persistent=self.persistent,
+            window=self.window,
+        )
+        settings = {f"{name}{suffix}": x for name, x in settings.items()}
+        return settings | strides | {f"{name}_ptr": x for name, x in vectors.items()}
+
+
+class _Kept(NamedTuple):
+    """What the forward keeps for the backward beside its inputs."""
+
+    normaliser: Float[Tensor, "batch heads queries"]  # L; inf for a query that does not count or has no support
+    normaliser_ref: Float[Tensor, "batch heads_ref queries"]
+    log_mass: Float[Tensor, "batch queries"]  # C
+    log_mass_ref: Float[Tensor, "batch queries"]
+    entropy: Float[Tensor, "batch queries"]
+    mean_slope: Float[Tensor, "batch queries"]  # Σ p · (the divergence's derivative by p)
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Its part of a kernel's arguments."""
+        return {f"{name}_ptr": x for name, x in self._asdict().items()}
+
+
+class _AttentionDivergence(torch.autograd.Function):
+    """The stats; saves inputs, L of every head and query, and four numbers per query."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, settings = arguments[:6], Settings(*arguments[6:])
+        stats, kept = compare_forward(*tensors, settings=settings)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats[2])
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        return *compare_backward(*tensors, kept=kept, grads=grads, settings=ctx.settings), *(None,) * 12
+
+
+def compare_forward(*tensors: Any, settings: Settings) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return (divergence, entropy, entropy_ref, mass), and what the backward needs, of q, k, q_ref, k_ref and masks."""
+    with torch.cuda.device_of(tensors[0]):
+        stats, kept = _compare(_Problem.of(tensors, settings))
+    return tuple(stats), tuple(kept)
+
+
+def compare_backward(
+    *tensors: Any, kept: Sequence[Tensor], grads: Sequence[Tensor | None], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The gradients of (q, k), from those of (divergence, entropy, entropy_ref, mass)."""
+    with torch.cuda.device_of(tensors[0]):
+        grad_q, grad_k = _gradient(_Problem.of(tensors, settings), _Kept(*kept), grads)
+    return grad_q, grad_k.to(tensors[1].dtype)
+
+
+class _Problem(NamedTuple):
+    """What forward and backward begin with."""
+
+    side: _Side
+    side_ref: _Side
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    plan: Plan
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], settings: Settings) -> "_Problem":
+        """Prepare q, k, q_ref, k_ref, query_mask, key_mask."""
+        q, k, q_ref, k_ref, *masks = tensors
+        side, side_ref = _Side.of(q, k, *settings[:3]), _Side.of(q_ref, k_ref, *settings[3:6])
+        query_mask, key_mask = (None if x is None else x.contiguous().view(torch.uint8) for x in masks)
+        plan = Plan(
+            dim=side.q.shape[-1],
+            dim_ref=side_ref.q.shape[-1],
+            dtype=side.dtype,
+            dtype_ref=side_ref.dtype,
+            exclude_self=settings.exclude_self,
+            divergence=settings.divergence,
+            hip=torch.version.hip is not None,
+            interpreted=triton.knobs.runtime.interpret,
+        )
+        return cls(side, side_ref, query_mask, key_mask, plan)
+
+    def blocks(self) -> int:
+        """Of queries."""
+        return triton.cdiv(self.side.q.shape[2], self.plan.tiles.rows)
+
+    def of_both(self) -> dict[str, Any]:
+        """The arguments and constants of a kernel that sees both policies."""
+        return dict(self.of_rows(), **self.side.arguments(), **self.side_ref.arguments("_ref"), **self.plan.compare)
+
+    def of_rows(self) -> dict[str, Any]:
+        """The arguments that every kernel has, and how it is launched."""
+        lengths = dict(queries=self.side.q.shape[2], keys=self.side.keys)
+        return dict(lengths, key_mask_ptr=self.key_mask, **self.plan.options)
+
+
+def _compare(problem: _Problem) -> tuple[AttentionStats, _Kept]:
+    """Both passes of the forward."""
+    q, plan = problem.side.q, problem.plan
+    batch, _, queries, _ = q.shape
+    normaliser, log_share = _log_sums(problem, problem.side, plan.log_sums)
+    normaliser_ref, log_share_ref = _log_sums(problem, problem.side_ref, plan.log_sums_ref)
+    per_query = [q.new_empty(batch, queries, dtype=torch.float32) for _ in range(7)]
+    stats, (log_mass, log_mass_ref, mean_slope) = AttentionStats(*per_query[:4]), per_query[4:]
+    kept = _Kept(normaliser, normaliser_ref, log_mass, log_mass_ref, stats.entropy, mean_slope)
+    compare_kernel[(problem.blocks(), batch)](
+        log_share_ptr=log_share,
+        log_share_ref_ptr=log_share_ref,
+        divergence_ptr=stats.divergence,
+        entropy_ref_ptr=stats.entropy_ref,
+        mass_ptr=stats.mass,
+        **kept.arguments(),
+        **problem.of_both(),
+    )
+    return stats, kept
+
+
+def _log_sums(
+    problem: _Problem, side: _Side, constants: dict[str, Any]
+) -> tuple[Float[Tensor, "batch heads queries"], Float[Tensor, "batch heads queries"]]:
+    """(L, the logarithm of each head's share on the support)."""
+    normaliser, log_share = (side.q.new_empty(side.q.shape[:3], dtype=torch.float32) for _ in range(2))
+    log_sums_kernel[(problem.blocks(), side.q.shape[0] * side.q.shape[1])](
+        query_mask_ptr=problem.query_mask,
+        normaliser_ptr=normaliser,
+        log_share_ptr=log_share,
+        **problem.of_rows(),
+        **side.arguments(),
+        **constants,
+    )
+    return normaliser, log_share
+
+
+class _Slab(NamedTuple):
+    """Blocks of queries whose v is held at once, and the tiles of keys that they see."""
+
+    first_block: int
+    blocks: int
+    first_tile: int
+    tiles: int
+
+
+def _slabs(side: _Side, tiles: Tiles) -> tuple[int, list[_Slab]]:
+    """(how many tiles of keys a block of queries sees at most, the slabs)."""
+    _, heads, queries, _ = side.q.shape
+    reach = (tiles.rows + side.window + tiles.columns - 3) // tiles.columns + 1
+    slots = min(reach, triton.cdiv(side.keys, tiles.columns))
+    total = triton.cdiv(queries, tiles.rows)
+    blocks = min(total, max(1, SLAB * heads * queries // max(1, slots * tiles.rows * tiles.columns)))
+
+    def slab(first: int) -> _Slab:
+        stop = min(first + blocks, total)
+        past = side.keys - queries
+        first_tile = max(0, first * tiles.rows + past - side.window + 1) // tiles.columns
+        last_time = min(stop * tiles.rows, queries) + past - 1
+        return _Slab(first, stop - first, first_tile, last_time // tiles.columns + 1 - first_tile)
+
+    return slots, [slab(first) for first in range(0, total, max(1, blocks))]
+
+
+def _needed_blocks(query_mask: Tensor | None, rows: int) -> Int[Tensor, "batch 2"] | None:
+    """The first block that has a query that counts, and the one after the last, for each row of the batch."""
+    if query_mask is None:
+        return None
+    padded = F.pad(query_mask, (0, -query_mask.shape[1] % rows))
+    needed = padded.unflatten(1, (-1, rows)).amax(-1) > 0
+    place = torch.arange(needed.shape[1], device=needed.device)
+    first, stop = place.where(needed, needed.shape[1]).amin(1), (place + 1).where(needed, 0).amax(1)
+    return torch.stack((first, stop), dim=1).int()
+
+
+def _gradient(problem: _Problem, kept: _Kept, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(dq, dk in float32), slab by slab."""
+    side, plan = problem.side, problem.plan
+    q, k, tiles = side.q, side.k, plan.tiles
+    batch, heads = q.shape[:2]
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    slots, slabs = _slabs(side, tiles)
+    most = max((slab.blocks for slab in slabs), default=0)
+    slopes = kept.normaliser.new_empty(batch, most, slots, tiles.rows, tiles.columns)
+    pulled = torch.empty_like(kept.normaliser)
+    of_stats = [torch.zeros_like(kept.entropy) if x is None else x.contiguous() for x in grads]
+    persistent_tiles = triton.cdiv(side.persistent, tiles.columns)
+    needed_blocks = _needed_blocks(problem.query_mask, tiles.rows)
+    for slab in slabs:
+        place = dict(slopes_ptr=slopes, first_block=slab.first_block, blocks=slab.blocks, slots=slots)
+        slopes_kernel[(slab.blocks * slots, batch)](
+            grad_divergence_ptr=of_stats[0],
+            grad_entropy_ptr=of_stats[1],
+            grad_mass_ptr=of_stats[3],
+            **kept.arguments(),
+            **place,
+            **problem.of_both(),
+        )
+        of_head = dict(
+            scale=side.scale,
+            normaliser_ptr=kept.normaliser,
+            log_mass_ptr=kept.log_mass,
+            pulled_ptr=pulled,
+            **place,
+            **problem.of_rows(),
+            **side.arguments(),
+            **plan.gradient,
+        )
+        grad_queries_kernel[(slab.blocks, batch * heads)](grad_q_ptr=grad_q, **of_head)
+        grad_keys_kernel[(persistent_tiles + slab.tiles, batch * k.shape[1])](
+            grad_k_ptr=grad_k,
+            needed_blocks_ptr=needed_blocks,
+            first_tile=slab.first_tile,
+            persistent_tiles=persistent_tiles,
+            **of_head,
+        )
+    return grad_q, grad_k

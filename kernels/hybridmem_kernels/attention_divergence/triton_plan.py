@@ -1,0 +1,106 @@
+"""What the Triton kernels are compiled as, for launching them and for building them ahead of time."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Tiles(NamedTuple):
+    """How the work is cut, the same in all kernels of a plan: the backward finds v again by its tile."""
+
+    rows: int  # queries
+    columns: int  # keys
+    chunk: int  # dimensions that a product of scores takes at a time
+    num_warps: int
+    num_stages: int
+
+
+# By the head's padded width, the largest found that no kernel spills registers with, on any target. Small tiles are for
+# float32, each product of which is three of tf32 that split their operands in registers, and for the gradients of
+# float16, which are products of tf32.
+CUDA_TILES = {
+    torch.bfloat16: dict.fromkeys((16, 32, 64, 128), Tiles(64, 64, 64, 8, 1)) | {256: Tiles(32, 64, 128, 8, 1)},
+    torch.float16: dict.fromkeys((16, 32, 64), Tiles(64, 32, 64, 8, 1))
+    | {128: Tiles(64, 32, 32, 8, 1), 256: Tiles(32, 64, 64, 8, 1)},
+    torch.float32: dict.fromkeys((16, 64), Tiles(64, 32, 32, 8, 1))
+    | {32: Tiles(32, 32, 16, 8, 1)}
+    | dict.fromkeys((128, 256), Tiles(32, 32, 32, 8, 1)),
+}
+HIP_TILES = dict.fromkeys((16, 32, 64, 128, 256), Tiles(64, 32, 64, 4, 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One policy against another; dtypes are those in which scores are multiplied."""
+
+    dim: int
+    dim_ref: int
+    dtype: torch.dtype
+    dtype_ref: torch.dtype
+    exclude_self: bool
+    divergence: str
+    hip: bool
+    interpreted: bool = False
+
+    @property
+    def tiles(self) -> Tiles:
+        """Those of the wider head and the wider dtype."""
+        dtype = max(self.dtype, self.dtype_ref, key=list(CUDA_TILES).index)
+        width = max(_padded(self.dim), _padded(self.dim_ref))
+        return HIP_TILES[width] if self.hip else CUDA_TILES[dtype][width]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How every kernel is launched."""
+        return dict(num_warps=self.tiles.num_warps, num_stages=self.tiles.num_stages)
+
+    @property
+    def log_sums(self) -> dict[str, Any]:
+        """The constants of pass 1, for p."""
+        return dict(
+            DIM=self.dim,
+            BLOCK_DIM=_padded(self.dim),
+            BLOCK_M=self.tiles.rows,
+            BLOCK_N=self.tiles.columns,
+            CHUNK=min(self.tiles.chunk, _padded(self.dim)),
+            EXCLUDE_SELF=int(self.exclude_self),
+            OPERAND=self._operand(self.dtype),
+            PRECISION=self._precision("tf32x3"),
+        )
+
+    @property
+    def log_sums_ref(self) -> dict[str, Any]:
+        """The constants of pass 1, for p_ref."""
+        width = _padded(self.dim_ref)
+        dim = dict(DIM=self.dim_ref, BLOCK_DIM=width, CHUNK=min(self.tiles.chunk, width))
+        return self.log_sums | dim | dict(OPERAND=self._operand(self.dtype_ref))
+
+    @property
+    def compare(self) -> dict[str, Any]:
+        """The constants of what sees both policies: pass 2, and the pass that writes v."""
+        reference = {f"{name}_REF": self.log_sums_ref[name] for name in ("DIM", "BLOCK_DIM", "CHUNK", "OPERAND")}
+        return self.log_sums | reference | dict(DIVERGENCE=self.divergence)
+
+    @property
+    def gradient(self) -> dict[str, Any]:
+        """The constants of dq and dk: a mean over many tokens has gradients too small for float16, hence tf32."""
+        half = self.dtype == torch.float16
+        operand = tl.float32 if half else self._operand(self.dtype)
+        return self.log_sums | dict(GRAD_OPERAND=operand, PRECISION=self._precision("tf32" if half else "tf32x3"))
+
+    def _operand(self, dtype: torch.dtype) -> Any:
+        """What is multiplied; the interpreter's products are right in float32 alone."""
+        return tl.float32 if self.interpreted else OPERANDS[dtype]
+
+    def _precision(self, on_cuda: str) -> str:
+        """How float32 is multiplied; AMD's matrix cores take it as it is."""
+        return "ieee" if self.hip or self.interpreted else on_cuda
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))

@@ -1,0 +1,26 @@
+"""What a Triton kernel is built as, so that it can be built ahead of time for a GPU that is not there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel at one set of shapes and dtypes.
+
+    Args:
+        name: kernel and shapes in words, the row's name in the resource report.
+        kernel: the function under `triton.jit`.
+        signature: argument name: Triton's type (`*fp32`, `*bf16`, `i32`, `fp32`), or `constexpr`.
+        constexprs: argument name: value, of those.
+        num_warps, num_stages: as it is launched.
+        has_dots: whether it multiplies matrices, which must then be on tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    has_dots: bool = True

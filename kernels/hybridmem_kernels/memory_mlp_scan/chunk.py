@@ -1,0 +1,245 @@
+"""One chunk of the deep memory, forward and backward by hand.
+
+The chunk's first weights (anchors A_n) give each layer's inputs a_n and errors e_n, the gradient of its matrix being
+a_n^T e_n. With f the bound on a token's gradient, u = R_w[C] theta f, and y_n a layer's output for queries x_n,
+
+    y_n = R_w[:, 0] x_n W_n + R_w[:, 1] x_n S_n - ((x_n a_n^T) * D theta f) e_n          x_{n+1} = silu(y_n)
+    W'_n = R_w[C, 0] W_n + R_w[C, 1] S_n - (a_n * u)^T e_n
+
+and S'_n the same with R_s. The backward walks these lines, then the errors, then the MLP over the keys.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+LaneWeights = Sequence[Float[Tensor, "lanes _ _"]]  # one matrix a layer; a lane is a (batch, head)
+
+
+class ChunkInputs(NamedTuple):
+    """One chunk of every lane."""
+
+    q: Float[Tensor, "lanes width dim"]
+    k: Float[Tensor, "lanes width dim"]
+    v: Float[Tensor, "lanes width dim"]
+    theta: Float[Tensor, "lanes width"]
+    weight_rows: Float[Tensor, "lanes rows columns"]
+    momentum_rows: Float[Tensor, "lanes rows columns"]
+
+    @property
+    def after(self) -> Float[Tensor, "lanes width columns"]:
+        """The rows after each token's write."""
+        return self.weight_rows[:, 1:]
+
+
+class _Surprise(NamedTuple):
+    """The MLP over the keys at the anchors, and what it says about the step size."""
+
+    inputs: list[Float[Tensor, "lanes width _"]]  # a_n
+    errors: list[Float[Tensor, "lanes width _"]]  # e_n
+    hidden: list[Float[Tensor, "lanes width _"]]  # before each SiLU
+    squares: Float[Tensor, "lanes width"] | None  # of the gradient's norm; None: no bound
+    bound: Float[Tensor, "lanes width"] | None  # f
+    theta: Float[Tensor, "lanes width"]  # theta f
+
+
+def chunk_forward(
+    inputs: ChunkInputs, weights: LaneWeights, momenta: LaneWeights, anchors: LaneWeights, max_grad_norm: float | None
+) -> tuple[Float[Tensor, "lanes width dim"], list[Tensor], list[Tensor]]:
+    """Read and write one chunk: (out, weights, momenta) after it."""
+    surprise = _surprise(inputs, anchors, max_grad_norm)
+    after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
+    x, new_weights, new_momenta = inputs.q, [], []
+    for n, (weight, moment) in enumerate(zip(weights, momenta, strict=True)):
+        if n:
+            x = F.silu(x)
+        a, error = surprise.inputs[n], surprise.errors[n]
+        read = torch.bmm(x, weight).mul_(after[..., 0, None])
+        read.addcmul_(torch.bmm(x, moment), after[..., 1, None])
+        x = read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
+        moved, written = (_end(inputs, surprise, part)[..., None] * a for part in range(2))
+        of_weight, of_moment = _carry(inputs)
+        new_weight = (of_weight[0] * weight).addcmul_(of_weight[1], moment)
+        new_weights.append(new_weight.baddbmm_(moved.mT, error, alpha=-1))
+        new_momenta.append((of_moment * moment).baddbmm_(written.mT, error, alpha=-1))
+    return inputs.q + x, new_weights, new_momenta
+
+
+def chunk_backward(
+    inputs: ChunkInputs,
+    weights: LaneWeights,
+    momenta: LaneWeights,
+    anchors: LaneWeights,
+    max_grad_norm: float | None,
+    grad_out: Float[Tensor, "lanes width dim"],
+    grad_weights: LaneWeights,
+    grad_momenta: LaneWeights,
+    into: ChunkInputs,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """From the gradients of what `chunk_forward` returns to those of (weights, momenta, anchors).
+
+    Those of the inputs are written to `into`, whose rows hold zeros.
+    """
+    surprise = _surprise(inputs, anchors, max_grad_norm)
+    after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
+    answers = _answers(inputs, surprise, weights, momenta, reach)
+    of_weight, of_moment = _carry(inputs)
+    grad_inputs = [torch.zeros_like(a) for a in surprise.inputs]
+    grad_errors = [torch.zeros_like(e) for e in surprise.errors]
+    grad_reach = torch.zeros_like(reach)
+    grad_ends = [torch.zeros_like(inputs.theta) for _ in range(2)]
+    grad_after, end_of_weight, end_of_moment = into.after, into.weight_rows[:, -1], into.momentum_rows[:, -1]
+    new_weights, new_momenta, grad = [], [], grad_out
+    for n in reversed(range(len(weights))):
+        weight, moment, a, error = weights[n], momenta[n], surprise.inputs[n], surprise.errors[n]
+        x = F.silu(answers[n]) if n else answers[n]
+        through_weight, through_moment = grad * after[..., 0, None], grad * after[..., 1, None]
+        to_weight, to_moment = grad_weights[n], grad_momenta[n]
+        for column, matrix in enumerate((weight, moment)):
+            grad_after[..., column] += torch.linalg.vecdot(grad, torch.bmm(x, matrix))
+        products = torch.bmm(x, a.mT)
+        grad_mix = torch.bmm(grad, error.mT).neg_()
+        grad_errors[n].baddbmm_((products * reach).mT, grad, alpha=-1)
+        grad_reach.addcmul_(grad_mix, products)
+        grad_products = grad_mix.mul_(reach)
+        grad_inputs[n].baddbmm_(grad_products.mT, x)
+        grad = torch.bmm(through_weight, weight.mT).baddbmm_(through_moment, moment.mT).baddbmm_(grad_products, a)
+        if n:
+            grad = grad.mul_(_silu_slope(answers[n]))
+
+        for part, to in enumerate((to_weight, to_moment)):
+            end = _end(inputs, surprise, part)[..., None]
+            pulled = torch.bmm(error, to.mT)
+            grad_errors[n].baddbmm_(a * end, to, alpha=-1)
+            grad_ends[part] -= torch.linalg.vecdot(pulled, a)
+            grad_inputs[n].addcmul_(pulled, end, value=-1)
+        end_of_weight[:, 0] += _dot(to_weight, weight)
+        end_of_weight[:, 1] += _dot(to_weight, moment)
+        end_of_moment[:, 1] += _dot(to_moment, moment)
+        new_weights.append((of_weight[0] * to_weight).baddbmm_(x.mT, through_weight))
+        moved = (of_weight[1] * to_weight).addcmul_(of_moment, to_moment)
+        new_momenta.append(moved.baddbmm_(x.mT, through_moment))
+    torch.add(grad_out, grad, out=into.q)
+
+    grad_theta = torch.linalg.vecdot(grad_reach, after[..., 2:], dim=1)
+    grad_after[..., 2:] += grad_reach.mul_(surprise.theta[:, None])
+    for end, of_end, rows in zip(grad_ends, (end_of_weight, end_of_moment), inputs[4:], strict=True):
+        of_end[:, 2:].addcmul_(end, surprise.theta)
+        grad_theta.addcmul_(end, rows[:, -1, 2:])
+    _bound_backward(inputs, surprise, grad_theta, grad_inputs, grad_errors, into.theta)
+    grad_anchors = _surprise_backward(anchors, surprise, grad_inputs, grad_errors, into)
+    return new_weights[::-1], new_momenta[::-1], grad_anchors
+
+
+def _surprise(inputs: ChunkInputs, anchors: LaneWeights, max_grad_norm: float | None) -> _Surprise:
+    layer_inputs, hidden = [inputs.k], []
+    for anchor in anchors[:-1]:
+        hidden.append(torch.bmm(layer_inputs[-1], anchor))
+        layer_inputs.append(F.silu(hidden[-1]))
+    errors = [torch.bmm(layer_inputs[-1], anchors[-1]).add_(inputs.k).sub_(inputs.v)]
+    for anchor, z in zip(reversed(anchors[1:]), reversed(hidden), strict=True):
+        errors.append(torch.bmm(errors[-1], anchor.mT).mul_(_silu_slope(z)))
+    errors.reverse()
+    squares = bound = None
+    theta = inputs.theta
+    if max_grad_norm is not None:
+        norms = (_squares(a) * _squares(e) for a, e in zip(layer_inputs, errors, strict=True))
+        squares = torch.stack(list(norms)).sum(0)
+        bound = max_grad_norm * squares.clamp(min=max_grad_norm**2).rsqrt()
+        theta = theta * bound
+    return _Surprise(layer_inputs, errors, hidden, squares, bound, theta)
+
+
+def _answers(
+    inputs: ChunkInputs, surprise: _Surprise, weights: LaneWeights, momenta: LaneWeights, reach: Tensor
+) -> list[Tensor]:
+    """What each layer is given for the queries, before its SiLU."""
+    answers = [inputs.q]
+    for n, (weight, moment) in enumerate(zip(weights[:-1], momenta[:-1], strict=True)):
+        x = F.silu(answers[-1]) if n else answers[-1]
+        read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
+        read.addcmul_(torch.bmm(x, moment), inputs.after[..., 1, None])
+        answers.append(read.baddbmm_(torch.bmm(x, surprise.inputs[n].mT).mul_(reach), surprise.errors[n], alpha=-1))
+    return answers
+
+
+def _bound_backward(
+    inputs: ChunkInputs,
+    surprise: _Surprise,
+    grad_theta: Float[Tensor, "lanes width"],
+    grad_inputs: list[Tensor],
+    grad_errors: list[Tensor],
+    into_theta: Float[Tensor, "lanes width"],
+) -> None:
+    """Through theta f: f = max_grad_norm / norm where the norm is larger, 1 elsewhere."""
+    if surprise.bound is None or surprise.squares is None:
+        into_theta.copy_(grad_theta)
+        return
+    torch.mul(grad_theta, surprise.bound, out=into_theta)
+    # df / d norm² = -f / (2 norm²); the 2 of a square's derivative cancels.
+    slope = (grad_theta * surprise.theta / surprise.squares).where(surprise.bound < 1, 0)
+    for a, e, grad_a, grad_e in zip(surprise.inputs, surprise.errors, grad_inputs, grad_errors, strict=True):
+        grad_a.addcmul_(a, (slope * _squares(e)).unsqueeze(-1), value=-1)
+        grad_e.addcmul_(e, (slope * _squares(a)).unsqueeze(-1), value=-1)
+
+
+def _surprise_backward(
+    anchors: LaneWeights,
+    surprise: _Surprise,
+    grad_inputs: list[Tensor],
+    grad_errors: list[Tensor],
+    into: ChunkInputs,
+) -> list[Tensor]:
+    """Back through the errors, then through the MLP; returns the anchors' gradients, writes those of k and v."""
+    grad_anchors: list[Tensor] = [torch.zeros_like(anchor) for anchor in anchors]
+    grad_hidden = []
+    for n, z in enumerate(surprise.hidden):
+        error, anchor = surprise.errors[n + 1], anchors[n + 1]
+        pulled = grad_errors[n] * _silu_slope(z)
+        grad_anchors[n + 1].baddbmm_(pulled.mT, error)
+        grad_errors[n + 1].baddbmm_(pulled, anchor)
+        grad_hidden.append(torch.bmm(error, anchor.mT).mul_(grad_errors[n]).mul_(_silu_curve(z)))
+    last = grad_errors[-1]
+    torch.neg(last, out=into.v)
+    grad_anchors[-1].baddbmm_(surprise.inputs[-1].mT, last)
+    grad_inputs[-1].baddbmm_(last, anchors[-1].mT)
+    for n in reversed(range(len(surprise.hidden))):
+        grad = grad_hidden[n].addcmul_(grad_inputs[n + 1], _silu_slope(surprise.hidden[n]))
+        grad_anchors[n].baddbmm_(surprise.inputs[n].mT, grad)
+        grad_inputs[n].baddbmm_(grad, anchors[n].mT)
+    torch.add(grad_inputs[0], last, out=into.k)
+    return grad_anchors
+
+
+def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """How the state passes the chunk: (weights from weights, weights from momenta), momenta from momenta."""
+    end_of_weight, end_of_moment = inputs.weight_rows[:, -1, :2, None, None], inputs.momentum_rows[:, -1, 1, None, None]
+    return (end_of_weight[:, 0], end_of_weight[:, 1]), end_of_moment
+
+
+def _end(inputs: ChunkInputs, surprise: _Surprise, part: int) -> Float[Tensor, "lanes width"]:
+    """How much of each write is left at the chunk's end, in the weights (part 0) or the momenta (1)."""
+    return inputs[4 + part][:, -1, 2:] * surprise.theta
+
+
+def _squares(x: Float[Tensor, "lanes width dim"]) -> Float[Tensor, "lanes width"]:
+    return torch.linalg.vecdot(x, x)
+
+
+def _dot(x: Float[Tensor, "lanes rows columns"], y: Float[Tensor, "lanes rows columns"]) -> Float[Tensor, " lanes"]:
+    return torch.linalg.vecdot(x.flatten(1), y.flatten(1))
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    return (1 - gate).mul_(z).add_(1).mul_(gate)
+
+
+def _silu_curve(z: Tensor) -> Tensor:
+    """The second derivative of SiLU."""
+    gate = torch.sigmoid(z)
+    return (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)

@@ -1,0 +1,176 @@
+"""The forward: the weights from chunk to chunk, one lane a program, then all answers at once."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    MOMENT,
+    OF_MOMENTUM,
+    OF_WEIGHT,
+    RATE,
+    VECTORS,
+    input_tile,
+    input_width,
+    load_error,
+    load_input,
+    matrix_start,
+    output_width,
+    read,
+    row_size,
+    state_size,
+    surprise,
+    tile,
+    vector,
+)
+from .triton_tokens import store_tokens, token_slots
+
+
+@triton.jit
+@no_type_check
+def _add_writes(z_ptr, u_ptr, vectors_ptr, decays_ptr, total, decay_row, row, column, layer, shape, CUT: tl.constexpr):
+    """Add a tile of what the chunk's tokens write, each as far as `decay_row` says."""
+    _, _, _, slots = shape
+    for source in tl.range(0, slots, CUT.rows, disable_licm=True):
+        a = tl.trans(load_input(z_ptr, source, row, layer, shape, CUT))
+        rate = -tl.load(vector(vectors_ptr, RATE, source, shape, CUT)) * tl.load(
+            vector(decays_ptr, decay_row, source, shape, CUT)
+        )
+        error = load_error(z_ptr, u_ptr, source, column, layer, shape, CUT) * rate[:, None]
+        total = tl.dot(a, error, total, input_precision=CUT.precision)
+    return total
+
+
+@triton.jit
+@no_type_check
+def _write(
+    z_ptr,
+    u_ptr,
+    start_ptr,
+    end_ptr,
+    fresh_ptr,
+    new_document,
+    vectors_ptr,
+    decays_ptr,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """A layer's weights and momenta at the chunk's end; where the next one starts a document, its fresh ones."""
+    _, _, _, slots = shape
+    last = slots - 1
+    of_weight = tl.load(vectors_ptr + OF_WEIGHT * slots + last)
+    of_momentum = tl.load(vectors_ptr + OF_MOMENTUM * slots + last)
+    moment_kept = tl.load(vectors_ptr + MOMENT * slots + last)
+    stride = output_width(layer, shape)
+    momenta = matrix_start(layer, shape) + state_size(shape)
+    for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+        for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+            weight = tl.load(tile(start_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile))
+            moment = tl.load(tile(start_ptr + momenta, row, column, stride, CUT.tile, CUT.tile))
+            weight = weight * of_weight + moment * of_momentum
+            moment = moment * moment_kept
+            weight = _add_writes(z_ptr, u_ptr, vectors_ptr, decays_ptr, weight, last, row, column, layer, shape, CUT)
+            moment = _add_writes(
+                z_ptr, u_ptr, vectors_ptr, decays_ptr, moment, slots + last, row, column, layer, shape, CUT
+            )
+            fresh_at = tile(fresh_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile)
+            fresh = tl.load(fresh_at, mask=tl.full((CUT.tile, CUT.tile), 1, tl.int1) & new_document, other=0)
+            weight = tl.where(new_document, fresh, weight)
+            moment = tl.where(new_document, 0.0, moment)
+            tl.store(tile(end_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile), weight)
+            tl.store(tile(end_ptr + momenta, row, column, stride, CUT.tile, CUT.tile), moment)
+
+
+@triton.jit(do_not_specialize=["heads", "blocks", "depth", "width", "hidden", "slots"])
+@no_type_check
+def scan_kernel(
+    z_ptr,
+    u_ptr,
+    vectors_ptr,
+    decays_ptr,
+    states_ptr,
+    fresh_ptr,
+    begins_ptr,
+    new_document_ptr,
+    max_grad_norm,
+    heads,
+    blocks,
+    depth,
+    width,
+    hidden,
+    slots,
+    CUT: tl.constexpr,
+):
+    """One lane, chunk after chunk: state n is what chunk n starts from, the last but one the end.
+
+    The last state is where the first chunk takes its gradients when an earlier call has begun it.
+    """
+    shape = (depth, width, hidden, slots)
+    lane = tl.program_id(0).to(tl.int64)
+    batch = lane // heads
+    states_ptr += lane * (blocks + 2) * (2 * state_size(shape))
+    fresh_ptr += lane % heads * state_size(shape)
+    for block in tl.range(0, blocks, disable_licm=True):
+        chunk = lane * blocks + block
+        z, u = (
+            z_ptr + chunk * (slots * row_size(shape)),
+            u_ptr + chunk * (slots * row_size(shape)),
+        )
+        vectors, decays = vectors_ptr + chunk * (VECTORS * slots), decays_ptr + chunk * (2 * slots * slots)
+        start = states_ptr + tl.cast(block, tl.int64) * (2 * state_size(shape))
+        begins = (block > 0) | (tl.load(begins_ptr + batch * blocks + block) != 0)
+        anchor = tl.cast(tl.where(begins, block, blocks + 1), tl.int64)
+        surprise(z, u, states_ptr + anchor * (2 * state_size(shape)), vectors, max_grad_norm, shape, CUT)
+        following = block + 1 < blocks
+        new_document = tl.load(new_document_ptr + batch * blocks + block + 1, mask=following, other=0) != 0
+        for layer in tl.range(0, depth, disable_licm=True):
+            _write(
+                z, u, start, start + 2 * state_size(shape), fresh_ptr, new_document, vectors, decays, layer, shape, CUT
+            )
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["time", "heads", "blocks", "used", "depth", "width", "hidden", "slots"])
+@no_type_check
+def read_kernel(
+    y_ptr,
+    z_ptr,
+    u_ptr,
+    vectors_ptr,
+    decays_ptr,
+    states_ptr,
+    times_ptr,
+    valid_ptr,
+    out_ptr,
+    time,
+    heads,
+    blocks,
+    used,
+    dim,
+    depth,
+    width,
+    hidden,
+    slots,
+    CUT: tl.constexpr,
+):
+    """The answers to CUT.rows queries of one chunk, layer after layer."""
+    shape = (depth, width, hidden, slots)
+    program, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * CUT.rows
+    lane, block = program // blocks, program % blocks
+    y = y_ptr + program * (slots * row_size(shape))
+    z = z_ptr + program * (slots * row_size(shape))
+    u = u_ptr + program * (slots * row_size(shape))
+    vectors, decays = vectors_ptr + program * (VECTORS * slots), decays_ptr + program * (2 * slots * slots)
+    state = states_ptr + (lane * (blocks + 2) + block) * (2 * state_size(shape))
+    times, valid = token_slots(times_ptr, valid_ptr, lane // heads * blocks + block, row, used, CUT)
+    for layer in tl.range(0, depth, disable_licm=True):
+        for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+            answer = read(y, z, u, state, vectors, decays, row, column, layer, shape, CUT)
+            if layer < depth - 1:
+                tl.store(input_tile(y, row, layer * hidden + column, shape, CUT), answer)
+            else:
+                answer += tl.load(input_tile(y, row, (depth - 1) * hidden + column, shape, CUT))
+                store_tokens(out_ptr + lane * time * dim, times, valid, column, answer, dim, CUT)
+        tl.debug_barrier()

@@ -1,0 +1,165 @@
+"""How the deep memory's work is cut: sizes, tiles and warps, and with them every kernel to build."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..builds import Build
+from .triton_forward import read_kernel, scan_kernel
+from .triton_read_backward import read_backward_kernel, surprise_kernel
+from .triton_scan_backward import scan_backward_kernel
+from .triton_tiles import Cut
+from .triton_tokens import decays_backward_kernel, decays_kernel, gather_kernel, scatter_kernel
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MOST_HIDDEN = 1024
+TILE = 32  # columns of a tile; widths are padded to it
+READ_ROWS = 32  # tokens that a program of read_kernel answers
+ROW_BY_ROW = (decays_kernel, decays_backward_kernel)
+WITH_DOTS = (scan_kernel, read_kernel, surprise_kernel, read_backward_kernel, scan_backward_kernel)
+TOKEN_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr", "out_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr")
+GATE_POINTERS = ("alpha_ptr", "eta_ptr", "theta_ptr", "grad_alpha_ptr", "grad_eta_ptr", "grad_theta_ptr")
+OTHER_POINTERS = {
+    "times_ptr": "*i64",
+    "end_anchor_ptr": "*i64",
+    "valid_ptr": "*i1",
+    "begins_ptr": "*i1",
+    "new_document_ptr": "*i1",
+}
+
+
+class Shape(NamedTuple):
+    """What the kernels learn when they run: a depth or width more needs no other kernel.
+
+    Args:
+        dim: columns of a token.
+        depth: layers.
+        width, hidden: columns of the memory's ends and of its inside, in whole tiles.
+        used: slots of a chunk that tokens can have.
+    """
+
+    dim: int
+    depth: int
+    width: int
+    hidden: int
+    used: int
+
+    @property
+    def slots(self) -> int:
+        """Slots of a chunk, padded."""
+        return max(32, triton.next_power_of_2(self.used))
+
+    @property
+    def row_size(self) -> int:
+        """Numbers in a row of scratch."""
+        return (self.depth - 1) * self.hidden + self.width
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Rows and columns of every layer's matrix in scratch."""
+        return list(pairwise([self.width, *[self.hidden] * (self.depth - 1), self.width]))
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the weights of a lane."""
+        return sum(rows * columns for rows, columns in self.matrices)
+
+
+def shape_of(widths: Sequence[int], used: int) -> Shape:
+    """Widths in whole tiles; `used` slots of a chunk can hold tokens."""
+    width, hidden = (triton.cdiv(size, TILE) * TILE for size in (widths[0], max(widths[1:-1])))
+    return Shape(widths[0], len(widths) - 1, width, hidden, used)
+
+
+def check_dtypes(tokens: Sequence[Tensor]) -> None:
+    """Raise a ValueError for tokens that the kernels are not made for."""
+    for x in tokens:
+        if x.dtype not in DTYPES:
+            raise ValueError(
+                f"the Triton kernels take float32, bfloat16 and float16, got {x.dtype}; use backend='torch'"
+            )
+
+
+def check_sizes(widths: tuple[int, ...], chunk_size: int) -> None:
+    """Raise a ValueError that names the limit for a chunk or widths that the kernels are not made for."""
+    limits = [("a chunk_size of", chunk_size, 128), ("a dim of", widths[0], 256)]
+    limits += [("hidden layers as wide as", width, MOST_HIDDEN) for width in widths[1:-1]]
+    for name, size, most in limits:
+        if not 16 <= size <= most:
+            raise ValueError(f"the Triton kernels take {name} 16 to {most}, got {size}; use backend='torch'")
+
+
+def constexprs(kernel: Any, slots: int, half: bool, backend: str) -> dict[str, Any]:
+    """What `kernel` is compiled for: tiles as large as registers allow.
+
+    `half`: the tokens have 16 bits; backend: "cuda" or "hip".
+    """
+    if kernel in ROW_BY_ROW:
+        return dict(SLOTS=slots)
+    rows = READ_ROWS if kernel is read_kernel else min(slots, 64 if half else 32)
+    tile = 16 if half and rows == 32 and kernel is scan_backward_kernel else TILE
+    return dict(CUT=Cut(rows, tile, _operands(half, backend)))
+
+
+def _operands(half: bool, backend: str) -> str:
+    """Tokens of 16 bits lose nothing to TF32's 11 digits, and keep float32's range; float32 takes it thrice."""
+    if half:
+        return "tf32"
+    return "ieee" if backend == "hip" else "tf32x3"  # CDNA multiplies float32 in full
+
+
+def options(kernel: Any, slots: int, half: bool) -> dict[str, int]:
+    """Warps and stages: nothing spills, and no loop reads ahead of what it writes."""
+    if kernel in ROW_BY_ROW:
+        warps = 1
+    elif half and (slots > 32 or kernel not in (scan_kernel, read_backward_kernel)):
+        warps = 8
+    else:
+        warps = 4
+    return dict(num_warps=warps, num_stages=1)
+
+
+def builds(
+    widths: Sequence[int], chunk_size: int, dtype: torch.dtype, bounded: bool = True, backend: str = "cuda"
+) -> list[Build]:
+    """Every kernel that a call launches, forward and backward.
+
+    Args:
+        widths: in and out of every layer: (64, 256, 64) is depth 2 with an expansion of 4. The kernels learn them,
+            and whether gradients are `bounded`, when they run: memories that differ in those share their kernels.
+        chunk_size: as in `memory_mlp_scan`.
+        dtype: of q, k and v; the gates are float32.
+        backend: "cuda" or "hip".
+
+    Raises:
+        ValueError: a chunk or width that the kernels are not made for.
+    """
+    check_sizes(tuple(widths), chunk_size)
+    slots = shape_of(widths, chunk_size).slots
+    absent = dict(grad_out_ptr=None, grad_y_ptr=None)  # the gather, as the forward launches it
+    kernels = (gather_kernel, decays_kernel, *WITH_DOTS, decays_backward_kernel, scatter_kernel)
+    return [
+        _build(gather_kernel, slots, dtype, backend, absent),
+        *(_build(kernel, slots, dtype, backend, {}) for kernel in kernels),
+    ]
+
+
+def _build(kernel: Any, slots: int, dtype: torch.dtype, backend: str, absent: dict[str, None]) -> Build:
+    half = dtype != torch.float32
+    constants = constexprs(kernel, slots, half, backend) | absent
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict(max_grad_norm="fp32")
+    types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= dict.fromkeys(TOKEN_POINTERS, f"*{DTYPES[dtype]}") | OTHER_POINTERS
+    types |= dict.fromkeys(constants, "constexpr")
+    return Build(
+        name=f"{kernel.fn.__name__}{' forward' if absent else ''} slots {slots} {DTYPES[dtype]}",
+        kernel=kernel,
+        signature={name: types[name] for name in kernel.arg_names},
+        constexprs=constants,
+        **options(kernel, slots, half),
+        has_dots=kernel in WITH_DOTS,
+    )

@@ -1,0 +1,352 @@
+"""How a chunk lies in memory, and what the kernels do to its tiles.
+
+A program works on a (batch, head) lane or on one chunk of it. Every operand of a matrix product lies in float32
+scratch, padded with zeros to whole tiles, so no product needs a mask. A chunk has four kinds of it:
+
+    rows      (slots, columns)     one row a token: what comes out of each layer side by side, the last one's behind
+                                   the others. No layer takes the last output in, so what the *first* layer takes
+                                   stands in its place, wherever inputs are kept.
+    vectors   (VECTORS, slots)     one number a token: gates and decays
+    decays    (2, slots, slots)    D of weights and of momenta (decays.py)
+    state     (2, state_size)      weights, then momenta, the layers end to end
+"""
+
+from typing import NamedTuple, no_type_check
+
+import triton
+import triton.language as tl
+
+
+class Cut(NamedTuple):
+    """What the kernels are compiled for; sizes of the memory are not among it.
+
+    Args:
+        rows, tile: tokens and columns of a tile.
+        precision: of the matrix products' operands.
+    """
+
+    rows: int
+    tile: int
+    precision: str
+
+
+# The vectors of a chunk; their gradients have the same places.
+KEEP = tl.constexpr(0)
+MOMENTUM = tl.constexpr(1)
+ACTIVE = tl.constexpr(2)
+THETA = tl.constexpr(3)
+RATE = tl.constexpr(4)  # theta with the bound on the gradient in it
+OF_WEIGHT = tl.constexpr(5)  # what a token's weights keep of the chunk's first weights,
+OF_MOMENTUM = tl.constexpr(6)  # and of its first momenta
+MOMENT = tl.constexpr(7)  # what a token's momenta keep of the chunk's first momenta
+LAST_MOMENTA = tl.constexpr(8)  # gradient of the last row of the momenta's decays
+VECTORS = tl.constexpr(9)
+
+
+@triton.jit
+@no_type_check
+def row_size(shape):
+    """Numbers in a row."""
+    depth, width, hidden, _ = shape
+    return tl.multiple_of((depth - 1) * hidden + width, 16)
+
+
+@triton.jit
+@no_type_check
+def state_size(shape):
+    """Numbers in the weights of one lane."""
+    depth, width, hidden, _ = shape
+    return tl.multiple_of(2 * width * hidden + (depth - 2) * hidden * hidden, 16)
+
+
+@triton.jit
+@no_type_check
+def input_width(layer, shape):
+    """Columns that a layer takes."""
+    _, width, hidden, _ = shape
+    return tl.multiple_of(tl.where(layer == 0, width, hidden), 16)
+
+
+@triton.jit
+@no_type_check
+def output_width(layer, shape):
+    """Columns that a layer gives."""
+    depth, width, hidden, _ = shape
+    return tl.multiple_of(tl.where(layer == depth - 1, width, hidden), 16)
+
+
+@triton.jit
+@no_type_check
+def input_column(layer, shape):
+    """Where a layer's input starts in a row: the layer before has put it there. Its output is at layer * hidden."""
+    depth, _, hidden, _ = shape
+    return tl.where(layer == 0, depth - 1, layer - 1) * hidden
+
+
+@triton.jit
+@no_type_check
+def matrix_start(layer, shape):
+    """Where a layer's matrix starts in a state."""
+    _, width, hidden, _ = shape
+    return tl.where(layer == 0, 0, width * hidden + (layer - 1) * hidden * hidden)
+
+
+@triton.jit
+@no_type_check
+def tile(ptr, row, column, stride, HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
+    """Pointers to a tile of a matrix in scratch, whose rows start at 16 bytes."""
+    corner = tl.multiple_of(ptr + row * stride + column, 16)
+    return corner + tl.arange(0, HEIGHT)[:, None] * stride + tl.arange(0, LENGTH)[None, :]
+
+
+@triton.jit
+@no_type_check
+def vector(ptr, index, row, shape, CUT: tl.constexpr):
+    """Pointers to a piece of one of a chunk's vectors."""
+    _, _, _, slots = shape
+    return tl.multiple_of(ptr + index * slots + row, 16) + tl.arange(0, CUT.rows)
+
+
+@triton.jit
+@no_type_check
+def slope(x):
+    """The derivative of SiLU."""
+    gate = tl.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+@triton.jit
+@no_type_check
+def curvature(x):
+    """The second derivative of SiLU."""
+    gate = tl.sigmoid(x)
+    return gate * (1 - gate) * (2 + x * (1 - 2 * gate))
+
+
+@triton.jit
+@no_type_check
+def input_tile(
+    ptr,
+    row,
+    column,
+    shape,
+    CUT: tl.constexpr,
+):
+    """Pointers into rows, `column` being counted from the row's start."""
+    return tile(ptr, row, column, row_size(shape), CUT.rows, CUT.tile)
+
+
+@triton.jit
+@no_type_check
+def store_sum(target, value, first=False):
+    """Add to what is there; the first to come finds nothing."""
+    before = tl.load(target)
+    tl.store(target, tl.where(first, value, value + before))
+
+
+@triton.jit
+@no_type_check
+def load_input(
+    x_ptr,
+    row,
+    column,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """What a layer takes: SiLU of the output before it."""
+    x = tl.load(input_tile(x_ptr, row, input_column(layer, shape) + column, shape, CUT))
+    return tl.where(layer > 0, x * tl.sigmoid(x), x)
+
+
+@triton.jit
+@no_type_check
+def load_error(
+    z_ptr,
+    u_ptr,
+    row,
+    column,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """delta, the error at a layer's output z; u is the error behind its SiLU."""
+    depth, _, hidden, _ = shape
+    error = tl.load(input_tile(u_ptr, row, layer * hidden + column, shape, CUT))
+    z = tl.load(input_tile(z_ptr, row, layer * hidden + column, shape, CUT))
+    return tl.where(layer < depth - 1, error * slope(z), error)
+
+
+@triton.jit
+@no_type_check
+def load_matrix(
+    state_ptr,
+    row,
+    column,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """A tile of a layer's matrix."""
+    start = matrix_start(layer, shape)
+    return tl.load(tile(state_ptr + start, row, column, output_width(layer, shape), CUT.tile, CUT.tile))
+
+
+@triton.jit
+@no_type_check
+def squares(
+    z_ptr,
+    u_ptr,
+    row,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """Every token's ‖a‖² and ‖delta‖² at a layer."""
+    of_input, of_error = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
+    for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+        a = load_input(z_ptr, row, column, layer, shape, CUT)
+        of_input += tl.sum(a * a, 1)
+    for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+        error = load_error(z_ptr, u_ptr, row, column, layer, shape, CUT)
+        of_error += tl.sum(error * error, 1)
+    return of_input, of_error
+
+
+@triton.jit
+@no_type_check
+def gradient_norm(
+    z_ptr,
+    u_ptr,
+    row,
+    shape,
+    CUT: tl.constexpr,
+):
+    """The square of every token's gradient, over all layers."""
+    depth, _, _, _ = shape
+    norm = tl.zeros((CUT.rows,), tl.float32)
+    for layer in tl.range(0, depth, disable_licm=True):
+        of_input, of_error = squares(z_ptr, u_ptr, row, layer, shape, CUT)
+        norm += of_input * of_error
+    return norm
+
+
+@triton.jit
+@no_type_check
+def _forward(
+    z_ptr,
+    u_ptr,
+    anchor_ptr,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    depth, _, hidden, slots = shape
+    for row in tl.range(0, slots, CUT.rows, disable_licm=True):
+        for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+            total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+            for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+                a = load_input(z_ptr, row, inner, layer, shape, CUT)
+                anchor = load_matrix(anchor_ptr, inner, column, layer, shape, CUT)
+                total = tl.dot(a, anchor, total, input_precision=CUT.precision)
+            if layer < depth - 1:
+                tl.store(input_tile(z_ptr, row, layer * hidden + column, shape, CUT), total)
+            else:
+                target = input_tile(u_ptr, row, layer * hidden + column, shape, CUT)
+                tl.store(target, tl.load(target) + total)
+
+
+@triton.jit
+@no_type_check
+def _backward(
+    z_ptr,
+    u_ptr,
+    anchor_ptr,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    _, _, hidden, slots = shape
+    for row in tl.range(0, slots, CUT.rows, disable_licm=True):
+        for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+            total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+            for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+                error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
+                anchor = load_matrix(anchor_ptr, column, inner, layer, shape, CUT)
+                total = tl.dot(error, tl.trans(anchor), total, input_precision=CUT.precision)
+            tl.store(input_tile(u_ptr, row, (layer - 1) * hidden + column, shape, CUT), total)
+
+
+@triton.jit
+@no_type_check
+def surprise(
+    z_ptr,
+    u_ptr,
+    anchor_ptr,
+    vectors_ptr,
+    max_grad_norm,
+    shape,
+    CUT: tl.constexpr,
+):
+    """The MLP over a chunk's keys at its anchors, forward and backward: fills z, u and the rates.
+
+    Finds the keys where the first layer's input stands in z, and k - v where the last layer's output stands in u.
+    """
+    depth, _, _, slots = shape
+    for layer in tl.range(0, depth, disable_licm=True):
+        _forward(z_ptr, u_ptr, anchor_ptr, layer, shape, CUT)
+        tl.debug_barrier()  # what one thread has written, others read
+    for back in range(1, depth):
+        _backward(z_ptr, u_ptr, anchor_ptr, depth - back, shape, CUT)
+        tl.debug_barrier()
+    for row in tl.range(0, slots, CUT.rows, disable_licm=True):
+        norm = gradient_norm(z_ptr, u_ptr, row, shape, CUT)
+        rate = tl.load(vector(vectors_ptr, THETA, row, shape, CUT))
+        rate *= max_grad_norm / tl.sqrt(tl.maximum(norm, max_grad_norm * max_grad_norm))
+        tl.store(vector(vectors_ptr, RATE, row, shape, CUT), rate)
+    tl.debug_barrier()
+
+
+@triton.jit
+@no_type_check
+def _queries_through(y_ptr, state_ptr, total, scale, row, column, layer, shape, CUT: tl.constexpr):
+    for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+        x = load_input(y_ptr, row, inner, layer, shape, CUT) * scale
+        matrix = load_matrix(state_ptr, inner, column, layer, shape, CUT)
+        total = tl.dot(x, matrix, total, input_precision=CUT.precision)
+    return total
+
+
+@triton.jit
+@no_type_check
+def read(
+    y_ptr,
+    z_ptr,
+    u_ptr,
+    state_ptr,
+    vectors_ptr,
+    decays_ptr,
+    row,
+    column,
+    layer,
+    shape,
+    CUT: tl.constexpr,
+):
+    """A tile of what a layer answers: X W_i = A X W_0 + P X S_0 - ((D * X a^T) rate) delta."""
+    _, _, _, slots = shape
+    of_weight = tl.load(vector(vectors_ptr, OF_WEIGHT, row, shape, CUT))[:, None]
+    of_momentum = tl.load(vector(vectors_ptr, OF_MOMENTUM, row, shape, CUT))[:, None]
+    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+    total = _queries_through(y_ptr, state_ptr, total, of_weight, row, column, layer, shape, CUT)
+    total = _queries_through(y_ptr, state_ptr + state_size(shape), total, of_momentum, row, column, layer, shape, CUT)
+    for source in tl.range(0, slots, CUT.rows, disable_licm=True):
+        scores = tl.zeros((CUT.rows, CUT.rows), tl.float32)
+        for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
+            x = load_input(y_ptr, row, inner, layer, shape, CUT)
+            a = load_input(z_ptr, source, inner, layer, shape, CUT)
+            scores = tl.dot(x, tl.trans(a), scores, input_precision=CUT.precision)
+        rate = tl.load(vector(vectors_ptr, RATE, source, shape, CUT))
+        scores *= -rate[None, :] * tl.load(tile(decays_ptr, row, source, slots, CUT.rows, CUT.rows))
+        error = load_error(z_ptr, u_ptr, source, column, layer, shape, CUT)
+        total = tl.dot(scores, error, total, input_precision=CUT.precision)
+    return total

@@ -1,0 +1,501 @@
+"""The linear memory's backward kernels: states from checkpoints, their adjoints, the gradients of tokens and gates."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    ACTIVE,
+    COLUMNS,
+    CONTINUES,
+    COUNTS,
+    KEEP,
+    MOMENT_FOUND,
+    MOMENT_KEPT,
+    MOMENT_LEFT,
+    MOMENTUM,
+    THETA,
+    WEIGHT_FOUND,
+    WEIGHT_LEFT,
+    WRITE_LEFT,
+    WRITE_MOVING,
+    dot,
+    lane_start,
+    load_carry,
+    load_column,
+    load_rows,
+    load_square,
+    load_tile,
+    store_square,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def restore_kernel(
+    k_ptr,
+    columns_ptr,
+    checkpoints_ptr,
+    errors_ptr,
+    states_ptr,
+    heads,
+    time,
+    chunks,
+    checkpoints,
+    key_batch,
+    key_head,
+    key_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of the states of two chunks from the checkpoint before them."""
+    pair = tl.program_id(0).to(tl.int64)
+    lane, chunk = pair // checkpoints, pair % checkpoints * 2
+    unit, start = lane * chunks + chunk, chunk * SIZE
+    i = tl.arange(0, SIZE)
+    dims = tl.program_id(1) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+    values = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
+    checkpoint_ptr, z_ptr = checkpoints_ptr + pair * 2 * STATE, states_ptr + unit * 2 * STATE
+    weight = load_tile(checkpoint_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+    momentum = load_tile(checkpoint_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+    store_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+    store_tile(z_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+    if chunk + 1 < chunks:
+        k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
+        k = tl.trans(load_tile(k_ptr, i, dims, key_time, time - start, KEY_DIM))
+        errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+        left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
+        moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
+        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        weight = weight_left * weight + moment_left * momentum - dot(k, left, PRECISION)
+        momentum = moment_kept * momentum - dot(k, moving, PRECISION)
+        store_tile(z_ptr + 2 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        store_tile(z_ptr + 3 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def seed_kernel(
+    q_ptr,
+    mix_ptr,
+    columns_ptr,
+    grad_out_ptr,
+    grad_ends_ptr,
+    grad_residuals_ptr,
+    grad_weight_ptr,
+    grad_momentum_ptr,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a chunk's outputs alone give to the gradients of its errors and of the state before it."""
+    unit = tl.program_id(0).to(tl.int64)
+    lane, chunk = unit // chunks, unit % chunks
+    start = chunk * SIZE
+    i = tl.arange(0, SIZE)
+    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
+    grad_out_ptr = lane_start(grad_out_ptr, lane, heads, value_batch, value_head) + start * value_time
+    grad_out = load_tile(grad_out_ptr, i, values, value_time, time - start, VALUE_DIM)
+    grad_errors = -dot(tl.trans(load_square(mix_ptr, unit, SIZE)), grad_out, PRECISION)
+    store_tile(grad_residuals_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, grad_errors)
+    from_weight = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * grad_out
+    from_momentum = load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * grad_out
+    q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
+    end_ptr = grad_ends_ptr + (unit - 1) * 2 * STATE
+    weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, end_ptr)
+    momentum_ptr = tl.where(chunk == 0, grad_momentum_ptr + lane * STATE, end_ptr + STATE)
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        q = tl.trans(load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM))
+        weight = dot(q, from_weight, PRECISION)
+        store_tile(weight_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        momentum = dot(q, from_momentum, PRECISION)
+        store_tile(momentum_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def adjoint_kernel(
+    k_ptr,
+    inverse_ptr,
+    columns_ptr,
+    grad_last_weight_ptr,
+    grad_last_momentum_ptr,
+    grad_ends_ptr,
+    grad_residuals_ptr,
+    grad_v_ptr,
+    grad_weight_ptr,
+    grad_momentum_ptr,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the state after every chunk, of K_ z - V in it, and of the first state: the scan backwards.
+
+    It adds to what `seed_kernel` left. The barriers order a program's own stores and loads, as in the forward.
+    """
+    lane = tl.program_id(0).to(tl.int64)
+    i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
+    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
+    last = tl.cast(chunks - 1, tl.int64) * SIZE
+    k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + last * key_time
+    grad_v_ptr = lane_start(grad_v_ptr, lane, heads, value_batch, value_head) + last * value_time
+    z_ptr = grad_ends_ptr + (lane * chunks + chunks - 1) * 2 * STATE
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        weight = load_tile(grad_last_weight_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        momentum = load_tile(grad_last_momentum_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+    tl.debug_barrier()
+
+    for step in range(chunks):
+        chunk = chunks - 1 - step
+        unit = lane * chunks + chunk
+        tokens = time - chunk * SIZE
+        to_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+        to_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+        for low in range(0, KEY_DIM, KEY_BLOCK):
+            k = load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM)
+            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            to_weight += dot(k, weight, PRECISION)
+            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            to_momentum += dot(k, momentum, PRECISION)
+        row_ptr = grad_residuals_ptr + unit * SIZE * VALUE_DIM
+        grad_errors = load_tile(row_ptr, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+        grad_errors -= load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * to_weight
+        grad_errors -= load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * to_momentum
+        residual = dot(tl.trans(load_square(inverse_ptr, unit, SIZE)), grad_errors, PRECISION)
+        store_tile(row_ptr, i, values, VALUE_DIM, SIZE, VALUE_DIM, residual)
+        store_tile(grad_v_ptr, i, values, value_time, tokens, VALUE_DIM, -residual)
+
+        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        found_weight = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * residual
+        found_momentum = load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * residual
+        next_weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, z_ptr - 2 * STATE)
+        next_momentum_ptr = tl.where(chunk == 0, grad_momentum_ptr + lane * STATE, z_ptr - STATE)
+        for low in range(0, KEY_DIM, KEY_BLOCK):
+            k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
+            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            momentum = moment_left * weight + moment_kept * momentum + dot(k, found_momentum, PRECISION)
+            momentum += load_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+            weight = weight_left * weight + dot(k, found_weight, PRECISION)
+            weight += load_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            store_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        tl.debug_barrier()
+        z_ptr -= 2 * STATE
+        k_ptr -= tl.cast(key_time, tl.int64) * SIZE
+        grad_v_ptr -= tl.cast(value_time, tl.int64) * SIZE
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def mix_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    gates_ptr,
+    rows_ptr,
+    errors_ptr,
+    grad_residuals_ptr,
+    grad_out_ptr,
+    strict_ptr,
+    mix_ptr,
+    grad_before_ptr,
+    grad_after_ptr,
+    lanes,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of N and of D * Q K^T, times their decays and times their products of keys and queries.
+
+    Key products are symmetric: their gradient goes to both keys, so N's is added to its transpose.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    i = tl.arange(0, SIZE)
+    row = unit * SIZE * VALUE_DIM
+    grad_out_ptr = lane_start(grad_out_ptr, lane, heads, value_batch, value_head) + start * value_time
+    q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
+    k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
+    grad_strict = tl.zeros((SIZE, SIZE), tl.float32)
+    for low in range(0, VALUE_DIM, VALUE_BLOCK):
+        values = low + tl.arange(0, VALUE_BLOCK)
+        errors = load_tile(errors_ptr + row, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+        residual = load_tile(grad_residuals_ptr + row, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+        grad_strict -= dot(residual, tl.trans(errors), PRECISION)
+    continues_ptr = gates_ptr + (CONTINUES * lanes + lane) * time + start
+    grad_strict *= tl.load(continues_ptr + i, mask=start + i < time, other=1.0)[:, None]
+    strict = grad_strict * load_rows(rows_ptr, unit, 0, SIZE)
+    store_square(strict_ptr, unit, strict + tl.trans(strict), SIZE)
+    products = tl.zeros((SIZE, SIZE), tl.float32)
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        k = load_tile(k_ptr, i, low + tl.arange(0, KEY_BLOCK), key_time, time - start, KEY_DIM)
+        products += dot(k, tl.trans(k), PRECISION)
+    store_square(grad_before_ptr, unit, grad_strict * products, SIZE)
+
+    grad_mix = tl.zeros((SIZE, SIZE), tl.float32)
+    for low in range(0, VALUE_DIM, VALUE_BLOCK):
+        values = low + tl.arange(0, VALUE_BLOCK)
+        errors = load_tile(errors_ptr + row, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+        grad_out = load_tile(grad_out_ptr, i, values, value_time, time - start, VALUE_DIM)
+        grad_mix -= dot(grad_out, tl.trans(errors), PRECISION)
+    store_square(mix_ptr, unit, grad_mix * load_rows(rows_ptr, unit, 1, SIZE), SIZE)
+    products = tl.zeros((SIZE, SIZE), tl.float32)
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        q = load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM)
+        k = load_tile(k_ptr, i, dims, key_time, time - start, KEY_DIM)
+        products += dot(q, tl.trans(k), PRECISION)
+    store_square(grad_after_ptr, unit, grad_mix * products, SIZE)
+
+
+@triton.jit
+@no_type_check
+def contract(
+    rows_ptr,
+    row_stride,
+    row_count,
+    matrix_ptr,
+    i,
+    dims,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows over the values times some rows of a (key_dim, value_dim) matrix, transposed."""
+    product = tl.zeros((SIZE, KEY_BLOCK), tl.float32)
+    for low in range(0, VALUE_DIM, VALUE_BLOCK):
+        values = low + tl.arange(0, VALUE_BLOCK)
+        rows = load_tile(rows_ptr, i, values, row_stride, row_count, VALUE_DIM)
+        matrix = load_tile(matrix_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        product += dot(rows, tl.trans(matrix), PRECISION)
+    return product
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def token_gradient_kernel(
+    q_ptr,
+    k_ptr,
+    columns_ptr,
+    states_ptr,
+    grad_ends_ptr,
+    errors_ptr,
+    grad_residuals_ptr,
+    grad_out_ptr,
+    strict_ptr,
+    mix_ptr,
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_columns_ptr,
+    grad_carry_ptr,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of some dimensions of a chunk's queries and keys, and those dimensions' part of its columns'."""
+    unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    i = tl.arange(0, SIZE)
+    dims = part * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+    tokens_left = time - start
+    key_start = (lane // heads) * key_batch + (lane % heads) * key_head + start * key_time
+    grad_out_ptr = lane_start(grad_out_ptr, lane, heads, value_batch, value_head) + start * value_time
+    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
+    row = unit * SIZE * VALUE_DIM
+    z_ptr, end_ptr = states_ptr + unit * 2 * STATE, grad_ends_ptr + unit * 2 * STATE
+    partial = unit * tl.num_programs(1) + part
+    sums_ptr = grad_columns_ptr + partial * COLUMNS * SIZE + i
+
+    q = load_tile(q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM)
+    k = load_tile(k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM)
+    mix = load_square(mix_ptr, unit, SIZE)
+    grad_q = dot(mix, k, PRECISION)
+    grad_k = dot(tl.trans(mix), q, PRECISION) + dot(load_square(strict_ptr, unit, SIZE), k, PRECISION)
+    product = contract(
+        grad_out_ptr, value_time, tokens_left, z_ptr, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + WEIGHT_LEFT * SIZE, tl.sum(q * product, axis=1))
+    grad_q += load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * product
+    product = contract(
+        grad_out_ptr, value_time, tokens_left, z_ptr + STATE, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + MOMENT_LEFT * SIZE, tl.sum(q * product, axis=1))
+    grad_q += load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * product
+    store_tile(grad_q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_q)
+
+    product = contract(
+        grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + WEIGHT_FOUND * SIZE, tl.sum(k * product, axis=1))
+    grad_k += load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * product
+    product = contract(
+        grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr + STATE, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + MOMENT_FOUND * SIZE, tl.sum(k * product, axis=1))
+    grad_k += load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * product
+    product = contract(
+        errors_ptr + row, VALUE_DIM, SIZE, end_ptr, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + WRITE_LEFT * SIZE, -tl.sum(k * product, axis=1))
+    grad_k -= load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * product
+    product = contract(
+        errors_ptr + row, VALUE_DIM, SIZE, end_ptr + STATE, i, dims,
+        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
+    )  # fmt: skip
+    tl.store(sums_ptr + WRITE_MOVING * SIZE, -tl.sum(k * product, axis=1))
+    grad_k -= load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * product
+    store_tile(grad_k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_k)
+
+    weight_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
+    moment_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
+    moment_kept = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
+    for low in range(0, VALUE_DIM, VALUE_BLOCK):
+        values = low + tl.arange(0, VALUE_BLOCK)
+        grad_weight = load_tile(end_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        momentum = load_tile(z_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        weight_left += grad_weight * load_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        moment_left += grad_weight * momentum
+        moment_kept += load_tile(end_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM) * momentum
+    carry_ptr = grad_carry_ptr + partial * 3
+    tl.store(carry_ptr, tl.sum(tl.sum(weight_left, axis=1), axis=0))
+    tl.store(carry_ptr + 1, tl.sum(tl.sum(moment_left, axis=1), axis=0))
+    tl.store(carry_ptr + 2, tl.sum(tl.sum(moment_kept, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def gate_gradient_kernel(
+    gates_ptr,
+    rows_ptr,
+    moving_ptr,
+    columns_ptr,
+    grad_before_ptr,
+    grad_after_ptr,
+    grad_columns_ptr,
+    grad_carry_ptr,
+    grad_gates_ptr,
+    lanes,
+    time,
+    chunks,
+    SIZE: tl.constexpr,
+):
+    """The gradients of keep, momentum and theta: the recurrences of `decay_kernel` backwards.
+
+    Nothing reads a write that comes later: there the gradients of rows mean nothing, and meet zeros.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    j = tl.arange(0, SIZE)
+    gate_ptr, gate = gates_ptr + lane * time + start, tl.cast(lanes, tl.int64) * time
+    rows_ptr += unit * (SIZE + 1) * SIZE + j
+    moving_ptr += unit * (SIZE + 1) * SIZE + j
+    grad_before_ptr += unit * SIZE * SIZE + j
+    grad_after_ptr += unit * SIZE * SIZE + j
+    column_ptr = grad_columns_ptr + unit * COLUMNS * SIZE
+    grad_left = load_column(grad_columns_ptr, unit, WRITE_LEFT, SIZE)
+    grad_moving = load_column(grad_columns_ptr, unit, WRITE_MOVING, SIZE)
+    grad_weight = tl.load(grad_carry_ptr + unit * 3)
+    grad_moment = tl.load(grad_carry_ptr + unit * 3 + 1)
+    grad_kept = tl.load(grad_carry_ptr + unit * 3 + 2)
+    grad_keep = tl.zeros((SIZE,), tl.float32)
+    grad_momentum, grad_theta, weights, moments, kepts = grad_keep, grad_keep, grad_keep, grad_keep, grad_keep
+    for step in range(SIZE):
+        i = SIZE - 1 - step
+        inside = start + i < time
+        keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
+        momentum = tl.load(gate_ptr + MOMENTUM * gate + i, mask=inside, other=1.0)
+        active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
+        continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
+        grad_left += tl.where(j <= i, tl.load(grad_after_ptr + i * SIZE), 0.0)
+        grad_moving += active * grad_left
+        grad_keep = tl.where(j == i, tl.sum(grad_left * tl.load(rows_ptr + i * SIZE), axis=0), grad_keep)
+        moved = tl.sum(grad_moving * tl.load(moving_ptr + i * SIZE), axis=0)
+        grad_momentum = tl.where(j == i, moved, grad_momentum)
+        grad_theta = tl.where(j == i, grad_moving, grad_theta)
+        grad_left = keep * grad_left + tl.where(j < i, tl.load(grad_before_ptr + i * SIZE), 0.0)
+        grad_moving = momentum * grad_moving
+        grad_weight += tl.load(column_ptr + WEIGHT_LEFT * SIZE + i)
+        grad_moment += tl.load(column_ptr + MOMENT_LEFT * SIZE + i)
+        grad_kept += active * grad_moment
+        weights = tl.where(j == i, grad_weight, weights)
+        moments = tl.where(j == i, grad_moment, moments)
+        kepts = tl.where(j == i, grad_kept, kepts)
+        grad_weight = keep * grad_weight + continues * tl.load(column_ptr + WEIGHT_FOUND * SIZE + i)
+        grad_moment = keep * grad_moment + continues * tl.load(column_ptr + MOMENT_FOUND * SIZE + i)
+        grad_kept = momentum * grad_kept
+    before_ptr = columns_ptr + unit * COLUMNS * SIZE + j - 1
+    grad_keep += weights * tl.load(before_ptr + WEIGHT_LEFT * SIZE, mask=j > 0, other=1.0)
+    grad_keep += moments * tl.load(before_ptr + MOMENT_LEFT * SIZE, mask=j > 0, other=0.0)
+    grad_momentum += kepts * tl.load(before_ptr + MOMENT_KEPT * SIZE, mask=j > 0, other=1.0)
+    grad_ptr, inside = grad_gates_ptr + lane * time + start + j, start + j < time
+    tl.store(grad_ptr + KEEP * gate, grad_keep, mask=inside)
+    tl.store(grad_ptr + MOMENTUM * gate, grad_momentum, mask=inside)
+    tl.store(grad_ptr + THETA * gate, grad_theta, mask=inside)

@@ -1,0 +1,273 @@
+"""The linear memory's forward kernels: decays and what else a chunk is apart from its state, states, outputs."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    ACTIVE,
+    CONTINUES,
+    COUNTS,
+    KEEP,
+    MOMENT_FOUND,
+    MOMENT_KEPT,
+    MOMENT_LEFT,
+    MOMENTUM,
+    THETA,
+    WEIGHT_FOUND,
+    WEIGHT_LEFT,
+    WRITE_LEFT,
+    WRITE_MOVING,
+    dot,
+    lane_start,
+    load_carry,
+    load_column,
+    load_rows,
+    load_square,
+    load_tile,
+    store_column,
+    store_square,
+    store_tile,
+    unit_lower_inverse,
+)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def decay_kernel(
+    gates_ptr,
+    rows_ptr,
+    moving_ptr,
+    columns_ptr,
+    lanes,
+    time,
+    chunks,
+    SIZE: tl.constexpr,
+    KEEP_MOVING: tl.constexpr,
+):
+    """The recurrences of decays.py for one chunk: how far every write, and the first state, reaches.
+
+    A write's reach is a recurrence of its own, so that a thread needs nothing of another's.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    j = tl.arange(0, SIZE)
+    gate_ptr, gate = gates_ptr + lane * time + start, tl.cast(lanes, tl.int64) * time
+    rows_ptr += unit * (SIZE + 1) * SIZE + j
+    moving_ptr += unit * (SIZE + 1) * SIZE + j
+    moving = tl.zeros((SIZE,), tl.float32)
+    left = tl.zeros((SIZE,), tl.float32)
+    weight_found, moment_found = left, left
+    weight_left, moment_left, moment_kept = left, left, left
+    from_weight, from_moment, kept = (
+        tl.full((), 1.0, tl.float32),
+        tl.full((), 0.0, tl.float32),
+        tl.full((), 1.0, tl.float32),
+    )
+    for i in range(SIZE):
+        tl.store(rows_ptr + i * SIZE, left)
+        if KEEP_MOVING:
+            tl.store(moving_ptr + i * SIZE, moving)
+        # Behind the row's end stand tokens that change nothing.
+        inside = start + i < time
+        keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
+        momentum = tl.load(gate_ptr + MOMENTUM * gate + i, mask=inside, other=1.0)
+        theta = tl.load(gate_ptr + THETA * gate + i, mask=inside, other=0.0)
+        active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
+        continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
+        weight_found = tl.where(j == i, continues * from_weight, weight_found)
+        moment_found = tl.where(j == i, continues * from_moment, moment_found)
+        moving = tl.where(j == i, theta, momentum * moving)
+        left = keep * left + active * moving
+        kept = momentum * kept
+        from_weight = keep * from_weight
+        from_moment = keep * from_moment + active * kept
+        weight_left = tl.where(j == i, from_weight, weight_left)
+        moment_left = tl.where(j == i, from_moment, moment_left)
+        moment_kept = tl.where(j == i, kept, moment_kept)
+    tl.store(rows_ptr + SIZE * SIZE, left)
+    store_column(columns_ptr, unit, WEIGHT_LEFT, weight_left, SIZE)
+    store_column(columns_ptr, unit, MOMENT_LEFT, moment_left, SIZE)
+    store_column(columns_ptr, unit, MOMENT_KEPT, moment_kept, SIZE)
+    store_column(columns_ptr, unit, WEIGHT_FOUND, weight_found, SIZE)
+    store_column(columns_ptr, unit, MOMENT_FOUND, moment_found, SIZE)
+    store_column(columns_ptr, unit, WRITE_LEFT, left, SIZE)
+    store_column(columns_ptr, unit, WRITE_MOVING, moving, SIZE)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def chunk_kernel(
+    q_ptr,
+    k_ptr,
+    gates_ptr,
+    rows_ptr,
+    inverse_ptr,
+    mix_ptr,
+    lanes,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    KEY_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """(I + N)^-1 and D * Q K^T of one chunk: all else that its state has no part in."""
+    unit = tl.program_id(0).to(tl.int64)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    i = tl.arange(0, SIZE)
+    key_products = tl.zeros((SIZE, SIZE), tl.float32)
+    query_products = tl.zeros((SIZE, SIZE), tl.float32)
+    q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
+    k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        k = load_tile(k_ptr, i, dims, key_time, time - start, KEY_DIM)
+        q = load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM)
+        key_products += dot(k, tl.trans(k), PRECISION)
+        query_products += dot(q, tl.trans(k), PRECISION)
+    store_square(mix_ptr, unit, load_rows(rows_ptr, unit, 1, SIZE) * query_products, SIZE)
+    continues_ptr = gates_ptr + (CONTINUES * lanes + lane) * time + start
+    continues = tl.load(continues_ptr + i, mask=start + i < time, other=1.0)
+    strict = continues[:, None] * load_rows(rows_ptr, unit, 0, SIZE) * key_products
+    store_square(inverse_ptr, unit, unit_lower_inverse(strict, SIZE, EXACT), SIZE)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def scan_kernel(
+    k_ptr,
+    v_ptr,
+    inverse_ptr,
+    columns_ptr,
+    weight_ptr,
+    momentum_ptr,
+    states_ptr,
+    errors_ptr,
+    last_weight_ptr,
+    last_momentum_ptr,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state before every chunk, the errors in it and the last state: columns of values do not meet each other.
+
+    A program's state is too large for registers. It goes through the second-level cache: every chunk's is stored for
+    the outputs anyway, and the barriers order a program's own stores and loads.
+    """
+    lane = tl.program_id(0).to(tl.int64)
+    i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
+    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
+    k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head)
+    v_ptr = lane_start(v_ptr, lane, heads, value_batch, value_head)
+    z_ptr = states_ptr + lane * chunks * 2 * STATE
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        weight = load_tile(weight_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        momentum = load_tile(momentum_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+    tl.debug_barrier()
+
+    for chunk in range(chunks):
+        unit = lane * chunks + chunk
+        tokens = time - chunk * SIZE
+        from_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+        from_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+        for low in range(0, KEY_DIM, KEY_BLOCK):
+            k = load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM)
+            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            from_weight += dot(k, weight, PRECISION)
+            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            from_momentum += dot(k, momentum, PRECISION)
+        residual = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * from_weight
+        residual += load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * from_momentum
+        residual -= load_tile(v_ptr, i, values, value_time, tokens, VALUE_DIM)
+        errors = dot(load_square(inverse_ptr, unit, SIZE), residual, PRECISION)
+        store_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, errors)
+
+        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
+        moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
+        is_last = chunk + 1 == chunks
+        next_weight_ptr = tl.where(is_last, last_weight_ptr + lane * STATE, z_ptr + 2 * STATE)
+        next_momentum_ptr = tl.where(is_last, last_momentum_ptr + lane * STATE, z_ptr + 3 * STATE)
+        for low in range(0, KEY_DIM, KEY_BLOCK):
+            k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
+            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+            weight = weight_left * weight + moment_left * momentum - dot(k, left, PRECISION)
+            store_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+            momentum = moment_kept * momentum - dot(k, moving, PRECISION)
+            store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+        tl.debug_barrier()
+        z_ptr += 2 * STATE
+        k_ptr += tl.cast(key_time, tl.int64) * SIZE
+        v_ptr += tl.cast(value_time, tl.int64) * SIZE
+
+
+@triton.jit(do_not_specialize=COUNTS)
+@no_type_check
+def output_kernel(
+    q_ptr,
+    mix_ptr,
+    columns_ptr,
+    states_ptr,
+    errors_ptr,
+    out_ptr,
+    heads,
+    time,
+    chunks,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """O = Q_ z - (D * Q K^T) Delta for one chunk and some columns of values."""
+    unit = tl.program_id(0).to(tl.int64)
+    lane, start = unit // chunks, unit % chunks * SIZE
+    i = tl.arange(0, SIZE)
+    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
+    z_ptr = states_ptr + unit * 2 * KEY_DIM * VALUE_DIM
+    from_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+    from_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        q = load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM)
+        weight = load_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        from_weight += dot(q, weight, PRECISION)
+        momentum = load_tile(z_ptr + KEY_DIM * VALUE_DIM, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        from_momentum += dot(q, momentum, PRECISION)
+    out = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * from_weight
+    out += load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * from_momentum
+    errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
+    out -= dot(load_square(mix_ptr, unit, SIZE), errors, PRECISION)
+    out_ptr = lane_start(out_ptr, lane, heads, value_batch, value_head) + start * value_time
+    store_tile(out_ptr, i, values, value_time, time - start, VALUE_DIM, out)

@@ -1,0 +1,204 @@
+"""What a forward and a backward of the linear memory launch, one after the other.
+
+`run` is called with each launch: it runs them, or lists them when they are to be built ahead of time.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..documents import Gates
+from .reference import MemoryState
+from .triton_backward import (
+    adjoint_kernel,
+    gate_gradient_kernel,
+    mix_gradient_kernel,
+    restore_kernel,
+    seed_kernel,
+    token_gradient_kernel,
+)
+from .triton_forward import chunk_kernel, decay_kernel, output_kernel, scan_kernel
+from .triton_plan import Launch, Plan
+from .triton_tiles import COLUMNS
+
+Run = Callable[[Launch], Any]
+
+
+class Tokens(NamedTuple):
+    """The inputs, laid out so that what is made like them lies as they do; gates are (gate, batch, heads, time)."""
+
+    q: Float[Tensor, "batch heads time key_dim"]
+    k: Float[Tensor, "batch heads time key_dim"]
+    v: Float[Tensor, "batch heads time value_dim"]
+    gates: Float[Tensor, "5 batch heads time"]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> "Tokens":
+        """Copies only what has gaps, or keys that lie otherwise than the queries."""
+        q, k, v = (_without_gaps(x) for x in (q, k, v))
+        if q.stride() != k.stride():
+            q, k = q.contiguous(), k.contiguous()
+        ones = torch.ones_like(gates.keep)
+        return cls(q, k, v, torch.stack([ones if gate is None else gate for gate in gates]))
+
+    @property
+    def lanes(self) -> int:
+        """(batch, head) pairs, which do not meet."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    def place(self, size: int) -> dict[str, int]:
+        """Where a chunk's keys and queries are."""
+        time = self.q.shape[2]
+        names = ("key_batch", "key_head", "key_time")
+        strides = dict(zip(names, self.q.stride(), strict=False))
+        return dict(heads=self.q.shape[1], time=time, chunks=-(-time // size), **strides)
+
+    def value_place(self) -> dict[str, int]:
+        """Where its values and outputs are."""
+        return dict(zip(("value_batch", "value_head", "value_time"), self.v.stride(), strict=False))
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    dense = x.stride() == torch.empty_like(x, device="meta").stride() and x.stride(-1) == 1
+    return x if dense else x.contiguous()
+
+
+class Chunks(NamedTuple):
+    """What every chunk is apart from its state."""
+
+    rows: Float[Tensor, "n rows size"]  # of R_w, the columns of the state apart
+    moving: Float[Tensor, "n rows size"]  # and of R_s, for the backward alone
+    columns: Float[Tensor, "n columns size"]
+    inverse: Float[Tensor, "n size size"]
+    mix: Float[Tensor, "n size size"]  # D * Q K^T
+
+
+def _prepare(run: Run, plan: Plan, tokens: Tokens, backward: bool) -> Chunks:
+    place, size = tokens.place(plan.size), plan.size
+    count, new = tokens.lanes * place["chunks"], tokens.gates.new_empty
+    rows = new(count, size + 1, size)
+    moving = torch.empty_like(rows) if backward else rows  # not written then
+    chunks = Chunks(rows, moving, new(count, COLUMNS.value, size), new(count, size, size), new(count, size, size))
+    gates: dict[str, Any] = dict(gates_ptr=tokens.gates, rows_ptr=rows, lanes=tokens.lanes)
+    arguments: dict[str, Any] = dict(
+        gates, moving_ptr=moving, columns_ptr=chunks.columns, time=place["time"], chunks=place["chunks"]
+    )
+    run(Launch(decay_kernel, (count,), arguments, dict(SIZE=size, KEEP_MOVING=backward), 1, has_dots=False))
+    arguments = dict(gates, q_ptr=tokens.q, k_ptr=tokens.k, inverse_ptr=chunks.inverse, mix_ptr=chunks.mix, **place)
+    constexprs = {name: plan.tile[name] for name in ("KEY_DIM", "KEY_BLOCK", "SIZE", "PRECISION")}
+    run(Launch(chunk_kernel, (count,), arguments, dict(constexprs, EXACT=plan.exact), 4 if size > 32 else 2))
+    return chunks
+
+
+def forward(run: Run, plan: Plan, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState, Tensor, Tensor]:
+    """Return (out, last state, states before every chunk, errors)."""
+    chunks = _prepare(run, plan, tokens, backward=False)
+    place = tokens.place(plan.size)
+    values, count = tokens.value_place(), len(chunks.mix)
+    states = tokens.gates.new_empty(count, 2, plan.key_dim, plan.value_dim)
+    errors = tokens.gates.new_empty(count, plan.size, plan.value_dim)
+    last = MemoryState(*(torch.empty_like(x) for x in state))
+    arguments: dict[str, Any] = dict(
+        k_ptr=tokens.k, v_ptr=tokens.v, inverse_ptr=chunks.inverse, columns_ptr=chunks.columns,
+        weight_ptr=state.weight, momentum_ptr=state.momentum, states_ptr=states, errors_ptr=errors,
+        last_weight_ptr=last.weight, last_momentum_ptr=last.momentum, **place, **values,
+    )  # fmt: skip
+    run(Launch(scan_kernel, (tokens.lanes, plan.value_blocks), arguments, plan.scan_tile))
+    out = torch.empty_like(tokens.v)
+    arguments = dict(
+        q_ptr=tokens.q, mix_ptr=chunks.mix, columns_ptr=chunks.columns, states_ptr=states, errors_ptr=errors,
+        out_ptr=out, **place, **values,
+    )  # fmt: skip
+    run(Launch(output_kernel, (count, plan.value_blocks), arguments, plan.tile))
+    return out, last, states, errors
+
+
+def _restore(
+    run: Run, plan: Plan, tokens: Tokens, chunks: Chunks, checkpoints: Tensor, errors: Tensor
+) -> Float[Tensor, "n 2 key_dim value_dim"]:
+    """The states before every chunk from the kept ones."""
+    if plan.spacing == 1:
+        return checkpoints
+    states = checkpoints.new_empty(len(errors), *checkpoints.shape[1:])
+    arguments: dict[str, Any] = dict(
+        k_ptr=tokens.k, columns_ptr=chunks.columns, checkpoints_ptr=checkpoints, errors_ptr=errors, states_ptr=states,
+        checkpoints=len(checkpoints) // tokens.lanes, **tokens.place(plan.size),
+    )  # fmt: skip
+    grid = (len(checkpoints), plan.key_blocks, plan.value_blocks)
+    run(Launch(restore_kernel, grid, arguments, plan.tile))
+    return states
+
+
+class Grads(NamedTuple):
+    """Of q, k, v, of (keep, momentum, theta) and of the state."""
+
+    q: Float[Tensor, "batch heads time key_dim"]
+    k: Float[Tensor, "batch heads time key_dim"]
+    v: Float[Tensor, "batch heads time value_dim"]
+    gates: Float[Tensor, "3 batch heads time"]
+    weight: Float[Tensor, "batch heads key_dim value_dim"]
+    momentum: Float[Tensor, "batch heads key_dim value_dim"]
+
+
+def backward(
+    run: Run,
+    plan: Plan,
+    tokens: Tokens,
+    checkpoints: Tensor,
+    errors: Tensor,
+    grad_out: Tensor,
+    grad_last: MemoryState,
+) -> Grads:
+    """Return the gradients, from those of the outputs and of the last state."""
+    chunks = _prepare(run, plan, tokens, backward=True)
+    states = _restore(run, plan, tokens, chunks, checkpoints, errors)
+    count, size = len(errors), plan.size
+    place, values = tokens.place(size), tokens.value_place()
+    q, k, v, weight, momentum = (torch.empty_like(x) for x in (*tokens[:3], *grad_last))
+    grads = Grads(q, k, v, tokens.gates.new_empty(3, *tokens.gates.shape[1:]), weight, momentum)
+    grad_ends, grad_residuals = torch.empty_like(states), torch.empty_like(errors)
+    shared: dict[str, Any] = dict(
+        columns_ptr=chunks.columns, grad_ends_ptr=grad_ends, grad_residuals_ptr=grad_residuals,
+        grad_weight_ptr=grads.weight, grad_momentum_ptr=grads.momentum, **place, **values,
+    )  # fmt: skip
+    arguments = dict(shared, q_ptr=tokens.q, mix_ptr=chunks.mix, grad_out_ptr=grad_out)
+    run(Launch(seed_kernel, (count, plan.value_blocks), arguments, plan.tile))
+    arguments = dict(
+        shared, k_ptr=tokens.k, inverse_ptr=chunks.inverse, grad_v_ptr=grads.v,
+        grad_last_weight_ptr=grad_last.weight, grad_last_momentum_ptr=grad_last.momentum,
+    )  # fmt: skip
+    run(Launch(adjoint_kernel, (tokens.lanes, plan.value_blocks), arguments, plan.scan_tile))
+
+    squares = [torch.empty_like(chunks.mix) for _ in range(2)]
+    strict, mix = chunks.inverse, chunks.mix  # done with
+    arguments = dict(
+        q_ptr=tokens.q, k_ptr=tokens.k, gates_ptr=tokens.gates, rows_ptr=chunks.rows, errors_ptr=errors,
+        grad_residuals_ptr=grad_residuals, grad_out_ptr=grad_out, strict_ptr=strict, mix_ptr=mix,
+        grad_before_ptr=squares[0], grad_after_ptr=squares[1], lanes=tokens.lanes, **place, **values,
+    )  # fmt: skip
+    run(Launch(mix_gradient_kernel, (count,), arguments, plan.tile, num_warps=8))
+
+    parts = plan.key_blocks
+    grad_columns = chunks.columns.new_empty(count, parts, *chunks.columns.shape[1:])
+    grad_carry = chunks.columns.new_empty(count, parts, 3)
+    arguments = dict(
+        q_ptr=tokens.q, k_ptr=tokens.k, columns_ptr=chunks.columns, states_ptr=states, grad_ends_ptr=grad_ends,
+        errors_ptr=errors, grad_residuals_ptr=grad_residuals, grad_out_ptr=grad_out, strict_ptr=strict, mix_ptr=mix,
+        grad_q_ptr=grads.q, grad_k_ptr=grads.k, grad_columns_ptr=grad_columns, grad_carry_ptr=grad_carry,
+        **place, **values,
+    )  # fmt: skip
+    run(Launch(token_gradient_kernel, (count, parts), arguments, plan.tile))
+
+    if parts > 1:
+        grad_columns, grad_carry = grad_columns.sum(1), grad_carry.sum(1)
+    arguments = dict(
+        gates_ptr=tokens.gates, rows_ptr=chunks.rows, moving_ptr=chunks.moving, columns_ptr=chunks.columns,
+        grad_before_ptr=squares[0], grad_after_ptr=squares[1], grad_columns_ptr=grad_columns,
+        grad_carry_ptr=grad_carry, grad_gates_ptr=grads.gates, lanes=tokens.lanes, time=place["time"],
+        chunks=place["chunks"],
+    )  # fmt: skip
+    run(Launch(gate_gradient_kernel, (count,), arguments, dict(SIZE=size), 1, has_dots=False))
+    return grads

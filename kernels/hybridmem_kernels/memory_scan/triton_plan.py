@@ -1,0 +1,111 @@
+"""How the linear memory's kernels cut and multiply a shape, and what one launch of them is."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..builds import Build
+
+LEAST_DIM, LARGEST_DIM = 16, 256
+LEAST_CHUNK, LARGEST_CHUNK = 16, 128
+LARGEST_TILE = 64  # longer chunks are worked on as two: a checkpoint is kept for every other one
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def check_supported(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
+    """Raise a ValueError where there is no kernel for it."""
+    advice = "choose backend='torch'"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in POINTERS:
+            raise ValueError(f"the triton backend takes float32, bfloat16 and float16, {name} is {x.dtype}: {advice}")
+    for name, dim in (("key_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        if not LEAST_DIM <= dim <= LARGEST_DIM:
+            raise ValueError(f"the triton backend takes {name} from {LEAST_DIM} to {LARGEST_DIM}, got {dim}: {advice}")
+    if not LEAST_CHUNK <= chunk_size <= LARGEST_CHUNK:
+        limits = f"{LEAST_CHUNK} to {LARGEST_CHUNK}"
+        raise ValueError(f"the triton backend takes chunk_size from {limits}, got {chunk_size}: choose one of these")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a shape is cut and multiplied.
+
+    Args:
+        size: tokens that are worked on at once.
+        spacing: a state is kept for the backward every `spacing` of these.
+        precision: of products, where they are not of two 16-bit inputs; None is tf32 where the target has it.
+        exact: of the products that invert.
+        width: columns of a tile. A product in tf32x3 is three, whose operands all lie in registers: half as many.
+        scan_width: key dimensions of a tile in the passes through the chunks.
+    """
+
+    key_dim: int
+    value_dim: int
+    size: int
+    spacing: int
+    precision: str | None
+    exact: str
+    width: int
+    scan_width: int
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """What the kernels of independent chunks are compiled for."""
+        key_block, value_block = (min(self.width, triton.next_power_of_2(x)) for x in (self.key_dim, self.value_dim))
+        dims = dict(KEY_DIM=self.key_dim, VALUE_DIM=self.value_dim, KEY_BLOCK=key_block, VALUE_BLOCK=value_block)
+        return dict(dims, SIZE=self.size, PRECISION=self.precision)
+
+    @property
+    def scan_tile(self) -> dict[str, Any]:
+        """And those that pass through the chunks."""
+        return dict(self.tile, KEY_BLOCK=min(self.scan_width, triton.next_power_of_2(self.key_dim)))
+
+    @property
+    def value_blocks(self) -> int:
+        """How many programs share the columns of values."""
+        return triton.cdiv(self.value_dim, self.tile["VALUE_BLOCK"])
+
+    @property
+    def key_blocks(self) -> int:
+        """How many share the key dimensions."""
+        return triton.cdiv(self.key_dim, self.tile["KEY_BLOCK"])
+
+
+def make_plan(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, hip: bool, interpreted: bool) -> Plan:
+    """The plan for these inputs. AMD's matrix cores take float32 as it is; the interpreter knows no other product."""
+    chunk = max(LEAST_CHUNK, triton.next_power_of_2(min(chunk_size, q.shape[2])))
+    size = min(chunk, LARGEST_TILE)
+    exact = "ieee" if hip or interpreted else "tf32x3"
+    single = all(x.dtype == torch.float32 for x in (q, k, v))
+    precision = exact if single or interpreted else None
+    width, scan_width = (16, 16) if single else (32, size)
+    return Plan(q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_width)
+
+
+class Launch(NamedTuple):
+    """One kernel with all that it is given.
+
+    Its loads are not pipelined (num_stages is 1): several programs on a multiprocessor hide latency as well, and what
+    is loaded ahead takes the registers that these need.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # tensors and integers
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    has_dots: bool = True
+
+    def run(self) -> None:
+        """Run it on the tensors' device."""
+        self.kernel[self.grid](**self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=1)
+
+    def build(self, shapes: str) -> Build:
+        """What it is compiled as."""
+        types = {name: POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in self.arguments.items()}
+        signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
+        name = f"{self.kernel.__name__} {shapes}"
+        return Build(name, self.kernel, signature, self.constexprs, self.num_warps, 1, self.has_dots)

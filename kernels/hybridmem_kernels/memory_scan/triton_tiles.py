@@ -1,0 +1,173 @@
+"""What the kernels do to one chunk: products, loads and stores, and the triangular inverse in registers.
+
+Letters and matrices are README.md's. A chunk is at most 64 tokens here; a row's last one is padded with tokens that
+change nothing. `gates_ptr` is (gate, lane, time) with the gates in the order of `Gates`, a lane being a (batch, head).
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+COUNTS = ("lanes", "heads", "time", "chunks", "checkpoints")  # a kernel is not compiled again for other ones
+
+KEEP = tl.constexpr(0)
+MOMENTUM = tl.constexpr(1)
+THETA = tl.constexpr(2)
+ACTIVE = tl.constexpr(3)
+CONTINUES = tl.constexpr(4)
+
+# The rows of `columns_ptr`, a vector over the chunk's tokens each: how much of W_0 and of S_0 is in W_i, of S_0 in S_i,
+# of W_0 and S_0 in what token i's error is taken at; and how much of token j's write is left in W_C and in S_C.
+WEIGHT_LEFT = tl.constexpr(0)
+MOMENT_LEFT = tl.constexpr(1)
+MOMENT_KEPT = tl.constexpr(2)
+WEIGHT_FOUND = tl.constexpr(3)
+MOMENT_FOUND = tl.constexpr(4)
+WRITE_LEFT = tl.constexpr(5)
+WRITE_MOVING = tl.constexpr(6)
+COLUMNS = tl.constexpr(7)
+
+BASE = tl.constexpr(16)  # diagonal blocks of this size are inverted by substitution
+
+
+@triton.jit
+@no_type_check
+def dot(a, b, PRECISION: tl.constexpr):
+    """A product summed in float32: two 16-bit inputs as they are, which is exact, anything else at PRECISION."""
+    if a.dtype == b.dtype and a.dtype != tl.float32 and PRECISION != "ieee":
+        product = tl.dot(a, b)
+    else:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+@no_type_check
+def load_tile(base_ptr, rows, columns, stride, row_count, column_count):
+    """Rows of a matrix, zeros outside of it."""
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    return tl.load(base_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def store_tile(base_ptr, rows, columns, stride, row_count, column_count, tile):
+    """Rows of a matrix, in its dtype; what lies outside of it is left out."""
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    tl.store(base_ptr + rows[:, None] * stride + columns[None, :], tile.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+@no_type_check
+def store_square(matrices_ptr, unit, tile, SIZE: tl.constexpr):
+    """The chunk's own matrix."""
+    i = tl.arange(0, SIZE)
+    tl.store(matrices_ptr + unit * SIZE * SIZE + i[:, None] * SIZE + i[None, :], tile)
+
+
+@triton.jit
+@no_type_check
+def load_square(matrices_ptr, unit, SIZE: tl.constexpr):
+    """The chunk's own matrix."""
+    i = tl.arange(0, SIZE)
+    return tl.load(matrices_ptr + unit * SIZE * SIZE + i[:, None] * SIZE + i[None, :])
+
+
+@triton.jit
+@no_type_check
+def lane_start(base_ptr, lane, heads, batch_stride, head_stride):
+    """Where a (batch, head)'s tokens start."""
+    return base_ptr + (lane // heads) * batch_stride + (lane % heads) * head_stride
+
+
+@triton.jit
+@no_type_check
+def load_rows(rows_ptr, unit, first, SIZE: tl.constexpr):
+    """The chunk's rows of decays from `first` on: before every token's write at 0, after it at 1."""
+    i = tl.arange(0, SIZE)
+    return tl.load(rows_ptr + (unit * (SIZE + 1) + first + i[:, None]) * SIZE + i[None, :])
+
+
+@triton.jit
+@no_type_check
+def load_column(columns_ptr, unit, COLUMN: tl.constexpr, SIZE: tl.constexpr):
+    """One row of `columns_ptr`."""
+    return tl.load(columns_ptr + (unit * COLUMNS + COLUMN) * SIZE + tl.arange(0, SIZE))
+
+
+@triton.jit
+@no_type_check
+def store_column(columns_ptr, unit, COLUMN: tl.constexpr, values, SIZE: tl.constexpr):
+    """One row of `columns_ptr`."""
+    tl.store(columns_ptr + (unit * COLUMNS + COLUMN) * SIZE + tl.arange(0, SIZE), values)
+
+
+@triton.jit
+@no_type_check
+def load_carry(columns_ptr, unit, SIZE: tl.constexpr):
+    """(a_C, p_C, e_C): how weights and momentum pass the chunk."""
+    last_ptr = columns_ptr + unit * COLUMNS * SIZE + SIZE - 1
+    return (
+        tl.load(last_ptr + WEIGHT_LEFT * SIZE),
+        tl.load(last_ptr + MOMENT_LEFT * SIZE),
+        tl.load(last_ptr + MOMENT_KEPT * SIZE),
+    )
+
+
+@triton.jit
+@no_type_check
+def diagonal_blocks(matrix, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """(SIZE / WIDTH, WIDTH, WIDTH): a tile has no slices, so all other blocks are summed away."""
+    BLOCKS: tl.constexpr = SIZE // WIDTH
+    b = tl.arange(0, BLOCKS)
+    diagonal = (b[:, None] == b[None, :])[:, None, :, None]
+    return tl.sum(tl.where(diagonal, tl.reshape(matrix, (BLOCKS, WIDTH, BLOCKS, WIDTH)), 0.0), axis=2)
+
+
+@triton.jit
+@no_type_check
+def substitute(blocks, BLOCKS: tl.constexpr):
+    """The inverses of I + `blocks`, strictly lower triangular of BASE rows: columns are eliminated one by one."""
+    i = tl.arange(0, BASE)
+    row, column = i[None, :, None], i[None, None, :]
+    inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros((BLOCKS, BASE, BASE), tl.float32)
+    for step in range(BASE - 1):
+        done = tl.sum(tl.where(row == step, inverse, 0.0), axis=1)
+        weights = tl.sum(tl.where(column == step, blocks, 0.0), axis=2)
+        inverse -= weights[:, :, None] * done[:, None, :]
+    return inverse
+
+
+@triton.jit
+@no_type_check
+def merge_pairs(inverse, strict, PAIRS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of 2 PAIRS diagonal blocks those of PAIRS of twice the width."""
+    half = tl.arange(0, 2)[None, :, None, None]
+    halves = tl.reshape(inverse, (PAIRS, 2, WIDTH, WIDTH))
+    top = tl.sum(tl.where(half == 0, halves, 0.0), axis=1)
+    bottom = tl.sum(tl.where(half == 1, halves, 0.0), axis=1)
+    blocks = diagonal_blocks(strict, PAIRS * 2 * WIDTH, 2 * WIDTH)
+    row, column = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
+    is_below = (row == 1) & (column == 0)
+    blocks = tl.reshape(blocks, (PAIRS, 2, WIDTH, 2, WIDTH))
+    below = tl.sum(tl.sum(tl.where(is_below, blocks, 0.0), axis=3), axis=1)
+    below = -dot(bottom, dot(below, top, PRECISION), PRECISION)
+    merged = tl.where(row == column, halves[:, :, :, None, :], 0.0)
+    merged = tl.where(is_below, below[:, None, :, None, :], merged)
+    return tl.reshape(merged, (PAIRS, 2 * WIDTH, 2 * WIDTH))
+
+
+@triton.jit
+@no_type_check
+def unit_lower_inverse(strict, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + N)^-1, N = `strict` being zero on and above its diagonal: as stable as substitution, see triangular.py.
+
+    Diagonal blocks are substituted, and merged: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+    """
+    inverse = substitute(diagonal_blocks(strict, SIZE, BASE), SIZE // BASE)
+    if SIZE > BASE:
+        inverse = merge_pairs(inverse, strict, SIZE // (2 * BASE), BASE, PRECISION)
+    if SIZE > 2 * BASE:
+        inverse = merge_pairs(inverse, strict, SIZE // (4 * BASE), 2 * BASE, PRECISION)
+    return tl.reshape(inverse, (SIZE, SIZE))

@@ -1,0 +1,36 @@
+"""What an operator launches, written down instead of being run: no GPU, no memory, only shapes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch; `bytes`: each tensor that the kernel is given, once, whether it is read or written."""
+
+    kernel: str
+    programs: int
+    bytes: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect the launches of the block; call operators in it with tensors on the device "meta"."""
+    launches: list[Launch] = []
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        tensors = {id(x): x for x in (*arguments, *named.values()) if isinstance(x, Tensor)}
+        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        programs = 1
+        for extent in grid:
+            programs *= extent
+        launches.append(Launch(kernel.fn.__name__, programs, size))
+
+    with patch.object(JITFunction, "run", run):
+        yield launches

@@ -1,0 +1,83 @@
+"""What built kernels take of a GPU, what is too much, and the table of it that is committed (resources.json).
+
+The table is kept per version of Triton, each of which allots registers in its own way: growth is only seen within one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("resources.json")
+KILOBYTE = 1024
+# Shared memory that a block can have, in bytes.
+SHARED_LIMITS = {"sm80": 163 * KILOBYTE, "sm90": 227 * KILOBYTE, "sm100": 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a built kernel takes."""
+
+    registers: int  # a thread
+    spills: int  # bytes of registers that did not fit, a thread
+    shared: int  # bytes of shared memory, a block
+    tensor_core: int  # instructions that multiply matrices
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel built for a target; `has_dots`: it multiplies matrices, which must be on tensor cores."""
+
+    target: str
+    name: str
+    has_dots: bool
+    resources: Resources
+
+
+Table = dict[str, dict[str, Resources]]  # target: name of the kernel: what it takes
+
+
+def problems(rows: Sequence[Row], committed: Table | None) -> list[str]:
+    """What is wrong, in words; `committed` is the table of the same version of Triton, None if there is none."""
+    found = []
+    for row in rows:
+        place, resources, limit = f"{row.target} {row.name}", row.resources, SHARED_LIMITS[row.target]
+        if resources.spills:
+            found.append(f"{place}: spills {resources.spills} bytes of registers a thread")
+        if resources.shared > limit:
+            found.append(f"{place}: needs {resources.shared} bytes of shared memory, {limit} are there")
+        if row.has_dots and not resources.tensor_core:
+            found.append(f"{place}: multiplies matrices without tensor cores")
+        if committed is not None:
+            found += [f"{place}: {change}; accept it with --write" for change in _growth(row, committed)]
+    return found
+
+
+def _growth(row: Row, committed: Table) -> list[str]:
+    before = committed.get(row.target, {}).get(row.name)
+    if before is None:
+        return [f"not in {TABLE.name}"]
+    pairs = [(name, getattr(before, name), getattr(row.resources, name)) for name in ("registers", "spills", "shared")]
+    return [f"{name} grew from {was} to {now}" for name, was, now in pairs if now > was]
+
+
+def read_tables(path: Path = TABLE) -> dict[str, Table]:
+    """Version of Triton: its table."""
+    if not path.exists():
+        return {}
+    return {
+        version: {target: {name: Resources(**row) for name, row in rows.items()} for target, rows in table.items()}
+        for version, table in json.loads(path.read_text()).items()
+    }
+
+
+def write_tables(tables: dict[str, Table], path: Path = TABLE) -> None:
+    """One kernel a line, so that a diff shows which one changed."""
+    versions = []
+    for version, table in sorted(tables.items()):
+        targets = []
+        for target, rows in table.items():
+            lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(asdict(row))}" for name, row in rows.items())
+            targets.append(f'  "{target}": {{\n{lines}\n  }}')
+        versions.append(f' "{version}": {{\n' + ",\n".join(targets) + "\n }")
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")

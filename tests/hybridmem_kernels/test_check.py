@@ -1,0 +1,68 @@
+"""What scripts/check_gpu does, as far as it can be done without a GPU: its comparisons, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridmem_kernels import memory_scan
+from hybridmem_kernels.check import TOLERANCES, Case, cases, compare
+from hybridmem_kernels.timing import calls, measure
+
+pytest.importorskip("triton")
+
+SHORT = {f"{case.operator}, {case.name}": case for case in cases(20)}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of infinities that are masked
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, list(TOLERANCES)[n % len(TOLERANCES)]) for n, name in enumerate(SHORT)]
+)
+def test_operators_pass(name, dtype):
+    found = compare(SHORT[name], dtype, "cpu")
+    assert found.passed, found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda q: q * 1.01, "output_error"),
+        (lambda q: q + 0.01 * (q - q.detach()), "gradient_error"),
+        (lambda q: q * float("nan"), "output_error"),
+    ],
+    ids=["outputs", "gradients", "not a number"],
+)
+def test_what_is_wrong_does_not_pass(wrong, error):
+    case = SHORT["memory_scan, plain"]
+
+    def run(given, backend):
+        q = given["q"] if backend == "reference" else wrong(given["q"])
+        return list(memory_scan(**dict(given, q=q), backend="reference")[0:1])
+
+    found = compare(Case(case.operator, case.name, case.tensors, case.rounded, run), torch.float32, "cpu")
+    assert not found.passed
+    assert getattr(found, error) > found.tolerance
+
+
+def test_calls_are_timed_for_either_backend(capsys):
+    speeds = [measure(call, "torch", backward=bool(call.leaves)) for call in calls(1, 1, 20, "cpu")]
+    assert all(speed.milliseconds > 0 for speed in speeds)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [speed.operator for speed in speeds]
+
+
+def test_without_a_gpu_it_says_so_and_fails(tmp_path):
+    command = [sys.executable, "-m", "hybridmem_kernels.check", "--output", tmp_path / "result.json"]
+    hidden = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    done = subprocess.run(command, capture_output=True, text=True, env=hidden)
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU here")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_script_runs_it():
+    script = Path(__file__).parents[2] / "scripts" / "check_gpu"
+    assert "-m hybridmem_kernels.check" in script.read_text()
+    assert os.access(script, os.X_OK)
