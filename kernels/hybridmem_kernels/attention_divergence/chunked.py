@@ -11,8 +11,8 @@ There is no quotient, and no w exceeds 1. For gradients G_j of p_j and g of the 
     ds_hj = w_hj (v_j - exp(C) c_h) on the support,  -exp(s_hj - L_h) c_h outside
 
 The forward keeps L and C; the backward recomputes each tile from them. README.md has the derivation and the cost.
-Here scores, L and C are logarithms to the base 2: exp2 takes a quarter of exp's time on a CPU, and less where the result
-is 0 or next to it, as it is for hidden keys.
+Here scores, L and C are logarithms to the base 2: exp2 takes a quarter of exp's time on a CPU, and less where the
+result is 0 or next to it, as it is for hidden keys.
 """
 
 from bisect import bisect_left
@@ -502,8 +502,12 @@ def _align(p: Tensor, p_ref: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum(scores: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
-    """The logarithm of the sum of powers, to the base 2."""
-    return (scores * LN_2).logsumexp(dim) / LN_2
+    """The logarithm of the sum of powers, to the base 2; -inf where there is nothing."""
+    if not scores.shape[dim]:
+        return scores.sum(dim).log2_()
+    top = scores.amax(dim, keepdim=True)
+    top = top.where(top.isfinite(), 0)  # nothing is seen: -inf, not nan
+    return (scores - top).exp2_().sum(dim).log2_() + top.squeeze(dim)
 
 
 def _log(p: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
