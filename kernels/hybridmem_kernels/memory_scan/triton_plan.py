@@ -81,7 +81,7 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, hip: bool, inter
     exact = "ieee" if hip or interpreted else "tf32x3"
     single = all(x.dtype == torch.float32 for x in (q, k, v))
     precision = exact if single or interpreted else None
-    width, scan_width = (16, 16) if single else (32, size)
+    width, scan_width = (16, 32) if single else (32, size)
     return Plan(q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_width)
 
 

@@ -37,6 +37,8 @@ def dot(a, b, PRECISION: tl.constexpr):
     """A product summed in float32: two 16-bit inputs as they are, which is exact, anything else at PRECISION."""
     if a.dtype == b.dtype and a.dtype != tl.float32 and PRECISION != "ieee":
         product = tl.dot(a, b)
+    elif PRECISION is None:  # left out: given, it would not be tf32 on AMD's
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return product
