@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..metrics import entropy
 from ..policy.attention_rl import divergence_of
 from ..policy.distributions import KINDS, allocation, distribution
 from ..policy.recorder import AttentionRecorder, LayerRecord
@@ -48,11 +49,11 @@ class AttentionDrift(L.Callback):
             self._start = {n: self._distribution(record) for n, record in self._look(pl_module, initial).items()}
         for number, record in self._look(pl_module, pl_module.model).items():
             p = self._distribution(record)
-            entropy = -torch.special.xlogy(p, p).sum(-1)
+            nats = entropy(p)
             measured = {
                 "divergence_from_start": divergence_of(p, self._start[number], "jsd").mean(),
-                "entropy": entropy.mean(),
-                "effective_span": entropy.exp().mean(),
+                "entropy": nats.mean(),
+                "effective_span": nats.exp().mean(),
             }
             if record.memory is not None:
                 shares = allocation(record, QUERIES).mean((0, 1))

@@ -4,13 +4,12 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from ..policy.attention_rl import AttentionRL
 from ..policy.distillation import AttentionDistillation, Observation, observed
 from ..policy.exploration import Noise, cut_noise, draw_noise, explored
 from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
-from ..policy.recorder import AttentionRecorder, LayerRecord, is_segmented
+from ..policy.recorder import AttentionRecorder, is_segmented
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
     Completions,
@@ -34,65 +33,12 @@ from ..policy.rollouts import (
     vision_positions,
 )
 from .checkpoints import load_policy, tokenizer_of_policy
+from .experience import Experience, Rollout, Scores
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .schedules import WarmupCosine
 
 Example = dict[str, Any]
-
-
-@dataclass
-class Rollout:
-    """Prompts, the responses to them, and what they earned."""
-
-    prompts: list[Prompt]  # of each response
-    completions: Completions
-    rewards: Float[Tensor, " responses"]
-    noise: Noise | None = None  # that the responses were sampled under
-
-
-class Scores(NamedTuple):
-    """What a policy makes of responses."""
-
-    logps: Float[Tensor, "responses length"]
-    entropy: Float[Tensor, "responses length"]
-    records: dict[int, LayerRecord]
-
-    def detach(self) -> "Scores":
-        """The same without a graph."""
-        return Scores(self.logps.detach(), self.entropy, {n: record.detach() for n, record in self.records.items()})
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "Scores":
-        """Those of some responses."""
-        records = {n: record.select(rows) for n, record in self.records.items()}
-        return Scores(self.logps[rows], self.entropy[rows], records)
-
-
-@dataclass
-class Experience:
-    """A rollout as the objectives take it."""
-
-    prompts: PromptBatch  # of each response
-    completions: Completions
-    advantages: Float[Tensor, " responses"]
-    mask: Bool[Tensor, "responses length"]  # the tokens that carry loss
-    num_items: Float[Tensor, ""]  # such tokens in the whole rollout, for each step of a pass
-    old: Scores | None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
-    ref_logps: Float[Tensor, "responses length"] | None
-    noise: Noise | None
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "Experience":
-        """That of some responses."""
-        return Experience(
-            self.prompts.select(rows),
-            Completions(*(x[rows] for x in self.completions)),
-            self.advantages[rows],
-            self.mask[rows],
-            self.num_items,
-            None if self.old is None else self.old.select(rows),
-            None if self.ref_logps is None else self.ref_logps[rows],
-            None if self.noise is None else {n: eps[rows] for n, eps in self.noise.items()},
-        )
 
 
 class PolicyModule(L.LightningModule):
@@ -293,11 +239,11 @@ class PolicyModule(L.LightningModule):
         rollout = self.roll_out(batch)
         if self.dynamic_sampling:
             self._waiting.append(self._with_signal(rollout))
-            waiting = sum(len(part.prompts) for part in self._waiting)
-            if waiting < len(batch) * self.num_generations:
-                self.log("dynamic_sampling/waiting", float(waiting))
+            groups = sum(len(part.prompts) for part in self._waiting)
+            if groups < len(batch):
+                self.log("dynamic_sampling/waiting", float(groups * self.num_generations))
                 return
-            rollout, self._waiting = self._merged(len(batch) * self.num_generations), []
+            rollout, self._waiting = self._merged(len(batch)), []
         self.learn(rollout)
 
     @torch.no_grad()
@@ -337,14 +283,14 @@ class PolicyModule(L.LightningModule):
         )
         self.log("reward", rewards.total.mean(), prog_bar=True)
         self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
-        return Rollout([p for p in asked for _ in range(self.num_generations)], completions, rewards.total, noise)
+        return Rollout(asked, completions, rewards.total, noise)
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps that a rollout is good for."""
         experience = self._experience(rollout)
         logs: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(self.num_iterations):
-            for rows in torch.arange(len(rollout.prompts)).chunk(self.steps_per_generation):
+            for rows in torch.arange(len(rollout.rewards)).chunk(self.steps_per_generation):
                 if self.trainer.global_step >= self.trainer.max_steps:
                     break
                 part = experience.select(rows)
@@ -363,7 +309,7 @@ class PolicyModule(L.LightningModule):
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
-        prompts = self.prompt_batch(rollout.prompts)
+        prompts = self.prompt_batch(rollout.prompts).repeat(self.num_generations)
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
         advantages, mask, old = self._advantages(rollout.rewards), completions.mask, None
         if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
@@ -500,10 +446,12 @@ class PolicyModule(L.LightningModule):
         signal = groups_with_signal(rollout.rewards, self.num_generations)
         rows = signal.repeat_interleave(self.num_generations).nonzero().squeeze(1)
         completions = Completions(*(x[rows.to(x.device)] for x in rollout.completions))
-        return Rollout([rollout.prompts[n] for n in rows.tolist()], completions, rollout.rewards[rows])
+        prompts = [prompt for prompt, kept in zip(rollout.prompts, signal.tolist(), strict=True) if kept]
+        return Rollout(prompts, completions, rollout.rewards[rows])
 
-    def _merged(self, count: int) -> Rollout:
-        """The waiting groups as one rollout of `count` responses."""
+    def _merged(self, groups: int) -> Rollout:
+        """The first `groups` waiting ones as one rollout."""
+        count = groups * self.num_generations
         parts = [part.completions for part in self._waiting]
         length = max(part.ids.shape[1] for part in parts)
         longer = [
@@ -517,7 +465,7 @@ class PolicyModule(L.LightningModule):
         ]
         completions = Completions(*(torch.cat(column)[:count] for column in zip(*longer, strict=True)))
         prompts = [prompt for part in self._waiting for prompt in part.prompts]
-        return Rollout(prompts[:count], completions, torch.cat([part.rewards for part in self._waiting])[:count])
+        return Rollout(prompts[:groups], completions, torch.cat([part.rewards for part in self._waiting])[:count])
 
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:

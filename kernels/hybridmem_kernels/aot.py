@@ -33,13 +33,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .attention_divergence import triton_op as attention_divergence
-from .builds import Build
+from .builds import DTYPES, Build
 from .memory_mlp_scan import triton_op as memory_mlp_scan
 from .memory_scan import triton_op as memory_scan
 from .resources import Resources, Row, Table, problems, read_tables, write_tables
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Target(NamedTuple):
@@ -80,7 +80,7 @@ class Shapes:
         backend = "hip" if hip else "cuda"
         operators = {
             "memory_scan": memory_scan.builds(1, 1, 2 * chunk, dim, dim, dtype, chunk, hip),
-            "memory_mlp_scan": memory_mlp_scan.builds(self.memory_widths, chunk, dtype, True, backend),
+            "memory_mlp_scan": memory_mlp_scan.builds(self.memory_widths, chunk, dtype, backend),
             "attention_divergence": attention_divergence.builds(self.head_dim, self.head_dim, dtype, hip=hip),
         }
         return [
@@ -105,7 +105,7 @@ def list_builds(
         hip = TARGETS[target].gpu.backend == "hip"
         for shape in shapes:
             for dtype in dtypes:
-                for build in shape.builds(DTYPES[dtype], hip):
+                for build in shape.builds(NAMED_DTYPES[dtype], hip):
                     if re.search(match, build.name):
                         found.setdefault((target, build.name), build)
     return [(target, build) for (target, _), build in found.items()]
@@ -180,7 +180,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--configs", nargs="+", type=Path, default=sorted(CONFIGS.glob("*.yaml")))
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(NAMED_DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--match", default="", help="regular expression that a kernel's name must hold")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true", help="put what was built into resources.json")

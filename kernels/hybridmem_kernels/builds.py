@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # that the kernels take
+
 
 @dataclass(frozen=True)
 class Build:

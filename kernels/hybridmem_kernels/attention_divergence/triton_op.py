@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..builds import Build
+from ..builds import DTYPES, Build
 from .chunked import Settings
 from .reference import AttentionPolicy, AttentionStats
 from .triton_backward import grad_keys_kernel, grad_queries_kernel, slopes_kernel
@@ -68,7 +68,7 @@ def builds(
         ("grad_queries", grad_queries_kernel, plan.gradient),
         ("grad_keys", grad_keys_kernel, plan.gradient),
     ]
-    element = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    element = f"*{DTYPES[dtype]}"
     masks = dict(query_mask_ptr="*u8", key_mask_ptr="*u8", needed_blocks_ptr="*i32")
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "q_ref_ptr", "k_ref_ptr", "grad_q_ptr"), element) | masks
     scales = dict.fromkeys(("scale", "log_scale", "log_scale_ref"), "fp32")

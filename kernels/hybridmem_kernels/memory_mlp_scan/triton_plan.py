@@ -8,14 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..builds import Build
+from ..builds import DTYPES, Build
 from .triton_forward import read_kernel, scan_kernel
 from .triton_read_backward import read_backward_kernel, surprise_kernel
 from .triton_scan_backward import scan_backward_kernel
 from .triton_tiles import Cut
 from .triton_tokens import decays_backward_kernel, decays_kernel, gather_kernel, scatter_kernel
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MOST_HIDDEN = 1024
 TILE = 32  # columns of a tile; widths are padded to it
 READ_ROWS = 32  # tokens that a program of read_kernel answers
@@ -123,14 +122,12 @@ def options(kernel: Any, slots: int, half: bool) -> dict[str, int]:
     return dict(num_warps=warps, num_stages=1)
 
 
-def builds(
-    widths: Sequence[int], chunk_size: int, dtype: torch.dtype, bounded: bool = True, backend: str = "cuda"
-) -> list[Build]:
+def builds(widths: Sequence[int], chunk_size: int, dtype: torch.dtype, backend: str = "cuda") -> list[Build]:
     """Every kernel that a call launches, forward and backward.
 
     Args:
-        widths: in and out of every layer: (64, 256, 64) is depth 2 with an expansion of 4. The kernels learn them,
-            and whether gradients are `bounded`, when they run: memories that differ in those share their kernels.
+        widths: in and out of every layer: (64, 256, 64) is depth 2 with an expansion of 4. The kernels learn them
+            when they run: memories that differ in those, or in the bound on gradients, share their kernels.
         chunk_size: as in `memory_mlp_scan`.
         dtype: of q, k and v; the gates are float32.
         backend: "cuda" or "hip".

@@ -18,6 +18,7 @@ from .triton_tiles import (
     THETA,
     VECTORS,
     curvature,
+    errors_through,
     gradient_norm,
     input_column,
     input_tile,
@@ -35,18 +36,6 @@ from .triton_tiles import (
     tile,
     vector,
 )
-
-
-@triton.jit
-@no_type_check
-def _errors_through(z, u, matrices, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of a layer's deltas times a transposed matrix."""
-    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
-    for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
-        error = load_error(z, u, row, inner, layer, shape, CUT)
-        matrix = load_matrix(matrices, column, inner, layer, shape, CUT)
-        total = tl.dot(error, tl.trans(matrix), total, input_precision=CUT.precision)
-    return total
 
 
 @triton.jit
@@ -82,8 +71,8 @@ def _write_backward(
     _, _, hidden, _ = shape
     along_weight, along_moment = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
-        by_weight = _errors_through(z, u, grad_state, row, column, layer, shape, CUT)
-        by_moment = _errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
+        by_weight = errors_through(z, u, grad_state, row, column, layer, shape, CUT)
+        by_moment = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
         a = load_input(z, row, column, layer, shape, CUT)
         along_weight += tl.sum(a * by_weight, 1)
         along_moment += tl.sum(a * by_moment, 1)

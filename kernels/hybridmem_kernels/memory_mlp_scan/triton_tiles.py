@@ -194,6 +194,18 @@ def load_matrix(
 
 @triton.jit
 @no_type_check
+def errors_through(z_ptr, u_ptr, matrix_ptr, row, column, layer, shape, CUT: tl.constexpr):
+    """A tile of a layer's deltas times a transposed matrix."""
+    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+    for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
+        error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
+        matrix = load_matrix(matrix_ptr, column, inner, layer, shape, CUT)
+        total = tl.dot(error, tl.trans(matrix), total, input_precision=CUT.precision)
+    return total
+
+
+@triton.jit
+@no_type_check
 def squares(
     z_ptr,
     u_ptr,
@@ -269,11 +281,7 @@ def _backward(
     _, _, hidden, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
-            total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
-            for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
-                error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
-                anchor = load_matrix(anchor_ptr, column, inner, layer, shape, CUT)
-                total = tl.dot(error, tl.trans(anchor), total, input_precision=CUT.precision)
+            total = errors_through(z_ptr, u_ptr, anchor_ptr, row, column, layer, shape, CUT)
             tl.store(input_tile(u_ptr, row, (layer - 1) * hidden + column, shape, CUT), total)
 
 

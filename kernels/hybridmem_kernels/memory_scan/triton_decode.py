@@ -8,9 +8,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..builds import Build
+from ..builds import DTYPES, Build
 from .reference import MemoryState
-from .triton_plan import POINTERS
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -133,12 +132,12 @@ def step_builds(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[Build]
     builds = []
     for masked in (False, True):
         constexprs, num_warps = _compiled_as(key_dim, value_dim, masked)
-        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTERS[dtype])
-        types["mask_ptr"] = "*i1" if masked else POINTERS[dtype]
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{DTYPES[dtype]}")
+        types["mask_ptr"] = "*i1" if masked else types["q_ptr"]
         signature = {}
         for name in step_kernel.arg_names:
             other = "constexpr" if name in constexprs else "*fp32" if name.endswith("_ptr") else "i32"
             signature[name] = types.get(name, other)
-        name = f"step_kernel {key_dim}x{value_dim} {POINTERS[dtype][1:]}{' masked' if masked else ''}"
+        name = f"step_kernel {key_dim}x{value_dim} {DTYPES[dtype]}{' masked' if masked else ''}"
         builds.append(Build(name, step_kernel, signature, constexprs, num_warps, 1, has_dots=False))
     return builds

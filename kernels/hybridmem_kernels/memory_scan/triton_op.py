@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..builds import Build
+from ..builds import DTYPES, Build
 from ..documents import Gates, effective_gates
 from .reference import MemoryState
 from .triton_decode import memory_step_triton, step_builds
 from .triton_launch import Tokens, backward, forward
-from .triton_plan import POINTERS, Launch, Plan, check_supported, make_plan
+from .triton_plan import Launch, Plan, check_supported, make_plan
 
 
 def memory_scan_triton(
@@ -91,9 +91,7 @@ def scan_forward(
     state = MemoryState(weight.contiguous(), moment.contiguous())
     with torch.cuda.device_of(q):
         out, last, states, errors = forward(Launch.run, plan, tokens, state)
-    if plan.spacing > 1:
-        states = states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1).contiguous()
-    return (out, *last), (states, errors)
+    return (out, *last), (_checkpoints(states, plan, tokens), errors)
 
 
 def scan_backward(
@@ -130,6 +128,13 @@ def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...],
     return (checkpoints, 2, plan.key_dim, plan.value_dim), (lanes * chunks, plan.size, plan.value_dim)
 
 
+def _checkpoints(states: Tensor, plan: Plan, tokens: Tokens) -> Tensor:
+    """Those of the states before every chunk that the backward starts from."""
+    if plan.spacing == 1:
+        return states
+    return states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1).contiguous()
+
+
 def _prepared(q: Tensor, k: Tensor, v: Tensor, gates: Gates, chunk_size: int) -> tuple[Plan, Tokens]:
     plan = make_plan(q, k, v, chunk_size, hip=torch.version.hip is not None, interpreted=triton.knobs.runtime.interpret)
     return plan, Tokens.of(q, k, v, gates)
@@ -152,12 +157,10 @@ def builds(
     plan = make_plan(q, q, v, chunk_size, hip, interpreted=False)
     launches: list[Launch] = []
     out, last, states, errors = forward(launches.append, plan, tokens, state)
-    if plan.spacing > 1:
-        states = states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1)
-    backward(launches.append, plan, tokens, states, errors, out, last)
+    backward(launches.append, plan, tokens, _checkpoints(states, plan, tokens), errors, out, last)
     found: dict[str, Build] = {}
     for launch in launches:
-        build = launch.build(f"{key_dim}x{value_dim} chunk {chunk_size} {POINTERS[dtype][1:]}")
+        build = launch.build(f"{key_dim}x{value_dim} chunk {chunk_size} {DTYPES[dtype]}")
         if build.constexprs != found.get(build.name, build).constexprs:
             build = replace(build, name=f"{build.name} backward")
         found[build.name] = build

@@ -7,19 +7,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..builds import Build
+from ..builds import DTYPES, Build
 
 LEAST_DIM, LARGEST_DIM = 16, 256
 LEAST_CHUNK, LARGEST_CHUNK = 16, 128
 LARGEST_TILE = 64  # longer chunks are worked on as two: a checkpoint is kept for every other one
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 def check_supported(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
     """Raise a ValueError where there is no kernel for it."""
     advice = "choose backend='torch'"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in POINTERS:
+        if x.dtype not in DTYPES:
             raise ValueError(f"the triton backend takes float32, bfloat16 and float16, {name} is {x.dtype}: {advice}")
     for name, dim in (("key_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
         if not LEAST_DIM <= dim <= LARGEST_DIM:
@@ -105,7 +104,7 @@ class Launch(NamedTuple):
 
     def build(self, shapes: str) -> Build:
         """What it is compiled as."""
-        types = {name: POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in self.arguments.items()}
+        types = {n: f"*{DTYPES[x.dtype]}" if isinstance(x, Tensor) else "i32" for n, x in self.arguments.items()}
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         name = f"{self.kernel.__name__} {shapes}"
         return Build(name, self.kernel, signature, self.constexprs, self.num_warps, 1, self.has_dots)

@@ -22,8 +22,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_vision_model(folder: Path) -> Path:
-    """The model and its tokenizer as a Hugging Face folder."""
+def vision_model() -> Qwen2_5_VLForConditionalGeneration:
+    """The model, which reads `tiny_tokenizer`'s tokens."""
     tokenizer = tiny_tokenizer()
     start, end, image, video = tokenizer.convert_tokens_to_ids(MARKS)
     text = dict(
@@ -37,8 +37,13 @@ def write_vision_model(folder: Path) -> Path:
         text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
         vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def write_vision_model(folder: Path) -> Path:
+    """It and its tokenizer as a Hugging Face folder."""
+    vision_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

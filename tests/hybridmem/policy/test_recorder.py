@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
-from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from hybridmem.policy import AttentionRecorder
 from hybridmem.policy.distributions import attention
 
+from ..data.vision_models import vision_model
 from ..models import tiny_model, tokens
 
 SHAPE = dict(
@@ -71,13 +71,8 @@ def test_models_of_other_families(name, padded):
 
 @torch.no_grad()
 def test_a_vision_language_model():
-    torch.manual_seed(0)
-    text = SHAPE | dict(rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
-    text.pop("head_dim")
-    vision = dict(hidden_size=16, depth=1, num_heads=2, out_hidden_size=32, intermediate_size=16)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    config._attn_implementation = "sdpa"
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = vision_model().eval()
+    model.set_attn_implementation("sdpa")
     ids = torch.randint(0, 50, (2, 9))
     with AttentionRecorder(model) as recorder:
         model(input_ids=ids, use_cache=False)

@@ -1,0 +1,66 @@
+"""What a policy did, what it earned, and what there is to learn from it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..data import Prompt
+from ..policy.exploration import Noise
+from ..policy.recorder import LayerRecord
+from ..policy.rollouts import Completions, PromptBatch
+
+
+@dataclass
+class Rollout:
+    """Prompts, the responses to them, and what they earned."""
+
+    prompts: list[Prompt]  # of each group
+    completions: Completions
+    rewards: Float[Tensor, " responses"]
+    noise: Noise | None = None  # that the responses were sampled under
+
+
+class Scores(NamedTuple):
+    """What a policy makes of responses."""
+
+    logps: Float[Tensor, "responses length"]
+    entropy: Float[Tensor, "responses length"]
+    records: dict[int, LayerRecord]
+
+    def detach(self) -> "Scores":
+        """The same without a graph."""
+        return Scores(self.logps.detach(), self.entropy, {n: record.detach() for n, record in self.records.items()})
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Scores":
+        """Those of some responses."""
+        records = {n: record.select(rows) for n, record in self.records.items()}
+        return Scores(self.logps[rows], self.entropy[rows], records)
+
+
+@dataclass
+class Experience:
+    """A rollout as the objectives take it."""
+
+    prompts: PromptBatch  # of each response
+    completions: Completions
+    advantages: Float[Tensor, " responses"]
+    mask: Bool[Tensor, "responses length"]  # the tokens that carry loss
+    num_items: Float[Tensor, ""]  # such tokens in the whole rollout, for each step of a pass
+    old: Scores | None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
+    ref_logps: Float[Tensor, "responses length"] | None
+    noise: Noise | None
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Experience":
+        """That of some responses."""
+        return Experience(
+            self.prompts.select(rows),
+            Completions(*(x[rows] for x in self.completions)),
+            self.advantages[rows],
+            self.mask[rows],
+            self.num_items,
+            None if self.old is None else self.old.select(rows),
+            None if self.ref_logps is None else self.ref_logps[rows],
+            None if self.noise is None else {n: eps[rows] for n, eps in self.noise.items()},
+        )
