@@ -1,5 +1,6 @@
-"""Image patches as tokens of a text model: a fixed projection puts them where embeddings are."""
+"""Image patches as tokens of a text model: a fixed map puts what they show, and where, where embeddings are."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -20,15 +21,28 @@ def patch_projection(pixels: int, hidden_size: int) -> Float[Tensor, "pixels hid
     return torch.linalg.qr(square).Q.T.float()
 
 
+@lru_cache(maxsize=8)
+def place_codes(patches: int, hidden_size: int) -> Float[Tensor, "patches hidden"]:
+    """Where a patch stands, as sines and cosines of its row and its column: of a square field, or else of one row."""
+    side = math.isqrt(patches)
+    width = side if side**2 == patches else patches
+    places = torch.arange(patches)
+    slowest = 4.0 * width  # a quarter turn from patch to patch, down to a sixteenth over the whole field
+    turns = slowest ** -torch.linspace(0, 1, -(-hidden_size // 4)) * math.pi / 2
+    angles = [axis.unsqueeze(-1) * turns for axis in (places // width, places % width)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1)[:, :hidden_size]
+
+
 def embed_patches(
     images: Float[Tensor, "batch patches pixels"], embedding: nn.Module
 ) -> Float[Tensor, "batch patches hidden"]:
-    """Patches as embeddings, about as long as those of a model's tokens."""
+    """Patches as embeddings, about as long as those of a model's tokens: their contrast, and where they stand."""
     weight: Tensor = embedding.weight  # type: ignore[assignment]
-    projection = patch_projection(images.shape[-1], weight.shape[-1]).to(weight)
-    typical = weight.detach().square().mean().sqrt() * weight.shape[-1] ** 0.5
-    scale = typical / (images.shape[-1] ** 0.5 * 0.5)  # a patch of 64 pixels in [0, 1] is about 4 long
-    return images.to(weight) @ projection * scale
+    pixels, hidden = images.shape[-1], weight.shape[-1]
+    contrast = nn.functional.layer_norm(images.to(weight), (pixels,)) @ patch_projection(pixels, hidden).to(weight)
+    places = place_codes(images.shape[1], hidden).to(weight)
+    typical = weight.detach().square().mean().sqrt() * hidden**0.5
+    return (contrast / pixels**0.5 + places / (hidden / 2) ** 0.5) * typical / 2**0.5
 
 
 def embed_with_patches(

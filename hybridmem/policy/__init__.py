@@ -2,7 +2,7 @@
 
 from .attention_rl import AttentionRL
 from .distillation import AttentionDistillation
-from .objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO, TokenObjective, group_advantages, groups_with_signal
+from .objectives import CISPO, DAPO, GRPO, GSPO, SFT, DrGRPO, TokenObjective, group_advantages, groups_with_signal
 from .recorder import AttentionRecorder
 from .rewards import FormatReward, OverlongPenalty, Rewards, RewardSum, check_columns
 
@@ -11,6 +11,7 @@ __all__ = [
     "DAPO",
     "GRPO",
     "GSPO",
+    "SFT",
     "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",

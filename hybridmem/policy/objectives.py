@@ -231,6 +231,16 @@ class CISPO(TokenObjective):
         return loss, {"cispo_clip_ratio": (ratio > self.epsilon_high) & (advantages > 0)}
 
 
+class SFT:
+    """Supervised fine-tuning, what rewards compare with: the answer's tokens, whatever would have been sampled."""
+
+    def loss(
+        self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
+    ) -> Float[Tensor, ""]:
+        """Mean negative log-probability of the answers' tokens, their ends among them."""
+        return -(logps * mask).sum() / mask.sum()
+
+
 def group_advantages(
     rewards: Float[Tensor, " responses"], num_generations: int, scale_rewards: str = "group"
 ) -> Float[Tensor, " responses"]:

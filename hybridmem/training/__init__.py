@@ -1,9 +1,11 @@
 """Lightning modules, callbacks and the command line."""
 
+from .accuracy_by import AccuracyBy
 from .attention_drift import AttentionDrift
 from .attention_maps import AttentionMaps
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
 from .collapse import CollapseGuard
+from .compute_spent import ComputeSpent
 from .optimizers import MatrixOptimizer, decay_groups
 from .policy import PolicyModule
 from .pretrain import PretrainModule
@@ -11,10 +13,12 @@ from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
 
 __all__ = [
+    "AccuracyBy",
     "AttentionDrift",
     "AttentionMaps",
     "CollapseGuard",
     "CompletionTable",
+    "ComputeSpent",
     "GracefulStop",
     "MatrixOptimizer",
     "MemoryMonitor",

@@ -1,7 +1,7 @@
 """What a policy did, what it earned, and what there is to learn from it."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..data import Prompt
 from ..policy.exploration import Noise
 from ..policy.recorder import LayerRecord
 from ..policy.rollouts import Completions, PromptBatch
+from ..tasks.task import Task, exact_match
 
 
 @dataclass
@@ -37,6 +38,33 @@ class Scores(NamedTuple):
         """Those of some responses."""
         records = {n: record.select(rows) for n, record in self.records.items()}
         return Scores(self.logps[rows], self.entropy[rows], records)
+
+
+@dataclass
+class Answered:
+    """Held-out examples, what the policy answers them, and whether that is right.
+
+    `sampled` are as many responses to each example as the policy's groups have, those of an example side by side.
+    What is right is empty for tasks without answers.
+    """
+
+    examples: list[dict[str, Any]]
+    greedy: list[str]
+    sampled: list[str]
+    greedy_right: list[bool] = field(default_factory=list)
+    sampled_right: list[bool] = field(default_factory=list)
+
+    def judged(self, task: Task) -> "Answered":
+        """The same with what is right: what `task.is_right` says, or the very answer for tasks that say nothing."""
+        judge = getattr(task, "is_right", None) or _is_answer
+        times = len(self.sampled) // len(self.examples)
+        answers = [example["answer"] for example in self.examples]
+        repeated = [answer for answer in answers for _ in range(times)]
+        return replace(self, greedy_right=judge(self.greedy, answers), sampled_right=judge(self.sampled, repeated))
+
+
+def _is_answer(completions: list[str], answers: list[str]) -> list[bool]:
+    return [score == 1 for score in exact_match(completions, answers)]
 
 
 @dataclass

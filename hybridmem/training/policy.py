@@ -19,7 +19,7 @@ from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
 from ..policy.distillation import AttentionDistillation, Observation, observed
 from ..policy.exploration import Noise, cut_noise, draw_noise, explored
-from ..policy.objectives import TokenObjective, group_advantages, groups_with_signal
+from ..policy.objectives import SFT, TokenObjective, group_advantages, groups_with_signal
 from ..policy.recorder import AttentionRecorder, is_segmented
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
@@ -33,7 +33,7 @@ from ..policy.rollouts import (
     vision_positions,
 )
 from .checkpoints import load_policy, tokenizer_of_policy
-from .experience import Experience, Rollout, Scores
+from .experience import Answered, Experience, Rollout, Scores
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .schedules import WarmupCosine
@@ -51,7 +51,7 @@ class PolicyModule(L.LightningModule):
     Args:
         model: a Hugging Face folder or name, or a checkpoint (.ckpt) of `hybridmem fit`.
         objectives: their losses are added. At most one TokenObjective, one AttentionRL and one AttentionDistillation,
-            which needs no other: rewards are then only logged.
+            which needs no other: rewards are then only logged. Or SFT alone, which samples nothing.
         num_generations: responses to each prompt: a group, whose mean is the baseline. 1 is enough to distil.
         max_completion_length: tokens of a response; None: what the task needs.
         temperature, top_k, top_p, min_p: how responses are drawn (see Sampling).
@@ -73,7 +73,7 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        objectives: list[TokenObjective | AttentionRL | AttentionDistillation],
+        objectives: list[TokenObjective | AttentionRL | AttentionDistillation | SFT],
         num_generations: int = 8,
         max_completion_length: int | None = None,
         temperature: float = 1.0,
@@ -103,6 +103,7 @@ class PolicyModule(L.LightningModule):
         self.token_objective = _only(objectives, TokenObjective)
         self.attention_rl = _only(objectives, AttentionRL)
         self.distillation = _only(objectives, AttentionDistillation)
+        self.supervised = _only(objectives, SFT)
         self._check_settings()
         self.seed = seed
         self._generator_state: Tensor | None = None  # of the checkpoint that the run goes on from
@@ -115,10 +116,14 @@ class PolicyModule(L.LightningModule):
         self._records_prompts = self.distillation is not None  # or AttentionRL's layers do, see configure_model
 
     def _check_settings(self) -> None:
-        if not self.learns_by_reward and self.distillation is None:
+        others = self.learns_by_reward or self.distillation is not None
+        if self.supervised is None and not others:
             raise ValueError(
-                "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, or several"
+                "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, several of "
+                "them, or SFT"
             )
+        if self.supervised is not None and others:
+            raise ValueError("objectives: SFT learns from answers and samples none: remove it, or the others")
         for name in ("num_generations", "num_iterations", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -200,6 +205,8 @@ class PolicyModule(L.LightningModule):
         self.rewards = RewardSum(functions, self.reward_weights)
         example = self.data.task.example("val", 0)
         self.rewards.check_columns(example)
+        if self.supervised is not None and "answer" not in example:
+            raise ValueError("SFT learns from the column answer, which the task's examples lack: choose another")
         length = self.max_completion_length or self.data.task.max_completion_length
         self.sampling = Sampling(
             max_completion_length=length, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -234,8 +241,11 @@ class PolicyModule(L.LightningModule):
         self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
 
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
-        """Sample, reward, and step."""
+        """Sample, reward, and step; or, supervised, step towards the answers."""
         self._started = True
+        if self.supervised is not None:
+            self.imitate(self.supervised, batch)
+            return
         rollout = self.roll_out(batch)
         if self.dynamic_sampling:
             self._waiting.append(self._with_signal(rollout))
@@ -306,6 +316,35 @@ class PolicyModule(L.LightningModule):
                 for name, value in {**measured, "loss": loss}.items():
                     logs[name].append(value.detach())
         self.log_dict({name: torch.stack(values).mean() for name, values in logs.items()})
+
+    def imitate(self, supervised: SFT, examples: list[Example]) -> None:
+        """Take the optimiser steps that the answers are good for: as many as a rollout of as many prompts."""
+        logs = []
+        for _ in range(self.num_iterations):
+            for rows in torch.arange(len(examples)).chunk(self.steps_per_generation):
+                if self.trainer.global_step >= self.trainer.max_steps:
+                    break
+                prompts, completions = self._answers([examples[row] for row in rows.tolist()])
+                logps, _ = completion_logps(self.model, prompts, completions, temperature=1.0)
+                loss = supervised.loss(logps, completions.mask)
+                self._step(loss)
+                logs.append(loss.detach())
+        self.log("loss", torch.stack(logs).mean(), prog_bar=True)
+
+    def _answers(self, examples: list[Example]) -> tuple[PromptBatch, Completions]:
+        """Prompts, and their answers as if they had been sampled."""
+        prompts = [self.data.prompt(example) for example in examples]
+        answers = [
+            [*self.data.answer_tokens(prompt.tokens, example), self.data.end_id]
+            for prompt, example in zip(prompts, examples, strict=True)
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(answer, device=self.device) for answer in answers], True, self.data.pad_id
+        )
+        lengths = torch.tensor([len(answer) for answer in answers], device=self.device)
+        mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        never = torch.zeros_like(lengths, dtype=torch.bool)
+        return self.prompt_batch(prompts), Completions(ids, mask, never, torch.zeros_like(ids, dtype=torch.float32))
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
@@ -468,23 +507,23 @@ class PolicyModule(L.LightningModule):
         return Rollout(prompts[:groups], completions, torch.cat([part.rewards for part in self._waiting])[:count])
 
     @torch.no_grad()
-    def validation_step(self, batch: list[Example], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
         """Reward and accuracy of the likeliest response to every held-out prompt; pass@1 of responses as in training.
 
-        The random numbers are the same in every validation.
+        The random numbers are the same in every validation. Callbacks get what was answered as the step's output.
         """
         prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         texts, rewards = self._reward(batch, self._answer(prompts, 1, greedy))
         self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
-        if "answer" not in batch[0]:
-            return
-        answers = [example["answer"] for example in batch]
-        self.log("val/accuracy", _share_right(texts, answers), batch_size=len(batch), prog_bar=True)
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        texts, _ = self._texts(self._answer(prompts, self.num_generations, self.sampling, generator))
-        repeated = [answer for answer in answers for _ in range(self.num_generations)]
-        self.log("val/pass@1", _share_right(texts, repeated), batch_size=len(batch))
+        sampled, _ = self._texts(self._answer(prompts, self.num_generations, self.sampling, generator))
+        answered = Answered(batch, texts, sampled)
+        if "answer" in batch[0]:
+            answered = answered.judged(self.data.task)
+            self.log("val/accuracy", _share(answered.greedy_right), batch_size=len(batch), prog_bar=True)
+            self.log("val/pass@1", _share(answered.sampled_right), batch_size=len(batch))
+        return answered
 
     def _answer(
         self, prompts: PromptBatch, times: int, sampling: Sampling, generator: torch.Generator | None = None
@@ -523,8 +562,8 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(found)
 
 
-def _share_right(texts: list[str], answers: list[str]) -> float:
-    return sum(text.rstrip() == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
+def _share(right: list[bool]) -> float:
+    return sum(right) / len(right)
 
 
 def _sampling_difference(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridmem.patches import embed_patches, embed_with_patches, patch_projection
+from hybridmem.patches import embed_patches, embed_with_patches, patch_projection, place_codes
 
 
 def embedding(hidden_size=96):
@@ -22,9 +22,27 @@ def test_the_projection_keeps_distances_and_is_always_the_same():
 
 def test_patches_are_about_as_long_as_tokens():
     module = embedding()
-    patches = embed_patches(torch.full((2, 9, 64), 0.5), module)
+    patches = embed_patches(torch.rand(2, 9, 64), module)
     tokens = module.weight.norm(dim=-1).mean()
-    torch.testing.assert_close(patches.norm(dim=-1), tokens.expand(2, 9), rtol=0.1, atol=0)
+    torch.testing.assert_close(patches.norm(dim=-1), tokens.expand(2, 9), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("patches", [1, 9, 10])
+def test_every_place_has_a_code_of_its_own(patches):
+    codes = place_codes(patches, 96)
+    assert codes.isfinite().all()
+    assert torch.pdist(codes).gt(0.1).all()
+
+
+def test_brightness_and_contrast_do_not_matter_but_the_place_does():
+    module, image = embedding(), torch.rand(1, 1, 64).expand(1, 4, 64)
+    patches = embed_patches(image, module)
+    torch.testing.assert_close(embed_patches(0.1 + 0.5 * image, module), patches, rtol=1e-3, atol=1e-5)
+    assert torch.pdist(patches[0]).gt(0.01).all()
+
+
+def test_a_blank_patch_is_its_place():
+    assert embed_patches(torch.zeros(1, 4, 64), embedding()).isfinite().all()
 
 
 def test_they_take_the_first_places_behind_the_padding():

@@ -1,5 +1,6 @@
 """Reinforcement learning from the command line: it learns, resumes exactly, and says what is wrong."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
+from hybridmem.data import TaskDataModule
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.policy import DAPO, GRPO, AttentionDistillation, AttentionRL
 from hybridmem.tasks.task import Split
@@ -109,6 +111,42 @@ def write_config(folder, model="ours", **changes):
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+SUPERVISED = {"class_path": "hybridmem.policy.SFT"}
+WATCHED = [
+    {"class_path": "hybridmem.training.AccuracyBy", "init_args": {"column": "answer"}},
+    {"class_path": "hybridmem.training.ComputeSpent"},
+]
+
+
+@pytest.mark.parametrize("objectives", [[SUPERVISED], [TOKENS]])
+def test_answers_and_rewards_train_on_the_same_terms(tmp_path, monkeypatch, objectives):
+    changes = {"trainer__max_steps": 60, "trainer__callbacks": WATCHED, "model__init_args__num_iterations": 1}
+    config = write_config(tmp_path, model__init_args__objectives=objectives, **changes)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    accuracy = logged(tmp_path, "val/accuracy")
+    assert logged(tmp_path, "val/accuracy_at/answer=a") == accuracy
+    assert logged(tmp_path, "val/pass@1_at/answer=a") == logged(tmp_path, "val/pass@1")
+    spent = json.loads((tmp_path / "run" / "compute.json").read_text())
+    assert spent["steps"] == spent["batches"] == 60
+    assert spent["flops"] > 0
+    if objectives == [SUPERVISED]:
+        assert accuracy[-1] == 1
+        assert spent["tokens"] == 60 * 2 * (4 + 2)  # two prompts of four letters, a letter and an end each
+
+
+def test_supervised_loss_is_that_of_pretraining(tmp_path, monkeypatch):
+    config = write_config(tmp_path, model__init_args__objectives=[SUPERVISED], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config, "--model.init_args.num_iterations", "1")
+    model = HybridMemForCausalLM.from_pretrained(tmp_path / "policy")
+    data = TaskDataModule(Letters(), batch_size=2)
+    data.setup()
+    rows = data.batch([data.task.example("train", index) for index in range(4)])
+    logits = model(rows["input_ids"]).logits
+    each = torch.nn.functional.cross_entropy(logits.mT, rows["shift_labels"], reduction="none").sum(1) / 2
+    loss = logged(tmp_path, "loss")[0]
+    assert any(abs((each[i] + each[j]).item() / 2 - loss) < 1e-5 for i in range(4) for j in range(4))
 
 
 @pytest.mark.parametrize("model", ["ours", "llama", "mac"])
