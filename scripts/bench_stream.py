@@ -10,12 +10,12 @@ as its first one.
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from bench_measure import resident_megabytes
 from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
@@ -27,12 +27,6 @@ SHAPE = dict(
     hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
     head_dim=32, attention_window=64, memory_heads=4, memory_head_dim=32, memory_chunk_size=32,
 )  # fmt: skip
-
-
-def resident_megabytes() -> float:
-    """The process's resident set."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def marks(tokens: int) -> list[int]:

@@ -4,7 +4,6 @@ python scripts/compare_runs.py runs/a runs/b --output curves.png
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,22 +11,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from hybridmem.training.logs import read_log
+
 AT_POSITION = "val/bits_per_byte_at/"
-
-
-def read_log(run: Path) -> dict[str, dict[int, float]]:
-    """Everything a run logged, by name and step, over all its starts."""
-    files = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
-    if not files:
-        raise SystemExit(f"error: {run} holds no csv/version_*/metrics.csv: is it the default_root_dir of a run?")
-    log: dict[str, dict[int, float]] = {}
-    for file in files:
-        with file.open() as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        log.setdefault(name, {})[int(row["step"])] = float(value)
-    return log
 
 
 def last(values: dict[int, float]) -> float:
@@ -95,7 +81,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write")
     arguments = parser.parse_args()
     by_name = len({run.name for run in arguments.runs}) == len(arguments.runs)
-    logs = {run.name if by_name else str(run): read_log(run) for run in arguments.runs}
+    try:
+        logs = {run.name if by_name else str(run): read_log(run) for run in arguments.runs}
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
     print_table(logs)
     draw(logs, arguments.output)
 

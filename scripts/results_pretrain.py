@@ -10,9 +10,7 @@ stopped goes on where it was; one that is finished is not run again.
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -22,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_runs import AT_POSITION, last, loss_by_position, read_log
+from compare_runs import AT_POSITION, last, loss_by_position
+
+from hybridmem.metrics import mean_interval
+from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/results")
 STEPS, LONGER = 300, 600
 SEEDS = (0, 1, 2)
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile for n runs
 CONV = {"attention_conv": True}
 
 
@@ -177,10 +177,8 @@ def time_steps(rounds: int = 6) -> None:
 
 def interval(values: list[float], digits: int = 3) -> str:
     """Mean and half of the 95 % confidence interval."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def collect() -> dict[str, Any]:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare_runs import read_log
 from results_pretrain import interval
+
+from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/results_rl")
 SEEDS = (0, 1, 2)

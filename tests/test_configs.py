@@ -14,7 +14,8 @@ from .hybridmem.training.runs import hybridmem, write_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-COMPLETE = [path for path in CONFIGS if path.parent.name != "overlays"]
+GRIDS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare")]
 PRETRAINING = [path for path in COMPLETE if path.parent.name != "rl"]
 WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
 VISION = ROOT / "configs" / "rl" / "visual_search_qwen.yaml"
@@ -47,6 +48,13 @@ def test_parses(path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", path, "--print_config")
     assert stopped.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_grids_parse(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    hybridmem(monkeypatch, "compare", "--config", path, "--output", tmp_path, "--list_runs", "true")
+    assert "warm-up seed 0" in capsys.readouterr().out
 
 
 def tiny_run(path: Path, folder: Path) -> list[str]:

@@ -66,8 +66,8 @@ def commands() -> list[list[str]]:
 def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     subcommand, options = command[1], command[2:]
-    if subcommand in ("export", "generate"):
-        monkeypatch.setattr("hybridmem.training.cli.COMMANDS", {subcommand: lambda **_: None})
+    if subcommand in ("export", "generate", "subnetwork", "report"):
+        monkeypatch.setattr("hybridmem.cli.COMMANDS", {subcommand: lambda **_: None})
         with pytest.raises(SystemExit) as stopped:
             hybridmem(monkeypatch, subcommand, "--help")
         assert stopped.value.code == 0

@@ -1,5 +1,6 @@
 """How differently the responses to one prompt look back."""
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -41,3 +42,48 @@ class AttentionDiversity(Metric):
     def compute(self) -> Float[Tensor, ""]:
         """The mean over pairs and queries; nan if no pair counted."""
         return self.divergence / self.pairs
+
+
+class DistinctPatterns(Metric):
+    """How many ways of looking back a prompt's responses have: the clusters of their attention, averaged over prompts.
+
+    Two responses are of one cluster if their mean JSD over the tokens of both is at most `threshold`, or if a chain of
+    such pairs joins them (single linkage). 1 is a prompt whose responses all look alike.
+
+    Args:
+        threshold: in nats, below ln 2.
+
+    Raises:
+        ValueError: a threshold that joins none or all.
+    """
+
+    full_state_update = False
+    clusters: Tensor
+    prompts: Tensor
+
+    def __init__(self, threshold: float = 0.1, **kwargs: Any):
+        super().__init__(**kwargs)
+        if not 0 <= threshold < math.log(2):
+            raise ValueError(f"threshold={threshold} must be at least 0 and below ln 2, the JSD of disjoint attention")
+        self.threshold = threshold
+        self.add_state("clusters", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self, attention: Float[Tensor, "responses queries keys"], mask: Bool[Tensor, "responses queries"]
+    ) -> None:
+        """Add one prompt's responses; a pair is compared at the queries that `mask` gives to both."""
+        attention = attention.double()
+        joined = torch.eye(len(attention), dtype=torch.float64, device=attention.device)
+        for a, b in combinations(range(len(attention)), 2):
+            both = mask[a] & mask[b]
+            if both.any() and jensen_shannon(attention[a], attention[b])[both].mean() <= self.threshold:
+                joined[a, b] = joined[b, a] = 1
+        for _ in range(len(attention)):  # pairs become chains
+            joined = (joined @ joined).clamp(max=1)
+        self.clusters += (1 / joined.sum(1)).sum()  # each response counts as its share of its cluster
+        self.prompts += 1
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The mean number of clusters; nan before any prompt."""
+        return self.clusters / self.prompts

@@ -1,12 +1,17 @@
 """Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
 
 from .attention_rl import AttentionRL
+from .critics import EndpointCritic, GroundTruthCritic, IndicativeCritic
+from .critique import CritiqueGRPO, CritiqueGRPOReleased
 from .distillation import AttentionDistillation
 from .objectives import CISPO, DAPO, GRPO, GSPO, SFT, DrGRPO, TokenObjective, group_advantages, groups_with_signal
+from .ranking import RankingReward
 from .recorder import AttentionRecorder
+from .retrievers import BM25, HTTPRetriever
 from .rewards import FormatReward, OverlongPenalty, Rewards, RewardSum, check_columns
 
 __all__ = [
+    "BM25",
     "CISPO",
     "DAPO",
     "GRPO",
@@ -15,9 +20,16 @@ __all__ = [
     "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",
+    "CritiqueGRPO",
+    "CritiqueGRPOReleased",
     "DrGRPO",
+    "EndpointCritic",
     "FormatReward",
+    "GroundTruthCritic",
+    "HTTPRetriever",
+    "IndicativeCritic",
     "OverlongPenalty",
+    "RankingReward",
     "RewardSum",
     "Rewards",
     "TokenObjective",

@@ -78,6 +78,7 @@ class TokenObjective(ABC):
         ref_logps: Float[Tensor, "responses length"] | None = None,
         num_items: int | float | Shaped[Tensor, ""] | None = None,
         max_completion_length: int | None = None,
+        **inputs: Tensor,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss of some responses, to be averaged over accumulation steps and processes, and its metrics.
 
@@ -90,6 +91,7 @@ class TokenObjective(ABC):
             num_items: for `dapo`: tokens that carry loss in the generation batch, of all processes, divided by the
                 number of calls that the batch is split into.
             max_completion_length: for `dr_grpo`: the most tokens that a response can have.
+            inputs: what else an algorithm's `policy_loss` takes.
 
         Returns:
             The loss, and metrics under TRL's names: `clip_ratio/low_mean`, `clip_ratio/high_mean` and
@@ -103,7 +105,7 @@ class TokenObjective(ABC):
             raise ValueError(f"beta={self.beta} holds the policy to a reference model: pass ref_logps, or set beta=0")
         logps, old_logps = logps.masked_fill(~mask, 0), old_logps.masked_fill(~mask, 0)
         ratio = importance_ratio(logps, old_logps, mask, self.importance_sampling_level)
-        token_loss, clipped = self.policy_loss(ratio, logps, advantages[:, None])
+        token_loss, clipped = self.policy_loss(ratio, logps, advantages[:, None], **inputs)
         metrics = {name: _mean(where.to(logps), mask) for name, where in clipped.items()}
         if ref_logps is not None:
             kl = kl_estimate(logps, ref_logps.masked_fill(~mask, 0))

@@ -101,9 +101,14 @@ class RewardSum:
         return Rewards((per_function * torch.tensor(self.reward_weights)).nansum(1), per_function)
 
     def metrics(self, rewards: Rewards) -> dict[str, Float[Tensor, ""]]:
-        """Means and deviations under TRL's names; what no sample, or for a deviation only one, has is left out."""
+        """Means and deviations under TRL's names; what no sample, or for a deviation only one, has is left out.
+
+        Beside them `rewards/NAME/failures`, of functions that count in `failures` how often they could not tell.
+        """
         means_and_stds = _mean_and_std("reward", "reward_std", rewards.total)
-        for name, column in zip(self.names, rewards.per_function.T, strict=True):
+        for function, name, column in zip(self.reward_funcs, self.names, rewards.per_function.T, strict=True):
+            if hasattr(function, "failures"):
+                means_and_stds[f"rewards/{name}/failures"] = torch.tensor(float(function.failures))
             means_and_stds |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", column[~column.isnan()])
         return means_and_stds
 

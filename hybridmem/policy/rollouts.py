@@ -52,9 +52,9 @@ class PromptBatch(NamedTuple):
     image_grid_thw: Int[Tensor, "prompts 3"] | None = None  # of a vision model; None: patches replace the first tokens
     position_ids: Int[Tensor, "axes prompts time"] | None = None  # of a vision model
 
-    def repeat(self, times: int) -> "PromptBatch":
-        """Each prompt `times` times, copies next to one another."""
-        return self._map(lambda x, rows: x.repeat_interleave(times, dim=rows))
+    def repeat(self, times: int | Int[Tensor, " prompts"]) -> "PromptBatch":
+        """Each prompt `times` times, or as often as its own number, copies next to one another."""
+        return self._map(lambda x, rows: x.repeat_interleave(torch.as_tensor(times, device=x.device), dim=rows))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "PromptBatch":
         """Some of the prompts."""
@@ -103,6 +103,23 @@ class Completions(NamedTuple):
     mask: Bool[Tensor, "responses length"]  # which are tokens of the response
     truncated: Bool[Tensor, " responses"]  # cut off before an end of text
     sampled_logps: Float[Tensor, "responses length"]  # without top_k, top_p and min_p; 0 off the mask
+
+
+def concatenate(parts: list[Completions], pad_id: int) -> Completions:
+    """Responses of several rollouts as one, as long as the longest."""
+    longest = max(part.ids.shape[1] for part in parts)
+    longer = []
+    for part in parts:
+        missing = (0, longest - part.ids.shape[1])
+        longer.append(
+            Completions(
+                torch.nn.functional.pad(part.ids, missing, value=pad_id),
+                torch.nn.functional.pad(part.mask, missing),
+                part.truncated,
+                torch.nn.functional.pad(part.sampled_logps, missing),
+            )
+        )
+    return Completions(*(torch.cat(column) for column in zip(*longer, strict=True)))
 
 
 def pad_prompts(

@@ -2,8 +2,11 @@
 
 from .identifier import Identifier
 from .needle import NeedleRows
+from .product_search import ProductSearch
+from .query import Query
 from .recall import Recall
 from .task import Task
+from .two_formats import TwoFormats
 from .visual_search import VisualSearch
 
-__all__ = ["Identifier", "NeedleRows", "Recall", "Task", "VisualSearch"]
+__all__ = ["Identifier", "NeedleRows", "ProductSearch", "Query", "Recall", "Task", "TwoFormats", "VisualSearch"]

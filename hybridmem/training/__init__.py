@@ -1,4 +1,4 @@
-"""Lightning modules, callbacks and the command line."""
+"""Lightning modules and callbacks."""
 
 from .accuracy_by import AccuracyBy
 from .attention_drift import AttentionDrift
@@ -6,11 +6,14 @@ from .attention_maps import AttentionMaps
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
 from .collapse import CollapseGuard
 from .compute_spent import ComputeSpent
+from .format_watch import FormatWatch
 from .optimizers import MatrixOptimizer, decay_groups
 from .policy import PolicyModule
 from .pretrain import PretrainModule
+from .ranking_scores import RankingScores
 from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
+from .subnetwork import SubnetworkMask
 
 __all__ = [
     "AccuracyBy",
@@ -19,12 +22,15 @@ __all__ = [
     "CollapseGuard",
     "CompletionTable",
     "ComputeSpent",
+    "FormatWatch",
     "GracefulStop",
     "MatrixOptimizer",
     "MemoryMonitor",
     "PolicyModule",
     "PretrainModule",
     "RandomState",
+    "RankingScores",
+    "SubnetworkMask",
     "WarmupCosine",
     "WarmupStableDecay",
     "decay_groups",

@@ -1,6 +1,7 @@
 """Pictures of where a policy looks while it answers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 from jaxtyping import Float
@@ -19,12 +20,13 @@ Map = Float[Tensor, "queries keys"]
 
 
 class AttentionMaps(L.Callback):
-    """Draws, in TensorBoard, the attention to earlier tokens with which the policy answers one held-out prompt.
+    """Draws the attention to earlier tokens with which the policy answers one held-out prompt.
+
+    As attention_maps/layer_N_step_M.png in trainer.default_root_dir, and in TensorBoard where that is a logger.
 
     The answer is the greedy one. Rows are its tokens, columns all tokens, image patches by number; attention is the
     head average, below it memory-implied attention where the layer has a memory of depth 1. The first picture is from
     before training.
-    Loggers without pictures are skipped.
 
     Args:
         every_n_steps: optimiser steps between two pictures.
@@ -57,9 +59,11 @@ class AttentionMaps(L.Callback):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards:
+        if not trainer.is_global_zero:
             return
+        folder = Path(trainer.default_root_dir) / "attention_maps"
+        folder.mkdir(parents=True, exist_ok=True)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         example = module.data.task.example("val", self.example)
         greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
         answers = record_answers(module, example, 1, greedy, self.layers)
@@ -68,6 +72,7 @@ class AttentionMaps(L.Callback):
         labels += [token_label(module.data.tokenizer.decode([token])) for token in answers.ids[0, patches:].tolist()]
         for number, record in answers.records.items():
             figure = draw(attention_maps(record, answers.completions.ids.shape[1]), labels)
+            figure.savefig(folder / f"layer_{number}_step_{trainer.global_step}.png")
             for board in boards:
                 board.experiment.add_figure(f"attention_maps/layer_{number}", figure, trainer.global_step)
 

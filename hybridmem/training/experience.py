@@ -21,6 +21,8 @@ class Rollout:
     completions: Completions
     rewards: Float[Tensor, " responses"]
     noise: Noise | None = None  # that the responses were sampled under
+    sizes: Int[Tensor, " groups"] | None = None  # responses of each group; None: num_generations
+    refined: Bool[Tensor, " responses"] | None = None  # answers to a critique, sampled behind another prompt
 
 
 class Scores(NamedTuple):
@@ -79,6 +81,14 @@ class Experience:
     old: Scores | None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
     ref_logps: Float[Tensor, "responses length"] | None
     noise: Noise | None
+    refined: Bool[Tensor, " responses"] | None = None
+
+    def sampled(self) -> Completions:
+        """The responses, without the tokens of those that were sampled behind another prompt."""
+        completions = self.completions
+        if self.refined is None:
+            return completions
+        return completions._replace(mask=completions.mask & ~self.refined[:, None])
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Experience":
         """That of some responses."""
@@ -91,4 +101,5 @@ class Experience:
             None if self.old is None else self.old.select(rows),
             None if self.ref_logps is None else self.ref_logps[rows],
             None if self.noise is None else {n: eps[rows] for n, eps in self.noise.items()},
+            None if self.refined is None else self.refined[rows],
         )

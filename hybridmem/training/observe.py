@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import ShortRangeAttention
 from ..memory import NeuralMemory
-from ..metrics import entropy
+from ..metrics import entropy, retention_half_life
 from ..modeling import HybridMemForCausalLM
 from ..variants import GateMixer
 
@@ -61,8 +61,8 @@ def observe(
             hook.remove()
     means = {name: torch.stack([v.mean() for v in values]).mean().item() for name, values in seen.items()}
     if "memory/alpha" in seen:
-        kept = torch.cat([torch.log1p(-alpha).mean((0, 2)) for alpha in seen["memory/alpha"]])
-        means["memory/half_life"] = (torch.tensor(0.5).log() / kept.clamp(max=-1e-9)).median().item()
+        half_lives = torch.cat([retention_half_life(alpha) for alpha in seen["memory/alpha"]])
+        means["memory/half_life"] = half_lives.median().item()
     return means
 
 

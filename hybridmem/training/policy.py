@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Prompt
 from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
+from ..policy.critique import CritiqueGRPO
 from ..policy.distillation import AttentionDistillation, Observation, observed
 from ..policy.exploration import Noise, cut_noise, draw_noise, explored
 from ..policy.objectives import SFT, TokenObjective, group_advantages, groups_with_signal
@@ -27,6 +28,7 @@ from ..policy.rollouts import (
     PromptBatch,
     Sampling,
     completion_logps,
+    concatenate,
     evaluating,
     pad_prompts,
     sample,
@@ -36,6 +38,7 @@ from .checkpoints import load_policy, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
+from .refinement import with_refinements
 from .schedules import WarmupCosine
 
 Example = dict[str, Any]
@@ -142,6 +145,11 @@ class PolicyModule(L.LightningModule):
             )
         if attention.exploration and self.dynamic_sampling:
             raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+        if attention.exploration and isinstance(self.token_objective, CritiqueGRPO):
+            raise ValueError(
+                "exploration does not go with CritiqueGRPO, whose refinements are sampled without it: set exploration "
+                "to 0, or take DrGRPO"
+            )
 
     @property
     def learns_by_reward(self) -> bool:
@@ -279,7 +287,7 @@ class PolicyModule(L.LightningModule):
             )  # fmt: skip
         noise = noise and cut_noise(noise, prompts.input_ids.shape[1] + completions.ids.shape[1])
         repeated = [example for example in examples for _ in range(self.num_generations)]
-        texts, rewards = self._reward(repeated, completions)
+        texts, rewards = self.reward(repeated, completions)
         lengths = completions.mask.sum(1).float()
         if self.num_generations > 1:
             signal = groups_with_signal(rewards.total, self.num_generations)
@@ -293,7 +301,10 @@ class PolicyModule(L.LightningModule):
         )
         self.log("reward", rewards.total.mean(), prog_bar=True)
         self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
-        return Rollout(asked, completions, rewards.total, noise)
+        rollout = Rollout(asked, completions, rewards.total, noise)
+        if isinstance(self.token_objective, CritiqueGRPO):
+            return with_refinements(self, self.token_objective, examples, texts, rollout)
+        return rollout
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps that a rollout is good for."""
@@ -305,13 +316,13 @@ class PolicyModule(L.LightningModule):
                     break
                 part = experience.select(rows)
                 with self._observing() as seen:
-                    scores = self._score(part.prompts, part.completions, self._readers(len(rows)))
+                    scores = self._score(part.prompts, part.completions, self._readers(len(rows), part.refined))
                 old = scores.detach() if part.old is None else part.old
                 if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
                     experience.old = old
                 loss, measured = self._loss(part, scores, old, seen)
                 if not logs:
-                    measured |= _sampling_difference(part.completions, scores.logps)
+                    measured |= _sampling_difference(part.sampled(), scores.logps)
                 self._step(loss)
                 for name, value in {**measured, "loss": loss}.items():
                     logs[name].append(value.detach())
@@ -348,22 +359,28 @@ class PolicyModule(L.LightningModule):
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
-        prompts = self.prompt_batch(rollout.prompts).repeat(self.num_generations)
+        times = self.num_generations if rollout.sizes is None else rollout.sizes
+        prompts = self.prompt_batch(rollout.prompts).repeat(times)
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
-        advantages, mask, old = self._advantages(rollout.rewards), completions.mask, None
+        refined = None if rollout.refined is None else rollout.refined.to(self.device)
+        readers = self._readers(len(completions.ids), refined)
+        advantages, mask, old = self._advantages(rollout), completions.mask, None
         if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
-            old = self._score_rollout(prompts, completions, rollout.noise)
+            old = self._score_rollout(prompts, completions, rollout.noise, readers)
         if self.token_objective is not None:
             mask = self.token_objective.loss_mask(mask, completions.truncated)
         return Experience(
             prompts, completions, advantages, mask, mask.sum() / self.steps_per_generation, old,
-            self._reference_logps(prompts, completions), rollout.noise,
+            self._reference_logps(prompts, completions, readers), rollout.noise, refined,
         )  # fmt: skip
 
-    def _advantages(self, rewards: Float[Tensor, " responses"]) -> Float[Tensor, " responses"]:
+    def _advantages(self, rollout: Rollout) -> Float[Tensor, " responses"]:
         """Those of the groups; zeros for distillation alone, which needs neither groups nor rewards."""
+        rewards = rollout.rewards
         if not self.learns_by_reward:
             return torch.zeros_like(rewards, device=self.device)
+        if rollout.sizes is not None and isinstance(self.token_objective, CritiqueGRPO):
+            return self.token_objective.advantages(rewards, rollout.sizes.tolist()).to(self.device)
         scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
         return group_advantages(rewards, self.num_generations, scale).to(self.device)
 
@@ -383,9 +400,10 @@ class PolicyModule(L.LightningModule):
     ) -> Iterator[tuple[str, Float[Tensor, ""], dict[str, Tensor]]]:
         """What stands before an objective's metrics in the log, its loss, and its metrics."""
         if self.token_objective is not None:
+            shaped = {} if part.refined is None else {"refined": part.refined}
             loss, metrics = self.token_objective.loss(
                 scores.logps, old.logps, part.advantages, part.mask, ref_logps=part.ref_logps,
-                num_items=part.num_items, max_completion_length=self.sampling.max_completion_length,
+                num_items=part.num_items, max_completion_length=self.sampling.max_completion_length, **shaped,
             )  # fmt: skip
             yield "", loss, metrics
         if self.attention_rl is not None:
@@ -419,20 +437,22 @@ class PolicyModule(L.LightningModule):
             logps, entropy = completion_logps(self.model, prompts, completions, self.temperature, readers)
             return Scores(logps, entropy, recorder.records)
 
-    def _readers(self, responses: int) -> int:
+    def _readers(self, responses: int, refined: Tensor | None) -> int:
         """How many responses share one reading of their prompt.
 
-        One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, and where
-        a step holds parts of groups.
+        One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, where
+        refinements make groups unequal, and where a step holds parts of groups.
         """
-        shared = not self._records_prompts and not self.model.is_activation_checkpointing
+        shared = not self._records_prompts and not self.model.is_activation_checkpointing and refined is None
         return self.num_generations if shared and responses % self.num_generations == 0 else 1
 
     @torch.no_grad()
-    def _score_rollout(self, prompts: PromptBatch, completions: Completions, noise: Noise | None) -> Scores:
+    def _score_rollout(
+        self, prompts: PromptBatch, completions: Completions, noise: Noise | None, readers: int
+    ) -> Scores:
         """The same under the policy that sampled, its exploration included."""
         if noise is None or self.attention_rl is None:
-            return self._score(prompts, completions, self._readers(len(completions.ids)))
+            return self._score(prompts, completions, readers)
         with explored(self.model, self.attention_rl.target, noise):
             return self._score(prompts, completions, 1)  # responses read differently
 
@@ -451,10 +471,9 @@ class PolicyModule(L.LightningModule):
         return seen[0]
 
     @torch.no_grad()
-    def _reference_logps(self, prompts: PromptBatch, completions: Completions) -> Tensor | None:
+    def _reference_logps(self, prompts: PromptBatch, completions: Completions, readers: int) -> Tensor | None:
         if self.token_objective is None or not self.token_objective.beta:
             return None
-        readers = self._readers(len(completions.ids))
         if self.lora is not None:
             with self.model.disable_adapter():
                 return completion_logps(self.model, prompts, completions, self.temperature, readers)[0]
@@ -468,7 +487,7 @@ class PolicyModule(L.LightningModule):
         batch = pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, images, grids)
         return batch if grids is None else batch._replace(position_ids=vision_positions(self.model, batch))
 
-    def _reward(self, examples: list[Example], completions: Completions) -> tuple[list[str], Rewards]:
+    def reward(self, examples: list[Example], completions: Completions) -> tuple[list[str], Rewards]:
         """The texts of responses, one to each example, and what they earn."""
         texts, ids = self._texts(completions)
         columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
@@ -492,17 +511,7 @@ class PolicyModule(L.LightningModule):
         """The first `groups` waiting ones as one rollout."""
         count = groups * self.num_generations
         parts = [part.completions for part in self._waiting]
-        length = max(part.ids.shape[1] for part in parts)
-        longer = [
-            Completions(
-                torch.nn.functional.pad(part.ids, (0, length - part.ids.shape[1]), value=self.data.pad_id),
-                torch.nn.functional.pad(part.mask, (0, length - part.mask.shape[1])),
-                part.truncated,
-                torch.nn.functional.pad(part.sampled_logps, (0, length - part.sampled_logps.shape[1])),
-            )
-            for part in parts
-        ]
-        completions = Completions(*(torch.cat(column)[:count] for column in zip(*longer, strict=True)))
+        completions = Completions(*(x[:count] for x in concatenate(parts, self.data.pad_id)))
         prompts = [prompt for part in self._waiting for prompt in part.prompts]
         return Rollout(prompts[:groups], completions, torch.cat([part.rewards for part in self._waiting])[:count])
 
@@ -514,10 +523,10 @@ class PolicyModule(L.LightningModule):
         """
         prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
-        texts, rewards = self._reward(batch, self._answer(prompts, 1, greedy))
+        texts, rewards = self.reward(batch, self.answer(prompts, 1, greedy))
         self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        sampled, _ = self._texts(self._answer(prompts, self.num_generations, self.sampling, generator))
+        sampled, _ = self._texts(self.answer(prompts, self.num_generations, self.sampling, generator))
         answered = Answered(batch, texts, sampled)
         if "answer" in batch[0]:
             answered = answered.judged(self.data.task)
@@ -525,7 +534,7 @@ class PolicyModule(L.LightningModule):
             self.log("val/pass@1", _share(answered.sampled_right), batch_size=len(batch))
         return answered
 
-    def _answer(
+    def answer(
         self, prompts: PromptBatch, times: int, sampling: Sampling, generator: torch.Generator | None = None
     ) -> Completions:
         """Responses of the policy as it is, without exploration."""
@@ -572,7 +581,7 @@ def _sampling_difference(
     """How far log-probabilities are from those that were sampled with, under TRL's names."""
     difference = ((logps - completions.sampled_logps).abs() * completions.mask).detach()
     return {
-        "sampling/sampling_logp_difference/mean": difference.sum() / completions.mask.sum(),
+        "sampling/sampling_logp_difference/mean": difference.sum() / completions.mask.sum().clamp(min=1),
         "sampling/sampling_logp_difference/max": difference.max(),
     }
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hybridmem.metrics import AttentionDiversity, jensen_shannon
+from hybridmem.metrics import AttentionDiversity, DistinctPatterns, jensen_shannon
 
 
 def test_divergence_of_known_distributions():
@@ -36,3 +36,44 @@ def test_a_query_counts_where_both_responses_have_it():
     metric.reset()
     metric.update(attention, torch.tensor([[False, True], [True, False]]))
     assert math.isnan(metric.compute().item())
+
+
+def rows(*places, keys=4):
+    """Responses of one query, each attending to one key."""
+    return torch.eye(keys)[list(places)][:, None]
+
+
+def seen(responses):
+    return torch.ones(responses, 1, dtype=torch.bool)
+
+
+def test_clusters_are_counted():
+    metric = DistinctPatterns()
+    metric.update(rows(0, 0, 1, 0, 2), seen(5))
+    assert metric.compute().item() == pytest.approx(3)
+    metric.update(rows(3, 3), seen(2))
+    assert metric.compute().item() == pytest.approx((3 + 1) / 2)
+
+
+def test_a_chain_of_likes_is_one_cluster():
+    """Each response is like the next one, and the first is not like the last."""
+    shares = torch.linspace(0, 1, 7)
+    attention = torch.stack((shares, 1 - shares), dim=-1)[:, None]
+    steps = jensen_shannon(attention[:-1, 0], attention[1:, 0])
+    assert steps.max() < 0.1 < jensen_shannon(attention[0, 0], attention[-1, 0])
+    chained, parted = DistinctPatterns(0.1), DistinctPatterns(steps.min().item() / 2)
+    for metric in (chained, parted):
+        metric.update(attention, seen(7))
+    assert chained.compute().item() == pytest.approx(1)
+    assert parted.compute().item() == pytest.approx(7)
+
+
+def test_responses_that_have_no_query_in_common_are_not_alike():
+    metric = DistinctPatterns()
+    metric.update(rows(0, 0).repeat(1, 2, 1), torch.tensor([[True, False], [False, True]]))
+    assert metric.compute().item() == 2
+
+
+def test_a_threshold_joins_some():
+    with pytest.raises(ValueError, match=r"threshold=0\.7 must be at least 0 and below ln 2"):
+        DistinctPatterns(0.7)

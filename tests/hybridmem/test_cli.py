@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data.helpers import byte_level_bpe
-from .runs import hybridmem, logged, weights, write_config
+from .data.helpers import byte_level_bpe
+from .training.runs import hybridmem, logged, weights, write_config
 
 PROGRAM = str(Path(sys.executable).with_name("hybridmem"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -106,7 +106,7 @@ def test_two_sharded_processes_train_and_export(tmp_path):
 
 def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     config = write_config(tmp_path, trainer__max_steps=100_000, trainer__val_check_interval=100_000)
-    arguments = [sys.executable, "-c", "from hybridmem.training.cli import main; main()", "fit", "--config", config]
+    arguments = [sys.executable, "-c", "from hybridmem.cli import main; main()", "fit", "--config", config]
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,

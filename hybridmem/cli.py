@@ -14,16 +14,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from .allocator import keep_freed_memory
-from .callbacks import GracefulStop, RandomState
-from .checkpoints import check_same_model, export, load_checkpoint
-from .errors import CommandParser, SettingsError, TrainingParser, settings_errors
-from .generate import generate
-from .policy import PolicyModule
-from .pretrain import PretrainModule
+from .compare import compare, report
+from .training.allocator import keep_freed_memory
+from .training.callbacks import GracefulStop, RandomState
+from .training.checkpoints import check_same_model, export, load_checkpoint
+from .training.errors import CommandParser, SettingsError, TrainingParser, settings_errors
+from .training.generate import generate
+from .training.policy import PolicyModule
+from .training.pretrain import PretrainModule
+from .training.subnetwork_command import named_folders, subnetwork
 
 Trained = PretrainModule | PolicyModule
-COMMANDS = {"export": export, "generate": generate}
+COMMANDS = {
+    "export": export,
+    "generate": generate,
+    "subnetwork": subnetwork,
+    "compare": compare,
+    "report": report,
+}
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
@@ -33,6 +41,9 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   predict    bits that each held-out token takes
   export     a checkpoint as a Hugging Face folder
   generate   text from an exported folder
+  subnetwork which weights training changed, of two or three exported folders
+  compare    a grid of architectures and controls, from warm-ups to a report
+  report     a grid's report again
 
 hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
 """
@@ -89,7 +100,7 @@ class HybridMemCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         if subcommand == "fit":
             self.model.check_schedule(self.trainer.max_steps)
-        elif not path:
+        elif not path and not isinstance(self.model, PolicyModule):  # whose setting `model` names weights
             raise ValueError(f"hybridmem {subcommand} needs --ckpt_path, a checkpoint of hybridmem fit")
         if subcommand == "test":
             self.datamodule.test_dataloader()  # needles that do not fit are found now
@@ -127,7 +138,9 @@ def main() -> None:
     try:
         if arguments[0] in COMMANDS:
             with settings_errors():
-                auto_cli(COMMANDS, as_positional=False, parser_class=CommandParser)
+                if arguments[0] == "subnetwork":
+                    arguments = named_folders(arguments)
+                auto_cli(COMMANDS, args=arguments, as_positional=False, parser_class=CommandParser)
         elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
             commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
             raise SettingsError(f"there is no command {arguments[0]!r}; choose one of {commands}")

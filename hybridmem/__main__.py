@@ -1,0 +1,5 @@
+"""`python -m hybridmem` is the command `hybridmem`."""
+
+from .cli import main
+
+main()

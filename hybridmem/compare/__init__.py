@@ -1,0 +1,6 @@
+"""Architecture against reward: the grid, its runs, its report."""
+
+from .commands import compare, report
+from .grid import CONTROLS, Comparison
+
+__all__ = ["CONTROLS", "Comparison", "compare", "report"]

@@ -1,0 +1,75 @@
+"""The answer in two sentences: what the architecture gives, and what reward on attention adds."""
+
+from typing import Any
+
+from ..metrics import mean_interval
+from .grid import START
+from .results import paired
+
+Cells = list[dict[str, Any]]
+
+
+def answer(task: dict[str, Any]) -> list[str]:
+    """Two sentences about a task of results.json, each with its figure and interval, or a word on what is missing."""
+    cells = [cell for cell in task["cells"] if cell["status"] == "finished"]
+    trained = [row for row in task["summary"] if "accuracy" in row and row["label"] != START]
+    if not trained:
+        return ["No cell is finished yet."]
+    best = max(trained, key=lambda row: row["accuracy"]["mean"])
+    return [_architecture(cells, trained, best), _attention(cells, best["architecture"])]
+
+
+def difference(values: list[float]) -> str:
+    """Percentage points between two cells over seeds, and whether the seeds tell it from none."""
+    mean, half = mean_interval([100 * value for value in values])
+    if half is None:
+        return f"{mean:+.1f} points (one seed, so no interval)"
+    verdict = "" if abs(mean) > half else ", which the seeds do not tell from no difference"
+    return f"{mean:+.1f} ± {half:.1f} points over {len(values)} seeds{verdict}"
+
+
+def percent(interval: dict[str, Any] | None, signed: bool = False) -> str:
+    """A share with its interval, in percent."""
+    if interval is None:
+        return ""
+    mean = f"{100 * interval['mean']:{'+' if signed else ''}.1f}"
+    return mean if interval["half"] is None else f"{mean} ± {100 * interval['half']:.1f}"
+
+
+def _architecture(cells: Cells, trained: Cells, best: dict[str, Any]) -> str:
+    text = f"Best is {best['architecture']} with {best['label']}: {percent(best['accuracy'])} % right"
+    rivals = [row for row in trained if row["architecture"] != best["architecture"]]
+    if not rivals:
+        return text + "."
+    rival = max(rivals, key=lambda row: row["accuracy"]["mean"])
+    ahead = paired(_of(cells, rival["architecture"], rival["label"]), _of(cells, best["architecture"], best["label"]))
+    if not ahead:
+        return text + f"; {rival['architecture']} has no seed in common with it."
+    return text + (
+        f"; the best other architecture is {rival['architecture']} with {rival['label']} ({percent(rival['accuracy'])} "
+        f"%): {difference(ahead)}."
+    )
+
+
+def _attention(cells: Cells, architecture: str) -> str:
+    """What AttentionRL adds to the same objectives without it; the best of its targets is looked at."""
+    parts = [
+        ("token + attention", "token", "reward on attention beside reward on tokens"),
+        ("attention", START, "reward on attention alone"),
+    ]
+    found = []
+    for with_attention, without, name in parts:
+        candidates = {c["label"] for c in cells if c["control"] == with_attention and c["architecture"] == architecture}
+        gains = [paired(_of(cells, architecture, without), _of(cells, architecture, label)) for label in candidates]
+        gains = [gain for gain in gains if gain]
+        if gains:
+            best = max(gains, key=lambda gain: sum(gain) / len(gain))
+            of = "" if len(gains) == 1 else f" (the best of {len(gains)} targets)"
+            found.append(f"{name}{of} changes accuracy by {difference(best)}")
+    if not found:
+        return f"What reward on attention adds to {architecture} was not run to its end."
+    return f"On {architecture}, " + "; ".join(found) + "."
+
+
+def _of(cells: Cells, architecture: str, label: str) -> Cells:
+    return [cell for cell in cells if (cell["architecture"], cell["label"]) == (architecture, label)]

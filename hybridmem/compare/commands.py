@@ -1,0 +1,125 @@
+"""`hybridmem compare` and `hybridmem report`: a grid from its configuration to its report."""
+
+import json
+import shlex
+import sys
+from collections import UserDict, UserList
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..training.logs import read_log
+from .answer import answer
+from .changes import add_changes
+from .grid import START, Comparison, Run, check_grid, plan
+from .report import write_report
+from .results import ACCURACY, collect
+from .runs import Status, check_settings, execute_all, reason, status
+
+RESULTS = "results.json"
+
+
+def compare(
+    tasks: dict[str, Comparison],
+    output: Path = Path("runs/compare"),
+    parallel: int | None = None,
+    only: int | None = None,
+    list_runs: bool = False,
+) -> None:
+    """Run a grid of architectures × controls × targets × seeds, and write its report.
+
+    What is finished is not run again, what failed or was interrupted is. Ctrl-C lets the running cells save.
+
+    Args:
+        tasks: each task's part of the grid, by name.
+        output: the folder of all runs, of results.json and report.html.
+        parallel: runs at a time, one thread each; as many as GPUs, or else cores, if not given.
+        only: make the run of this number alone, for job arrays; see list_runs. The report is written by a call without.
+        list_runs: print the runs with their numbers, and how they stand, and do nothing.
+    """
+    if parallel is not None and parallel < 1:
+        raise ValueError(f"parallel={parallel} must be at least 1")
+    check_grid(tasks)
+    warm_ups, cells = plan(tasks)
+    runs = [*warm_ups, *cells]
+    if list_runs:
+        print("\n".join(f"{number:4} {status(output / run.folder):8} {run}" for number, run in enumerate(runs)))
+        return
+    if only is not None:
+        if not 0 <= only < len(runs):
+            raise ValueError(f"only={only} must be at least 0 and below {len(runs)}, the number of runs")
+        runs = [runs[only]]
+        _check_start(runs[0], output)
+    check_settings(runs, tasks, output)
+    waiting = [run for run in runs if status(output / run.folder) != "finished"]
+    _execute(waiting, tasks, output, parallel)
+    if only is None:
+        results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
+        results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
+        add_changes(results, output)
+        (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        report(output)
+
+
+def report(run_dir: Path, other: Path | None = None) -> None:
+    """Write the report of a grid again from its results.json.
+
+    Args:
+        run_dir: the output of `hybridmem compare`.
+        other: the output of another one, to set beside it.
+    """
+    results = _read(run_dir, "run_dir")
+    path = write_report(results, run_dir, None if other is None else _read(other, "other"))
+    for name, task in results["tasks"].items():
+        print(f"{name}: {' '.join(answer(task))}")
+    print(f"report: {path}")
+
+
+def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parallel: int | None) -> None:
+    """Make the runs, with a bar on a terminal and a line for each as it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    best = (0.0, "")
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(runs))
+
+        def hear(run: Run, state: Status) -> None:
+            nonlocal best
+            progress.advance(bar)
+            said = f"{run}: {state}"
+            if state == "failed":
+                said += f" ({reason(output / run.folder)})"
+            elif state == "finished":
+                log = read_log(output / run.folder)
+                accuracy = log[ACCURACY][max(log[ACCURACY])]
+                said += f", {100 * accuracy:.1f} %"
+                if not run.is_warm_up and run.control != START and accuracy > best[0]:
+                    best = (accuracy, f"{run}: {100 * accuracy:.1f} %")
+                    progress.update(bar, description=f"best so far {best[1]}")
+            progress.console.print(said, markup=False, highlight=False)
+
+        execute_all(runs, tasks, output, parallel, hear)
+
+
+def _check_start(run: Run, output: Path) -> None:
+    if not run.is_warm_up and status(output / run.warm_up.folder) != "finished":
+        raise ValueError(f"{run} goes on from {run.warm_up}, which is not finished in output={output}: run that first")
+
+
+def _read(folder: Path, setting: str) -> dict[str, Any]:
+    path = folder / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{setting}={folder} holds no {RESULTS}: give the output of a finished hybridmem compare"
+        )
+    return json.loads(path.read_text())
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=lambda x: x.data if isinstance(x, UserDict | UserList) else str(x)))

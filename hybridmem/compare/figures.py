@@ -1,0 +1,171 @@
+"""The report's pictures, drawn from what results.json holds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..metrics import mean_interval
+from .grid import START
+from .results import ACCURACY
+
+Rows = list[dict[str, Any]]
+DRIFT = {
+    "divergence_from_start": "divergence from the start, nats",
+    "effective_span": "effective span, tokens",
+    "allocation/memory": "share of attention on memory",
+}
+STEPS = "validations"
+
+
+def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
+    """Write the pictures of a task; by title, each one's file and what it shows in words."""
+    drawn: dict[str, tuple[Path, str]] = {}
+    finished = [row for row in task["summary"] if "accuracy" in row]
+    if not finished:
+        return drawn
+    folder.mkdir(parents=True, exist_ok=True)
+    plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
+        ("accuracy", "Accuracy", lambda: bars(finished)),
+        ("curves", "Accuracy over training", lambda: curves(task["cells"], {ACCURACY: "held-out accuracy"})),
+        ("by_column", "Accuracy by part of the task", lambda: by_column(finished)),
+        ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]))),
+    ]
+    for name, title, make in plans:
+        figure = make()
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=110)
+            drawn[title] = (path, _in_words(name, finished))
+    return drawn
+
+
+def bars(rows: Rows) -> Figure:
+    """Held-out accuracy of every architecture and control, with intervals and each seed as a dot."""
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    figure, axes = _figure(1, height=3.4)
+    width = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        for place, architecture in enumerate(architectures):
+            for row in rows:
+                if (row["architecture"], row["label"]) != (architecture, label):
+                    continue
+                x, found = place + (number + 0.5) * width - 0.4, row["accuracy"]
+                named = label if place == _first(rows, label, architectures) else None
+                axes[0].bar(x, found["mean"], width * 0.9, color=f"C{number}", label=named, alpha=0.75)
+                if found["half"] is not None:
+                    axes[0].errorbar(x, found["mean"], found["half"], color="black", capsize=2, linewidth=1)
+                axes[0].plot([x] * len(found["values"]), found["values"], ".", color="black", markersize=3)
+    axes[0].set_xticks(range(len(architectures)), architectures)
+    axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
+    """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band."""
+    labels = list(dict.fromkeys(cell["label"] for cell in cells))  # a control has one colour in all pictures
+    cells = [cell for cell in cells if cell["status"] == "finished" and cell["label"] != START]
+    architectures = list(dict.fromkeys(cell["architecture"] for cell in cells))
+    panels = [
+        (metric, architecture)
+        for metric in metrics
+        for architecture in architectures
+        if any(metric in cell["curves"] for cell in cells if cell["architecture"] == architecture)
+    ]
+    if not panels:
+        return None
+    figure, all_axes = _figure(len(panels))
+    for axes, (metric, architecture) in zip(all_axes, panels, strict=True):
+        for number, label in enumerate(labels):
+            group = [c for c in cells if (c["architecture"], c["label"]) == (architecture, label)]
+            _band(axes, [c["curves"][metric] for c in group if metric in c["curves"]], f"C{number}", label)
+        axes.set(title=architecture, xlabel=STEPS, ylabel=metrics[metric])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def by_column(rows: Rows) -> Figure | None:
+    """Accuracy by a column of the examples, a panel for every architecture, a line for every control."""
+    rows = [row for row in rows if row["accuracy_at"]]
+    if not rows:
+        return None
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    figure, all_axes = _figure(len(architectures))
+    for axes, architecture in zip(all_axes, architectures, strict=True):
+        for row in rows:
+            if row["architecture"] != architecture:
+                continue
+            names = sorted(row["accuracy_at"], key=_value_of)
+            means = [row["accuracy_at"][name]["mean"] for name in names]
+            halves = [row["accuracy_at"][name]["half"] or 0.0 for name in names]
+            places = [str(_value_of(name)[1]) for name in names]
+            color = f"C{labels.index(row['label'])}"
+            axes.errorbar(places, means, halves, marker="o", capsize=2, color=color, label=row["label"], markersize=4)
+        axes.set(title=architecture, xlabel=names[0].split("=")[0], ylabel="held-out accuracy", ylim=(0, 1))
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _drift(cells: Rows) -> dict[str, str]:
+    """What AttentionDrift logged, of the layers that it looked at."""
+    logged = dict.fromkeys(name for cell in cells for name in cell.get("curves", ()))
+    return {
+        name: words for end, words in DRIFT.items() for name in logged if name.startswith("val/") and name.endswith(end)
+    }
+
+
+def _band(axes: Axes, runs: list[list[list[float]]], color: str, label: str) -> None:
+    """The mean of several curves and its interval; they share the validations that all of them have."""
+    if not runs:
+        return
+    length = min(map(len, runs))
+    points = [mean_interval([run[n][1] for run in runs]) for n in range(length)]
+    steps, means = range(1, length + 1), [mean for mean, _ in points]
+    axes.plot(steps, means, "o-", color=color, label=label, markersize=3)
+    if all(half is not None for _, half in points):
+        low = [mean - (half or 0) for mean, half in points]
+        high = [mean + (half or 0) for mean, half in points]
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _figure(panels: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
+    columns = min(panels, 2)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(4.2 * columns if panels > 1 else 7.5, height * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for spare in axes[panels:]:
+        spare.remove()
+    for each in axes[:panels]:
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:panels]
+
+
+def _first(rows: Rows, label: str, architectures: list[str]) -> int:
+    """The place of the first bar of a control: it alone is named in the legend."""
+    return min(architectures.index(row["architecture"]) for row in rows if row["label"] == label)
+
+
+def _value_of(name: str) -> tuple[float, str]:
+    """The value in "column=value", numbers in their order."""
+    value = name.split("=", 1)[1]
+    return (float(value) if value.replace(".", "", 1).isdigit() else 0.0, value)
+
+
+def _in_words(name: str, rows: Rows) -> str:
+    """What a picture shows, for those who do not see it; the tables beside it have the figures."""
+    shown = "; ".join(f"{r['architecture']} {r['label']} {100 * r['accuracy']['mean']:.0f} %" for r in rows)
+    kinds = {
+        "accuracy": "Bars of held-out accuracy: ",
+        "curves": "Held-out accuracy over training, ending at: ",
+        "by_column": "Held-out accuracy by a column of the examples; overall: ",
+        "attention": "How attention moved in training; accuracy at its end: ",
+    }
+    return kinds[name] + shown

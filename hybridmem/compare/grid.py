@@ -1,0 +1,217 @@
+"""What a comparison runs: tasks × architectures × controls × targets × seeds."""
+
+import json
+from collections import UserDict, UserList
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse.typing import register_type
+
+from ..configuration import MEMORY_VARIANTS, VARIANTS
+from ..policy.distributions import TARGETS
+
+
+class FitOptions(UserDict[str, Any]):
+    """Options of `hybridmem fit` as they stand in the configuration: classes are named, not made."""
+
+
+class Objectives(UserList[dict[str, Any]]):
+    """Objectives as `hybridmem fit` takes them: class_path and init_args."""
+
+
+# The parser would make an object of everything that has a class_path, were these plain dicts and lists.
+register_type(FitOptions, serializer=dict, deserializer=FitOptions)
+register_type(Objectives, serializer=list, deserializer=Objectives)
+
+SUPERVISED = Objectives([{"class_path": "hybridmem.policy.SFT"}])
+TOKEN = Objectives([{"class_path": "hybridmem.policy.DrGRPO"}])
+ATTENTION = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"weight": 1.0}}])
+CONTROLS = {
+    "supervised": SUPERVISED,
+    "token": TOKEN,
+    "attention": ATTENTION,
+    "token + attention": Objectives(TOKEN + ATTENTION),
+}
+CALLBACKS = "trainer.callbacks+"  # a list, added to those of the configuration
+START = "start"  # the warm-up as the cells' own validation sees it
+
+
+@dataclass
+class Comparison:
+    """One task's part of the grid. Every cell goes on from its architecture's and seed's warm-up.
+
+    Args:
+        warm_up: configuration of `hybridmem fit` that makes the supervised start.
+        train: configuration of `hybridmem fit` with a PolicyModule; the cells change its objectives alone.
+        architectures: by name, what they change in the warm-up's model.init_args.config.
+        controls: by name, objectives as `hybridmem fit` takes them.
+        targets: what AttentionRL shapes, where a control has it and the architecture has such a distribution.
+        seeds: of weights, data order and rollouts.
+        warm_up_options: further dotted options of `hybridmem fit` for the warm-ups.
+        train_options: the same for the cells.
+        options: the same for both, such as the task's settings.
+    """
+
+    warm_up: Path
+    train: Path
+    architectures: dict[str, FitOptions] = field(
+        default_factory=lambda: {name: FitOptions(variant=name) for name in ("swa", "mag", "mac", "full")}
+    )
+    controls: dict[str, Objectives] = field(default_factory=lambda: dict(CONTROLS))
+    targets: list[str] = field(default_factory=lambda: ["attention"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    warm_up_options: FitOptions = field(default_factory=FitOptions)
+    train_options: FitOptions = field(default_factory=FitOptions)
+    options: FitOptions = field(default_factory=FitOptions)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `hybridmem`: a warm-up, its evaluation, or a cell of the grid."""
+
+    task: str
+    architecture: str
+    seed: int
+    control: str = ""  # of a cell; a warm-up has none
+    target: str = ""  # of AttentionRL, where the control has it
+
+    @property
+    def is_warm_up(self) -> bool:
+        """Whether this is a supervised start rather than a cell."""
+        return not self.control
+
+    @property
+    def warm_up(self) -> "Run":
+        """The supervised start that a cell goes on from."""
+        return Run(self.task, self.architecture, self.seed)
+
+    @property
+    def command(self) -> str:
+        """The subcommand of `hybridmem` that makes it."""
+        return "validate" if self.control == START else "fit"
+
+    @property
+    def label(self) -> str:
+        """The control and its target, where that is not attention itself."""
+        return f"{self.control} on {self.target}" if self.target not in ("", "attention") else self.control
+
+    @property
+    def folder(self) -> Path:
+        """Where it lives, below the grid's folder."""
+        name = (self.label or "warm-up").replace(" + ", "+").replace(" ", "-")
+        return Path(self.task) / self.architecture / name / f"seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.architecture} {self.label or 'warm-up'} seed {self.seed}"
+
+
+def check_grid(tasks: dict[str, Comparison]) -> None:
+    """Raise a ValueError that names the setting for a grid that cannot run."""
+    if not tasks:
+        raise ValueError("tasks is empty: name at least one")
+    for name, task in tasks.items():
+        for setting in ("warm_up", "train"):
+            path = getattr(task, setting)
+            if not path.is_file():
+                raise ValueError(f"tasks.{name}.{setting}={path} does not exist: give a configuration of hybridmem fit")
+        for setting in ("architectures", "controls", "targets", "seeds"):
+            if not getattr(task, setting):
+                raise ValueError(f"tasks.{name}.{setting} is empty: name at least one")
+        if len(set(task.seeds)) < len(task.seeds):
+            raise ValueError(f"tasks.{name}.seeds={task.seeds} names a seed twice")
+        if START in task.controls:
+            raise ValueError(f"tasks.{name}.controls: {START!r} is the name of the warm-up itself; choose another")
+        unknown = sorted(set(task.targets) - set(TARGETS))
+        if unknown:
+            raise ValueError(f"tasks.{name}.targets: {unknown[0]!r} is none of {', '.join(TARGETS)}")
+        for architecture in task.architectures:
+            for variant in _variants(task, architecture):
+                if variant not in VARIANTS:
+                    raise ValueError(
+                        f"tasks.{name}.architectures.{architecture}: variant {variant!r} is none of "
+                        f"{', '.join(VARIANTS)}"
+                    )
+
+
+def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
+    """All warm-ups, and all cells: first seeds first, so that a grid which is stopped early holds whole tables."""
+    cells = [cell for name, task in tasks.items() for cell in _cells(name, task)]
+    cells.sort(key=lambda cell: tasks[cell.task].seeds.index(cell.seed))
+    return list(dict.fromkeys(cell.warm_up for cell in cells)), cells
+
+
+def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
+    """The options with which `hybridmem fit` makes a run below `root`."""
+    common = {
+        "seed_everything": run.seed,
+        "trainer.default_root_dir": str(root / run.folder),
+        "trainer.enable_progress_bar": False,
+        "data.init_args.seed": run.seed,
+        **task.options,
+    }
+    if run.is_warm_up:
+        architecture = {f"model.init_args.config.{k}": v for k, v in task.architectures[run.architecture].items()}
+        return _watched({"config": str(task.warm_up), **common, **architecture, **task.warm_up_options})
+    options = {
+        "config": str(task.train),
+        **common,
+        "model.init_args.model": str(root / run.warm_up.folder / "last.ckpt"),
+        "model.init_args.objectives": _objectives({START: SUPERVISED, **task.controls}[run.control], run.target),
+        "model.init_args.seed": run.seed,
+        **task.train_options,
+    }
+    return _watched(options)
+
+
+def _watched(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with ComputeSpent among the callbacks that they add."""
+    added = [{"class_path": "hybridmem.training.ComputeSpent"}, *options.get(CALLBACKS, [])]
+    return options | {CALLBACKS: added}
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as `hybridmem fit` reads them."""
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+
+
+def _cells(name: str, task: Comparison) -> Iterator[Run]:
+    for architecture in task.architectures:
+        for control, objectives in {START: SUPERVISED, **task.controls}.items():
+            for target in _targets(task, architecture, objectives):
+                for seed in task.seeds:
+                    yield Run(name, architecture, seed, control, target)
+
+
+def _targets(task: Comparison, architecture: str, objectives: Objectives) -> list[str]:
+    """What AttentionRL may shape here; a control without it, or with a target of its own, runs once."""
+    own = [part.get("init_args", {}).get("target", "") for part in objectives if _is_attention_rl(part)]
+    if not own:
+        return [""]
+    if own[0]:
+        return own
+    if not set(_variants(task, architecture)) & set(MEMORY_VARIANTS):
+        return [target for target in task.targets if target == "attention"]
+    return task.targets
+
+
+def _variants(task: Comparison, architecture: str) -> list[str]:
+    """The variants of an architecture's layers, the warm-up's where it changes none."""
+    config = yaml.safe_load(task.warm_up.read_text())["model"]["init_args"].get("config", {})
+    config = config | task.architectures[architecture]
+    return list(config.get("layer_types") or [config.get("variant", "mag")])
+
+
+def _objectives(objectives: Objectives, target: str) -> list[dict[str, Any]]:
+    if not target:
+        return list(objectives)
+    return [
+        {**part, "init_args": {**part.get("init_args", {}), "target": target}} if _is_attention_rl(part) else part
+        for part in objectives
+    ]
+
+
+def _is_attention_rl(objective: dict[str, Any]) -> bool:
+    return str(objective.get("class_path", "")).rsplit(".", 1)[-1] == "AttentionRL"

@@ -1,0 +1,195 @@
+"""The comparison as one HTML file that works offline: the answer, tables, pictures, what it cost, how it was made."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from .answer import answer, percent
+from .figures import draw_all
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --page: #0d1117; --soft: #9aa4af; --line: #30363d; --box: #161b22; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere; }
+h1, h2, h3 { line-height: 1.25; }
+.answer { padding: .75rem 1rem; border-left: 4px solid #0969da; background: var(--box); }
+.soft { color: var(--soft); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+pre { padding: .75rem; background: var(--box); white-space: pre-wrap; font-size: .85rem; }
+@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
+"""
+MAPS = "attention_maps"
+
+
+def write_report(results: dict[str, Any], root: Path, other: dict[str, Any] | None = None) -> Path:
+    """Write report.html and its pictures below `root`; with `other`, results of a second grid, beside it.
+
+    All text is escaped: answers of models and reasons of failures are shown, never run.
+    """
+    parts = [f"<h1>Who should control attention?</h1>{_opening(results)}"]
+    for name, task in results["tasks"].items():
+        parts.append(_task(name, task, root))
+        if other is not None:
+            parts.append(_beside(task, other["tasks"].get(name)))
+    parts.append(_made(results))
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>hybridmem: who should control attention?</title><link rel="icon" href="data:,"><style>{STYLE}</style>'
+        f"</head><body>{''.join(parts)}</body></html>\n"
+    )
+    path = root / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _opening(results: dict[str, Any]) -> str:
+    sentences = [
+        f"<p><strong>{_text(name)}.</strong> {_text(' '.join(answer(task)))}</p>"
+        for name, task in results["tasks"].items()
+    ]
+    return f'<div class="answer">{"".join(sentences)}</div>'
+
+
+def _task(name: str, task: dict[str, Any], root: Path) -> str:
+    pictures = "".join(
+        _picture(title, path, words) for title, (path, words) in draw_all(task, root / "figures" / name).items()
+    )
+    return (
+        f"<h2>{_text(name)}</h2>{_grid(task)}{_problems(task)}{pictures}{_subnetworks(task)}{_maps(task, root)}"
+        f"{_compute(task)}"
+    )
+
+
+def _grid(task: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["accuracy"]),
+            percent(row["gain"], signed=True), percent(row["pass@1"]),
+        ]
+        for row in task["summary"]
+        if "accuracy" in row
+    ]  # fmt: skip
+    note = (
+        '<p class="soft">Held-out, in percent: mean ± half of the 95 % confidence interval of Student\'s t over the '
+        "seeds. Accuracy is the likeliest answer's, gain is over the start of the same seed, pass@1 is of answers "
+        "drawn as in training.</p>"
+    )
+    return _table(["architecture", "control", "seeds", "accuracy", "gain", "pass@1"], rows) + note
+
+
+def _problems(task: dict[str, Any]) -> str:
+    runs = [*task["warm_ups"], *task["cells"]]
+    failed = [
+        f"<li>{_text(_named(run))}: {_text(run['reason'] or '')}</li>" for run in runs if run["status"] == "failed"
+    ]
+    missing = [_named(run) for run in runs if run["status"] == "missing"]
+    text = f"<h3>Failed</h3><ul>{''.join(failed)}</ul>" if failed else ""
+    return text + (f'<p class="soft">Not run yet: {_text(", ".join(missing))}.</p>' if missing else "")
+
+
+def _subnetworks(task: dict[str, Any]) -> str:
+    rows = [
+        [row["architecture"], row["label"], percent(row["sparsity"]), _overlap(row.get("overlap"))]
+        for row in task["summary"]
+        if row.get("sparsity")
+    ]
+    if not rows:
+        return ""
+    note = (
+        '<p class="soft">Share of weights that training left within 1e-5 of the start, in bfloat16, and how much '
+        "of what changed the seeds share, beside what chance would give.</p>"
+    )
+    return "<h3>What training changed</h3>" + _table(["architecture", "control", "untouched", "shared"], rows) + note
+
+
+def _overlap(overlap: dict[str, float] | None) -> str:
+    return "" if overlap is None else f"{100 * overlap['shares']:.1f} (chance {100 * overlap['chance']:.1f})"
+
+
+def _maps(task: dict[str, Any], root: Path) -> str:
+    """Heat maps of one prompt before and after training, of the first seed of every cell that has them."""
+    shown, seen = "", set()
+    for cell in task["cells"]:
+        key = (cell["architecture"], cell["label"])
+        files = sorted((root / cell["folder"] / MAPS).glob("*.png"), key=lambda file: int(file.stem.split("_")[-1]))
+        if key in seen or len(files) < 2:
+            continue
+        seen.add(key)
+        for when, file in (("before", files[0]), ("after", files[-1])):
+            title = f"{cell['architecture']}, {cell['label']}, {when} training"
+            shown += _picture(title, file, f"Heat map of where answer tokens look in one prompt: {title}")
+    if not shown:
+        return ""
+    return f"<h3>Where answers look</h3><details><summary>Pictures of one held-out prompt</summary>{shown}</details>"
+
+
+def _compute(task: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["architecture"], row["label"], f"{row['compute']['seconds']:,.0f}", f"{row['compute']['tokens']:,.0f}",
+            f"{row['compute']['flops'] / 1e9:,.1f}", f"{row['compute']['steps']:,.0f}",
+            f"{row['compute']['parameters']:,.0f}",
+        ]
+        for row in task["summary"]
+        if row.get("compute")
+    ]  # fmt: skip
+    head = ["architecture", "control", "seconds", "tokens read", "GFLOP", "steps", "parameters"]
+    return "<h3>What it cost</h3>" + _table(head, rows) if rows else ""
+
+
+def _beside(task: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """A table of two grids' accuracy where both have a cell."""
+    theirs = {(r["architecture"], r["label"]): r for r in (other or {"summary": []})["summary"] if "accuracy" in r}
+    rows = [
+        [row["architecture"], row["label"], percent(row["accuracy"]), percent(theirs[key]["accuracy"])]
+        for row in task["summary"]
+        if "accuracy" in row and (key := (row["architecture"], row["label"])) in theirs
+    ]
+    if not rows:
+        return '<p class="soft">The other run has no cell of this task in common.</p>'
+    return "<h3>Beside the other run</h3>" + _table(["architecture", "control", "this run", "the other"], rows)
+
+
+def _made(results: dict[str, Any]) -> str:
+    environment = json.dumps(results["environment"], indent=1)
+    return (
+        f"<h2>How it was made</h2><pre>{_text(results['command'])}</pre>"
+        "<details><summary>Versions and machine</summary>"
+        f"<pre>{_text(environment)}</pre></details><details><summary>Configuration</summary><pre>"
+        f"{_text(json.dumps(results.get('configuration'), indent=1))}</pre></details>"
+    )
+
+
+def _picture(title: str, path: Path, words: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{_text(words)}" src="data:image/png;base64,{data}">'
+        f'<figcaption class="soft">{_text(title)}</figcaption></figure>'
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows]
+    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _named(run: dict[str, Any]) -> str:
+    return f"{run['architecture']} {run['label'] or 'warm-up'} seed {run['seed']}"
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,135 @@
+"""All figures of a grid as one plain dictionary, what results.json holds."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..metrics import mean_interval
+from ..training.logs import read_log
+from .grid import START, Comparison, Run, plan
+from .runs import reason, status
+
+ACCURACY, PASS_AT_1 = "val/accuracy", "val/pass@1"
+CURVES = ("reward", "entropy", "loss", "val/")  # what a log's name begins with to be kept
+PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
+Results = dict[str, Any]
+
+
+def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
+    """Everything that was measured below `root`, and on what."""
+    warm_ups, cells = plan(tasks)
+    by_task = {}
+    for name in tasks:
+        starts = [_run(run, root) for run in warm_ups if run.task == name]
+        runs = [_run(run, root) for run in cells if run.task == name]
+        by_task[name] = {"warm_ups": starts, "cells": runs, "summary": summarise(runs)}
+    return {"command": command, "environment": environment(), "tasks": by_task}
+
+
+def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and interval over seeds, for each architecture and control; gains are against the same seed's start."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["architecture"], cell["label"]), []).append(cell)
+    rows = []
+    for (architecture, label), group in groups.items():
+        finished = [cell for cell in group if cell["status"] == "finished"]
+        row: dict[str, Any] = {
+            "architecture": architecture,
+            "label": label,
+            "seeds": [cell["seed"] for cell in finished],
+            "failed": {str(cell["seed"]): cell["reason"] for cell in group if cell["status"] == "failed"},
+            "missing": [cell["seed"] for cell in group if cell["status"] == "missing"],
+        }
+        if finished:
+            row["accuracy"] = interval([cell["last"][ACCURACY] for cell in finished])
+            row["pass@1"] = interval([cell["last"][PASS_AT_1] for cell in finished])
+            gains = paired(groups.get((architecture, START), []), finished)
+            row["gain"] = interval(gains) if gains and label != START else None
+            row["accuracy_at"] = _accuracy_at(finished)
+            row["compute"] = _compute(finished)
+        rows.append(row)
+    return rows
+
+
+def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str = ACCURACY) -> list[float]:
+    """Differences in a metric, seed by seed, where both finished."""
+    earlier = {cell["seed"]: cell["last"][metric] for cell in before if cell["status"] == "finished"}
+    return [
+        cell["last"][metric] - earlier[cell["seed"]]
+        for cell in after
+        if cell["seed"] in earlier and cell["status"] == "finished"
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+    }
+
+
+def _run(run: Run, root: Path) -> dict[str, Any]:
+    """A run's figures; `last` are those of its last validation."""
+    folder = root / run.folder
+    state = status(folder)
+    found: dict[str, Any] = {
+        "architecture": run.architecture,
+        "label": run.label,
+        "control": run.control,
+        "target": run.target,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "status": state,
+        "reason": reason(folder) if state == "failed" else None,
+    }
+    if state != "finished":
+        return found
+    log = read_log(folder)
+    found["last"] = {name: values[max(values)] for name, values in log.items()}
+    found["curves"] = {
+        name: [[step, values[step]] for step in sorted(values)]
+        for name, values in log.items()
+        if name.startswith(CURVES)
+    }
+    return found | read_compute(folder)
+
+
+def read_compute(folder: Path) -> dict[str, Any]:
+    """What ComputeSpent wrote."""
+    path = folder / "compute.json"
+    return {"compute": json.loads(path.read_text())} if path.exists() else {}
+
+
+def interval(values: list[float]) -> dict[str, Any]:
+    """Mean, half of the 95 % interval, and the values themselves."""
+    mean, half = mean_interval(values)
+    return {"mean": mean, "half": half, "values": values}
+
+
+def _accuracy_at(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Accuracy by a column of the examples, as AccuracyBy logged it."""
+    prefix = f"{ACCURACY}_at/"
+    names = [name for name in cells[0]["last"] if name.startswith(prefix)]
+    shared = [name for name in names if all(name in cell["last"] for cell in cells)]
+    return {name.removeprefix(prefix): interval([cell["last"][name] for cell in cells]) for name in sorted(shared)}
+
+
+def _compute(cells: list[dict[str, Any]]) -> dict[str, float]:
+    spent = [cell["compute"] for cell in cells if "compute" in cell]
+    return {name: sum(part[name] for part in spent) / len(spent) for name in spent[0]} if spent else {}

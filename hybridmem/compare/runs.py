@@ -1,0 +1,154 @@
+"""Runs of a grid in processes of their own: side by side, resumed where they stopped, failures kept."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from .grid import Comparison, Run, as_arguments, fit_options
+
+Status = Literal["finished", "failed", "missing"]
+FINISHED, FAILED, SETTINGS, OUTPUT = "finished", "failed.txt", "settings.json", "output.txt"
+ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # processes that share cores slow each other tenfold
+
+
+def status(folder: Path) -> Status:
+    """Whether a run was finished, failed, or is still to be made."""
+    if (folder / FINISHED).exists():
+        return "finished"
+    return "failed" if (folder / FAILED).exists() else "missing"
+
+
+def reason(folder: Path) -> str:
+    """Why a run failed."""
+    return (folder / FAILED).read_text().strip()
+
+
+def devices() -> list[dict[str, str]]:
+    """The environment of each process that can run at a time: one for each GPU, or else for each core."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)]
+    return [ON_ONE_THREAD] * len(os.sched_getaffinity(0))
+
+
+def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> None:
+    """Raise a ValueError where a folder holds a run with other settings: its figures would pass for these."""
+    for run in runs:
+        path = root / run.folder / SETTINGS
+        if path.exists() and json.loads(path.read_text()) != _settings(run, tasks[run.task], root):
+            raise ValueError(
+                f"output={root}: {root / run.folder} was made with other settings ({path} has them): choose another "
+                "output, or remove that folder"
+            )
+
+
+def execute(run: Run, task: Comparison, root: Path, environment: dict[str, str]) -> Status:
+    """Make a run, or go on with it, and note how it ended; a run that is interrupted stays `missing`."""
+    folder = root / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILED).unlink(missing_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(_settings(run, task, root), indent=1) + "\n")
+    command = [sys.executable, "-m", "hybridmem", run.command, *as_arguments(fit_options(run, task, root))]
+    checkpoints = [path for path in (folder / "last.ckpt", folder / "interrupted.ckpt") if path.exists()]
+    if checkpoints:
+        command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
+    with (folder / OUTPUT).open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment)
+        try:
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code == 0:
+        (folder / FINISHED).touch()
+    elif code in (128 + 2, -2, -15):  # Ctrl-C, SIGTERM: the run has saved where it is
+        return "missing"
+    else:
+        text = (folder / OUTPUT).read_bytes()[start:].decode(errors="replace").strip()
+        (folder / FAILED).write_text((text.splitlines() or [f"exit status {code}"])[-1] + "\n")
+    return status(folder)
+
+
+def execute_all(
+    runs: list[Run],
+    tasks: dict[str, Comparison],
+    root: Path,
+    parallel: int | None,
+    report: Callable[[Run, Status], None],
+) -> None:
+    """Make all runs that are not finished, warm-ups first; `report` hears of each as it ends, in this thread.
+
+    A cell whose warm-up failed fails with it. An interrupt lets the processes save, and starts no others.
+    """
+    slots: Queue[dict[str, str]] = Queue()
+    environments = devices()
+    for number in range(parallel or len(environments)):
+        slots.put(environments[number % len(environments)])
+    stopping = threading.Event()
+
+    def work(run: Run) -> Status:
+        environment = slots.get()
+        try:
+            return "missing" if stopping.is_set() else execute(run, tasks[run.task], root, environment)
+        finally:
+            slots.put(environment)
+
+    waiting = list(runs)
+    started: dict[Future[Status], Run] = {}
+    with ThreadPoolExecutor(slots.qsize()) as pool, _stop_on_interrupt(stopping):
+        while waiting or started:
+            for run in _ready(waiting, root):
+                waiting.remove(run)
+                started[pool.submit(work, run)] = run
+            for run in [run for run in waiting if not run.is_warm_up and _failed_start(run, root)]:
+                waiting.remove(run)
+                _fail_with_warm_up(run, root)
+                report(run, "failed")
+            if not started:
+                break  # what is left waits for a warm-up that is not among the runs
+            done, _ = wait(started, return_when=FIRST_COMPLETED)
+            for future in done:
+                report(started.pop(future), future.result())
+
+
+@contextmanager
+def _stop_on_interrupt(stopping: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stopping.set()
+        raise
+
+
+def _ready(waiting: list[Run], root: Path) -> list[Run]:
+    return [run for run in waiting if run.is_warm_up or status(root / run.warm_up.folder) == "finished"]
+
+
+def _failed_start(run: Run, root: Path) -> bool:
+    return status(root / run.warm_up.folder) == "failed"
+
+
+def _fail_with_warm_up(run: Run, root: Path) -> None:
+    (root / run.folder).mkdir(parents=True, exist_ok=True)
+    (root / run.folder / FAILED).write_text(f"its warm-up failed: {reason(root / run.warm_up.folder)}\n")
+
+
+def _settings(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
+    """All that decides what a run does; read back from JSON it must equal itself."""
+    file = task.warm_up if run.is_warm_up else task.train
+    options = {name: value for name, value in fit_options(run, task, root).items() if name != "config"}
+    settings = {"options": options, "config": yaml.safe_load(file.read_text())}
+    return json.loads(json.dumps(settings))

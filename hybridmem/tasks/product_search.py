@@ -1,0 +1,135 @@
+"""Product search with graded judgements, such as ESCI: a shopper's query is rewritten so that it finds better products.
+
+examples   {"query": "usb c hub", "product_id": "B01", "esci_label": "E", "split": "train"}   a judgement a line
+products   {"product_id": "B01", "product_title": "7-in-1 USB-C hub", …}                      a product a line
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..policy.ranking import RankingReward, write_answer
+from ..policy.retrievers import BM25, read_jsonl
+from ..settings import at_least
+from .query import split_texts
+from .task import Split, example_generator
+
+GAINS = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}  # exact, substitute, complement, irrelevant, as in ESCI's own NDCG
+SPLIT_OF = {"train": "train", "test": "val", "val": "val"}
+PROMPT = """Rewrite a shopper's query so that a keyword search finds the products that match it.
+Think first, then give the new query: <think>…</think><answer>{{"query": "…"}}</answer>
+
+Query: {query}
+"""
+
+
+class ProductSearch:
+    """Queries with graded products; the response is a better query, rewarded by NDCG@k of what BM25 finds with it.
+
+    Judgements' own column `split` divides the queries; without it some are held out. The answer, which can teach the
+    format, is the query as it was.
+
+    Needs bm25s (`pip install hybridmem[rank]`).
+
+    Args:
+        examples: JSONL of judgements, with the columns query, product_id, esci_label and perhaps split.
+        products: JSONL of all products that can be found, with product_id.
+        text_columns: of the products, where their text stands.
+        k: how many products count.
+        gains: the relevance of each label; {E: 1, S: 0, C: 0, I: 0} is the binary gain of Rec-R1.
+        think: whether the response must think first.
+        prompt: with {query}; a brace itself is written twice.
+        max_completion_length: tokens of a response.
+        val_fraction: share of the queries to hold out where no split is given.
+        seed: of the split and of all examples.
+
+    Raises:
+        ImportError: bm25s is not installed.
+        FileNotFoundError, ValueError: files or settings that cannot work, naming the line or the setting.
+    """
+
+    def __init__(
+        self,
+        examples: str,
+        products: str,
+        text_columns: Sequence[str] = ("product_title", "product_description", "product_bullet_point"),
+        k: int = 100,
+        gains: Mapping[str, float] = GAINS,
+        think: bool = True,
+        prompt: str = PROMPT,
+        max_completion_length: int = 512,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ):
+        at_least(1, k=k, max_completion_length=max_completion_length)
+        at_least(0, seed=seed)
+        if "{query}" not in prompt:
+            raise ValueError(f"prompt={prompt!r} must have {{query}}, where the query is written")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        self.prompt, self.think, self.seed = prompt, think, seed
+        self._max_completion_length = max_completion_length
+        self.judged, splits = read_judgements(examples, gains)
+        self.queries = splits or split_texts(sorted(self.judged), val_fraction, seed)
+        retriever = BM25(products, id_column="product_id", text_columns=text_columns)
+        found = {product for judged in self.judged.values() for product in judged} & set(retriever.ids)
+        if not found:
+            raise ValueError(f"none of the products that examples={examples!r} judges is in products={products!r}")
+        self.ranking = RankingReward("ndcg", k, retriever, think)
+
+    def example(self, split: Split, index: int) -> dict[str, Any]:
+        """{"prompt", "answer", "relevance" by product}."""
+        rng = example_generator(self.seed, split, index)
+        query = self.queries[split][rng.integers(len(self.queries[split]))]
+        return {
+            "prompt": self.prompt.format(query=query),
+            "answer": write_answer(query, "" if self.think else None),
+            "relevance": self.judged[query],
+        }
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """Rec-R1's: 0.1 + NDCG@k above 0, 0 for a query that finds nothing relevant, −2 for none."""
+        rewards: Any = self.ranking(completions, **columns)
+        return rewards
+
+    @property
+    def max_completion_length(self) -> int:
+        """Tokens of a response, as set."""
+        return self._max_completion_length
+
+
+def read_judgements(
+    path: str, gains: Mapping[str, float]
+) -> tuple[dict[str, dict[str, float]], dict[Split, list[str]] | None]:
+    """The gain of each judged product, by query, and the queries of each split; None where no line names one.
+
+    Queries without a product of some gain are left out: no ranking is better than another.
+
+    Raises:
+        FileNotFoundError, ValueError: a file without usable queries, or a line without its columns or of another label.
+    """
+    judged: dict[str, dict[str, float]] = {}
+    split_of: dict[str, Split] = {}
+    for name, record in read_jsonl(path):
+        missing = {"query", "product_id", "esci_label"} - set(record)
+        if missing:
+            raise ValueError(f"{name} has no {', '.join(sorted(missing))} (it has {', '.join(sorted(record))})")
+        if record["esci_label"] not in gains:
+            raise ValueError(f"{name} has the label {record['esci_label']!r}: gains has {', '.join(gains)}")
+        query = record["query"]
+        judged.setdefault(query, {})[str(record["product_id"])] = gains[record["esci_label"]]
+        if "split" in record:
+            if record["split"] not in SPLIT_OF:
+                raise ValueError(f"{name} has the split {record['split']!r}: it must be one of {', '.join(SPLIT_OF)}")
+            split_of[query] = SPLIT_OF[record["split"]]  # type: ignore[assignment]
+    judged = {query: products for query, products in judged.items() if any(gain > 0 for gain in products.values())}
+    if not judged:
+        raise ValueError(f"examples={path!r} has no query with a product of a gain above 0: look at labels and gains")
+    if not split_of:
+        return judged, None
+    splits: dict[Split, list[str]] = {
+        split: sorted(query for query in judged if split_of.get(query) == split) for split in ("train", "val")
+    }
+    empty = [split for split, queries in splits.items() if not queries]
+    if empty:
+        raise ValueError(f"examples={path!r} has no usable query of the split {empty[0]}: add some, or leave out split")
+    return judged, splits

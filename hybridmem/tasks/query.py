@@ -1,0 +1,180 @@
+"""Search queries: a function of the standard library is described in a line; which query finds its documentation?
+
+Return True if the path is absolute.        answer  <answer>{"query": "true path absolute posixpath isabs"}</answer>
+"""
+
+import ast
+import re
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..policy.ranking import RankingReward, write_answer
+from ..policy.retrievers import BM25, terms
+from ..settings import at_least
+from .identifier import source_files
+from .task import END_OF_ANSWER, Split, example_generator
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # parts of CamelCase and snake_case
+TESTS = {"test", "tests", "idle_test"}
+FILLING = frozenset(
+    "a an and are as at be by for from given if in is it of on or return returns that the this to with".split()  # noqa: SIM905
+)
+BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)  # what can hold a function
+
+
+class Function(NamedTuple):
+    """A function or method with a docstring."""
+
+    name: str  # from its module on
+    description: str  # the docstring's first line
+    rest: str  # the docstring without it
+
+
+class Query:
+    """A one-line description of a function; the response is a query, rewarded by NDCG@k of what BM25 finds with it.
+
+    The corpus has a document for each function: its name, in words, and its docstring but for the line that is the
+    prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
+    held out, the functions' documents are all in the corpus.
+
+    The answer, to warm up with, is a query of the words of the description, and then as many of the function's name,
+    the module first, as each example draws: from none to all, so that rewards have something to choose from.
+
+    Needs bm25s (`pip install hybridmem[rank]`).
+
+    Args:
+        k: how many documents count.
+        think: whether the response must think first; the answers then think nothing.
+        max_query_length: bytes of the answers' queries, and with the format what a response has room for.
+        min_words: of a description.
+        train_share: where the training descriptions begin and end that examples are drawn from. A warm-up that takes
+            the first ones leaves the others to rewards, which else would hear of names that were learned by heart.
+        path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
+        val_fraction: share of the descriptions to hold out.
+        seed: of the split and of all examples.
+
+    Raises:
+        ImportError: bm25s is not installed.
+        ValueError: settings that leave no examples.
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        think: bool = False,
+        max_query_length: int = 96,
+        min_words: int = 3,
+        train_share: tuple[float, float] = (0.0, 1.0),
+        path: str | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ):
+        at_least(1, k=k, max_query_length=max_query_length, min_words=min_words)
+        at_least(0, seed=seed)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        if not 0 <= train_share[0] < train_share[1] <= 1:
+            raise ValueError(f"train_share={train_share} must rise and lie within 0 and 1")
+        self.k, self.think, self.max_query_length, self.seed = k, think, max_query_length, seed
+        functions = documented_functions(path)
+        documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
+        self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
+        self.described: dict[str, list[str]] = {}  # functions by description
+        for function in functions:
+            if len(terms(function.description)) >= min_words:
+                self.described.setdefault(function.description, []).append(function.name)
+        self.descriptions = split_texts(sorted(self.described), val_fraction, seed)
+        train = self.descriptions["train"]
+        begin, end = (round(share * len(train)) for share in train_share)
+        if begin == end:
+            raise ValueError(f"train_share={train_share} has none of the {len(train)} training descriptions: widen it")
+        self.descriptions["train"] = train[begin:end]
+
+    def example(self, split: Split, index: int) -> dict[str, Any]:
+        """{"prompt", "answer", "relevance": the names of the functions so described}."""
+        rng = example_generator(self.seed, split, index)
+        description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
+        names = self.described[description]
+        named = words(names[rng.integers(len(names))])
+        query = self.target(named[: rng.integers(len(named) + 1)], description)
+        return {
+            "prompt": f"{description}\n",
+            "answer": write_answer(query, "" if self.think else None),
+            "relevance": names,
+        }
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """Rec-R1's: 0.1 + NDCG@k above 0, 0 for a query that finds nothing relevant, −2 for none."""
+        rewards: Any = self.ranking(completions, **columns)
+        return rewards
+
+    @property
+    def max_completion_length(self) -> int:
+        """Tokens of the longest answer and its end, if each byte is a token."""
+        return len(write_answer("", "" if self.think else None)) + self.max_query_length + END_OF_ANSWER
+
+    def target(self, named: list[str], description: str) -> str:
+        """The description's words but the usual ones, then those of the name, each once, as far as there is room."""
+        found = dict.fromkeys([*(word for word in words(description) if word not in FILLING), *named])
+        query = ""
+        for word in found:
+            longer = f"{query} {word}".strip()
+            if len(longer) > self.max_query_length:
+                break
+            query = longer
+        return query
+
+
+@cache
+def documented_functions(path: str | None) -> list[Function]:
+    """The functions and methods in a folder's .py files that have a docstring of more than white space, by name."""
+    root = Path(sysconfig.get_path("stdlib") if path is None else path)
+    found: dict[str, Function] = {}
+    for file in source_files(path):
+        place = file.relative_to(root.resolve())
+        if path is None and TESTS & set(place.parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):  # templates and old dialects
+            continue
+        module = [part for part in place.with_suffix("").parts if part != "__init__"]
+        found |= {function.name: function for function in _functions(tree, module)}
+    if not found:
+        raise ValueError(f"path={path!r} has no function with a docstring")
+    return [found[name] for name in sorted(found)]
+
+
+def _functions(node: ast.AST, path: list[str]) -> Iterator[Function]:
+    for child in ast.iter_child_nodes(node):
+        inside = path
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = [*path, child.name]
+            docstring = (ast.get_docstring(child) or "").strip()
+            if docstring and not isinstance(child, ast.ClassDef):
+                description, _, rest = docstring.partition("\n")
+                yield Function(".".join(inside), description.strip(), rest.strip())
+        if isinstance(child, BLOCKS):
+            yield from _functions(child, inside)
+
+
+def words(text: str) -> list[str]:
+    """Its words in lower case, those of identifiers one by one."""
+    return [word.lower() for word in WORD.findall(text)]
+
+
+def split_texts(texts: list[str], val_fraction: float, seed: int) -> dict[Split, list[str]]:
+    """Texts to train on, and a fraction of them, drawn by `seed`, to validate on."""
+    held_out = round(len(texts) * val_fraction)
+    if not 0 < held_out < len(texts):
+        raise ValueError(
+            f"val_fraction={val_fraction} of {len(texts)} descriptions leaves {held_out} for validation and "
+            f"{len(texts) - held_out} for training: change val_fraction, or give more files"
+        )
+    order = np.random.default_rng((seed,)).permutation(len(texts)).tolist()
+    return {"train": [texts[i] for i in order[held_out:]], "val": [texts[i] for i in order[:held_out]]}

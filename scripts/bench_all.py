@@ -1,0 +1,118 @@
+"""A minute of ratios, each against a baseline timed in the same run, beside those written down before.
+
+    python scripts/bench_all.py                          # compare with docs/bench.json
+    python scripts/bench_all.py --output docs/bench.json # write them down
+
+A ratio hardly depends on the machine, so a change of one is a change of the code; on a busy machine it strays by some
+tens of percent. The script reports and never fails on a figure. Ratios are time over the baseline's: less is better.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_measure import in_turn, ratio
+from bench_memory import BATCH, divergence_step, layer_step, our_model, products_of, scan_step
+from torch import nn
+from transformers import DynamicCache
+
+from hybridmem.training.allocator import keep_freed_memory
+
+COMMITTED = Path(__file__).parents[1] / "docs" / "bench.json"
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def scan(depth: int) -> Pair:
+    """A scan, and its matrix products alone."""
+    step = scan_step(depth, BATCH, 512)
+    return step, products_of(step)
+
+
+def layers() -> Pair:
+    """A memory layer, and a window layer's attention on as many tokens."""
+    return layer_step("ours", 1, 1, 512), divergence_step(4 * 512, 256)["layer"]
+
+
+def divergence() -> Pair:
+    """The divergence of two attentions, and the attention layer."""
+    steps = divergence_step(1024, 256)
+    return steps["divergence"], steps["layer"]
+
+
+def models() -> Pair:
+    """A model with a memory beside its window, and one with as many parameters and the window alone."""
+    mag = our_model("mag")
+    swa = our_model("swa", sum(p.numel() for p in mag.parameters()))
+    ids = torch.randint(0, 256, (1, 512))
+
+    def step(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(ids, labels=ids, use_cache=False).loss.backward()
+
+    return step(mag), step(swa)
+
+
+def decoding() -> Pair:
+    """A token decoded behind 16,000 others, and behind 500."""
+    model = our_model("mag").eval()
+    token = torch.randint(0, 256, (1, 1))
+
+    def step(read: int) -> Callable[[], object]:
+        cache = DynamicCache(config=model.config)
+
+        @torch.no_grad()
+        def decode() -> None:
+            for _ in range(10):
+                model(token, past_key_values=cache, use_cache=True)
+
+        with torch.no_grad():
+            for _ in range(0, read, 500):
+                model(torch.randint(0, 256, (1, 500)), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return decode
+
+    return step(16_000), step(500)
+
+
+RATIOS: dict[str, Callable[[], Pair]] = {
+    "memory_scan / its products": lambda: scan(1),
+    "memory_mlp_scan / its products": lambda: scan(2),
+    "memory layer / attention layer": layers,
+    "attention_divergence / attention layer": divergence,
+    "mag model / swa model": models,
+    "decoding at 16,000 / at 500": decoding,
+}
+
+
+def measure(pair: Pair, rounds: int) -> float:
+    """The median ratio of the two."""
+    return round(ratio(in_turn(dict(zip(("timed", "baseline"), pair, strict=True)), rounds), "timed", "baseline"), 3)
+
+
+def line(name: str, now: float, before: float | None) -> str:
+    """A line of the report."""
+    change = "      new" if before is None else f"{before:8.3f}  {now / before - 1:+.0%}"
+    return f"{name:42}{now:8.3f}  before {change}"
+
+
+def main() -> None:
+    """Measure, report, and write down if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="one is steadier on a machine that does other work too")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(arguments.threads)
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    ratios = {}
+    for name, make in RATIOS.items():
+        torch.manual_seed(0)
+        ratios[name] = measure(make(), arguments.rounds)
+        print(line(name, ratios[name], committed.get(name)), flush=True)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(ratios, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A grid from the command line: it runs, keeps failures, goes on where it stopped, and refuses other settings."""
+
+import json
+
+import pytest
+import yaml
+
+from ..training.runs import hybridmem
+from .test_grid import CONFIGS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+TINY = dict(
+    hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=8, memory_heads=1,
+    memory_head_dim=8,
+)  # fmt: skip
+SMALL = {"data.init_args.batch_size": 4, "data.init_args.num_val": 4, "trainer.val_check_interval": 1}
+
+
+def write_grid(folder, **changes):
+    grid = {
+        "output": str(folder / "grid"),
+        "tasks": {
+            "recall": {
+                "warm_up": str(CONFIGS / "recall_warmup.yaml"),
+                "train": str(CONFIGS / "recall.yaml"),
+                "architectures": {"mag": {"variant": "mag", **TINY}},
+                "controls": {
+                    "supervised": [{"class_path": "hybridmem.policy.SFT"}],
+                    "broken": [{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "gaze"}}],
+                },
+                "seeds": [0],
+                "warm_up_options": {
+                    "trainer.max_steps": 20, "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+                },
+                "train_options": {
+                    "trainer.max_steps": 20, "model.init_args.num_generations": 2,
+                    "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+                },
+                "options": {**SMALL, **changes},
+            }
+        },
+    }  # fmt: skip
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return path
+
+
+def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsys):
+    config = write_grid(tmp_path)
+    hybridmem(monkeypatch, "compare", "--config", config)
+    results = json.loads((tmp_path / "grid" / "results.json").read_text())
+    cells = {cell["label"]: cell for cell in results["tasks"]["recall"]["cells"]}
+    assert {label: cell["status"] for label, cell in cells.items()} == {
+        "start": "finished", "supervised": "finished", "broken on gaze": "failed",
+    }  # fmt: skip
+    assert "gaze" in cells["broken on gaze"]["reason"]
+    assert cells["supervised"]["compute"]["steps"] == 20
+    rows = {row["label"]: row for row in results["tasks"]["recall"]["summary"]}
+    assert 0 <= rows["supervised"]["sparsity"]["mean"] < 1
+    assert any(name.startswith("distance=") for name in rows["supervised"]["accuracy_at"])
+    assert str(tmp_path / "grid" / "report.html") in capsys.readouterr().out
+
+    output = tmp_path / "grid" / "recall" / "mag" / "supervised" / "seed0" / "output.txt"
+    before = output.stat().st_mtime_ns
+    hybridmem(monkeypatch, "compare", "--config", config, "--list_runs", "true")
+    assert "finished recall mag supervised seed 0" in capsys.readouterr().out
+    hybridmem(monkeypatch, "report", "--run_dir", tmp_path / "grid")
+    hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
+    assert output.stat().st_mtime_ns == before
+
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path, **{"data.init_args.num_val": 2}))
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_a_cell_waits_for_its_warm_up(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "1")
+    assert "run that first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "9")
+    assert "below 4" in capsys.readouterr().err
+
+
+def test_a_report_needs_results(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "report", "--run_dir", tmp_path)
+    assert "holds no results.json" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Which runs a grid has, and what is wrong with one before anything runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hybridmem.compare import CONTROLS, Comparison
+from hybridmem.compare.grid import START, FitOptions, Objectives, Run, as_arguments, check_grid, fit_options, plan
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "rl"
+RECALL = Comparison(
+    warm_up=CONFIGS / "recall_warmup.yaml",
+    train=CONFIGS / "recall.yaml",
+    architectures={"swa": FitOptions(variant="swa"), "mag": FitOptions(variant="mag")},
+    seeds=[0, 1],
+)
+
+
+def labels(task, architecture):
+    cells = plan({"recall": task})[1]
+    return [cell.label for cell in cells if cell.architecture == architecture and cell.seed == 0]
+
+
+def test_every_cell_goes_on_from_its_seeds_warm_up():
+    warm_ups, cells = plan({"recall": RECALL})
+    assert [str(run) for run in warm_ups] == [
+        "recall swa warm-up seed 0", "recall mag warm-up seed 0", "recall swa warm-up seed 1",
+        "recall mag warm-up seed 1",
+    ]  # fmt: skip
+    assert len(cells) == 2 * 2 * (1 + len(CONTROLS))
+    assert {cell.warm_up for cell in cells} == set(warm_ups)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_cells_differ_in_their_objectives_alone():
+    cells = [cell for cell in plan({"recall": RECALL})[1] if cell.architecture == "mag" and cell.seed == 0]
+    options = [fit_options(cell, RECALL, Path("runs")) for cell in cells]
+    for found in options:
+        del found["model.init_args.objectives"], found["trainer.default_root_dir"]
+    assert all(found == options[0] for found in options)
+
+
+def test_targets_are_those_that_an_architecture_has():
+    task = replace(RECALL, targets=["attention", "memory"])
+    assert labels(task, "swa") == [START, *CONTROLS]
+    assert labels(task, "mag") == [
+        START, "supervised", "token", "attention", "attention on memory", "token + attention",
+        "token + attention on memory",
+    ]  # fmt: skip
+
+
+def test_a_control_may_have_a_target_of_its_own():
+    mine = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "allocation"}}])
+    task = replace(RECALL, targets=["attention", "memory"], controls={"gate": mine})
+    assert labels(task, "mag") == [START, "gate on allocation"]
+
+
+def test_options_are_read_back_as_they_were():
+    task = replace(
+        RECALL, train_options=FitOptions({"trainer.max_steps": 3, "trainer.callbacks+": [{"class_path": "x"}]})
+    )
+    arguments = as_arguments(fit_options(Run("recall", "mag", 1, "token"), task, Path("runs")))
+    read = {name: yaml.safe_load(value) for name, value in (argument[2:].split("=", 1) for argument in arguments)}
+    assert read["trainer.max_steps"] == 3
+    assert [part["class_path"] for part in read["trainer.callbacks+"]] == ["hybridmem.training.ComputeSpent", "x"]
+    assert read["model.init_args.model"] == "runs/recall/mag/warm-up/seed1/last.ckpt"
+    assert read["trainer.default_root_dir"] == "runs/recall/mag/token/seed1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(warm_up=Path("no.yaml")), "warm_up=no.yaml does not exist"),
+        (dict(seeds=[]), "seeds is empty"),
+        (dict(seeds=[1, 1]), "names a seed twice"),
+        (dict(targets=["gaze"]), "'gaze' is none of attention"),
+        (dict(architectures={"a": FitOptions(variant="rnn")}), r"architectures\.a: variant 'rnn' is none of"),
+        (dict(controls={"start": Objectives()}), "the name of the warm-up itself"),
+    ],
+)
+def test_a_grid_that_cannot_run_says_so(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_grid({"recall": replace(RECALL, **changes)})

@@ -1,0 +1,101 @@
+"""The answer's words follow from the numbers, and the page holds all it needs and runs nothing it shows."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hybridmem.compare.answer import answer, difference
+from hybridmem.compare.report import write_report
+from hybridmem.compare.results import summarise
+
+RISE = [[9, 0.4], [19, 0.6]]
+
+
+def cell(architecture, label, seed, accuracy, status="finished", reason=None):
+    found = {
+        "architecture": architecture, "label": label, "control": label, "target": "", "seed": seed, "status": status,
+        "reason": reason, "folder": f"{architecture}/{label}/{seed}",
+    }  # fmt: skip
+    if status == "finished":
+        last = {"val/accuracy": accuracy, "val/pass@1": accuracy / 2, "val/accuracy_at/distance=3": accuracy}
+        curves = {"val/accuracy": RISE, "val/attention/layer_1/effective_span": RISE}
+        compute = dict(seconds=2.0, tokens=100, flops=1e9, steps=10, parameters=1000)
+        found |= {"last": last, "curves": curves, "compute": compute}
+    return found
+
+
+def results(cells, warm_ups=()):
+    task = {"cells": cells, "summary": summarise(cells), "warm_ups": list(warm_ups)}
+    return {"tasks": {"recall": task}, "command": "hybridmem compare", "environment": {"cores": 2}}
+
+
+THREE = [
+    cell(architecture, label, seed, accuracy + 0.01 * seed)
+    for architecture, offset in (("swa", 0.0), ("mag", 0.3))
+    for label, accuracy in (("start", 0.1 + offset), ("token", 0.2 + offset), ("token + attention", 0.2 + offset))
+    for seed in range(3)
+]
+
+
+def test_gains_are_paired_by_seed():
+    rows = {(row["architecture"], row["label"]): row for row in summarise(THREE)}
+    gain = rows["mag", "token"]["gain"]
+    assert gain["mean"] == pytest.approx(0.1)
+    assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # each seed gains as much
+    # mean 0.51, standard deviation 0.01, t = 4.303
+    assert rows["mag", "token"]["accuracy"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.10, 0.12, 0.11], "+11.0 ± 2.5 points over 3 seeds"),
+        ([0.10, -0.10, 0.02], "which the seeds do not tell from no difference"),
+        ([0.1], "+10.0 points (one seed, so no interval)"),
+    ],
+)
+def test_differences_say_what_the_seeds_tell(values, words):
+    assert words in difference(values)
+
+
+def test_the_answer_names_what_won_and_what_attention_adds():
+    first, second = answer(results(THREE)["tasks"]["recall"])
+    assert "Best is mag with token" in first
+    assert "+30.0 ± 0.0 points over 3 seeds" in first
+    assert "reward on attention beside reward on tokens changes accuracy by +0.0 ± 0.0" in second
+
+
+def test_nothing_finished_is_said():
+    assert answer(results([cell("mag", "token", 0, 0, status="missing")])["tasks"]["recall"]) == [
+        "No cell is finished yet."
+    ]
+
+
+class Page(HTMLParser):
+    """All tags and attributes of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
+    bad = cell("mag", "attention", 0, 0, status="failed", reason='<script>alert(1)</script> "><img src=x onerror=y>')
+    path = write_report(results([*THREE, bad]), tmp_path, other=results(THREE))
+    page = Page(path.read_text())
+    names = [tag for tag, _ in page.tags]
+    assert "script" not in names
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 4
+    assert all(image["alt"] and image["src"].startswith("data:image/png") for image in images)
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert not re.search(r"https?://", path.read_text())
+    assert "&lt;script&gt;" in path.read_text()
+    assert sorted(file.name for file in tmp_path.rglob("*.png")) == [
+        "accuracy.png", "attention.png", "by_column.png", "curves.png",
+    ]  # fmt: skip

@@ -1,0 +1,47 @@
+"""A local HTTP server that answers as a test says."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]  # a request's body and number: status and body
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The server's address, and the requests that it gets: body, path and headers."""
+    requests: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append({"body": body, "path": self.path, "headers": dict(self.headers)})
+            status, content = answer(body, len(requests))
+            try:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content)
+            except OSError:  # the client gave up
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def as_json(value: Any) -> tuple[int, bytes]:
+    """A good answer."""
+    return 200, json.dumps(value).encode()

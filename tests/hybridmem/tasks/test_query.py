@@ -1,0 +1,148 @@
+"""Descriptions and documents of a small folder of source, and of the standard library."""
+
+import json
+
+import pytest
+
+from hybridmem.policy.ranking import parse_query, write_answer
+from hybridmem.tasks import Query, Task
+from hybridmem.tasks.query import documented_functions, words
+
+SOURCE = '''
+import nothing_like_it
+
+
+class SocketServer:
+    """Not a function."""
+
+    def setTimeout(self):
+        """Set the longest wait of {n} seconds.
+
+        None waits for ever{n}.
+        """
+
+    async def close(self): "Close connection number {n}."
+
+
+def undocumented():
+    def inner():
+        """Count {n} inner things."""
+
+
+def blank():
+    "   "
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten files, one of them no Python."""
+    path = tmp_path_factory.mktemp("source")
+    for n in range(9):
+        (path / f"net_{n}.py").write_text(SOURCE.replace("{n}", str(n)))
+    (path / "template.py").write_text("def $name(:")
+    return path
+
+
+def test_source_is_parsed_and_not_run(folder):
+    found = {function.name: function for function in documented_functions(str(folder))}
+    assert len(found) == 27
+    function = found["net_3.SocketServer.setTimeout"]
+    assert function.description == "Set the longest wait of 3 seconds."
+    assert function.rest == "None waits for ever3."
+    assert "net_3.undocumented.inner" in found
+
+
+def test_words_of_identifiers():
+    assert words("HTTPServer.setTimeout_2 (x)") == ["http", "server", "set", "timeout", "2", "x"]
+
+
+def test_examples(folder):
+    task = Query(path=str(folder), val_fraction=0.2)
+    assert isinstance(task, Task)
+    assert not set(task.descriptions["train"]) & set(task.descriptions["val"])
+    for split in ("train", "val"):
+        for index in range(20):
+            example = task.example(split, index)
+            description = example["prompt"].removesuffix("\n")
+            assert description in task.descriptions[split]
+            assert example["relevance"] == task.described[description]
+            assert len(example["answer"]) + 1 <= task.max_completion_length
+            assert example == task.example(split, index)
+
+
+def test_the_target_names_the_function(folder):
+    task = Query(path=str(folder))
+    assert task.target(words("net_1.Socket.setTimeout"), "Set the wait.") == "set wait net 1 socket timeout"
+    short = Query(path=str(folder), max_query_length=12)
+    assert short.target(words("net_1.Socket.setTimeout"), "Set the wait.") == "set wait net"
+
+
+def test_answers_name_the_function_more_or_less(folder):
+    """From the description's words alone to the whole name."""
+    task = Query(path=str(folder))
+    examples = [task.example("train", index) for index in range(200)]
+    named = [" ".join(words(example["relevance"][0])) for example in examples]
+    left_out = [name.split()[-1] not in example["answer"] for name, example in zip(named, examples, strict=True)]
+    module = [name.split()[0] in example["answer"] for name, example in zip(named, examples, strict=True)]
+    assert 50 < sum(left_out) < 190
+    assert 100 < sum(module) < 200
+
+
+def test_a_share_of_the_training_descriptions(folder):
+    whole = Query(path=str(folder)).descriptions["train"]
+    first, second = (Query(path=str(folder), train_share=share) for share in ((0.0, 0.5), (0.5, 1.0)))
+    assert first.descriptions["train"] + second.descriptions["train"] == whole
+    assert first.descriptions["val"] == second.descriptions["val"]
+
+
+def test_reward(folder):
+    task = Query(path=str(folder), k=3)
+    name = "net_3.SocketServer.setTimeout"
+    right, wrong = write_answer("ever3 net 3"), write_answer("inner things")
+    rewards = task.reward([""] * 3, [right, wrong, "ever3"], [""] * 3, relevance=[[name]] * 3)
+    assert rewards == [pytest.approx(1.1), 0, -2]
+
+
+def test_thinking(folder):
+    example = Query(path=str(folder), think=True).example("train", 0)
+    assert example["answer"].startswith("<think></think><answer>")
+    assert parse_query(example["answer"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k must be at least 1"),
+        ({"val_fraction": 1.0}, "val_fraction must lie"),
+        ({"val_fraction": 0.001}, "leaves 0 for validation"),
+        ({"train_share": (0.5, 0.5)}, "train_share="),
+        ({"train_share": (0.51, 0.5101)}, "has none of the 24 training"),
+        ({"max_query_length": 0}, "max_query_length must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Query(path=str(folder), **settings)
+
+
+def test_a_folder_without_functions(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    with pytest.raises(ValueError, match="no function with a docstring"):
+        Query(path=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_standard_library_leaves_room_above_the_description():
+    """The description as query is mediocre, the answer's is good."""
+    task = Query()
+    examples = [task.example("val", index) for index in range(200)]
+    relevance = [example["relevance"] for example in examples]
+    asked = [json.loads(example["answer"].removeprefix("<answer>").removesuffix("</answer>")) for example in examples]
+
+    def score(queries):
+        scores = task.ranking.scores([write_answer(query) for query in queries], "ndcg", relevance=relevance)
+        return sum(map(float, scores)) / len(scores)
+
+    assert 0.2 < score([example["prompt"] for example in examples]) < 0.5
+    assert score([query["query"] for query in asked]) > 0.5
