@@ -98,16 +98,17 @@ def chunk_backward(
         weight, moment, a, error = weights[n], momenta[n], surprise.inputs[n], surprise.errors[n]
         x = F.silu(answers[n]) if n else answers[n]
         through_weight, through_moment = grad * after[..., 0, None], grad * after[..., 1, None]
+        by_weight, by_moment = torch.bmm(grad, weight.mT), torch.bmm(grad, moment.mT)
         to_weight, to_moment = grad_weights[n], grad_momenta[n]
-        for column, matrix in enumerate((weight, moment)):
-            grad_after[..., column] += torch.linalg.vecdot(grad, torch.bmm(x, matrix))
+        for column, pulled in enumerate((by_weight, by_moment)):
+            grad_after[..., column] += torch.linalg.vecdot(x, pulled)
         products = torch.bmm(x, a.mT)
         grad_mix = torch.bmm(grad, error.mT).neg_()
         grad_errors[n].baddbmm_((products * reach).mT, grad, alpha=-1)
         grad_reach.addcmul_(grad_mix, products)
         grad_products = grad_mix.mul_(reach)
         grad_inputs[n].baddbmm_(grad_products.mT, x)
-        grad = torch.bmm(through_weight, weight.mT).baddbmm_(through_moment, moment.mT).baddbmm_(grad_products, a)
+        grad = by_weight.mul_(after[..., 0, None]).addcmul_(by_moment, after[..., 1, None]).baddbmm_(grad_products, a)
         if n:
             grad = grad.mul_(_silu_slope(answers[n]))
 
