@@ -45,15 +45,21 @@ class Query:
     The answer, to warm up with, is a query of the words of the description, and then as many of the function's name,
     the module first, as each example draws: from none to all, so that rewards have something to choose from.
 
+    With `expand` the search is for the description and the response's query together, and the answers' queries have the
+    name's words alone: what to add to a search is found out sooner than how to write one.
+
     Needs bm25s (`pip install hybridmem[rank]`).
 
     Args:
         k: how many documents count.
+        expand: add the response's query to the description.
         think: whether the response must think first; the answers then think nothing.
         max_query_length: bytes of the answers' queries, and with the format what a response has room for.
         min_words: of a description.
         train_share: where the training descriptions begin and end that examples are drawn from. A warm-up that takes
             the first ones leaves the others to rewards, which else would hear of names that were learned by heart.
+        every_line: draw training examples from the other lines of those functions' docstrings too, as if each described
+            its function: more to learn a function's name from.
         path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
         val_fraction: share of the descriptions to hold out.
         seed: of the split and of all examples.
@@ -66,10 +72,12 @@ class Query:
     def __init__(
         self,
         k: int = 10,
+        expand: bool = False,
         think: bool = False,
         max_query_length: int = 96,
         min_words: int = 3,
         train_share: tuple[float, float] = (0.0, 1.0),
+        every_line: bool = False,
         path: str | None = None,
         val_fraction: float = 0.1,
         seed: int = 0,
@@ -80,10 +88,11 @@ class Query:
             raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
         if not 0 <= train_share[0] < train_share[1] <= 1:
             raise ValueError(f"train_share={train_share} must rise and lie within 0 and 1")
-        self.k, self.think, self.max_query_length, self.seed = k, think, max_query_length, seed
+        self.expand, self.think, self.max_query_length, self.seed = expand, think, max_query_length, seed
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
-        self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
+        expand_column = "description" if expand else None
+        self.ranking = RankingReward("ndcg", k, BM25.of(documents), think, expand_column=expand_column)
         self.described: dict[str, list[str]] = {}  # functions by description
         for function in functions:
             if len(terms(function.description)) >= min_words:
@@ -94,9 +103,23 @@ class Query:
         if begin == end:
             raise ValueError(f"train_share={train_share} has none of the {len(train)} training descriptions: widen it")
         self.descriptions["train"] = train[begin:end]
+        if every_line:
+            self._describe_by_every_line(functions, min_words)
+
+    def _describe_by_every_line(self, functions: list[Function], min_words: int) -> None:
+        """Add the lines of the training functions' docstrings, but those that describe another function."""
+        learned = {name for description in self.descriptions["train"] for name in self.described[description]}
+        lines: dict[str, list[str]] = {}
+        for function in functions:
+            if function.name in learned:
+                for line in dict.fromkeys(map(str.strip, function.rest.splitlines())):
+                    if len(terms(line)) >= min_words and line not in self.described:
+                        lines.setdefault(line, []).append(function.name)
+        self.described |= lines
+        self.descriptions["train"] = [*self.descriptions["train"], *lines]
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "relevance": the names of the functions so described}."""
+        """{"prompt", "answer", "description", "relevance": the names of the functions so described}."""
         rng = example_generator(self.seed, split, index)
         description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
         names = self.described[description]
@@ -105,6 +128,7 @@ class Query:
         return {
             "prompt": f"{description}\n",
             "answer": write_answer(query, "" if self.think else None),
+            "description": description,
             "relevance": names,
         }
 
@@ -119,8 +143,9 @@ class Query:
         return len(write_answer("", "" if self.think else None)) + self.max_query_length + END_OF_ANSWER
 
     def target(self, named: list[str], description: str) -> str:
-        """The description's words but the usual ones, then those of the name, each once, as far as there is room."""
-        found = dict.fromkeys([*(word for word in words(description) if word not in FILLING), *named])
+        """The words of a query: the description's, unless the search has them, then the name's, as far as they fit."""
+        described = [] if self.expand else [word for word in words(description) if word not in FILLING]
+        found = dict.fromkeys([*described, *named])
         query = ""
         for word in found:
             longer = f"{query} {word}".strip()
