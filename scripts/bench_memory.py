@@ -4,7 +4,8 @@
 
 What is compared is timed in turn in one process; a ratio is the median over rounds. Memory is the highest resident set
 of three steps less what was resident before, each side in a process of its own. Both sides get the same allocator:
-"kept" is what training sets (hybridmem/training/allocator.py), "glibc" the C library's own behaviour.
+"kept" is what training sets (hybridmem/training/allocator.py), "glibc" the C library's own behaviour. Where other work
+shares the machine, take --threads 1: times are then those of the processor.
 """
 
 import argparse

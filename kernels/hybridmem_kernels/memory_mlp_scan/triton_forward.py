@@ -22,6 +22,7 @@ from .triton_tiles import (
     state_size,
     surprise,
     tile,
+    tile_mask,
     vector,
 )
 from .triton_tokens import store_tokens, token_slots
@@ -76,7 +77,7 @@ def _write(
                 z_ptr, u_ptr, vectors_ptr, decays_ptr, moment, slots + last, row, column, layer, shape, CUT
             )
             fresh_at = tile(fresh_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile)
-            fresh = tl.load(fresh_at, mask=tl.full((CUT.tile, CUT.tile), 1, tl.int1) & new_document, other=0)
+            fresh = tl.load(fresh_at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
             weight = tl.where(new_document, fresh, weight)
             moment = tl.where(new_document, 0.0, moment)
             tl.store(tile(end_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile), weight)

@@ -29,6 +29,8 @@ from .triton_tiles import (
     surprise,
     tile,
     vector,
+    zero_tile,
+    zero_vector,
 )
 from .triton_tokens import store_tokens, token_slots
 
@@ -88,9 +90,9 @@ def _pairs(
     first = layer == depth - 1
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         rate = tl.load(vector(vectors, RATE, source, shape, CUT))[None, :]
-        grad_rate = tl.zeros((CUT.rows,), tl.float32)
+        grad_rate = zero_vector(CUT.rows)
         for row in tl.range(0, slots, CUT.rows, disable_licm=True):
-            scores, grads = tl.zeros((CUT.rows, CUT.rows), tl.float32), tl.zeros((CUT.rows, CUT.rows), tl.float32)
+            scores, grads = zero_tile(CUT.rows, CUT.rows), zero_tile(CUT.rows, CUT.rows)
             for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
                 x = load_input(y, row, inner, layer, shape, CUT)
                 a = load_input(z, source, inner, layer, shape, CUT)
@@ -113,7 +115,7 @@ def _pairs(
 def _back_through(grad_y, matrices, row, column, layer, shape, CUT: tl.constexpr):
     """A tile of a layer's output gradients times its transposed matrix."""
     _, _, hidden, _ = shape
-    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+    total = zero_tile(CUT.rows, CUT.tile)
     for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         grad = tl.load(input_tile(grad_y, row, layer * hidden + inner, shape, CUT))
         matrix = load_matrix(matrices, column, inner, layer, shape, CUT)
@@ -147,7 +149,7 @@ def _queries_backward(
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         of_weight = tl.load(vector(vectors, OF_WEIGHT, row, shape, CUT))[:, None]
         of_momentum = tl.load(vector(vectors, OF_MOMENTUM, row, shape, CUT))[:, None]
-        grad_of_weight, grad_of_momentum = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
+        grad_of_weight, grad_of_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
             by_weight = _back_through(grad_y, state, row, column, layer, shape, CUT)
             by_moment = _back_through(grad_y, state + state_size(shape), row, column, layer, shape, CUT)
@@ -189,14 +191,14 @@ def _writes_backward(
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
-            grad = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+            grad = zero_tile(CUT.rows, CUT.tile)
             for row in tl.range(0, slots, CUT.rows, disable_licm=True):
                 pair = tl.load(tile(pairs + slots * slots, row, source, slots, CUT.rows, CUT.rows))
                 x = load_input(y, row, column, layer, shape, CUT)
                 grad = tl.dot(tl.trans(pair), x, grad, input_precision=CUT.precision)
             tl.store(input_tile(grad_a, source, input_column(layer, shape) + column, shape, CUT), grad)
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
-            grad = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+            grad = zero_tile(CUT.rows, CUT.tile)
             at = layer * hidden + column
             for row in tl.range(0, slots, CUT.rows, disable_licm=True):
                 pair = tl.load(tile(pairs, row, source, slots, CUT.rows, CUT.rows))

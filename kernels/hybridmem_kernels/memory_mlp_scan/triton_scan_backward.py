@@ -34,7 +34,10 @@ from .triton_tiles import (
     state_size,
     store_sum,
     tile,
+    tile_mask,
     vector,
+    zero_tile,
+    zero_vector,
 )
 
 
@@ -69,7 +72,7 @@ def _write_backward(
     Returns every token's a^T grad_W delta and a^T grad_S delta.
     """
     _, _, hidden, _ = shape
-    along_weight, along_moment = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
+    along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         by_weight = errors_through(z, u, grad_state, row, column, layer, shape, CUT)
         by_moment = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
@@ -135,7 +138,7 @@ def _rates_backward(
         rate = tl.load(vector(vectors, RATE, row, shape, CUT))
         decay = tl.load(vector(decays, slots - 1, row, shape, CUT))
         moment_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
-        along_weight, along_moment = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
+        along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for layer in tl.range(0, depth, disable_licm=True):
             by_weight, by_moment = _write_backward(
                 z, u, grad_a, grad_error, grad_state, row, rate * decay, rate * moment_decay, layer, shape, CUT
@@ -252,7 +255,7 @@ def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, lay
 def _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT: tl.constexpr):
     """A tile of what the chunk's keys give the anchor: through the output, and through u = delta W^T."""
     _, _, _, slots = shape
-    total = tl.zeros((CUT.tile, CUT.tile), tl.float32)
+    total = zero_tile(CUT.tile, CUT.tile)
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         a = tl.trans(load_input(z, source, row, layer, shape, CUT))
         grad = _load_grad_output(grad_a, grad_error, source, column, layer, shape, CUT)
@@ -296,13 +299,12 @@ def _state_backward(
     of_weight = tl.load(vectors + OF_WEIGHT * slots + last)
     of_momentum = tl.load(vectors + OF_MOMENTUM * slots + last)
     moment_kept = tl.load(vectors + MOMENT * slots + last)
-    grad_of_weight, grad_of_momentum = tl.zeros((CUT.tile,), tl.float32), tl.zeros((CUT.tile,), tl.float32)
-    grad_moment_kept = tl.zeros((CUT.tile,), tl.float32)
+    grad_of_weight, grad_of_momentum = zero_vector(CUT.tile), zero_vector(CUT.tile)
+    grad_moment_kept = zero_vector(CUT.tile)
     stride = output_width(layer, shape)
     for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             at = tile(tl.cast(matrix_start(layer, shape), tl.int32), row, column, stride, CUT.tile, CUT.tile)
-            everywhere = tl.full((CUT.tile, CUT.tile), 1, tl.int1)
             grad_weight, grad_moment = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
             weight, moment = tl.load(state + at), tl.load(state + state_size(shape) + at)
             grad_of_weight += tl.sum(grad_weight * weight, 0)
@@ -315,11 +317,11 @@ def _state_backward(
                 y, grad_y, vectors, grad_weight * of_weight, OF_WEIGHT, row, column, layer, shape, CUT
             )
             grad_gradients = _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT)
-            tl.store(grad_anchor + at, grad_gradients, mask=everywhere & (begins == 0))
+            tl.store(grad_anchor + at, grad_gradients, mask=tile_mask(begins == 0, CUT.tile, CUT.tile))
             grad_weight += tl.where(begins, grad_gradients, 0.0)
-            grad_weight += tl.load(grad_end_anchor + at, mask=everywhere & is_end_anchor, other=0)
-            grad_before = tl.load(grad_fresh + at, mask=everywhere & new_document, other=0)
-            tl.store(grad_fresh + at, grad_before + grad_weight, mask=everywhere & new_document)
+            grad_weight += tl.load(grad_end_anchor + at, mask=tile_mask(is_end_anchor, CUT.tile, CUT.tile), other=0)
+            grad_before = tl.load(grad_fresh + at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
+            tl.store(grad_fresh + at, grad_before + grad_weight, mask=tile_mask(new_document, CUT.tile, CUT.tile))
             tl.store(grad_state + at, tl.where(new_document, 0.0, grad_weight))
     return tl.sum(grad_of_weight, 0), tl.sum(grad_of_momentum, 0), tl.sum(grad_moment_kept, 0)
 

@@ -109,6 +109,27 @@ def vector(ptr, index, row, shape, CUT: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def zero_vector(LENGTH: tl.constexpr):
+    """Zeros for a sum; the fields of a `Cut` are a shape to Triton 3.7 only once they are arguments."""
+    return tl.zeros((LENGTH,), tl.float32)
+
+
+@triton.jit
+@no_type_check
+def zero_tile(HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
+    """The same in two axes."""
+    return tl.zeros((HEIGHT, LENGTH), tl.float32)
+
+
+@triton.jit
+@no_type_check
+def tile_mask(condition, HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
+    """One condition for a whole tile."""
+    return tl.full((HEIGHT, LENGTH), 1, tl.int1) & condition
+
+
+@triton.jit
+@no_type_check
 def slope(x):
     """The derivative of SiLU."""
     gate = tl.sigmoid(x)
@@ -196,7 +217,7 @@ def load_matrix(
 @no_type_check
 def errors_through(z_ptr, u_ptr, matrix_ptr, row, column, layer, shape, CUT: tl.constexpr):
     """A tile of a layer's deltas times a transposed matrix."""
-    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+    total = zero_tile(CUT.rows, CUT.tile)
     for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
         matrix = load_matrix(matrix_ptr, column, inner, layer, shape, CUT)
@@ -215,7 +236,7 @@ def squares(
     CUT: tl.constexpr,
 ):
     """Every token's ‖a‖² and ‖delta‖² at a layer."""
-    of_input, of_error = tl.zeros((CUT.rows,), tl.float32), tl.zeros((CUT.rows,), tl.float32)
+    of_input, of_error = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         a = load_input(z_ptr, row, column, layer, shape, CUT)
         of_input += tl.sum(a * a, 1)
@@ -236,7 +257,7 @@ def gradient_norm(
 ):
     """The square of every token's gradient, over all layers."""
     depth, _, _, _ = shape
-    norm = tl.zeros((CUT.rows,), tl.float32)
+    norm = zero_vector(CUT.rows)
     for layer in tl.range(0, depth, disable_licm=True):
         of_input, of_error = squares(z_ptr, u_ptr, row, layer, shape, CUT)
         norm += of_input * of_error
@@ -256,7 +277,7 @@ def _forward(
     depth, _, hidden, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
-            total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+            total = zero_tile(CUT.rows, CUT.tile)
             for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
                 a = load_input(z_ptr, row, inner, layer, shape, CUT)
                 anchor = load_matrix(anchor_ptr, inner, column, layer, shape, CUT)
@@ -344,11 +365,11 @@ def read(
     _, _, _, slots = shape
     of_weight = tl.load(vector(vectors_ptr, OF_WEIGHT, row, shape, CUT))[:, None]
     of_momentum = tl.load(vector(vectors_ptr, OF_MOMENTUM, row, shape, CUT))[:, None]
-    total = tl.zeros((CUT.rows, CUT.tile), tl.float32)
+    total = zero_tile(CUT.rows, CUT.tile)
     total = _queries_through(y_ptr, state_ptr, total, of_weight, row, column, layer, shape, CUT)
     total = _queries_through(y_ptr, state_ptr + state_size(shape), total, of_momentum, row, column, layer, shape, CUT)
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
-        scores = tl.zeros((CUT.rows, CUT.rows), tl.float32)
+        scores = zero_tile(CUT.rows, CUT.rows)
         for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
             x = load_input(y_ptr, row, inner, layer, shape, CUT)
             a = load_input(z_ptr, source, inner, layer, shape, CUT)

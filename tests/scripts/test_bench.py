@@ -1,0 +1,68 @@
+"""What the benchmarks compute from what they time; no timing decides anything."""
+
+import importlib
+import json
+from types import ModuleType
+
+import pytest
+import torch
+
+from ..unchecked import ROOT
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module
+
+
+def test_every_call_is_timed_in_every_round(bench):
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = bench("bench_measure").in_turn(calls, rounds=3)
+    assert order == list("ab" * 4)  # once before the clock runs
+    assert {name: len(of) for name, of in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_ratio_is_taken_round_by_round(bench):
+    # The second round is slow for both, as on a machine that does something else for a while.
+    assert bench("bench_measure").ratio({"a": [2, 20, 2], "b": [1, 10, 2]}, "a", "b") == 2
+
+
+def test_products_are_those_that_run(bench):
+    memory: ModuleType = bench("bench_memory")
+    a, b, vector = torch.randn(3, 8, 16), torch.randn(3, 16, 32), torch.randn(3, 16, 1)
+    with memory.Products() as products:
+        torch.bmm(a, b)
+        torch.zeros(3, 32, 8).baddbmm_(b.mT, a.mT)
+        torch.bmm(a, vector)  # a sum, not a product of matrices
+        a.add_(1)
+    assert products.operands == [
+        ((a.shape, a.stride()), (b.shape, b.stride())),
+        ((b.mT.shape, b.mT.stride()), (a.mT.shape, a.mT.stride())),
+    ]
+    products.replay()()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_scan_step_takes_every_gradient(bench, depth):
+    grads = bench("bench_memory").scan_step(depth, 1, 64)()
+    assert len(grads) == (6 if depth == 1 else 8)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_models_have_the_parameters_that_are_wanted(bench):
+    memory = bench("bench_memory")
+    wanted = memory.parameters(memory.our_model("mag"))
+    assert memory.parameters(memory.our_model("swa", wanted)) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_report_says_how_a_ratio_changed(bench):
+    report = bench("bench_all")
+    assert report.line("scan", 1.5, 1.2).endswith("before    1.200  +25%")
+    assert report.line("scan", 1.5, None).endswith("new")
+
+
+def test_the_committed_ratios_are_those_that_are_measured(bench):
+    report = bench("bench_all")
+    assert list(json.loads(report.COMMITTED.read_text())) == list(report.RATIOS)
