@@ -37,8 +37,6 @@ class RankingReward:
         think: whether a response must think before its answer.
         relevance_column: the dataset's column with the relevance of each document by its id, or with the ids of the
             relevant ones.
-        expand_column: the dataset's column with text that the query is added to: the response then expands a search
-            instead of making one. None: the query is searched for alone.
         failed_reward: for a query that the retriever failed on; the default is what the format alone gets, None leaves
             the sample to the other reward functions.
         raise_failures: end the run instead.
@@ -54,15 +52,14 @@ class RankingReward:
         retriever: Retriever,
         think: bool = True,
         relevance_column: str = "relevance",
-        expand_column: str | None = None,
         failed_reward: float | None = 0.0,
         raise_failures: bool = False,
     ):
         one_of(tuple(RANKING_METRICS), metric=metric)
         at_least(1, k=k)
         self.metric, self.k, self.retriever, self.think = metric, k, retriever, think
-        self.relevance_column, self.expand_column = relevance_column, expand_column
-        self.failed_reward, self.raise_failures = failed_reward, raise_failures
+        self.relevance_column, self.failed_reward = relevance_column, failed_reward
+        self.raise_failures = raise_failures
         self.failures = 0
         self.__name__ = f"{metric}@{k}"  # what it is logged under
 
@@ -74,16 +71,11 @@ class RankingReward:
         """The metric of what each completion finds; `malformed` and `failed` where there is none.
 
         Raises:
-            ValueError: the dataset lacks a column.
+            ValueError: the dataset lacks the column of relevances.
         """
-        for name in ("relevance_column", "expand_column"):
-            column = getattr(self, name)
-            if column is not None and column not in columns:
-                raise ValueError(f"{name}={column!r} is no column of the dataset, which has {', '.join(columns)}")
+        if self.relevance_column not in columns:
+            raise ValueError(f"relevance_column={self.relevance_column!r} is no column of the dataset: {list(columns)}")
         queries = [parse_query(completion, self.think) for completion in completions]
-        if self.expand_column is not None:
-            expanded = zip(columns[self.expand_column], queries, strict=True)
-            queries = [None if query is None else f"{text} {query}" for text, query in expanded]
         found = self.search(list(dict.fromkeys(query for query in queries if query is not None)))
         return [
             "malformed" if query is None else self._score(metric, found[query], relevance)

@@ -1,6 +1,6 @@
 """Search queries: a function of the standard library is described in a line; which query finds its documentation?
 
-Return True if the path is absolute.        answer  <answer>{"query": "true path absolute posixpath isabs"}</answer>
+Return True if the path is absolute.        answer  <answer>{"query": "true path absolute"}</answer>
 """
 
 import ast
@@ -8,6 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,24 +43,18 @@ class Query:
     prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
     held out, the functions' documents are all in the corpus.
 
-    The answer, to warm up with, is a query of the words of the description, and then as many of the function's name,
-    the module first, as each example draws: from none to all, so that rewards have something to choose from.
-
-    With `expand` the search is for the description and the response's query together, and the answers' queries have the
-    name's words alone: what to add to a search is found out sooner than how to write one.
+    The answer, to warm up with, is a query of the description's first words but the usual ones.
 
     Needs bm25s (`pip install hybridmem[rank]`).
 
     Args:
         k: how many documents count.
-        expand: add the response's query to the description.
         think: whether the response must think first; the answers then think nothing.
         max_query_length: bytes of the answers' queries, and with the format what a response has room for.
+        num_words: of the answers' queries, at most.
         min_words: of a description.
-        train_share: where the training descriptions begin and end that examples are drawn from. A warm-up that takes
-            the first ones leaves the others to rewards, which else would hear of names that were learned by heart.
         every_line: draw training examples from the other lines of those functions' docstrings too, as if each described
-            its function: more to learn a function's name from.
+            its function: more text to learn to read and copy from.
         path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
         val_fraction: share of the descriptions to hold out.
         seed: of the split and of all examples.
@@ -72,37 +67,28 @@ class Query:
     def __init__(
         self,
         k: int = 10,
-        expand: bool = False,
         think: bool = False,
-        max_query_length: int = 96,
+        max_query_length: int = 64,
+        num_words: int = 6,
         min_words: int = 3,
-        train_share: tuple[float, float] = (0.0, 1.0),
         every_line: bool = False,
         path: str | None = None,
         val_fraction: float = 0.1,
         seed: int = 0,
     ):
-        at_least(1, k=k, max_query_length=max_query_length, min_words=min_words)
+        at_least(1, k=k, max_query_length=max_query_length, num_words=num_words, min_words=min_words)
         at_least(0, seed=seed)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
-        if not 0 <= train_share[0] < train_share[1] <= 1:
-            raise ValueError(f"train_share={train_share} must rise and lie within 0 and 1")
-        self.expand, self.think, self.max_query_length, self.seed = expand, think, max_query_length, seed
+        self.think, self.max_query_length, self.num_words, self.seed = think, max_query_length, num_words, seed
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
-        expand_column = "description" if expand else None
-        self.ranking = RankingReward("ndcg", k, BM25.of(documents), think, expand_column=expand_column)
+        self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
         self.described: dict[str, list[str]] = {}  # functions by description
         for function in functions:
             if len(terms(function.description)) >= min_words:
                 self.described.setdefault(function.description, []).append(function.name)
         self.descriptions = split_texts(sorted(self.described), val_fraction, seed)
-        train = self.descriptions["train"]
-        begin, end = (round(share * len(train)) for share in train_share)
-        if begin == end:
-            raise ValueError(f"train_share={train_share} has none of the {len(train)} training descriptions: widen it")
-        self.descriptions["train"] = train[begin:end]
         if every_line:
             self._describe_by_every_line(functions, min_words)
 
@@ -119,17 +105,13 @@ class Query:
         self.descriptions["train"] = [*self.descriptions["train"], *lines]
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "description", "relevance": the names of the functions so described}."""
+        """{"prompt", "answer", "relevance": the names of the functions so described}."""
         rng = example_generator(self.seed, split, index)
         description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
-        names = self.described[description]
-        named = words(names[rng.integers(len(names))])
-        query = self.target(named[: rng.integers(len(named) + 1)], description)
         return {
             "prompt": f"{description}\n",
-            "answer": write_answer(query, "" if self.think else None),
-            "description": description,
-            "relevance": names,
+            "answer": write_answer(self.target(description), "" if self.think else None),
+            "relevance": self.described[description],
         }
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -142,12 +124,11 @@ class Query:
         """Tokens of the longest answer and its end, if each byte is a token."""
         return len(write_answer("", "" if self.think else None)) + self.max_query_length + END_OF_ANSWER
 
-    def target(self, named: list[str], description: str) -> str:
-        """The words of a query: the description's, unless the search has them, then the name's, as far as they fit."""
-        described = [] if self.expand else [word for word in words(description) if word not in FILLING]
-        found = dict.fromkeys([*described, *named])
+    def target(self, description: str) -> str:
+        """The description's first words without the usual ones, each once, as far as there is room."""
+        found = dict.fromkeys(word for word in words(description) if word not in FILLING)
         query = ""
-        for word in found:
+        for word in islice(found, self.num_words):
             longer = f"{query} {word}".strip()
             if len(longer) > self.max_query_length:
                 break

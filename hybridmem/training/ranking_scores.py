@@ -40,10 +40,10 @@ class RankingScores(L.Callback):
         """Score what was answered."""
         answered: Answered = outputs
         ranking = trainer.datamodule.task.ranking
-        names = [name for name in (ranking.relevance_column, ranking.expand_column) if name is not None]
-        columns = {name: [example[name] for example in answered.examples] for name in names}
+        column = ranking.relevance_column
+        relevance = {column: [example[column] for example in answered.examples]}
         for metric, scores in self._scores.items():
-            scores += ranking.scores(answered.greedy, metric, **columns)
+            scores += ranking.scores(answered.greedy, metric, **relevance)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means."""

@@ -1,7 +1,5 @@
 """Descriptions and documents of a small folder of source, and of the standard library."""
 
-import json
-
 import pytest
 
 from hybridmem.policy.ranking import parse_query, write_answer
@@ -71,29 +69,22 @@ def test_examples(folder):
             assert example == task.example(split, index)
 
 
-def test_the_target_names_the_function(folder):
+def test_the_target_leaves_out_the_usual_words(folder):
     task = Query(path=str(folder))
-    assert task.target(words("net_1.Socket.setTimeout"), "Set the wait.") == "set wait net 1 socket timeout"
-    short = Query(path=str(folder), max_query_length=12)
-    assert short.target(words("net_1.Socket.setTimeout"), "Set the wait.") == "set wait net"
+    assert task.target("Set the longest SSLTimeout of a set.") == "set longest ssl timeout"
+    assert Query(path=str(folder), num_words=2).target("Set the longest wait.") == "set longest"
+    assert Query(path=str(folder), max_query_length=12).target("Set the longest wait.") == "set longest"
 
 
-def test_answers_name_the_function_more_or_less(folder):
-    """From the description's words alone to the whole name."""
-    task = Query(path=str(folder))
-    examples = [task.example("train", index) for index in range(200)]
-    named = [" ".join(words(example["relevance"][0])) for example in examples]
-    left_out = [name.split()[-1] not in example["answer"] for name, example in zip(named, examples, strict=True)]
-    module = [name.split()[0] in example["answer"] for name, example in zip(named, examples, strict=True)]
-    assert 50 < sum(left_out) < 190
-    assert 100 < sum(module) < 200
-
-
-def test_a_share_of_the_training_descriptions(folder):
-    whole = Query(path=str(folder)).descriptions["train"]
-    first, second = (Query(path=str(folder), train_share=share) for share in ((0.0, 0.5), (0.5, 1.0)))
-    assert first.descriptions["train"] + second.descriptions["train"] == whole
-    assert first.descriptions["val"] == second.descriptions["val"]
+def test_every_line_of_the_training_functions(folder):
+    few, many = Query(path=str(folder), val_fraction=0.3), Query(path=str(folder), val_fraction=0.3, every_line=True)
+    assert many.descriptions["val"] == few.descriptions["val"]
+    added = many.descriptions["train"][len(few.descriptions["train"]) :]
+    trained = {name for description in few.descriptions["train"] for name in few.described[description]}
+    assert added
+    for line in added:
+        assert line.startswith("None waits for ever")
+        assert set(many.described[line]) <= trained
 
 
 def test_reward(folder):
@@ -116,8 +107,7 @@ def test_thinking(folder):
         ({"k": 0}, "k must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction must lie"),
         ({"val_fraction": 0.001}, "leaves 0 for validation"),
-        ({"train_share": (0.5, 0.5)}, "train_share="),
-        ({"train_share": (0.51, 0.5101)}, "has none of the 24 training"),
+        ({"num_words": 0}, "num_words must be at least 1"),
         ({"max_query_length": 0}, "max_query_length must be at least 1"),
     ],
 )
@@ -134,15 +124,15 @@ def test_a_folder_without_functions(tmp_path):
 
 @pytest.mark.slow
 def test_the_standard_library_leaves_room_above_the_description():
-    """The description as query is mediocre, the answer's is good."""
+    """The description as query is mediocre, its chosen words are better, the function's name is good."""
     task = Query()
-    examples = [task.example("val", index) for index in range(200)]
-    relevance = [example["relevance"] for example in examples]
-    asked = [json.loads(example["answer"].removeprefix("<answer>").removesuffix("</answer>")) for example in examples]
+    descriptions = task.descriptions["val"]
+    relevance = [task.described[description] for description in descriptions]
 
     def score(queries):
         scores = task.ranking.scores([write_answer(query) for query in queries], "ndcg", relevance=relevance)
         return sum(map(float, scores)) / len(scores)
 
-    assert 0.2 < score([example["prompt"] for example in examples]) < 0.5
-    assert score([query["query"] for query in asked]) > 0.5
+    whole, chosen = score(descriptions), score([task.target(description) for description in descriptions])
+    assert 0.2 < whole < chosen < 0.5
+    assert score([" ".join(words(names[0])) for names in relevance]) > 0.7
