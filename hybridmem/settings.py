@@ -10,6 +10,24 @@ def at_least(least: int, **settings: int | None) -> None:
             raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
+def between_0_and_1(**settings: float) -> None:
+    """Refuse shares that leave nothing, or take all."""
+    for name, value in settings.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not be {value}")
+
+
+def number_held_out(val_fraction: float, total: int, things: str, remedy: str = "") -> int:
+    """How many of `total` are validated on; both parts must hold one. `things` and `remedy` are for the error."""
+    held_out = round(total * val_fraction)
+    if not 0 < held_out < total:
+        raise ValueError(
+            f"val_fraction={val_fraction} of {things} leaves {held_out} for validation and {total - held_out} for "
+            f"training: change val_fraction{remedy}"
+        )
+    return held_out
+
+
 def one_of(choices: Sequence[str], **settings: str) -> None:
     """Refuse settings that are none of the choices."""
     for name, value in settings.items():

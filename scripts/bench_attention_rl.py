@@ -10,28 +10,16 @@ left out where they would pass --limit, judged by the length before: they grow w
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from pathlib import Path
 
 import torch
+from bench_measure import peak_megabytes, resident_megabytes
 
 from hybridmem_kernels import attention_divergence
 
 HEADS, DIM = 4, 32
 NAMES = {"torch": "tile by tile", "reference": "full maps"}
-
-
-def resident_megabytes() -> float:
-    """The process's resident set."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_megabytes() -> float:
-    """The highest that the resident set has been since the process began."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 2**10
 
 
 def compare(backend: str, length: int, window: int | None) -> None:

@@ -67,6 +67,11 @@ class Comparison:
     train_options: FitOptions = field(default_factory=FitOptions)
     options: FitOptions = field(default_factory=FitOptions)
 
+    @property
+    def controls_and_start(self) -> dict[str, Objectives]:
+        """The controls, and the start, which only validates: its objectives are not used."""
+        return {START: SUPERVISED, **self.controls}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -159,7 +164,7 @@ def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
         "config": str(task.train),
         **common,
         "model.init_args.model": str(root / run.warm_up.folder / "last.ckpt"),
-        "model.init_args.objectives": _objectives({START: SUPERVISED, **task.controls}[run.control], run.target),
+        "model.init_args.objectives": _objectives(task.controls_and_start[run.control], run.target),
         "model.init_args.seed": run.seed,
         **task.train_options,
     }
@@ -179,22 +184,20 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 
 def _cells(name: str, task: Comparison) -> Iterator[Run]:
     for architecture in task.architectures:
-        for control, objectives in {START: SUPERVISED, **task.controls}.items():
-            for target in _targets(task, architecture, objectives):
+        has_memory = bool(set(_variants(task, architecture)) & set(MEMORY_VARIANTS))
+        possible = task.targets if has_memory else [target for target in task.targets if target == "attention"]
+        for control, objectives in task.controls_and_start.items():
+            for target in _targets(objectives, possible):
                 for seed in task.seeds:
                     yield Run(name, architecture, seed, control, target)
 
 
-def _targets(task: Comparison, architecture: str, objectives: Objectives) -> list[str]:
-    """What AttentionRL may shape here; a control without it, or with a target of its own, runs once."""
+def _targets(objectives: Objectives, possible: list[str]) -> list[str]:
+    """What AttentionRL shapes; a control without it, or with a target of its own, runs once."""
     own = [part.get("init_args", {}).get("target", "") for part in objectives if _is_attention_rl(part)]
     if not own:
         return [""]
-    if own[0]:
-        return own
-    if not set(_variants(task, architecture)) & set(MEMORY_VARIANTS):
-        return [target for target in task.targets if target == "attention"]
-    return task.targets
+    return own if own[0] else possible
 
 
 def _variants(task: Comparison, architecture: str) -> list[str]:

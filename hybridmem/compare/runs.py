@@ -65,13 +65,8 @@ def execute(run: Run, task: Comparison, root: Path, environment: dict[str, str])
         command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
     with (folder / OUTPUT).open("ab") as output:
         start = output.tell()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment)
-        try:
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        environment = os.environ | environment
+        code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
     if code == 0:
         (folder / FINISHED).touch()
     elif code in (128 + 2, -2, -15):  # Ctrl-C, SIGTERM: the run has saved where it is

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridmem.settings import number_held_out
+
 from .order import permutation
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
@@ -87,12 +89,8 @@ def split_documents(
     Raises:
         ValueError: one of the two would be empty.
     """
-    held_out = round(len(documents) * val_fraction)
-    if not 0 < held_out < len(documents):
-        raise ValueError(
-            f"val_fraction={val_fraction} of {len(documents)} documents leaves {held_out} for validation and "
-            f"{len(documents) - held_out} for training: change val_fraction, or set val_path"
-        )
+    total = len(documents)
+    held_out = number_held_out(val_fraction, total, f"{total} documents", ", or set val_path")
     chosen = set(permutation(len(documents), seed)[:held_out].tolist())
     train = [document for index, document in enumerate(documents) if index not in chosen]
     return train, [document for index, document in enumerate(documents) if index in chosen]

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem.settings import at_least, one_of
+from hybridmem.settings import at_least, between_0_and_1, one_of
 from hybridmem.tasks.needle import NeedleRows
 
 from .corpora import Document, limit_bytes, list_documents, split_documents
@@ -89,8 +89,7 @@ class TextDataModule(L.LightningDataModule):
         at_least(0, num_workers=num_workers, seed=seed, split_seed=split_seed)
         one_of(("packed", "continuous"), mode=mode)
         one_of(("strict", "replace", "ignore"), encoding_errors=encoding_errors)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.save_hyperparameters(logger=False)
         self.val_sequence_length = val_sequence_length or sequence_length
         self.val_batch_size = val_batch_size or batch_size

@@ -3,11 +3,11 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .queries import QueryMean
+from .mean import RunningMean
 from .span import entropy
 
 
-class AllocationEntropy(QueryMean):
+class AllocationEntropy(RunningMean):
     """Entropy of the shares in nats, averaged over queries: 0 is one kind alone, ln 3 all three alike."""
 
     def update(self, shares: Float[Tensor, "batch queries kinds"], mask: Bool[Tensor, "batch queries"]) -> None:

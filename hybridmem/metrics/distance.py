@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..settings import at_least
-from .queries import QueryMean
+from .mean import RunningMean
 
 
 def distances(attention: Float[Tensor, "batch queries keys"]) -> Int[Tensor, "queries keys"]:
@@ -17,7 +17,7 @@ def distances(attention: Float[Tensor, "batch queries keys"]) -> Int[Tensor, "qu
     return clock[keys - queries :, None] - clock
 
 
-class MeanDistance(QueryMean):
+class MeanDistance(RunningMean):
     """Σ_i p_t(i) · (t − i) in tokens, averaged over queries: 1 is the token before."""
 
     def update(
@@ -31,7 +31,7 @@ class MeanDistance(QueryMean):
         self.add((attention.double() * away).sum(-1), mask)
 
 
-class BeyondWindow(QueryMean):
+class BeyondWindow(RunningMean):
     """The share of attention on tokens that lie `window` or more back, where window attention cannot see.
 
     Args:

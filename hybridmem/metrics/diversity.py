@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics import Metric
 
+from .mean import RunningMean
 from .span import entropy
 
 
@@ -17,17 +17,8 @@ def jensen_shannon(p: Float[Tensor, "*lead keys"], q: Float[Tensor, "*lead keys"
     return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
 
-class AttentionDiversity(Metric):
+class AttentionDiversity(RunningMean):
     """Mean JSD in nats over the pairs of a prompt's responses, token by token: 0 when all of them look alike."""
-
-    full_state_update = False
-    divergence: Tensor
-    pairs: Tensor
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
         self, attention: Float[Tensor, "responses queries keys"], mask: Bool[Tensor, "responses queries"]
@@ -35,16 +26,10 @@ class AttentionDiversity(Metric):
         """Add one prompt's responses; a pair counts at the queries that `mask` gives to both."""
         attention = attention.double()
         for a, b in combinations(range(len(attention)), 2):
-            both = mask[a] & mask[b]
-            self.divergence += (jensen_shannon(attention[a], attention[b]) * both).sum()
-            self.pairs += both.sum()
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean over pairs and queries; nan if no pair counted."""
-        return self.divergence / self.pairs
+            self.add(jensen_shannon(attention[a], attention[b]), mask[a] & mask[b])
 
 
-class DistinctPatterns(Metric):
+class DistinctPatterns(RunningMean):
     """How many ways of looking back a prompt's responses have: the clusters of their attention, averaged over prompts.
 
     Two responses are of one cluster if their mean JSD over the tokens of both is at most `threshold`, or if a chain of
@@ -57,17 +42,11 @@ class DistinctPatterns(Metric):
         ValueError: a threshold that joins none or all.
     """
 
-    full_state_update = False
-    clusters: Tensor
-    prompts: Tensor
-
     def __init__(self, threshold: float = 0.1, **kwargs: Any):
         super().__init__(**kwargs)
         if not 0 <= threshold < math.log(2):
             raise ValueError(f"threshold={threshold} must be at least 0 and below ln 2, the JSD of disjoint attention")
         self.threshold = threshold
-        self.add_state("clusters", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
         self, attention: Float[Tensor, "responses queries keys"], mask: Bool[Tensor, "responses queries"]
@@ -81,9 +60,4 @@ class DistinctPatterns(Metric):
                 joined[a, b] = joined[b, a] = 1
         for _ in range(len(attention)):  # pairs become chains
             joined = (joined @ joined).clamp(max=1)
-        self.clusters += (1 / joined.sum(1)).sum()  # each response counts as its share of its cluster
-        self.prompts += 1
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean number of clusters; nan before any prompt."""
-        return self.clusters / self.prompts
+        self.add((1 / joined.sum(1)).sum())  # each response counts as its share of its cluster

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics import Metric
 
 from ..settings import at_least
+from .mean import RunningMean
 
 Votes = Sequence[Sequence[Hashable | None]]
 
@@ -52,7 +52,16 @@ def maj_at_k(votes: Votes, answers: Sequence[Hashable], k: int) -> Float[Tensor,
     return torch.tensor(shares, dtype=torch.float64)
 
 
-class PassAtK(Metric):
+class _OfK(RunningMean):
+    """A mean over prompts of what k samples are good for."""
+
+    def __init__(self, k: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        at_least(1, k=k)
+        self.k = k
+
+
+class PassAtK(_OfK):
     """`pass_at_k`, averaged over prompts.
 
     Args:
@@ -62,28 +71,12 @@ class PassAtK(Metric):
         ValueError: k below 1; in `update`, fewer samples than k.
     """
 
-    full_state_update = False
-    passed: Tensor
-    prompts: Tensor
-
-    def __init__(self, k: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        at_least(1, k=k)
-        self.k = k
-        self.add_state("passed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
     def update(self, right: Bool[Tensor, "prompts samples"]) -> None:
         """Add prompts: which of each one's samples are right."""
-        self.passed += pass_at_k(right, self.k).sum()
-        self.prompts += len(right)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean, in [0, 1]; nan before any prompt."""
-        return self.passed / self.prompts
+        self.add(pass_at_k(right, self.k))
 
 
-class MajAtK(Metric):
+class MajAtK(_OfK):
     """`maj_at_k`, averaged over prompts.
 
     Args:
@@ -93,25 +86,9 @@ class MajAtK(Metric):
         ValueError: k below 1; in `update`, fewer samples than k.
     """
 
-    full_state_update = False
-    won: Tensor
-    prompts: Tensor
-
-    def __init__(self, k: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        at_least(1, k=k)
-        self.k = k
-        self.add_state("won", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
     def update(self, votes: Votes, answers: Sequence[Hashable]) -> None:
         """Add prompts: what each one's samples answer, None where that cannot be read, and the right answer."""
-        self.won += maj_at_k(votes, answers, self.k).sum().to(self.won.device)
-        self.prompts += len(answers)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean, in [0, 1]; nan before any prompt."""
-        return self.won / self.prompts
+        self.add(maj_at_k(votes, answers, self.k))
 
 
 def _check_samples(samples: int, k: int) -> int:

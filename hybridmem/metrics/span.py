@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .queries import QueryMean
+from .mean import RunningMean
 
 
 def entropy(probabilities: Float[Tensor, "*lead keys"]) -> Float[Tensor, "*lead"]:
@@ -12,7 +12,7 @@ def entropy(probabilities: Float[Tensor, "*lead keys"]) -> Float[Tensor, "*lead"
     return torch.special.entr(probabilities).sum(-1)
 
 
-class EffectiveSpan(QueryMean):
+class EffectiveSpan(RunningMean):
     """exp(entropy) of the head-averaged attention, averaged over queries: 1 is one token, n an even spread over n."""
 
     def update(

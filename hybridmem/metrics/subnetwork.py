@@ -7,7 +7,7 @@ few do.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan, prod
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from .weights import StoredWeights, is_float, shapes_of
+from .weights import StoredWeights, is_float, listed, shapes_of
 
 Weights = Mapping[str, Tensor]
 SWEEP = (1e-8, 1e-7, 1e-6, 1e-5)  # the last one is the paper's
@@ -23,7 +23,6 @@ TOLERANCE = SWEEP[-1]
 PIECE = 2**18  # entries that are compared at a time: their copies stay in a core's cache, which is seven times faster
 NUMBERED = re.compile(r"((?:[^.]*\.)*?\d+)\.(.*)")  # a layer, and what is within it
 ALL = "all"
-SHOWN = 3  # names in an error
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,10 @@ def check_alike(*weights: Weights) -> None:
     for number, other in enumerate(others, start=1):
         one, two = _label(weights, 0), _label(weights, number)
         if first.keys() != other.keys():
+            only_first, only_other = (listed(sorted(a.keys() - b.keys())) for a, b in ((first, other), (other, first)))
             raise ValueError(
-                f"the weights are not of one model: only {one} has {_listed(first.keys() - other.keys())}; only {two} "
-                f"has {_listed(other.keys() - first.keys())}"
+                f"the weights are not of one model: only {one} has {only_first or 'none'}; only {two} has "
+                f"{only_other or 'none'}"
             )
         for name, shape in first.items():
             if other[name] != shape:
@@ -265,8 +265,3 @@ def _cast(weights: Tensor, dtype: torch.dtype) -> Tensor:
 def _label(weights: Sequence[Weights], number: int) -> str:
     one = weights[number]
     return str(one.path) if isinstance(one, StoredWeights) else f"weights number {number + 1}"
-
-
-def _listed(names: Set[str]) -> str:
-    shown = ", ".join(sorted(names)[:SHOWN])
-    return f"{shown} … ({len(names)} tensors)" if len(names) > SHOWN else shown or "none"

@@ -1,7 +1,7 @@
 """Weights read tensor by tensor from safetensors, and masks written so: neither model nor mask has to fit in memory."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHOWN = 3  # names in an error
 ALIGNMENT = 8  # bytes that the data of a safetensors file is aligned to
 
 
@@ -70,6 +71,12 @@ def is_float(weights: Mapping[str, Tensor], name: str) -> bool:
     if isinstance(weights, StoredWeights):
         return weights.dtypes[name].startswith(("F", "BF"))
     return weights[name].is_floating_point()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for an error: the first ones, and how many there are; empty for none."""
+    shown = ", ".join(names[:SHOWN])
+    return f"{shown} … ({len(names)} tensors)" if len(names) > SHOWN else shown
 
 
 def write_masks(

@@ -65,10 +65,11 @@ class RankingReward:
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """The reward of each completion."""
-        return [self._reward(score) for score in self.scores(completions, self.metric, **columns)]
+        (scores,) = self.scores(completions, self.metric, **columns)
+        return [self._reward(score) for score in scores]
 
-    def scores(self, completions: Sequence[Completion], metric: str, **columns: Any) -> list[float | str]:
-        """The metric of what each completion finds; `malformed` and `failed` where there is none.
+    def scores(self, completions: Sequence[Completion], *metrics: str, **columns: Any) -> list[list[float | str]]:
+        """Each metric of what every completion finds; `malformed` and `failed` where there is none.
 
         Raises:
             ValueError: the dataset lacks the column of relevances.
@@ -77,9 +78,13 @@ class RankingReward:
             raise ValueError(f"relevance_column={self.relevance_column!r} is no column of the dataset: {list(columns)}")
         queries = [parse_query(completion, self.think) for completion in completions]
         found = self.search(list(dict.fromkeys(query for query in queries if query is not None)))
+        relevances = columns[self.relevance_column]
         return [
-            "malformed" if query is None else self._score(metric, found[query], relevance)
-            for query, relevance in zip(queries, columns[self.relevance_column], strict=True)
+            [
+                "malformed" if query is None else self._score(metric, found[query], relevance)
+                for query, relevance in zip(queries, relevances, strict=True)
+            ]
+            for metric in metrics
         ]
 
     def search(self, queries: list[str]) -> dict[str, list[str] | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from ..settings import at_least
+from ..settings import at_least, between_0_and_1, number_held_out
 from .task import END_OF_ANSWER, Split, example_generator
 
 # Words of source, in bytes. What is not ASCII counts as part of a word, so that no half of a word is one.
@@ -77,8 +77,7 @@ class Identifier:
             )
         if max_length < min_length:
             raise ValueError(f"max_length={max_length} must be at least min_length={min_length}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.window, self.context_length = window, context_length
         self.min_length, self.max_length = min_length, max_length
         self.path, self.val_fraction, self.seed = path, val_fraction, seed
@@ -167,12 +166,7 @@ def source_files(path: str | None) -> list[Path]:
 
 def split_files(files: list[Path], val_fraction: float, seed: int) -> dict[Split, list[Path]]:
     """Files to train on, and a fraction of them, drawn by `seed`, to validate on."""
-    held_out = round(len(files) * val_fraction)
-    if not 0 < held_out < len(files):
-        raise ValueError(
-            f"val_fraction={val_fraction} of {len(files)} files leaves {held_out} for validation and "
-            f"{len(files) - held_out} for training: change val_fraction, or give more files"
-        )
+    held_out = number_held_out(val_fraction, len(files), f"{len(files)} files", ", or give more files")
     chosen = set(np.random.default_rng((seed,)).permutation(len(files))[:held_out].tolist())
     return {
         "train": [file for number, file in enumerate(files) if number not in chosen],

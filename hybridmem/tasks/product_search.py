@@ -9,7 +9,7 @@ from typing import Any
 
 from ..policy.ranking import RankingReward, write_answer
 from ..policy.retrievers import BM25, read_jsonl
-from ..settings import at_least
+from ..settings import at_least, between_0_and_1
 from .query import split_texts
 from .task import Split, example_generator
 
@@ -64,8 +64,7 @@ class ProductSearch:
         at_least(0, seed=seed)
         if "{query}" not in prompt:
             raise ValueError(f"prompt={prompt!r} must have {{query}}, where the query is written")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.prompt, self.think, self.seed = prompt, think, seed
         self._max_completion_length = max_completion_length
         self.judged, splits = read_judgements(examples, gains)

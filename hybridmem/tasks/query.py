@@ -16,7 +16,7 @@ import numpy as np
 
 from ..policy.ranking import RankingReward, write_answer
 from ..policy.retrievers import BM25, terms
-from ..settings import at_least
+from ..settings import at_least, between_0_and_1, number_held_out
 from .identifier import source_files
 from .task import END_OF_ANSWER, Split, example_generator
 
@@ -78,8 +78,7 @@ class Query:
     ):
         at_least(1, k=k, max_query_length=max_query_length, num_words=num_words, min_words=min_words)
         at_least(0, seed=seed)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.think, self.max_query_length, self.num_words, self.seed = think, max_query_length, num_words, seed
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
@@ -176,11 +175,6 @@ def words(text: str) -> list[str]:
 
 def split_texts(texts: list[str], val_fraction: float, seed: int) -> dict[Split, list[str]]:
     """Texts to train on, and a fraction of them, drawn by `seed`, to validate on."""
-    held_out = round(len(texts) * val_fraction)
-    if not 0 < held_out < len(texts):
-        raise ValueError(
-            f"val_fraction={val_fraction} of {len(texts)} descriptions leaves {held_out} for validation and "
-            f"{len(texts) - held_out} for training: change val_fraction, or give more files"
-        )
+    held_out = number_held_out(val_fraction, len(texts), f"{len(texts)} descriptions", ", or give more files")
     order = np.random.default_rng((seed,)).permutation(len(texts)).tolist()
     return {"train": [texts[i] for i in order[held_out:]], "val": [texts[i] for i in order[:held_out]]}

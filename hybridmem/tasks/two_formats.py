@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int64
 
-from ..settings import at_least
+from ..settings import at_least, between_0_and_1, number_held_out
 from .task import END_OF_ANSWER, Split, example_generator
 
 MOST_DIGITS = 3  # all pairs of numbers are listed, to split them
@@ -54,8 +54,7 @@ class TwoFormats:
             raise ValueError(f"digits={digits} must be at most {MOST_DIGITS}")
         if not 0 <= mixture <= 1:
             raise ValueError(f"mixture={mixture} is the share of one of two formats: it must lie between 0 and 1")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.mixture, self.digits, self.val_fraction, self.seed = mixture, digits, val_fraction, seed
         self.pairs = split_pairs(digits, val_fraction, seed)
 
@@ -93,12 +92,7 @@ def split_pairs(digits: int, val_fraction: float, seed: int) -> dict[Split, Int6
     least = 0 if digits == 1 else 10 ** (digits - 1)
     numbers = np.arange(least, 10**digits)
     pairs = np.stack(np.meshgrid(numbers, numbers), axis=-1).reshape(-1, 2)
-    held_out = round(len(pairs) * val_fraction)
-    if not 0 < held_out < len(pairs):
-        raise ValueError(
-            f"val_fraction={val_fraction} of {len(pairs)} pairs leaves {held_out} for validation and "
-            f"{len(pairs) - held_out} for training: change val_fraction, or raise digits"
-        )
+    held_out = number_held_out(val_fraction, len(pairs), f"{len(pairs)} pairs", ", or raise digits")
     shuffled = np.random.default_rng((seed,)).permutation(pairs)
     return {"train": shuffled[held_out:], "val": shuffled[:held_out]}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int
 
-from ..settings import at_least
+from ..settings import at_least, between_0_and_1, number_held_out
 from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 Question = Literal["where", "count"]
@@ -49,8 +49,7 @@ class VisualSearch:
         at_least(0, seed=seed)
         if not questions or not set(questions) <= set(QUESTIONS):
             raise ValueError(f"questions={list(questions)} must name one or more of {', '.join(QUESTIONS)}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, not be {val_fraction}")
+        between_0_and_1(val_fraction=val_fraction)
         self.grid, self.questions, self.val_fraction, self.seed = grid, list(questions), val_fraction, seed
         self.patches = split_patches(*load_patches(), val_fraction, seed)
 
@@ -98,12 +97,7 @@ def split_patches(
     train, val = [], []
     for digit in range(NUM_DIGITS):
         shuffled = rng.permutation(images[digits == digit])
-        held_out = round(len(shuffled) * val_fraction)
-        if not 0 < held_out < len(shuffled):
-            raise ValueError(
-                f"val_fraction={val_fraction} of the {len(shuffled)} images of {digit} leaves {held_out} for "
-                f"validation and {len(shuffled) - held_out} for training: change val_fraction"
-            )
+        held_out = number_held_out(val_fraction, len(shuffled), f"the {len(shuffled)} images of {digit}")
         val.append(shuffled[:held_out])
         train.append(shuffled[held_out:])
     return {"train": train, "val": val}

@@ -45,11 +45,11 @@ class AccuracyBy(L.Callback):
     ) -> None:
         """Sort what was answered."""
         answered: Answered = outputs
-        times = len(answered.sampled) // len(answered.examples)
-        for number, example in enumerate(answered.examples):
+        sampled_right = answered.by_example(answered.sampled_right)
+        for example, greedy, sampled in zip(answered.examples, answered.greedy_right, sampled_right, strict=True):
             value = example[self.column]
-            self._right["accuracy", value].append(answered.greedy_right[number])
-            self._right["pass@1", value] += answered.sampled_right[number * times : (number + 1) * times]
+            self._right["accuracy", value].append(greedy)
+            self._right["pass@1", value] += sampled
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the shares."""

@@ -1,7 +1,7 @@
 """What a policy did, what it earned, and what there is to learn from it."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -11,6 +11,8 @@ from ..policy.exploration import Noise
 from ..policy.recorder import LayerRecord
 from ..policy.rollouts import Completions, PromptBatch
 from ..tasks.task import Task, exact_match
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,12 +58,20 @@ class Answered:
     greedy_right: list[bool] = field(default_factory=list)
     sampled_right: list[bool] = field(default_factory=list)
 
+    @property
+    def times(self) -> int:
+        """How many responses to each example were sampled."""
+        return len(self.sampled) // len(self.examples)
+
+    def by_example(self, of_samples: list[T]) -> list[list[T]]:
+        """What there is of every sampled response, a list for each example."""
+        return [of_samples[start : start + self.times] for start in range(0, len(of_samples), self.times)]
+
     def judged(self, task: Task) -> "Answered":
         """The same with what is right: what `task.is_right` says, or the very answer for tasks that say nothing."""
         judge = getattr(task, "is_right", None) or _is_answer
-        times = len(self.sampled) // len(self.examples)
         answers = [example["answer"] for example in self.examples]
-        repeated = [answer for answer in answers for _ in range(times)]
+        repeated = [answer for answer in answers for _ in range(self.times)]
         return replace(self, greedy_right=judge(self.greedy, answers), sampled_right=judge(self.sampled, repeated))
 
 

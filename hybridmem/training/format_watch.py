@@ -69,17 +69,14 @@ class FormatWatch(L.Callback):
     ) -> None:
         """Count what was answered."""
         answered: Answered = outputs
-        prompts = len(answered.examples)
         assert self._share is not None
         self._share.update(answered.sampled, answered.sampled_right)
-        right = torch.tensor(answered.sampled_right, device=pl_module.device).view(prompts, -1)
-        votes = [self._final_answer(text) for text in answered.sampled]
-        times = len(votes) // prompts
-        grouped = [votes[n * times : (n + 1) * times] for n in range(prompts)]
+        right = torch.tensor(answered.by_example(answered.sampled_right), device=pl_module.device)
+        votes = answered.by_example([self._final_answer(text) for text in answered.sampled])
         answers = [self._final_answer(example["answer"]) for example in answered.examples]
         for passed, won in zip(self._passed.values(), self._won.values(), strict=True):
             passed.update(right)
-            won.update(grouped, answers)
+            won.update(votes, answers)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log; the metrics add up over processes by themselves."""

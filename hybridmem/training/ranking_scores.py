@@ -42,8 +42,9 @@ class RankingScores(L.Callback):
         ranking = trainer.datamodule.task.ranking
         column = ranking.relevance_column
         relevance = {column: [example[column] for example in answered.examples]}
-        for metric, scores in self._scores.items():
-            scores += ranking.scores(answered.greedy, metric, **relevance)
+        found = ranking.scores(answered.greedy, *self._scores, **relevance)
+        for scores, more in zip(self._scores.values(), found, strict=True):
+            scores += more
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means."""

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from ..metrics.weights import StoredWeights, shapes_of
-
-SHOWN = 3  # names in an error
+from ..metrics.weights import StoredWeights, listed, shapes_of
 
 
 class SubnetworkMask(L.Callback):
@@ -98,7 +96,8 @@ def check_mask(mask: StoredWeights, model: nn.Module, parameters: Mapping[str, n
     unknown = sorted(mask.keys() - model.state_dict().keys())  # buffers and second names of tied weights may be there
     if lacking or unknown:
         raise ValueError(
-            f"mask={mask} is of another model: it lacks {_listed(lacking)}, and the model lacks {_listed(unknown)}"
+            f"mask={mask} is of another model: it lacks {listed(lacking) or 'nothing'}, and the model lacks "
+            f"{listed(unknown) or 'nothing'}"
         )
     shapes = shapes_of(parameters)
     for name in parameters:
@@ -113,8 +112,3 @@ def check_mask(mask: StoredWeights, model: nn.Module, parameters: Mapping[str, n
 def _put_back(held: list[Held], *_: Any) -> None:
     for one in held:
         one.put_back()
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN]) or "nothing"
-    return f"{shown} … ({len(names)} tensors)" if len(names) > SHOWN else shown

@@ -130,7 +130,7 @@ def test_the_standard_library_leaves_room_above_the_description():
     relevance = [task.described[description] for description in descriptions]
 
     def score(queries):
-        scores = task.ranking.scores([write_answer(query) for query in queries], "ndcg", relevance=relevance)
+        (scores,) = task.ranking.scores([write_answer(query) for query in queries], "ndcg", relevance=relevance)
         return sum(map(float, scores)) / len(scores)
 
     whole, chosen = score(descriptions), score([task.target(description) for description in descriptions])
