@@ -108,7 +108,8 @@ def execute_all(
             for run in _ready(waiting, root):
                 waiting.remove(run)
                 started[pool.submit(work, run)] = run
-            for run in [run for run in waiting if not run.is_warm_up and _failed_start(run, root)]:
+            under_way = set(started.values())  # a warm-up that failed before is being made again
+            for run in [run for run in waiting if run.warm_up not in under_way and _failed_start(run, root)]:
                 waiting.remove(run)
                 _fail_with_warm_up(run, root)
                 report(run, "failed")

@@ -1,0 +1,63 @@
+"""In which order runs are made, and what a failed warm-up means for its cells."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridmem.compare import runs
+from hybridmem.compare.grid import plan
+from hybridmem.compare.runs import FAILED, FINISHED, execute_all, status
+
+from .test_grid import RECALL
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The runs that were made, in order; those of `failing` fail."""
+    order, failing = [], set()
+
+    def execute(run, task, root: Path, environment):
+        folder = root / run.folder
+        time.sleep(0.05)  # what an earlier failure left stands for a moment longer
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
+        (folder / (FAILED if str(run) in failing else FINISHED)).write_text("it broke")
+        order.append(str(run))
+        return status(folder)
+
+    monkeypatch.setattr(runs, "execute", execute)
+    return order, failing
+
+
+def execute_plan(root):
+    """Make what is not finished; returns how each run ended."""
+    warm_ups, cells = plan({"recall": RECALL})
+    waiting = [run for run in [*warm_ups, *cells] if status(root / run.folder) != "finished"]
+    ended = {}
+    execute_all(waiting, {"recall": RECALL}, root, 1, lambda run, state: ended.update({str(run): state}))
+    return ended
+
+
+def test_cells_come_after_their_warm_up(tmp_path, made):
+    ended = execute_plan(tmp_path)
+    order, _ = made
+    assert set(ended.values()) == {"finished"}
+    assert len(order) == len(set(order)) == len(ended)
+    for cell in plan({"recall": RECALL})[1]:
+        assert order.index(str(cell.warm_up)) < order.index(str(cell))
+
+
+def test_cells_fail_with_their_warm_up_and_run_once_it_is_mended(tmp_path, made):
+    order, failing = made
+    failing.add("recall mag warm-up seed 1")
+    ended = execute_plan(tmp_path)
+    lost = [name for name, state in ended.items() if state == "failed"]
+    assert len(lost) == 1 + 5
+    assert all(name.startswith("recall mag") and name.endswith("seed 1") for name in lost)
+    reason = (tmp_path / "recall/mag/token/seed1" / FAILED).read_text()
+    assert reason == "its warm-up failed: it broke\n"
+    failing.clear()
+    order.clear()
+    assert execute_plan(tmp_path) == dict.fromkeys(lost, "finished")
+    assert order[0] == "recall mag warm-up seed 1"
