@@ -7,7 +7,7 @@ writes are called D), z = [W_0; S_0] stacked and K_, Q_ the keys and queries sca
     output  O = Q_ z - (D * Q K^T) Delta
     state   z' = F z - [K * R_w[C]; K * R_s[C]]^T Delta
 
-All that does not need z is batched over every chunk of the row; a few small products a chunk stay sequential,
+All that does not need z is batched over every chunk of the row; two small products a chunk stay sequential,
 forward and backward. The derivation, the flops and the bytes are in README.md.
 """
 
@@ -82,16 +82,19 @@ def _scaled_pair(
     return pair
 
 
-def _scaled_pair_backward(
-    x: Float[Tensor, "n size dim"],
+def _add_unscaled_pair(
+    target: Float[Tensor, "n size dim"],
+    grad_pair: Float[Tensor, "n size pair"],
     left: Float[Tensor, "n size"],
     right: Float[Tensor, "n size"],
-    grad_pair: Float[Tensor, "n size pair"],
-    grad_x: Float[Tensor, "n size dim"],
-) -> Float[Tensor, "n size 2"]:
-    """The gradient of `_scaled_pair`: that of x is added to `grad_x`, that of (left, right) returned."""
+) -> None:
+    """The gradient of `_scaled_pair` by x, added to `target`."""
     grad_left, grad_right = grad_pair.chunk(2, dim=-1)
-    grad_x.addcmul_(grad_left, left.unsqueeze(-1)).addcmul_(grad_right, right.unsqueeze(-1))
+    target.addcmul_(grad_left, left.unsqueeze(-1)).addcmul_(grad_right, right.unsqueeze(-1))
+
+
+def _pair_dots(x: Float[Tensor, "n size dim"], grad_pair: Float[Tensor, "n size pair"]) -> Float[Tensor, "n size 2"]:
+    """The gradient of `_scaled_pair` by (left, right)."""
     return torch.matmul(grad_pair.unflatten(-1, (2, -1)), x.unsqueeze(-1)).squeeze(-1)
 
 
@@ -109,6 +112,7 @@ class Chunks(NamedTuple):
     key_products: Float[Tensor, "n size size"]
     query_products: Float[Tensor, "n size size"]
     inverse: Float[Tensor, "n size size"]  # (I + N)^-1
+    read_keys: Float[Tensor, "n size pair"]  # (I + N)^-1 K_
     errors: Float[Tensor, "n size value_dim"]
     states: Float[Tensor, "n_and_lanes pair value_dim"]  # z before every chunk, and after the last
     carry: Float[Tensor, "n 2 2"]  # F: how (weight, momentum) pass a chunk
@@ -123,11 +127,6 @@ class Chunks(NamedTuple):
         """The rows that each token's error is taken at: before its write, and after a reset."""
         before = self.weight_rows[:, :-1]
         return before if self.continues is None else before * self.continues.unsqueeze(-1)
-
-    def found_keys(self) -> Float[Tensor, "n size pair"]:
-        """K_: keys scaled by what is left of the chunk's first state where each token's error is taken."""
-        before = self.before
-        return _scaled_pair(self.keys, before[..., 0], before[..., 1])
 
     def written_keys(self) -> Float[Tensor, "n size pair"]:
         """Keys scaled by how much of their write is left at the chunk's end, in weights and in momentum."""
@@ -180,12 +179,13 @@ def scan_forward(
         queries, keys, keep, momentum, active, continues, weight_rows, momentum_rows, key_products,
         query_products=torch.bmm(queries, keys.mT),
         inverse=inverse,
-        errors=torch.empty_like(values),
+        read_keys=torch.bmm(inverse, _scaled_pair(keys, before[..., 0], before[..., 1])),
+        errors=torch.bmm(inverse, values),
         states=keys.new_empty(len(keys) + lanes, 2 * key_dim, v.shape[-1]),
         carry=torch.stack((weight_rows[:, -1, :2], momentum_rows[:, -1, :2]), dim=1),
     )  # fmt: skip
     chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), moment.flatten(0, 1)), dim=1)
-    _scan_states(chunks, values, lanes)
+    _scan_states(chunks, lanes)
     out = torch.bmm(_scaled_pair(queries, chunks.after[..., 0], chunks.after[..., 1]), chunks.states[:-lanes])
     out.baddbmm_(chunks.query_products * chunks.after[..., 2:], chunks.errors, alpha=-1)
     last = chunks.states[-lanes:].unflatten(0, (batch, heads))
@@ -214,25 +214,20 @@ def scan_backward(
             grad_out = torch.zeros_like(chunks.errors)
         else:
             grad_out = to_chunks(grad_out, size, chunks.errors.dtype)
-        grad_states, grad_residual = _scan_adjoints(chunks, grad_out, grad_last.flatten(2, 3).flatten(0, 1))
-        tokens, gates = _token_gradients(chunks, grad_out, grad_states, grad_residual)
+        grad_states, grad_errors = _scan_adjoints(chunks, grad_out, grad_last.flatten(2, 3).flatten(0, 1))
+        tokens, gates = _token_gradients(chunks, grad_out, grad_states, grad_errors)
     token_grads = [from_chunks(grad, batch, heads).to(dtype) for grad, dtype in zip(tokens, dtypes, strict=True)]
     gate_grads = [from_chunks(grad.unsqueeze(-1), batch, heads).squeeze(-1) for grad in gates]
     first = grad_states[:lanes].view(batch, heads, 2, key_dim, -1)
     return *token_grads, *gate_grads, first[:, :, 0], first[:, :, 1]
 
 
-def _scan_states(chunks: Chunks, values: Float[Tensor, "n size value_dim"], lanes: int) -> None:
-    """Fill in states and errors, chunk after chunk: all that is sequential.
-
-    (I + N)^-1 K_ for all chunks at once would leave one product less here, and cost twice as many operations.
-    """
-    states, errors, inverse = chunks.states, chunks.errors, chunks.inverse
-    found_keys, written_keys = chunks.found_keys(), chunks.written_keys()
+def _scan_states(chunks: Chunks, lanes: int) -> None:
+    """Fill in states and errors, chunk after chunk: all that is sequential."""
+    states, errors, written_keys = chunks.states, chunks.errors, chunks.written_keys()
     for start in range(0, len(errors), lanes):
         now, then = slice(start, start + lanes), slice(start + lanes, start + 2 * lanes)
-        residual = torch.baddbmm(values[now], found_keys[now], states[now], beta=-1)
-        torch.bmm(inverse[now], residual, out=errors[now])
+        errors[now].baddbmm_(chunks.read_keys[now], states[now], beta=-1)
         torch.bmm(chunks.carry[now], states[now].view(lanes, 2, -1), out=states[then].view(lanes, 2, -1))
         states[then].baddbmm_(written_keys[now].mT, errors[now], alpha=-1)
 
@@ -240,62 +235,61 @@ def _scan_states(chunks: Chunks, values: Float[Tensor, "n size value_dim"], lane
 def _scan_adjoints(
     chunks: Chunks, grad_out: Float[Tensor, "n size value_dim"], grad_last: Float[Tensor, "lanes pair value_dim"]
 ) -> tuple[Float[Tensor, "n_and_lanes pair value_dim"], Float[Tensor, "n size value_dim"]]:
-    """The gradients of states and of K_ z - V: the same loop backwards, what needs no later state taken first."""
-    lanes, after, inverse = len(grad_last), chunks.after, chunks.inverse
-    found_keys, written_keys = chunks.found_keys(), chunks.written_keys()
+    """The gradients of states and errors: the same loop backwards, what needs no later state taken first."""
+    lanes, after, written_keys = len(grad_last), chunks.after, chunks.written_keys()
     grad_errors = torch.bmm((chunks.query_products * after[..., 2:]).mT, grad_out).neg_()
-    grad_residual, grad_states = torch.empty_like(grad_errors), torch.empty_like(chunks.states)
+    grad_states = torch.empty_like(chunks.states)
     grad_states[-lanes:] = grad_last
     torch.bmm(_scaled_pair(chunks.queries, after[..., 0], after[..., 1]).mT, grad_out, out=grad_states[:-lanes])
     for start in reversed(range(0, len(grad_errors), lanes)):
         now, then = slice(start, start + lanes), slice(start + lanes, start + 2 * lanes)
         grad_errors[now].baddbmm_(written_keys[now], grad_states[then], alpha=-1)
-        torch.bmm(inverse[now].mT, grad_errors[now], out=grad_residual[now])
-        grad_states[now].baddbmm_(found_keys[now].mT, grad_residual[now])
+        grad_states[now].baddbmm_(chunks.read_keys[now].mT, grad_errors[now])
         grad_states[now].view(lanes, 2, -1).baddbmm_(chunks.carry[now].mT, grad_states[then].view(lanes, 2, -1))
-    return grad_states, grad_residual
+    return grad_states, grad_errors
 
 
 def _token_gradients(
     chunks: Chunks,
     grad_out: Float[Tensor, "n size value_dim"],
     grad_states: Float[Tensor, "n_and_lanes pair value_dim"],
-    grad_residual: Float[Tensor, "n size value_dim"],
+    grad_errors: Float[Tensor, "n size value_dim"],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """The gradients of (queries, keys, values) and of (keep, momentum, theta), over all chunks at once."""
     queries, keys, before, after = chunks.queries, chunks.keys, chunks.before, chunks.after
     count, lanes = len(keys), len(grad_states) - len(keys)
     starts, grad_ends = chunks.states[:-lanes], grad_states[lanes:]
+    grad_residual = torch.bmm(chunks.inverse.mT, grad_errors)
+    grad_read = torch.bmm(grad_residual, starts.mT)
+    grad_queried = torch.bmm(grad_out, starts.mT)
+    grad_written = torch.bmm(chunks.errors, grad_ends.mT).neg_()
     grad_strict = torch.bmm(grad_residual, chunks.errors.mT).neg_()
+    grad_mix = torch.bmm(grad_out, chunks.errors.mT).neg_()
+
     grad_before = torch.empty_like(before)
     torch.mul(grad_strict, chunks.key_products, out=grad_before[..., 2:])
-    strict_part = grad_strict.mul_(before[..., 2:])
-    grad_keys = torch.bmm(strict_part + strict_part.mT, keys)
-    grad_before[..., :2] = _scaled_pair_backward(
-        keys, before[..., 0], before[..., 1], torch.bmm(grad_residual, starts.mT), grad_keys
-    )
+    grad_before[..., :2] = _pair_dots(keys, grad_read)
     if chunks.continues is not None:
         grad_before.mul_(chunks.continues.unsqueeze(-1))
-
-    grad_mix = torch.bmm(grad_out, chunks.errors.mT).neg_()
-    grad_weight_rows, grad_momentum_rows = torch.zeros_like(chunks.weight_rows), torch.zeros_like(chunks.momentum_rows)
+    grad_weight_rows = torch.empty_like(chunks.weight_rows)
+    grad_weight_rows[:, 0] = 0
     torch.mul(grad_mix, chunks.query_products, out=grad_weight_rows[:, 1:, 2:])
-    mix_part = grad_mix.mul_(after[..., 2:])
-    grad_queries = torch.bmm(mix_part, keys)
-    grad_keys.baddbmm_(mix_part.mT, queries)
-    grad_weight_rows[:, 1:, :2] = _scaled_pair_backward(
-        queries, after[..., 0], after[..., 1], torch.bmm(grad_out, starts.mT), grad_queries
-    )
+    grad_weight_rows[:, 1:, :2] = _pair_dots(queries, grad_queried)
     grad_weight_rows[:, :-1] += grad_before
-
-    written_dots = _scaled_pair_backward(
-        keys, chunks.weight_rows[:, -1, 2:], chunks.momentum_rows[:, -1, 2:],
-        torch.bmm(chunks.errors, grad_ends.mT).neg_(), grad_keys,
-    )  # fmt: skip
+    grad_momentum_rows = torch.zeros_like(chunks.momentum_rows)
+    written_dots = _pair_dots(keys, grad_written)
     carry_dots = torch.bmm(grad_ends.view(count, 2, -1), starts.view(count, 2, -1).mT)
     for part, grad_rows in enumerate((grad_weight_rows, grad_momentum_rows)):
         grad_rows[:, -1, :2] += carry_dots[:, part]
         grad_rows[:, -1, 2:] += written_dots[..., part]
+
+    strict_part, mix_part = grad_strict.mul_(before[..., 2:]), grad_mix.mul_(after[..., 2:])
+    grad_queries = torch.bmm(mix_part, keys)
+    _add_unscaled_pair(grad_queries, grad_queried, after[..., 0], after[..., 1])
+    grad_keys = torch.bmm(strict_part + strict_part.mT, keys)
+    grad_keys.baddbmm_(mix_part.mT, queries)
+    _add_unscaled_pair(grad_keys, grad_read, before[..., 0], before[..., 1])
+    _add_unscaled_pair(grad_keys, grad_written, chunks.weight_rows[:, -1, 2:], chunks.momentum_rows[:, -1, 2:])
     grad_gates = decay_rows_backward(
         chunks.keep, chunks.momentum, chunks.active, chunks.weight_rows, chunks.momentum_rows,
         grad_weight_rows, grad_momentum_rows,

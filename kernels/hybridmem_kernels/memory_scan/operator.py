@@ -48,7 +48,7 @@ def _(
     saved += [(n, size)] * gates
     saved += [(n, size + 1, size + 2)] * 2  # weight_rows, momentum_rows
     saved += [(n, size, size)] * 3  # key_products, query_products, inverse
-    saved += [(n, size, value_dim), (n + lanes, 2 * key_dim, value_dim), (n, 2, 2)]
+    saved += [(n, size, 2 * key_dim), (n, size, value_dim), (n + lanes, 2 * key_dim, value_dim), (n, 2, 2)]
     results = [v.new_empty(v.shape), weight.new_empty(weight.shape), moment.new_empty(moment.shape)]
     return [*results, *(weight.new_empty(shape) for shape in saved)]
 
