@@ -1,40 +1,29 @@
-"""Which weights each cell changed, and how much of that the seeds share."""
+"""Which weights a run changed, written beside it: a grid's folder can travel without its checkpoints."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ..metrics import subnetwork_overlap, update_masks, update_sparsity
+from ..metrics import update_masks, update_sparsity
+from ..metrics.weights import shapes_of, write_masks
 from ..training.checkpoints import load_checkpoint
-from .results import Results, interval
+from .grid import MASK
 
-Weights = dict[str, Tensor]
-
-
-def add_changes(results: Results, root: Path) -> None:
-    """Add `sparsity`, and `overlap` where there are several seeds, to every row of the summaries.
-
-    `overlap` has the mean share of each seed's subnetwork that all seeds change, and what chance would give.
-    """
-    for task in results["tasks"].values():
-        starts = {(run["architecture"], run["seed"]): run["folder"] for run in task["warm_ups"]}
-        for row in task["summary"]:
-            cells = [cell for cell in task["cells"] if _is_of(cell, row)]
-            pairs = [(starts[cell["architecture"], cell["seed"]], cell["folder"]) for cell in cells]
-            weights = [(_weights(root / before), _weights(root / after)) for before, after in pairs]
-            if weights:
-                row["sparsity"] = interval([update_sparsity(*pair).total for pair in weights])
-            if len(weights) > 1:
-                overlap = subnetwork_overlap(*(dict(update_masks(*pair)) for pair in weights)).total
-                count = len(weights)
-                row["overlap"] = {"shares": sum(overlap.shares) / count, "chance": sum(overlap.chance) / count}
+CHANGES = "changes.json"
+MODULE = "model."
 
 
-def _is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
-    same = (cell["architecture"], cell["label"]) == (row["architecture"], row["label"])
-    return same and cell["status"] == "finished" and "compute" in cell  # an evaluation changes nothing
+def write_changes(start: Path, folder: Path) -> None:
+    """Write a mask of the weights that a run changed, and the shares that it left: by tensor, layer, kind, in all."""
+    before, after = _weights(start), _weights(folder)
+    masks = dict(update_masks(before, after))
+    write_masks(folder / MASK, shapes_of(masks), masks.items())
+    (folder / CHANGES).write_text(json.dumps(asdict(update_sparsity(before, after)), indent=1) + "\n")
 
 
-def _weights(folder: Path) -> Weights:
-    return load_checkpoint(folder / "last.ckpt")["state_dict"]
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Weights by the model's own names, without its module's in front."""
+    weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
+    return {name.removeprefix(MODULE): tensor for name, tensor in weights.items() if name.startswith(MODULE)}

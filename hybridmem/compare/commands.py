@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..training.logs import read_log
 from .answer import answer
-from .changes import add_changes
-from .grid import START, Comparison, Run, check_grid, plan
+from .grid import Comparison, Run, check_grid, plan
 from .report import write_report
 from .results import ACCURACY, collect
 from .runs import Status, check_settings, execute_all, reason, status
+from .subnetworks import add_subnetworks
 
 RESULTS = "results.json"
 
@@ -59,7 +59,7 @@ def compare(
     if only is None:
         results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
-        add_changes(results, output)
+        add_subnetworks(results, output)
         (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         report(output)
 
@@ -99,7 +99,7 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
                 log = read_log(output / run.folder)
                 accuracy = log[ACCURACY][max(log[ACCURACY])]
                 said += f", {100 * accuracy:.1f} %"
-                if not run.is_warm_up and run.control != START and accuracy > best[0]:
+                if run.is_trained and accuracy > best[0]:
                     best = (accuracy, f"{run}: {100 * accuracy:.1f} %")
                     progress.update(bar, description=f"best so far {best[1]}")
             progress.console.print(said, markup=False, highlight=False)
@@ -108,8 +108,8 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
 
 
 def _check_start(run: Run, output: Path) -> None:
-    if not run.is_warm_up and status(output / run.warm_up.folder) != "finished":
-        raise ValueError(f"{run} goes on from {run.warm_up}, which is not finished in output={output}: run that first")
+    if run.after is not None and status(output / run.after.folder) != "finished":
+        raise ValueError(f"{run} goes on from {run.after}, which is not finished in output={output}: run that first")
 
 
 def _read(folder: Path, setting: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from collections import UserDict, UserList
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ CONTROLS = {
     "token + attention": Objectives(TOKEN + ATTENTION),
 }
 CALLBACKS = "trainer.callbacks+"  # a list, added to those of the configuration
+MASK = "mask.safetensors"  # which weights a cell changed, in its folder
 START = "start"  # the warm-up as the cells' own validation sees it
 
 
@@ -49,6 +50,8 @@ class Comparison:
         architectures: by name, what they change in the warm-up's model.init_args.config.
         controls: by name, objectives as `hybridmem fit` takes them.
         targets: what AttentionRL shapes, where a control has it and the architecture has such a distribution.
+        masked: controls, with their targets as the report names them, that run once more from the same start, training
+            only the weights that they changed before.
         seeds: of weights, data order and rollouts.
         warm_up_options: further dotted options of `hybridmem fit` for the warm-ups.
         train_options: the same for the cells.
@@ -62,6 +65,7 @@ class Comparison:
     )
     controls: dict[str, Objectives] = field(default_factory=lambda: dict(CONTROLS))
     targets: list[str] = field(default_factory=lambda: ["attention"])
+    masked: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     warm_up_options: FitOptions = field(default_factory=FitOptions)
     train_options: FitOptions = field(default_factory=FitOptions)
@@ -82,6 +86,7 @@ class Run:
     seed: int
     control: str = ""  # of a cell; a warm-up has none
     target: str = ""  # of AttentionRL, where the control has it
+    masked: bool = False  # whether only the weights are trained that the same run without a mask changed
 
     @property
     def is_warm_up(self) -> bool:
@@ -94,6 +99,18 @@ class Run:
         return Run(self.task, self.architecture, self.seed)
 
     @property
+    def after(self) -> "Run | None":
+        """The run that has to be finished before this one."""
+        if self.is_warm_up:
+            return None
+        return replace(self, masked=False) if self.masked else self.warm_up
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether this changes the weights of a warm-up."""
+        return self.control not in ("", START)
+
+    @property
     def command(self) -> str:
         """The subcommand of `hybridmem` that makes it."""
         return "validate" if self.control == START else "fit"
@@ -101,12 +118,13 @@ class Run:
     @property
     def label(self) -> str:
         """The control and its target, where that is not attention itself."""
-        return f"{self.control} on {self.target}" if self.target not in ("", "attention") else self.control
+        shaped = f"{self.control} on {self.target}" if self.target not in ("", "attention") else self.control
+        return f"{shaped}, masked" if self.masked else shaped
 
     @property
     def folder(self) -> Path:
         """Where it lives, below the grid's folder."""
-        name = (self.label or "warm-up").replace(" + ", "+").replace(" ", "-")
+        name = (self.label or "warm-up").replace(" + ", "+").replace(", ", "-").replace(" ", "-")
         return Path(self.task) / self.architecture / name / f"seed{self.seed}"
 
     def __str__(self) -> str:
@@ -139,6 +157,10 @@ def check_grid(tasks: dict[str, Comparison]) -> None:
                         f"tasks.{name}.architectures.{architecture}: variant {variant!r} is none of "
                         f"{', '.join(VARIANTS)}"
                     )
+        labels = list(dict.fromkeys(cell.label for cell in _cells(name, task)))
+        unmade = [label for label in task.masked if label not in labels]
+        if unmade:
+            raise ValueError(f"tasks.{name}.masked: {unmade[0]!r} is none of {', '.join(labels)}")
 
 
 def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
@@ -168,12 +190,15 @@ def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
         "model.init_args.seed": run.seed,
         **task.train_options,
     }
-    return _watched(options)
+    if not run.masked:
+        return _watched(options)
+    mask = {"mask": str(root / replace(run, masked=False).folder / MASK)}
+    return _watched(options, {"class_path": "hybridmem.training.SubnetworkMask", "init_args": mask})
 
 
-def _watched(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with ComputeSpent among the callbacks that they add."""
-    added = [{"class_path": "hybridmem.training.ComputeSpent"}, *options.get(CALLBACKS, [])]
+def _watched(options: dict[str, Any], *callbacks: dict[str, Any]) -> dict[str, Any]:
+    """The options with ComputeSpent and further callbacks among those that they add."""
+    added = [{"class_path": "hybridmem.training.ComputeSpent"}, *callbacks, *options.get(CALLBACKS, [])]
     return options | {CALLBACKS: added}
 
 
@@ -188,8 +213,10 @@ def _cells(name: str, task: Comparison) -> Iterator[Run]:
         possible = task.targets if has_memory else [target for target in task.targets if target == "attention"]
         for control, objectives in task.controls_and_start.items():
             for target in _targets(objectives, possible):
-                for seed in task.seeds:
-                    yield Run(name, architecture, seed, control, target)
+                runs = [Run(name, architecture, seed, control, target) for seed in task.seeds]
+                yield from runs
+                if runs[0].label in task.masked:
+                    yield from (replace(run, masked=True) for run in runs)
 
 
 def _targets(objectives: Objectives, possible: list[str]) -> list[str]:

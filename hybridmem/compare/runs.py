@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from .changes import write_changes
 from .grid import Comparison, Run, as_arguments, fit_options
 
 Status = Literal["finished", "failed", "missing"]
@@ -68,6 +69,8 @@ def execute(run: Run, task: Comparison, root: Path, environment: dict[str, str])
         environment = os.environ | environment
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
     if code == 0:
+        if run.is_trained:
+            write_changes(root / run.warm_up.folder, folder)
         (folder / FINISHED).touch()
     elif code in (128 + 2, -2, -15):  # Ctrl-C, SIGTERM: the run has saved where it is
         return "missing"
@@ -86,7 +89,7 @@ def execute_all(
 ) -> None:
     """Make all runs that are not finished, warm-ups first; `report` hears of each as it ends, in this thread.
 
-    A cell whose warm-up failed fails with it. An interrupt lets the processes save, and starts no others.
+    A run fails with the one that it waits for. An interrupt lets the processes save, and starts no others.
     """
     slots: Queue[dict[str, str]] = Queue()
     environments = devices()
@@ -108,13 +111,14 @@ def execute_all(
             for run in _ready(waiting, root):
                 waiting.remove(run)
                 started[pool.submit(work, run)] = run
-            under_way = set(started.values())  # a warm-up that failed before is being made again
-            for run in [run for run in waiting if run.warm_up not in under_way and _failed_start(run, root)]:
+            coming = {*started.values(), *waiting}  # what failed before is being made again
+            for run in [run for run in waiting if run.after not in coming and _failed_before(run, root)]:
                 waiting.remove(run)
-                _fail_with_warm_up(run, root)
+                _fail_with(run, root)
                 report(run, "failed")
+                coming.discard(run)
             if not started:
-                break  # what is left waits for a warm-up that is not among the runs
+                break  # what is left waits for a run that is not among these
             done, _ = wait(started, return_when=FIRST_COMPLETED)
             for future in done:
                 report(started.pop(future), future.result())
@@ -130,16 +134,18 @@ def _stop_on_interrupt(stopping: threading.Event) -> Iterator[None]:
 
 
 def _ready(waiting: list[Run], root: Path) -> list[Run]:
-    return [run for run in waiting if run.is_warm_up or status(root / run.warm_up.folder) == "finished"]
+    return [run for run in waiting if run.after is None or status(root / run.after.folder) == "finished"]
 
 
-def _failed_start(run: Run, root: Path) -> bool:
-    return status(root / run.warm_up.folder) == "failed"
+def _failed_before(run: Run, root: Path) -> bool:
+    return run.after is not None and status(root / run.after.folder) == "failed"
 
 
-def _fail_with_warm_up(run: Run, root: Path) -> None:
+def _fail_with(run: Run, root: Path) -> None:
+    assert run.after is not None
     (root / run.folder).mkdir(parents=True, exist_ok=True)
-    (root / run.folder / FAILED).write_text(f"its warm-up failed: {reason(root / run.warm_up.folder)}\n")
+    name = "its warm-up" if run.after.is_warm_up else f"the run of {run.after.label!r}"
+    (root / run.folder / FAILED).write_text(f"{name} failed: {reason(root / run.after.folder)}\n")
 
 
 def _settings(run: Run, task: Comparison, root: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .memory_scan import memory_scan
 
 BATCH, DIM, WINDOW = 4, 64, 512
 HEADS = (12, 24)  # of configs/pretrain/170m.yaml and 760m.yaml
+NUM_CALLS = 4  # that `calls` gives
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,27 @@ def calls(batch: int, heads: int, time: int, device: str) -> list[Call]:
     ]
 
 
+def once(call: Call, backend: str, backward: bool) -> Any:
+    """The call, with its gradients or without."""
+    if backward:
+        inputs = [leaf.requires_grad_() for leaf in call.leaves]
+        return torch.autograd.grad(call.run(backend).float().sum(), inputs)
+    with torch.no_grad():
+        return call.run(backend)
+
+
+def build(number: int, time: int, device: str) -> None:
+    """Build the Triton kernels of the n-th call, which Triton then finds on its disk."""
+    call = calls(BATCH, HEADS[0], time, device)[number]
+    for backward in (False, True) if call.leaves else (False,):
+        once(call, "triton", backward)
+
+
 def measure(call: Call, backend: str, backward: bool) -> Speed:
     """Time and memory of one call, printed."""
 
     def run() -> Any:
-        if backward:
-            inputs = [leaf.requires_grad_() for leaf in call.leaves]
-            return torch.autograd.grad(call.run(backend).float().sum(), inputs)
-        with torch.no_grad():
-            return call.run(backend)
+        return once(call, backend, backward)
 
     run()  # kernels are built
     peak = _peak_megabytes(run)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hybridmem_kernels import memory_scan
-from hybridmem_kernels.check import TOLERANCES, Case, cases, compare
-from hybridmem_kernels.timing import calls, measure
+from hybridmem_kernels.check import TOLERANCES, Case, cases, compare, compare_nth
+from hybridmem_kernels.timing import NUM_CALLS, calls, measure
 
 pytest.importorskip("triton")
 
@@ -47,7 +47,13 @@ def test_what_is_wrong_does_not_pass(wrong, error):
     assert getattr(found, error) > found.tolerance
 
 
+def test_a_process_of_its_own_compares_the_same_case():
+    number = [case.name for case in cases(1)].index("one token")
+    assert compare_nth(number, 1, torch.float32, "cpu") == compare(cases(1)[number], torch.float32, "cpu")
+
+
 def test_calls_are_timed_for_either_backend(capsys):
+    assert len(calls(1, 1, 20, "cpu")) == NUM_CALLS
     speeds = [measure(call, "torch", backward=bool(call.leaves)) for call in calls(1, 1, 20, "cpu")]
     assert all(speed.milliseconds > 0 for speed in speeds)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [speed.operator for speed in speeds]

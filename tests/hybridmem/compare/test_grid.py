@@ -51,6 +51,19 @@ def test_targets_are_those_that_an_architecture_has():
     ]  # fmt: skip
 
 
+def test_a_control_is_run_again_with_the_mask_of_its_first_run():
+    task = replace(RECALL, masked=["token"])
+    assert labels(task, "mag") == [START, "supervised", "token", "token, masked", "attention", "token + attention"]
+    masked = next(cell for cell in plan({"recall": task})[1] if cell.masked)
+    assert masked.after == replace(masked, masked=False)
+    assert masked.warm_up == masked.after.warm_up == masked.after.after
+    options = fit_options(masked, task, Path("runs"))
+    assert {
+        "class_path": "hybridmem.training.SubnetworkMask",
+        "init_args": {"mask": "runs/recall/swa/token/seed0/mask.safetensors"},
+    } in options["trainer.callbacks+"]
+
+
 def test_a_control_may_have_a_target_of_its_own():
     mine = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "allocation"}}])
     task = replace(RECALL, targets=["attention", "memory"], controls={"gate": mine})

@@ -1,6 +1,7 @@
 """In which order runs are made, and what a failed warm-up means for its cells."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,12 @@ def made(monkeypatch):
     return order, failing
 
 
-def execute_plan(root):
+def execute_plan(root, task=RECALL, parallel=1):
     """Make what is not finished; returns how each run ended."""
-    warm_ups, cells = plan({"recall": RECALL})
+    warm_ups, cells = plan({"recall": task})
     waiting = [run for run in [*warm_ups, *cells] if status(root / run.folder) != "finished"]
     ended = {}
-    execute_all(waiting, {"recall": RECALL}, root, 1, lambda run, state: ended.update({str(run): state}))
+    execute_all(waiting, {"recall": task}, root, parallel, lambda run, state: ended.update({str(run): state}))
     return ended
 
 
@@ -61,3 +62,17 @@ def test_cells_fail_with_their_warm_up_and_run_once_it_is_mended(tmp_path, made)
     order.clear()
     assert execute_plan(tmp_path) == dict.fromkeys(lost, "finished")
     assert order[0] == "recall mag warm-up seed 1"
+
+
+def test_a_masked_run_waits_for_the_run_that_makes_its_mask(tmp_path, made):
+    order, failing = made
+    task = replace(RECALL, masked=["token"], seeds=[0])
+    failing.add("recall mag token seed 0")
+    ended = execute_plan(tmp_path, task, parallel=2)
+    assert ended["recall swa token, masked seed 0"] == "finished"
+    assert order.index("recall swa token seed 0") < order.index("recall swa token, masked seed 0")
+    assert ended["recall mag token, masked seed 0"] == "failed"
+    reason = (tmp_path / "recall/mag/token-masked/seed0" / FAILED).read_text()
+    assert reason == "the run of 'token' failed: it broke\n"
+    failing.clear()
+    assert set(execute_plan(tmp_path, task, parallel=2).values()) == {"finished"}
