@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": compare,
     "report": report,
 }
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
@@ -162,4 +163,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("hybridmem: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
+    except SystemExit as exit:
+        # Lightning makes a plain 1 of a Ctrl-C, as if something had gone wrong.
+        sys.exit(INTERRUPTED if isinstance(exit.__context__, KeyboardInterrupt) else exit.code)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,10 +14,17 @@ from .grid import START
 from .results import ACCURACY
 
 Rows = list[dict[str, Any]]
+Color = tuple[float, ...]
 DRIFT = {
     "divergence_from_start": "divergence from the start, nats",
     "effective_span": "effective span, tokens",
+    "mean_distance": "mean distance, tokens",
     "allocation/memory": "share of attention on memory",
+}
+COLLAPSE = {
+    "val/format/entropy": "entropy of formats, nats",
+    "collapse/diversity": "attention's diversity, nats",
+    "collapse/distinct_patterns": "ways of attending in a group",
 }
 STEPS = "validations"
 
@@ -33,6 +41,8 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
         ("curves", "Accuracy over training", lambda: curves(task["cells"], {ACCURACY: "held-out accuracy"})),
         ("by_column", "Accuracy by part of the task", lambda: by_column(finished)),
         ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]))),
+        ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]))),
+        ("collapse", "Collapse over training", lambda: curves(task["cells"], COLLAPSE)),
     ]
     for name, title, make in plans:
         figure = make()
@@ -56,13 +66,13 @@ def bars(rows: Rows) -> Figure:
                     continue
                 x, found = place + (number + 0.5) * width - 0.4, row["accuracy"]
                 named = label if place == _first(rows, label, architectures) else None
-                axes[0].bar(x, found["mean"], width * 0.9, color=f"C{number}", label=named, alpha=0.75)
+                axes[0].bar(x, found["mean"], width * 0.9, color=_color(number), label=named, alpha=0.75)
                 if found["half"] is not None:
                     axes[0].errorbar(x, found["mean"], found["half"], color="black", capsize=2, linewidth=1)
                 axes[0].plot([x] * len(found["values"]), found["values"], ".", color="black", markersize=3)
     axes[0].set_xticks(range(len(architectures)), architectures)
     axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
-    axes[0].legend(frameon=False, fontsize=8)
+    _legend(figure, axes)
     return figure
 
 
@@ -83,10 +93,10 @@ def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
     for axes, (metric, architecture) in zip(all_axes, panels, strict=True):
         for number, label in enumerate(labels):
             group = [c for c in cells if (c["architecture"], c["label"]) == (architecture, label)]
-            _band(axes, [c["curves"][metric] for c in group if metric in c["curves"]], f"C{number}", label)
+            _band(axes, [c["curves"][metric] for c in group if metric in c["curves"]], _color(number), label)
         axes.set(title=architecture, xlabel=STEPS, ylabel=metrics[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=7)
+    _legend(figure, all_axes)
     return figure
 
 
@@ -106,10 +116,10 @@ def by_column(rows: Rows) -> Figure | None:
             means = [row["accuracy_at"][name]["mean"] for name in names]
             halves = [row["accuracy_at"][name]["half"] or 0.0 for name in names]
             places = [str(_value_of(name)[1]) for name in names]
-            color = f"C{labels.index(row['label'])}"
+            color = _color(labels.index(row["label"]))
             axes.errorbar(places, means, halves, marker="o", capsize=2, color=color, label=row["label"], markersize=4)
         axes.set(title=architecture, xlabel=names[0].split("=")[0], ylabel="held-out accuracy", ylim=(0, 1))
-        axes.legend(frameon=False, fontsize=7)
+    _legend(figure, all_axes)
     return figure
 
 
@@ -121,7 +131,16 @@ def _drift(cells: Rows) -> dict[str, str]:
     }
 
 
-def _band(axes: Axes, runs: list[list[list[float]]], color: str, label: str) -> None:
+def _formats(cells: Rows) -> dict[str, str]:
+    """What FormatWatch logged but for the formats' entropy: shares, and what several answers are good for."""
+    names = dict.fromkeys(name for cell in cells for name in cell.get("curves", ()))
+    shares = {name: f"share of {name.rsplit('/', 1)[1]}" for name in names if name.startswith("val/format/share/")}
+    if not shares:
+        return {}
+    return shares | {name: name.removeprefix("val/") for name in names if name.startswith(("val/pass@", "val/maj@"))}
+
+
+def _band(axes: Axes, runs: list[list[list[float]]], color: Color, label: str) -> None:
     """The mean of several curves and its interval; they share the validations that all of them have."""
     if not runs:
         return
@@ -148,6 +167,20 @@ def _figure(panels: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
     return figure, axes[:panels]
 
 
+def _legend(figure: Figure, all_axes: list[Axes]) -> None:
+    """One legend below all panels, a name for each colour."""
+    named: dict[str, Any] = {}
+    for axes in all_axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+
+
+def _color(number: int) -> Color:
+    """Ten colours, and then ten lighter ones."""
+    return colormaps["tab20"](2 * number % 20 + number // 10 % 2)
+
+
 def _first(rows: Rows, label: str, architectures: list[str]) -> int:
     """The place of the first bar of a control: it alone is named in the legend."""
     return min(architectures.index(row["architecture"]) for row in rows if row["label"] == label)
@@ -167,5 +200,7 @@ def _in_words(name: str, rows: Rows) -> str:
         "curves": "Held-out accuracy over training, ending at: ",
         "by_column": "Held-out accuracy by a column of the examples; overall: ",
         "attention": "How attention moved in training; accuracy at its end: ",
+        "formats": "Shares of answer formats, pass@k and maj@k over training; accuracy at its end: ",
+        "collapse": "Variety of formats and of attention over training; accuracy at its end: ",
     }
     return kinds[name] + shown

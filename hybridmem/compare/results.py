@@ -17,7 +17,7 @@ from .grid import START, Comparison, Run, plan
 from .runs import reason, status
 
 ACCURACY, PASS_AT_1 = "val/accuracy", "val/pass@1"
-CURVES = ("reward", "entropy", "loss", "val/")  # what a log's name begins with to be kept
+CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
 PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
 Results = dict[str, Any]
 

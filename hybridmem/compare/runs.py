@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,11 @@ from .grid import Comparison, Run, as_arguments, fit_options
 
 Status = Literal["finished", "failed", "missing"]
 FINISHED, FAILED, SETTINGS, OUTPUT = "finished", "failed.txt", "settings.json", "output.txt"
+INTERRUPTED = (
+    128 + signal.SIGINT,
+    -signal.SIGINT,
+    -signal.SIGTERM,
+)  # after saving, or before there was anything to save
 ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # processes that share cores slow each other tenfold
 
 
@@ -54,8 +60,13 @@ def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) ->
             )
 
 
-def execute(run: Run, task: Comparison, root: Path, environment: dict[str, str]) -> Status:
-    """Make a run, or go on with it, and note how it ended; a run that is interrupted stays `missing`."""
+def execute(
+    run: Run, task: Comparison, root: Path, environment: dict[str, str], running: set[subprocess.Popen[bytes]]
+) -> Status:
+    """Make a run, or go on with it, and note how it ended; a run that is interrupted stays `missing`.
+
+    `running` has its process meanwhile.
+    """
     folder = root / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
@@ -66,13 +77,18 @@ def execute(run: Run, task: Comparison, root: Path, environment: dict[str, str])
         command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
     with (folder / OUTPUT).open("ab") as output:
         start = output.tell()
-        environment = os.environ | environment
-        code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
+        # In a session of its own: a terminal's Ctrl-C reaches it once, from _letting_runs_save.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | environment, start_new_session=True
+        )
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
     if code == 0:
         if run.is_trained:
             write_changes(root / run.warm_up.folder, folder)
         (folder / FINISHED).touch()
-    elif code in (128 + 2, -2, -15):  # Ctrl-C, SIGTERM: the run has saved where it is
+    elif code in INTERRUPTED:
         return "missing"
     else:
         text = (folder / OUTPUT).read_bytes()[start:].decode(errors="replace").strip()
@@ -89,24 +105,25 @@ def execute_all(
 ) -> None:
     """Make all runs that are not finished, warm-ups first; `report` hears of each as it ends, in this thread.
 
-    A run fails with the one that it waits for. An interrupt lets the processes save, and starts no others.
+    A run fails with the one that it waits for. Ctrl-C or SIGTERM lets the processes save, and starts no others.
     """
     slots: Queue[dict[str, str]] = Queue()
     environments = devices()
     for number in range(parallel or len(environments)):
         slots.put(environments[number % len(environments)])
     stopping = threading.Event()
+    running: set[subprocess.Popen[bytes]] = set()
 
     def work(run: Run) -> Status:
         environment = slots.get()
         try:
-            return "missing" if stopping.is_set() else execute(run, tasks[run.task], root, environment)
+            return "missing" if stopping.is_set() else execute(run, tasks[run.task], root, environment, running)
         finally:
             slots.put(environment)
 
     waiting = list(runs)
     started: dict[Future[Status], Run] = {}
-    with ThreadPoolExecutor(slots.qsize()) as pool, _stop_on_interrupt(stopping):
+    with ThreadPoolExecutor(slots.qsize()) as pool, _letting_runs_save(stopping, running):
         while waiting or started:
             for run in _ready(waiting, root):
                 waiting.remove(run)
@@ -125,12 +142,18 @@ def execute_all(
 
 
 @contextmanager
-def _stop_on_interrupt(stopping: threading.Event) -> Iterator[None]:
+def _letting_runs_save(stopping: threading.Event, running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM start no further runs, and tell those under way to save; the pool waits for them."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except BaseException:
         stopping.set()
+        for process in list(running):
+            process.terminate()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _ready(waiting: list[Run], root: Path) -> list[Run]:

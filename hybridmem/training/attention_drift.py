@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..metrics import entropy
+from ..metrics import BeyondWindow, MeanDistance, entropy
 from ..policy.attention_rl import divergence_of
 from ..policy.distributions import KINDS, allocation, distribution
 from ..policy.recorder import AttentionRecorder, LayerRecord
@@ -23,20 +23,31 @@ class AttentionDrift(L.Callback):
     """Logs, at every validation, attention at the last token of held-out prompts, beside the initial model's.
 
     Under `val/attention/layer_N/`: `divergence_from_start`, Jensen–Shannon in nats; `entropy`, in nats;
-    `effective_span`, in tokens; and the shares `allocation/persistent`, `memory` and `window` where it has a memory.
+    `effective_span` and `mean_distance`, in tokens; `beyond_window`, the share on tokens further back; and the shares
+    `allocation/persistent`, `memory` and `window` where it has a memory.
 
     Args:
         layers: whose attention, from the end if negative.
         target: `attention`, `allocation`, `memory` or `unified`.
         num_prompts: held-out prompts to look at.
+        window: how far back a window reaches, for `beyond_window`, which is not logged without.
 
     Raises:
         ValueError: a module that is no PolicyModule; layers that cannot be recorded or have no such distribution.
     """
 
-    def __init__(self, layers: Sequence[int] = (-1,), target: str = "attention", num_prompts: int = 32):
+    def __init__(
+        self, layers: Sequence[int] = (-1,), target: str = "attention", num_prompts: int = 32, window: int | None = None
+    ):
         at_least(1, num_prompts=num_prompts)
+        if target == "allocation" and window is not None:
+            raise ValueError(f"window={window} goes with a target that looks at tokens: set it to null for allocation")
         self.layers, self.target, self.num_prompts = layers, target, num_prompts
+        self.how_far: dict[str, MeanDistance | BeyondWindow] = {}
+        if target != "allocation":
+            self.how_far["mean_distance"] = MeanDistance()
+        if window is not None:
+            self.how_far["beyond_window"] = BeyondWindow(window)
         self._start: dict[int, Float[Tensor, "prompts _ choices"]] | None = None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,6 +66,10 @@ class AttentionDrift(L.Callback):
                 "entropy": nats.mean(),
                 "effective_span": nats.exp().mean(),
             }
+            for name, metric in self.how_far.items():
+                metric.to(p.device).reset()
+                metric.update(p, p.sum(-1) > 0)
+                measured[name] = metric.compute().float()
             if record.memory is not None:
                 shares = allocation(record, QUERIES).mean((0, 1))
                 measured |= {f"allocation/{kind}": share for kind, share in zip(KINDS, shares, strict=True)}

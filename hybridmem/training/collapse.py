@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..metrics import AllocationEntropy, AttentionDiversity, EffectiveSpan
+from ..metrics import AllocationEntropy, AttentionDiversity, DistinctPatterns, EffectiveSpan
 from ..policy.distributions import KINDS, TARGETS, allocation, distribution
 from .looks import is_due, record_answers
 from .policy import PolicyModule
@@ -36,6 +36,7 @@ class CollapseGuard(L.Callback):
     * collapse/allocation_entropy: entropy of the shares of persistent tokens, memory and window, in nats; of layers
       of variant mag and mac
     * collapse/diversity: mean JSD in nats between the attention of two responses to the same prompt
+    * collapse/distinct_patterns: clusters of a prompt's responses by that JSD, at most 0.1 within one
 
     A value below its threshold in `patience` looks one after another is a collapse. `warn` says so, once until the
     value is back. `raise_bonus` multiplies AttentionRL's entropy_bonus, again after each further `patience` looks, up
@@ -161,6 +162,7 @@ class CollapseGuard(L.Callback):
             "effective_span": EffectiveSpan().to(module.device),
             "allocation_entropy": AllocationEntropy().to(module.device),
             "diversity": AttentionDiversity().to(module.device),
+            "distinct_patterns": DistinctPatterns().to(module.device),
         }
         generator = torch.Generator(module.device).manual_seed(self.seed)
         for index in range(self.num_prompts):
@@ -172,6 +174,7 @@ class CollapseGuard(L.Callback):
                 looks_back = mask & (p.sum(-1) > 0)  # mac's segments begin with a token that has none before it
                 metrics["effective_span"].update(p[:, None], looks_back)
                 metrics["diversity"].update(p, looks_back)
+                metrics["distinct_patterns"].update(p, looks_back)
                 if record.variant in ("mag", "mac"):
                     metrics["allocation_entropy"].update(allocation(record, mask.shape[1]), mask)
         values = {name: metric.compute().item() for name, metric in metrics.items() if metric.update_called}

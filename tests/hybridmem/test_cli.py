@@ -123,6 +123,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     assert saved.exists()
     assert f"--ckpt_path {saved}" in output
     assert "nothing is lost" in output
+    assert process.returncode == 128 + signal.SIGINT
     assert torch.load(saved, weights_only=True)["global_step"] > 0
 
 

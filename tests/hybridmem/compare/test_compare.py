@@ -1,9 +1,16 @@
 """A grid from the command line: it runs, keeps failures, goes on where it stopped, and refuses other settings."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
+
+from hybridmem.compare.runs import status
 
 from ..training.runs import hybridmem
 from .test_grid import CONFIGS
@@ -32,14 +39,11 @@ def write_grid(folder, **changes):
                     "broken": [{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "gaze"}}],
                 },
                 "seeds": [0],
-                "warm_up_options": {
-                    "trainer.max_steps": 20, "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
-                },
+                "warm_up_options": {"model.init_args.lr_scheduler.init_args.warmup_steps": 1},
                 "train_options": {
-                    "trainer.max_steps": 20, "model.init_args.num_generations": 2,
-                    "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+                    "model.init_args.num_generations": 2, "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
                 },
-                "options": {**SMALL, **changes},
+                "options": {"trainer.max_steps": 20, **SMALL, **changes},
             }
         },
     }  # fmt: skip
@@ -74,6 +78,21 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path, **{"data.init_args.num_val": 2}))
     assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_a_grid_that_is_told_to_stop_lets_its_runs_save(tmp_path):
+    endless = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000}
+    config = write_grid(tmp_path, **endless)
+    command = [sys.executable, "-m", "hybridmem", "compare", "--config", config]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "grid" / "recall" / "mag" / "warm-up" / "seed0"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("step=*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert (folder / "interrupted.ckpt").exists()
+    assert status(folder) == "missing"
 
 
 def test_a_cell_waits_for_its_warm_up(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ def made(monkeypatch):
     """The runs that were made, in order; those of `failing` fail."""
     order, failing = [], set()
 
-    def execute(run, task, root: Path, environment):
+    def execute(run, task, root: Path, environment, running):
         folder = root / run.folder
         time.sleep(0.05)  # what an earlier failure left stands for a moment longer
         folder.mkdir(parents=True, exist_ok=True)
