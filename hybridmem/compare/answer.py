@@ -53,19 +53,17 @@ def _architecture(cells: Cells, trained: Cells, best: dict[str, Any]) -> str:
 
 def _attention(cells: Cells, architecture: str) -> str:
     """What AttentionRL adds to the same objectives without it; the best of its targets is looked at."""
-    parts = [
-        ("token + attention", "token", "reward on attention beside reward on tokens"),
-        ("attention", START, "reward on attention alone"),
-    ]
+    cells = [cell for cell in cells if cell["architecture"] == architecture and not cell["masked"]]
     found = []
-    for with_attention, without, name in parts:
-        candidates = {c["label"] for c in cells if c["control"] == with_attention and c["architecture"] == architecture}
+    for control, without in dict.fromkeys((cell["control"], cell["without"]) for cell in cells if cell["without"]):
+        candidates = {cell["label"] for cell in cells if cell["control"] == control}
         gains = [paired(_of(cells, architecture, without), _of(cells, architecture, label)) for label in candidates]
         gains = [gain for gain in gains if gain]
         if gains:
             best = max(gains, key=lambda gain: sum(gain) / len(gain))
             of = "" if len(gains) == 1 else f" (the best of {len(gains)} targets)"
-            found.append(f"{name}{of} changes accuracy by {difference(best)}")
+            name = "alone" if without == START else f"beside {without}"
+            found.append(f"reward on attention {name}{of} changes accuracy by {difference(best)}")
     if not found:
         return f"What reward on attention adds to {architecture} was not run to its end."
     return f"On {architecture}, " + "; ".join(found) + "."

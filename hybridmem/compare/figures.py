@@ -26,7 +26,7 @@ COLLAPSE = {
     "collapse/diversity": "attention's diversity, nats",
     "collapse/distinct_patterns": "ways of attending in a group",
 }
-STEPS = "validations"
+STEPS = "batches of prompts"
 
 
 def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
@@ -77,9 +77,14 @@ def bars(rows: Rows) -> Figure:
 
 
 def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
-    """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band."""
+    """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band.
+
+    Lines begin at the start's value, where its validation has one.
+    """
     labels = list(dict.fromkeys(cell["label"] for cell in cells))  # a control has one colour in all pictures
-    cells = [cell for cell in cells if cell["status"] == "finished" and cell["label"] != START]
+    cells = [cell for cell in cells if cell["status"] == "finished"]
+    starts = {(cell["architecture"], cell["seed"]): cell["last"] for cell in cells if cell["label"] == START}
+    cells = [cell for cell in cells if cell["label"] != START]
     architectures = list(dict.fromkeys(cell["architecture"] for cell in cells))
     panels = [
         (metric, architecture)
@@ -93,11 +98,19 @@ def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
     for axes, (metric, architecture) in zip(all_axes, panels, strict=True):
         for number, label in enumerate(labels):
             group = [c for c in cells if (c["architecture"], c["label"]) == (architecture, label)]
-            _band(axes, [c["curves"][metric] for c in group if metric in c["curves"]], _color(number), label)
+            runs = [_points(c, metric, starts) for c in group if metric in c["curves"]]
+            _band(axes, runs, _color(number), label)
         axes.set(title=architecture, xlabel=STEPS, ylabel=metrics[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, all_axes)
     return figure
+
+
+def _points(cell: dict[str, Any], metric: str, starts: dict[tuple[str, int], dict[str, float]]) -> dict[int, float]:
+    """A metric of a cell by the batches of prompts that were learnt from, none at the start."""
+    start = starts.get((cell["architecture"], cell["seed"]), {})
+    first = {0: start[metric]} if metric in start else {}
+    return first | {step + 1: value for step, value in cell["curves"][metric]}
 
 
 def by_column(rows: Rows) -> Figure | None:
@@ -140,14 +153,13 @@ def _formats(cells: Rows) -> dict[str, str]:
     return shares | {name: name.removeprefix("val/") for name in names if name.startswith(("val/pass@", "val/maj@"))}
 
 
-def _band(axes: Axes, runs: list[list[list[float]]], color: Color, label: str) -> None:
-    """The mean of several curves and its interval; they share the validations that all of them have."""
+def _band(axes: Axes, runs: list[dict[int, float]], color: Color, label: str) -> None:
+    """The mean of several curves and its interval, where all of them have a point."""
     if not runs:
         return
-    length = min(map(len, runs))
-    points = [mean_interval([run[n][1] for run in runs]) for n in range(length)]
-    steps, means = range(1, length + 1), [mean for mean, _ in points]
-    axes.plot(steps, means, "o-", color=color, label=label, markersize=3)
+    steps = sorted(set.intersection(*map(set, runs)))
+    points = [mean_interval([run[step] for run in runs]) for step in steps]
+    axes.plot(steps, [mean for mean, _ in points], "o-", color=color, label=label, markersize=3)
     if all(half is not None for _, half in points):
         low = [mean - (half or 0) for mean, half in points]
         high = [mean + (half or 0) for mean, half in points]

@@ -136,6 +136,9 @@ def check_grid(tasks: dict[str, Comparison]) -> None:
     if not tasks:
         raise ValueError("tasks is empty: name at least one")
     for name, task in tasks.items():
+        for given in (name, *task.architectures, *task.controls):
+            if not isinstance(given, str):  # folders are called so
+                raise ValueError(f"tasks.{name}: YAML reads the name {given!r} as no text: put it in quotes")
         for setting in ("warm_up", "train"):
             path = getattr(task, setting)
             if not path.is_file():
@@ -168,6 +171,17 @@ def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
     cells = [cell for name, task in tasks.items() for cell in _cells(name, task)]
     cells.sort(key=lambda cell: tasks[cell.task].seeds.index(cell.seed))
     return list(dict.fromkeys(cell.warm_up for cell in cells)), cells
+
+
+def without_attention(task: Comparison) -> dict[str, str]:
+    """Of each control with an AttentionRL, the one that has the same objectives without it; alone it is the start."""
+    found = {}
+    for control, objectives in task.controls.items():
+        others = [part for part in objectives if not _is_attention_rl(part)]
+        alike = [name for name, parts in task.controls_and_start.items() if name != START and list(parts) == others]
+        if len(others) < len(objectives) and (alike or not others):
+            found[control] = alike[0] if others else START
+    return found
 
 
 def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:

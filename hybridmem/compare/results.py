@@ -13,7 +13,7 @@ import torch
 
 from ..metrics import mean_interval
 from ..training.logs import read_log
-from .grid import START, Comparison, Run, plan
+from .grid import START, Comparison, Run, plan, without_attention
 from .runs import reason, status
 
 ACCURACY, PASS_AT_1 = "val/accuracy", "val/pass@1"
@@ -26,9 +26,10 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
     """Everything that was measured below `root`, and on what."""
     warm_ups, cells = plan(tasks)
     by_task = {}
-    for name in tasks:
+    for name, task in tasks.items():
         starts = [_run(run, root) for run in warm_ups if run.task == name]
-        runs = [_run(run, root) for run in cells if run.task == name]
+        without = without_attention(task)
+        runs = [_run(run, root) | {"without": without.get(run.control)} for run in cells if run.task == name]
         by_task[name] = {"warm_ups": starts, "cells": runs, "summary": summarise(runs)}
     return {"command": command, "environment": environment(), "tasks": by_task}
 
@@ -93,6 +94,7 @@ def _run(run: Run, root: Path) -> dict[str, Any]:
         "label": run.label,
         "control": run.control,
         "target": run.target,
+        "masked": run.masked,
         "seed": run.seed,
         "folder": str(run.folder),
         "status": state,

@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from hybridmem.compare import CONTROLS, Comparison
-from hybridmem.compare.grid import START, FitOptions, Objectives, Run, as_arguments, check_grid, fit_options, plan
+from hybridmem.compare.grid import (
+    START,
+    FitOptions,
+    Objectives,
+    Run,
+    as_arguments,
+    check_grid,
+    fit_options,
+    plan,
+    without_attention,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "rl"
 RECALL = Comparison(
@@ -64,6 +74,14 @@ def test_a_control_is_run_again_with_the_mask_of_its_first_run():
     } in options["trainer.callbacks+"]
 
 
+def test_reward_on_attention_is_held_against_the_same_without_it():
+    assert without_attention(RECALL) == {"attention": START, "token + attention": "token"}
+    both = Objectives([{"class_path": "hybridmem.policy.GRPO"}, {"class_path": "hybridmem.policy.AttentionRL"}])
+    assert without_attention(replace(RECALL, controls={"mine": both})) == {}
+    mine = {"plain": Objectives(both[:1]), "mine": both}
+    assert without_attention(replace(RECALL, controls=mine)) == {"mine": "plain"}
+
+
 def test_a_control_may_have_a_target_of_its_own():
     mine = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "allocation"}}])
     task = replace(RECALL, targets=["attention", "memory"], controls={"gate": mine})
@@ -87,6 +105,8 @@ def test_options_are_read_back_as_they_were():
     [
         (dict(warm_up=Path("no.yaml")), "warm_up=no.yaml does not exist"),
         (dict(seeds=[]), "seeds is empty"),
+        (dict(controls={0.1: Objectives()}), "reads the name 0.1 as no text"),
+        (dict(masked=["tokens"]), "masked: 'tokens' is none of start, supervised, token"),
         (dict(seeds=[1, 1]), "names a seed twice"),
         (dict(targets=["gaze"]), "'gaze' is none of attention"),
         (dict(architectures={"a": FitOptions(variant="rnn")}), r"architectures\.a: variant 'rnn' is none of"),
