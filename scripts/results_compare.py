@@ -1,0 +1,91 @@
+"""Write the tables of a grid (`hybridmem compare`) into docs/results.md, between the markers of their task.
+
+    python scripts/results_compare.py docs/compare/full/results.json
+
+A task NAME of a grid in the folder GRID goes between `<!-- GRID/NAME -->` and `<!-- end of GRID/NAME -->`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hybridmem.compare.answer import percent
+
+PAGE = Path("docs/results.md")
+Rows = list[dict[str, Any]]
+
+
+def main_table(rows: Rows) -> list[list[str]]:
+    """Accuracy, what was gained, what it cost and which weights changed."""
+    table = [["architecture", "control", "seeds", "accuracy", "gain", "pass@1", "weights left", "shared", "seconds"]]
+    for row in rows:
+        overlap, compute = row.get("overlap"), row.get("compute")
+        table.append([
+            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["accuracy"]),
+            percent(row["gain"], signed=True), percent(row["pass@1"]), percent(row.get("sparsity")),
+            f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
+            f"{compute['seconds']:.0f}" if compute else "",
+        ])  # fmt: skip
+    return table
+
+
+def table_at(rows: Rows) -> list[list[str]]:
+    """Accuracy by a column of the examples; empty where none was logged."""
+    rows = [row for row in rows if row["accuracy_at"]]
+    names = sorted({name for row in rows for name in row["accuracy_at"]}, key=lambda name: float(name.split("=")[1]))
+    table = [["architecture", "control", *names]]
+    for row in rows:
+        at = row["accuracy_at"]
+        table.append([row["architecture"], row["label"], *(percent(at[name]) if name in at else "" for name in names)])
+    return table if rows else []
+
+
+def format_table(task: dict[str, Any]) -> list[list[str]]:
+    """What FormatWatch and CollapseGuard saw last, means over seeds; empty where they did not look."""
+    columns = ["val/pass@1", "val/pass@2", "val/pass@8", "val/maj@8"]
+    shares = sorted({n for cell in task["cells"] for n in cell.get("last", ()) if n.startswith("val/format/share/")})
+    columns = [*shares, "val/format/entropy", *columns, "collapse/diversity", "collapse/distinct_patterns"]
+    table = [["model", "control", "seeds", *(name.split("/", 1)[1] for name in columns)]]
+    for row in task["summary"]:
+        cells = [cell["last"] for cell in task["cells"] if _is_of(cell, row)]
+        figures = [_mean([cell[name] for cell in cells if name in cell]) for name in columns]
+        table.append([row["architecture"], row["label"], str(len(cells)), *figures])
+    return table if shares else []
+
+
+def write_table(table: list[list[str]]) -> str:
+    """Markdown."""
+    head, *rows = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    """Write every task's tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    arguments = parser.parse_args()
+    text = PAGE.read_text()
+    for name, task in json.loads(arguments.results.read_text())["tasks"].items():
+        rows = [row for row in task["summary"] if "accuracy" in row]
+        tables = [table for table in (main_table(rows), table_at(rows), format_table(task)) if table]
+        place = f"{arguments.results.parent.name}/{name}"
+        start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
+        if start not in text or end not in text:
+            raise SystemExit(f"{PAGE} lacks the markers {start} and {end}: put them where the tables should stand")
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = before + start + "\n" + "\n\n".join(map(write_table, tables)) + "\n" + end + after
+    PAGE.write_text(text)
+
+
+def _is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
+    same = (cell["architecture"], cell["label"]) == (row["architecture"], row["label"])
+    return same and cell["status"] == "finished"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3g}" if values else ""
+
+
+if __name__ == "__main__":
+    main()
