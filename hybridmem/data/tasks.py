@@ -55,6 +55,8 @@ class TaskDataModule(L.LightningDataModule):
         max_prompt_length: tokens that a prompt may have; a longer one is an error, since cutting it could take away
             what is asked for. None: any number.
         train_on_prompt: give the prompt's tokens labels too.
+        observation_format: what stands around {}, the answer of an environment, between two turns; for a chat model
+            its template's marks.
         num_workers: processes that make examples; 0 makes them in the training process.
 
     Raises:
@@ -73,12 +75,17 @@ class TaskDataModule(L.LightningDataModule):
         processor: str | None = None,
         max_prompt_length: int | None = None,
         train_on_prompt: bool = False,
+        observation_format: str = "\n{}\n",
         num_workers: int = 0,
     ):
         super().__init__()
         at_least(1, batch_size=batch_size, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
         at_least(0, seed=seed, num_workers=num_workers)
         one_of(("supervised", "prompts"), mode=mode)
+        if observation_format.count("{}") != 1:
+            raise ValueError(
+                f"observation_format={observation_format!r} must hold {{}} once, where the observation goes"
+            )
         if processor is not None and mode != "prompts":
             raise ValueError("processor writes prompts to be answered: set mode to prompts")
         self.save_hyperparameters(ignore=["task"], logger=False)  # checkpoints hold plain values alone
@@ -134,12 +141,44 @@ class TaskDataModule(L.LightningDataModule):
         return prompt
 
     def row(self, prompt: list[int], example: Example) -> Row:
-        """Prompt, answer and end of sequence as inputs with their labels."""
-        tokens = torch.tensor([*prompt, *self.answer_tokens(prompt, example), self.end_id])
+        """Prompt, answer and end of sequence as inputs with their labels; what an environment says has none."""
+        answer, own = self.answer_and_mask(prompt, example)
+        tokens = torch.tensor([*prompt, *answer])
         labels = tokens[1:].clone()
+        labels[len(prompt) - 1 :][~torch.tensor(own)] = IGNORED
         if not self.hparams.train_on_prompt:
             labels[: len(prompt) - 1] = IGNORED
         return {"input_ids": tokens[:-1], "shift_labels": labels, "document_ids": torch.zeros_like(labels)}
+
+    def answer_and_mask(self, prompt: list[int], example: Example) -> tuple[list[int], list[bool]]:
+        """The answer's tokens with their end, or the turns and what was answered to them; and which a model says.
+
+        An example of many turns has the column `turns`: of every turn what is said, and the environment's answer.
+        """
+        if "turns" not in example:
+            answer = [*self.answer_tokens(prompt, example), self.end_id]
+            return answer, [True] * len(answer)
+        assert self.tokenizer is not None
+        tokens, own = [], []
+        for said, observation in example["turns"]:
+            turn = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            heard = self.observation_tokens(observation)
+            tokens += [*turn, self.end_id, *heard]
+            own += [True] * (len(turn) + 1) + [False] * len(heard)
+        last = len(own) - own[::-1].index(True)  # what is heard after the last turn is read by nobody
+        return tokens[:last], own[:last]
+
+    def observation_tokens(self, observation: str) -> list[int]:
+        """What an environment says, as it stands between two turns; its text makes no special tokens."""
+        assert self.tokenizer is not None
+        before, after = self.hparams.observation_format.split("{}")
+        options = dict(add_special_tokens=False, verbose=False)
+        pieces = [(before, False), (observation, True), (after, False)]
+        return [
+            token
+            for text, plain in pieces
+            for token in self.tokenizer(text, split_special_tokens=plain, **options)["input_ids"]
+        ]
 
     def answer_tokens(self, prompt: list[int], example: Example) -> list[int]:
         """The answer's tokens as they follow the prompt's, without the space that some tokenizers begin with."""

@@ -4,7 +4,19 @@ from .attention_rl import AttentionRL
 from .critics import EndpointCritic, GroundTruthCritic, IndicativeCritic
 from .critique import CritiqueGRPO, CritiqueGRPOReleased
 from .distillation import AttentionDistillation
-from .objectives import CISPO, DAPO, GRPO, GSPO, SFT, DrGRPO, TokenObjective, group_advantages, groups_with_signal
+from .objectives import (
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    SFT,
+    DrGRPO,
+    RejectionFineTune,
+    SWEDapo,
+    TokenObjective,
+    group_advantages,
+    groups_with_signal,
+)  # fmt: skip
 from .ranking import RankingReward
 from .recorder import AttentionRecorder
 from .retrievers import BM25, HTTPRetriever
@@ -30,8 +42,10 @@ __all__ = [
     "IndicativeCritic",
     "OverlongPenalty",
     "RankingReward",
+    "RejectionFineTune",
     "RewardSum",
     "Rewards",
+    "SWEDapo",
     "TokenObjective",
     "check_columns",
     "group_advantages",

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
@@ -233,6 +233,50 @@ class CISPO(TokenObjective):
         return loss, {"cispo_clip_ratio": (ratio > self.epsilon_high) & (advantages > 0)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SWEDapo(DAPO):
+    """DAPO for agents of many turns (arXiv 2508.03501): long trajectories pay, none is masked, none sampled again.
+
+    Groups that always or never succeed have no advantage, and leave the loss' normaliser too. Its two stages are
+    epsilon_high 0.3 with PolicyModule's max_turns 40, then 0.26 with 80.
+
+    Args:
+        free_turns: turns that cost nothing, L_thr. A trajectory of more loses up to 1, at max_turns.
+        min_solve_rate, max_solve_rate: groups whose mean reward is not between are left out.
+    """
+
+    epsilon_high: float | None = 0.3
+    dynamic_sampling: bool = False
+    free_turns: int = 10
+    min_solve_rate: float = 0.0
+    max_solve_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dynamic_sampling:
+            raise ValueError("dynamic_sampling: SWEDapo samples no group again; take DAPO for that")
+        if self.free_turns < 0:
+            raise ValueError(f"free_turns={self.free_turns} must be at least 0")
+        if not self.min_solve_rate < self.max_solve_rate:
+            raise ValueError(
+                f"min_solve_rate={self.min_solve_rate} must be below max_solve_rate={self.max_solve_rate}, or no group "
+                "is left"
+            )
+
+    def shaped(
+        self, rewards: Float[Tensor, " responses"], turns: Int[Tensor, " responses"], max_turns: int
+    ) -> Float[Tensor, " responses"]:
+        """R + min(0, (L_thr − turns) / (T_max − L_thr))."""
+        if max_turns <= self.free_turns:
+            return rewards
+        return rewards + ((self.free_turns - turns) / (max_turns - self.free_turns)).clamp(max=0)
+
+    def kept(self, rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " responses"]:
+        """The responses of groups whose mean reward, unshaped, is between the two rates."""
+        rates = _grouped(rewards, num_generations).mean(1)
+        return ((rates > self.min_solve_rate) & (rates < self.max_solve_rate)).repeat_interleave(num_generations)
+
+
 class SFT:
     """Supervised fine-tuning, what rewards compare with: the answer's tokens, whatever would have been sampled."""
 
@@ -241,6 +285,27 @@ class SFT:
     ) -> Float[Tensor, ""]:
         """Mean negative log-probability of the answers' tokens, their ends among them."""
         return -(logps * mask).sum() / mask.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionFineTune:
+    """Fine-tuning on the policy's own solved trajectories, but for turns whose calls failed (arXiv 2508.03501).
+
+    Args:
+        min_reward: what a trajectory must earn to be learnt from.
+    """
+
+    min_reward: float = 1.0
+
+    def kept(self, rewards: Float[Tensor, " responses"]) -> Bool[Tensor, " responses"]:
+        """Which responses are learnt from."""
+        return rewards >= self.min_reward
+
+    def loss(
+        self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
+    ) -> Float[Tensor, ""]:
+        """Mean negative log-probability of the tokens of `mask`; 0 where nothing was solved."""
+        return -(logps * mask).sum() / mask.sum().clamp(min=1)
 
 
 def group_advantages(

@@ -208,7 +208,7 @@ def sample(
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
     while True:
-        tokens, chosen = _draw(logits, sampling, generator)
+        tokens, chosen = draw(logits, sampling, generator)
         ids.append(torch.where(finished, pad_token_id, tokens))
         masks.append(~finished)
         logps.append(chosen.masked_fill(finished, 0))
@@ -250,7 +250,7 @@ def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _draw(
+def draw(
     logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """A token for each row, and its log-probability."""

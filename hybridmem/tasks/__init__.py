@@ -8,5 +8,16 @@ from .recall import Recall
 from .task import Task
 from .two_formats import TwoFormats
 from .visual_search import VisualSearch
+from .workspace import Workspace
 
-__all__ = ["Identifier", "NeedleRows", "ProductSearch", "Query", "Recall", "Task", "TwoFormats", "VisualSearch"]
+__all__ = [
+    "Identifier",
+    "NeedleRows",
+    "ProductSearch",
+    "Query",
+    "Recall",
+    "Task",
+    "TwoFormats",
+    "VisualSearch",
+    "Workspace",
+]

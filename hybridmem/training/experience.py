@@ -25,6 +25,7 @@ class Rollout:
     noise: Noise | None = None  # that the responses were sampled under
     sizes: Int[Tensor, " groups"] | None = None  # responses of each group; None: num_generations
     refined: Bool[Tensor, " responses"] | None = None  # answers to a critique, sampled behind another prompt
+    kept: Bool[Tensor, "responses length"] | None = None  # tokens that may carry loss; None: all that were sampled
 
 
 class Scores(NamedTuple):

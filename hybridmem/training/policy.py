@@ -19,8 +19,16 @@ from ..modeling import HybridMemForCausalLM
 from ..policy.attention_rl import AttentionRL
 from ..policy.critique import CritiqueGRPO
 from ..policy.distillation import AttentionDistillation, Observation, observed
+from ..policy.environments import CALL_FORMATS, tools_of
 from ..policy.exploration import Noise, cut_noise, draw_noise, explored
-from ..policy.objectives import SFT, TokenObjective, group_advantages, groups_with_signal
+from ..policy.objectives import (
+    SFT,
+    RejectionFineTune,
+    SWEDapo,
+    TokenObjective,
+    group_advantages,
+    groups_with_signal,
+)
 from ..policy.recorder import AttentionRecorder, is_segmented
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
@@ -34,6 +42,8 @@ from ..policy.rollouts import (
     sample,
     vision_positions,
 )
+from ..settings import at_least, one_of
+from .acting import Acted, act_out, begin, environment_reward
 from .checkpoints import load_policy, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
 from .optimizers import decay_groups
@@ -42,6 +52,7 @@ from .refinement import with_refinements
 from .schedules import WarmupCosine
 
 Example = dict[str, Any]
+SOLVED = 1.0  # the reward of an environment in which the task is done
 
 
 class PolicyModule(L.LightningModule):
@@ -54,14 +65,21 @@ class PolicyModule(L.LightningModule):
     Args:
         model: a Hugging Face folder or name, or a checkpoint (.ckpt) of `hybridmem fit`.
         objectives: their losses are added. At most one TokenObjective, one AttentionRL and one AttentionDistillation,
-            which needs no other: rewards are then only logged. Or SFT alone, which samples nothing.
+            which needs no other: rewards are then only logged. Or SFT alone, which samples nothing, or
+            RejectionFineTune alone.
         num_generations: responses to each prompt: a group, whose mean is the baseline. 1 is enough to distil.
-        max_completion_length: tokens of a response; None: what the task needs.
+        max_completion_length: tokens of a response, observations among them; None: what the task needs.
         temperature, top_k, top_p, min_p: how responses are drawn (see Sampling).
         num_iterations: passes over the responses.
         steps_per_generation: optimiser steps that a pass is cut into.
         reward_funcs: reward functions with TRL's signature; None: the task's own.
         reward_weights: one for each; None: 1.
+        environment_factory: makes an environment for every response (see hybridmem.policy.environments), in which it
+            acts over many turns; its `get_reward`, if it has one, is a reward beside reward_funcs. None: the task's
+            own `environment`, if it has one.
+        max_turns: turns of a trajectory.
+        call_format: how tools are called, `plain` or `json`.
+        max_observation_length: characters of an environment's answer; what is longer is cut.
         optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
         lr_scheduler: made with the optimiser and the number of optimiser steps of the run.
         max_grad_norm: gradients are cut to this norm; None: they are not.
@@ -76,7 +94,7 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        objectives: list[TokenObjective | AttentionRL | AttentionDistillation | SFT],
+        objectives: list[TokenObjective | AttentionRL | AttentionDistillation | SFT | RejectionFineTune],
         num_generations: int = 8,
         max_completion_length: int | None = None,
         temperature: float = 1.0,
@@ -87,6 +105,10 @@ class PolicyModule(L.LightningModule):
         steps_per_generation: int = 1,
         reward_funcs: list[Callable] | None = None,
         reward_weights: list[float] | None = None,
+        environment_factory: type | Callable | None = None,
+        max_turns: int = 16,
+        call_format: str = "plain",
+        max_observation_length: int = 2000,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
         max_grad_norm: float | None = 1.0,
@@ -101,12 +123,15 @@ class PolicyModule(L.LightningModule):
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.num_iterations, self.steps_per_generation = num_iterations, steps_per_generation
         self.reward_funcs, self.reward_weights = reward_funcs, reward_weights
+        self.environment_factory, self.max_turns = environment_factory, max_turns
+        self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
         self.lora, self.attn_implementation = lora, attn_implementation
         self.token_objective = _only(objectives, TokenObjective)
         self.attention_rl = _only(objectives, AttentionRL)
         self.distillation = _only(objectives, AttentionDistillation)
         self.supervised = _only(objectives, SFT)
+        self.rejection = _only(objectives, RejectionFineTune)
         self._check_settings()
         self.seed = seed
         self._generator_state: Tensor | None = None  # of the checkpoint that the run goes on from
@@ -120,16 +145,23 @@ class PolicyModule(L.LightningModule):
 
     def _check_settings(self) -> None:
         others = self.learns_by_reward or self.distillation is not None
-        if self.supervised is None and not others:
+        alone = [objective for objective in (self.supervised, self.rejection) if objective is not None]
+        if not alone and not others:
             raise ValueError(
                 "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, several of "
-                "them, or SFT"
+                "them, SFT, or RejectionFineTune"
+            )
+        if self.rejection is not None and (others or len(alone) > 1):
+            raise ValueError(
+                "objectives: RejectionFineTune learns from what was solved alone: remove it, or the others"
             )
         if self.supervised is not None and others:
             raise ValueError("objectives: SFT learns from answers and samples none: remove it, or the others")
         for name in ("num_generations", "num_iterations", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(1, max_turns=self.max_turns, max_observation_length=self.max_observation_length)
+        one_of(CALL_FORMATS, call_format=self.call_format)
         if self.learns_by_reward and self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: a group of one has no advantage over itself; sample 2 or more"
@@ -209,10 +241,10 @@ class PolicyModule(L.LightningModule):
         """Take tokenizer, task and rewards from the data."""
         self.data: Any = self.trainer.datamodule
         self.check_data(self.data)
-        functions = self.reward_funcs or [self.data.task.reward]
-        self.rewards = RewardSum(functions, self.reward_weights)
+        self.environment_factory = self.environment_factory or getattr(self.data.task, "environment", None)
         example = self.data.task.example("val", 0)
-        self.rewards.check_columns(example)
+        self.rewards = RewardSum(self._reward_functions(example), self.reward_weights)
+        self.rewards.check_columns([*example, *(["environments"] if self.acts else [])])
         if self.supervised is not None and "answer" not in example:
             raise ValueError("SFT learns from the column answer, which the task's examples lack: choose another")
         length = self.max_completion_length or self.data.task.max_completion_length
@@ -220,6 +252,31 @@ class PolicyModule(L.LightningModule):
             max_completion_length=length, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             min_p=self.min_p,
         )  # fmt: skip
+
+    def _reward_functions(self, example: Example) -> list[Callable]:
+        """What the settings name, beside what an environment says; else the task's own."""
+        if self.environment_factory is None:
+            return self.reward_funcs or [self.data.task.reward]
+        self._check_acting()
+        environment = self.environment_factory()
+        tools_of(environment)
+        begin(self, example, [environment, self.environment_factory()])
+        own = [environment_reward] if hasattr(environment, "get_reward") else []
+        return [*own, *(self.reward_funcs or [])] or [self.data.task.reward]
+
+    def _check_acting(self) -> None:
+        explores = self.attention_rl is not None and self.attention_rl.exploration
+        for name, there in (
+            ("AttentionRL's exploration", explores),
+            ("CritiqueGRPO", isinstance(self.token_objective, CritiqueGRPO)),
+        ):
+            if there:
+                raise ValueError(f"{name} does not go with an environment, in which responses have many turns")
+
+    @property
+    def acts(self) -> bool:
+        """Whether responses are trajectories in environments."""
+        return self.environment_factory is not None
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -267,6 +324,8 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
         """Answer and reward a batch of prompts, and log how it went under TRL's names."""
+        if self.acts:
+            return self._act(examples)
         asked = [self.data.prompt(example) for example in examples]
         prompts = self.prompt_batch(asked)
         noise: Noise | None = None
@@ -286,8 +345,36 @@ class PolicyModule(L.LightningModule):
                 self.generator, prefill_once=noise is None,
             )  # fmt: skip
         noise = noise and cut_noise(noise, prompts.input_ids.shape[1] + completions.ids.shape[1])
+        texts, rewards = self._rewarded(examples, completions)
+        rollout = Rollout(asked, completions, rewards.total, noise)
+        if isinstance(self.token_objective, CritiqueGRPO):
+            return with_refinements(self, self.token_objective, examples, texts, rollout)
+        return rollout
+
+    def _act(self, examples: list[Example]) -> Rollout:
+        """The same in environments."""
+        acted = act_out(self, examples, self.num_generations, self.sampling, self.generator)
+        _, rewards = self._rewarded(examples, acted.completions, acted.environments)
+        self.log_dict(acted.metrics())
+        return self._judged(acted, rewards.total)
+
+    def _judged(self, acted: Acted, rewards: Float[Tensor, " responses"]) -> Rollout:
+        """Trajectories as they are learnt from: what SWEDapo makes of rewards, and what is left out of the loss."""
+        shaped, kept = rewards, torch.ones_like(acted.completions.mask)
+        if isinstance(self.token_objective, SWEDapo):
+            shaped = self.token_objective.shaped(rewards, acted.turns.cpu(), self.max_turns)
+            kept = kept & self.token_objective.kept(rewards, self.num_generations).to(kept.device)[:, None]
+            self.log("reward/shaped", shaped.mean())
+        if self.rejection is not None:
+            kept = kept & self.rejection.kept(rewards).to(kept.device)[:, None] & ~acted.faulty
+        return Rollout(acted.prompts, acted.completions, shaped, kept=kept)
+
+    def _rewarded(
+        self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
+    ) -> tuple[list[str], Rewards]:
+        """Texts and rewards of all responses, logged."""
         repeated = [example for example in examples for _ in range(self.num_generations)]
-        texts, rewards = self.reward(repeated, completions)
+        texts, rewards = self.reward(repeated, completions, environments)
         lengths = completions.mask.sum(1).float()
         if self.num_generations > 1:
             signal = groups_with_signal(rewards.total, self.num_generations)
@@ -301,10 +388,7 @@ class PolicyModule(L.LightningModule):
         )
         self.log("reward", rewards.total.mean(), prog_bar=True)
         self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
-        rollout = Rollout(asked, completions, rewards.total, noise)
-        if isinstance(self.token_objective, CritiqueGRPO):
-            return with_refinements(self, self.token_objective, examples, texts, rollout)
-        return rollout
+        return texts, rewards
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps that a rollout is good for."""
@@ -346,15 +430,13 @@ class PolicyModule(L.LightningModule):
         """Prompts, and their answers as if they had been sampled."""
         prompts = [self.data.prompt(example) for example in examples]
         answers = [
-            [*self.data.answer_tokens(prompt.tokens, example), self.data.end_id]
-            for prompt, example in zip(prompts, examples, strict=True)
+            self.data.answer_and_mask(prompt.tokens, example) for prompt, example in zip(prompts, examples, strict=True)
         ]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(answer, device=self.device) for answer in answers], True, self.data.pad_id
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(x, device=self.device) for x in column], True, padding)
+            for column, padding in zip(zip(*answers, strict=True), (self.data.pad_id, False), strict=True)
         )
-        lengths = torch.tensor([len(answer) for answer in answers], device=self.device)
-        mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
-        never = torch.zeros_like(lengths, dtype=torch.bool)
+        never = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         return self.prompt_batch(prompts), Completions(ids, mask, never, torch.zeros_like(ids, dtype=torch.float32))
 
     def _experience(self, rollout: Rollout) -> Experience:
@@ -369,6 +451,8 @@ class PolicyModule(L.LightningModule):
             old = self._score_rollout(prompts, completions, rollout.noise, readers)
         if self.token_objective is not None:
             mask = self.token_objective.loss_mask(mask, completions.truncated)
+        if rollout.kept is not None:
+            mask = mask & rollout.kept.to(self.device)
         return Experience(
             prompts, completions, advantages, mask, mask.sum() / self.steps_per_generation, old,
             self._reference_logps(prompts, completions, readers), rollout.noise, refined,
@@ -406,6 +490,8 @@ class PolicyModule(L.LightningModule):
                 num_items=part.num_items, max_completion_length=self.sampling.max_completion_length, **shaped,
             )  # fmt: skip
             yield "", loss, metrics
+        if self.rejection is not None:
+            yield "rejection/", self.rejection.loss(scores.logps, part.mask), {"kept": part.mask.any(1).float().mean()}
         if self.attention_rl is not None:
             loss, metrics = self.attention_rl.loss(scores.records, old.records, part.advantages, part.mask, part.noise)
             yield "attention/", loss, metrics
@@ -487,10 +573,14 @@ class PolicyModule(L.LightningModule):
         batch = pad_prompts([prompt.tokens for prompt in prompts], self.data.pad_id, self.device, images, grids)
         return batch if grids is None else batch._replace(position_ids=vision_positions(self.model, batch))
 
-    def reward(self, examples: list[Example], completions: Completions) -> tuple[list[str], Rewards]:
+    def reward(
+        self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
+    ) -> tuple[list[str], Rewards]:
         """The texts of responses, one to each example, and what they earn."""
         texts, ids = self._texts(completions)
         columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
+        if environments is not None:
+            columns["environments"] = environments
         return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
 
     def _texts(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
@@ -519,8 +609,11 @@ class PolicyModule(L.LightningModule):
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
         """Reward and accuracy of the likeliest response to every held-out prompt; pass@1 of responses as in training.
 
-        The random numbers are the same in every validation. Callbacks get what was answered as the step's output.
+        The random numbers are the same in every validation. Callbacks get what was answered as the step's output. In
+        environments an example is solved that earns 1 or more.
         """
+        if self.acts:
+            return self._validate_acting(batch, batch_idx)
         prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         texts, rewards = self.reward(batch, self.answer(prompts, 1, greedy))
@@ -533,6 +626,21 @@ class PolicyModule(L.LightningModule):
             self.log("val/accuracy", _share(answered.greedy_right), batch_size=len(batch), prog_bar=True)
             self.log("val/pass@1", _share(answered.sampled_right), batch_size=len(batch))
         return answered
+
+    def _validate_acting(self, batch: list[Example], batch_idx: int) -> Answered:
+        greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
+        acted = act_out(self, batch, 1, greedy)
+        texts, rewards = self.reward(batch, acted.completions, acted.environments)
+        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
+        tried = act_out(self, batch, self.num_generations, self.sampling, generator)
+        repeated = [example for example in batch for _ in range(self.num_generations)]
+        sampled, of_samples = self.reward(repeated, tried.completions, tried.environments)
+        solved, of_samples_solved = ((x.total >= SOLVED).tolist() for x in (rewards, of_samples))
+        self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
+        self.log("val/accuracy", _share(solved), batch_size=len(batch), prog_bar=True)
+        self.log("val/pass@1", _share(of_samples_solved), batch_size=len(batch))
+        self.log("val/turns", tried.turns.float().mean(), batch_size=len(batch))
+        return Answered(batch, texts, sampled, solved, of_samples_solved)
 
     def answer(
         self, prompts: PromptBatch, times: int, sampling: Sampling, generator: torch.Generator | None = None

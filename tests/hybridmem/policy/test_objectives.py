@@ -13,7 +13,18 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from hybridmem.policy import CISPO, DAPO, GRPO, GSPO, DrGRPO, TokenObjective, group_advantages, groups_with_signal
+from hybridmem.policy import (
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    DrGRPO,
+    RejectionFineTune,
+    SWEDapo,
+    TokenObjective,
+    group_advantages,
+    groups_with_signal,
+)  # fmt: skip
 
 RATIO = torch.tensor([[1.0, 1.5, 0.5], [1.5, 0.5, 1.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -231,3 +242,37 @@ def test_chosen_by_class_path(algorithm):
     parser.add_argument("--objective", type=TokenObjective)
     parsed = parser.parse_args([f"--objective=hybridmem.policy.{algorithm.__name__}", "--objective.beta=1"])
     assert parser.instantiate(parsed).objective == algorithm(beta=1.0)
+
+
+def test_long_trajectories_pay():
+    objective = SWEDapo(free_turns=10)
+    rewards, turns = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([4, 10, 25, 40])
+    assert objective.shaped(rewards, turns, max_turns=40).tolist() == [1.0, 1.0, -0.5, 0.0]
+    assert objective.shaped(rewards, turns, max_turns=10).tolist() == rewards.tolist()
+
+
+def test_groups_that_always_or_never_succeed_are_left_out():
+    rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    assert SWEDapo().kept(rewards, 2).tolist() == [False, False, True, True, False, False]
+    assert not SWEDapo(max_solve_rate=0.5).kept(rewards, 2).any()
+
+
+def test_what_was_not_solved_is_rejected():
+    objective = RejectionFineTune()
+    assert objective.kept(torch.tensor([0.0, 1.0, 0.9])).tolist() == [False, True, False]
+    logps, mask = torch.tensor([[-1.0, -2.0], [-4.0, -8.0]]), torch.tensor([[True, False], [True, True]])
+    assert objective.loss(logps, mask).item() == pytest.approx(13 / 3)
+    assert objective.loss(logps, torch.zeros_like(mask)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(dynamic_sampling=True), "samples no group again"),
+        (dict(free_turns=-1), "free_turns=-1"),
+        (dict(min_solve_rate=0.5, max_solve_rate=0.5), "must be below max_solve_rate"),
+    ],
+)
+def test_impossible_settings_of_swe_dapo(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SWEDapo(**settings)

@@ -1,0 +1,158 @@
+"""Environments that a policy acts in, turn by turn, by TRL's conventions: what runs there runs here.
+
+    class Shop:
+        def reset(self, **columns) -> str | None:  # begin with an example's columns; text goes behind the prompt
+        def get_reward(self) -> float:             # what was earned; without it reward functions judge
+        def search(self, query: str) -> str:       # every other public method is a tool
+
+A turn is what the policy says up to its end of text: calls of tools, whose answers it then reads. A turn without a call
+ends the trajectory, and so does, beyond TRL's conventions, an environment whose attribute `done` is true.
+
+Calls are written `json`, as most chat templates do, several to a turn if need be, or `plain`, for models that never saw
+JSON:
+
+    <tool_call>{"name": "search", "arguments": {"query": "red shoes"}}</tool_call>
+    search red shoes
+"""
+
+import asyncio
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+CALL_FORMATS = ("plain", "json")
+NOT_TOOLS = ("reset", "get_reward")
+JSON_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+TYPES: dict[Any, Callable[[str], Any]] = {int: int, float: float, "int": int, "float": float}
+
+Tools = dict[str, Callable[..., Any]]
+
+
+class CallError(ValueError):
+    """A call that cannot be made: what the policy is told."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool by name, and what it is given."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a turn.
+
+    Args:
+        observation: what the policy reads next.
+        calls: how many tools were called.
+        failures: how many of the calls could not be read, or raised.
+        ended: whether this was the last turn.
+    """
+
+    observation: str
+    calls: int
+    failures: int
+    ended: bool
+
+
+def tools_of(environment: Any) -> Tools:
+    """The public methods of an environment's class, by name, but for `reset` and `get_reward`.
+
+    Raises:
+        ValueError: it has no method `reset`, or no tool.
+    """
+    members = inspect.getmembers(type(environment), predicate=inspect.isfunction)
+    tools = {name: getattr(environment, name) for name, _ in members if not name.startswith("_")}
+    kind = type(environment).__name__
+    if "reset" not in tools:
+        raise ValueError(f"environment_factory: {kind} has no method reset(**columns), which begins an episode")
+    tools = {name: tool for name, tool in tools.items() if name not in NOT_TOOLS}
+    if not tools:
+        raise ValueError(f"environment_factory: {kind} has no tool, a public method beside reset and get_reward")
+    return tools
+
+
+def act(environment: Any, turn: str, call_format: str, max_observation_length: int) -> Step:
+    """Make a turn's calls. A tool that raises is told to the policy and counted, and never ends a run.
+
+    Args:
+        environment: which acts.
+        turn: what the policy said.
+        call_format: `plain` or `json`.
+        max_observation_length: characters of the observation; what is longer is cut, and said to be.
+    """
+    tools = tools_of(environment)
+    try:
+        calls = parse_calls(turn, tools, call_format)
+    except CallError as error:
+        return Step(_cut(f"error: {error}", max_observation_length), calls=1, failures=1, ended=False)
+    said, failures = [], 0
+    for call in calls:
+        try:
+            said.append(_called(tools[call.name], call.arguments))
+        except Exception as error:
+            failures += 1
+            said.append(f"error: {type(error).__name__}: {error}")
+    ended = not calls or bool(getattr(environment, "done", False))
+    return Step(_cut("\n".join(said), max_observation_length), len(calls), failures, ended)
+
+
+def parse_calls(turn: str, tools: Tools, call_format: str) -> list[Call]:
+    """The calls that a turn makes; none where it makes none.
+
+    Raises:
+        CallError: a call that cannot be read, or that no tool takes.
+    """
+    written = JSON_CALL.findall(turn) if call_format == "json" else [turn.strip()] if turn.strip() else []
+    parse = _parse_json if call_format == "json" else _parse_plain
+    return [_checked(parse(text, tools), tools) for text in written]
+
+
+def _parse_json(text: str, tools: Tools) -> Call:
+    try:
+        call = json.loads(text)
+        return Call(str(call["name"]), dict(call.get("arguments") or {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CallError('a call is {"name": …, "arguments": {…}}') from error
+
+
+def _parse_plain(text: str, tools: Tools) -> Call:
+    """The tool's name and its arguments in order; the last one takes the rest of the text."""
+    name, _, rest = text.partition(" ")
+    if name not in tools:
+        return Call(name, {})
+    parameters = list(inspect.signature(tools[name]).parameters.values())
+    given = rest.split(" ", len(parameters) - 1) if rest and parameters else [rest] if rest else []
+    if len(given) > len(parameters):
+        raise CallError(f"{name} takes no arguments")
+    arguments = {}
+    for parameter, value in zip(parameters, given, strict=False):
+        try:
+            arguments[parameter.name] = TYPES.get(parameter.annotation, str)(value)
+        except ValueError as error:
+            raise CallError(f"{name}: {parameter.name}={value!r} is no {parameter.annotation}") from error
+    return Call(name, arguments)
+
+
+def _checked(call: Call, tools: Tools) -> Call:
+    if call.name not in tools:
+        raise CallError(f"there is no tool {call.name!r}; there are {', '.join(tools)}")
+    try:
+        inspect.signature(tools[call.name]).bind(**call.arguments)
+    except TypeError as error:
+        raise CallError(f"{call.name}: {error}") from error
+    return call
+
+
+def _called(tool: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    answer = tool(**arguments)
+    return str(asyncio.run(answer) if inspect.iscoroutine(answer) else answer)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text) - length} characters left out)"

@@ -1,0 +1,77 @@
+"""A folder that is really there: the demonstrations find the file, and nothing outside can be read."""
+
+import pytest
+
+from hybridmem.data import TaskDataModule
+from hybridmem.policy.environments import act
+from hybridmem.tasks import Workspace
+
+SPLITS = ("train", "val")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["open", "grep"])
+def task(request):
+    return Workspace(search=request.param)
+
+
+def test_demonstrations_find_the_file_within_the_limits(task):
+    for index in range(30):
+        example = task.example("train", index)
+        folder = task.environment()
+        assert folder.reset(**example) is None
+        for said, told in example["turns"]:
+            assert not folder.done
+            assert act(folder, said, "plain", 1000).observation == told
+        assert folder.done
+        assert folder.get_reward() == 1
+        length = sum(len(said) + 1 + len(told) + 2 for said, told in example["turns"])
+        assert length <= task.max_completion_length
+        assert example == task.example("train", index)
+    assert {task.example("val", index)["place"] for index in range(30)} == {0, 1, 2, 3}
+
+
+def test_functions_are_held_out(task):
+    assert not set(task.names["train"]) & set(task.names["val"])
+
+
+def test_a_wrong_answer_earns_nothing_and_nothing_lies_outside(task, tmp_path):
+    example = task.example("train", 0)
+    folder = task.environment()
+    folder.reset(**example)
+    (tmp_path / "secret").write_text("x")
+    for path in ("../secret", "/etc/hostname", str(tmp_path / "secret"), "z.py", ".", ""):
+        told = act(folder, f"open {path}", "plain", 1000)
+        assert told.failures == 1, path
+    assert folder.get_reward() == 0
+    wrong = next(name for name in example["files"] if name != example["answer"])
+    assert act(folder, f"submit {wrong}", "plain", 1000).ended
+    assert folder.get_reward() == 0
+    folder.reset(**task.example("train", 1))
+    assert not folder.done
+    assert folder.ls() == "a.py b.py c.py d.py"
+
+
+def test_what_is_heard_is_not_learnt(task):
+    data = TaskDataModule(task, batch_size=2)
+    data.setup()
+    example = task.example("train", 0)
+    row = data.row(data.prompt(example).tokens, example)
+    learnt = row["shift_labels"][row["shift_labels"] >= 0].tolist()
+    said = [token for turn, _ in example["turns"] for token in (*turn.encode(), data.end_id)]
+    assert learnt == said
+    text = data.tokenizer.decode([*row["input_ids"].tolist(), said[-1]])
+    for turn, told in example["turns"][:-1]:
+        assert f"{turn}<|eos|>\n{told}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_files=1), "num_files must be at least 2, not 1"),
+        (dict(num_files=27), "num_files=27 must be at most 26"),
+        (dict(max_line_length=9), "max_line_length=9 leaves"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Workspace(**settings)
