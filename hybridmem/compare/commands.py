@@ -28,6 +28,7 @@ def compare(
     parallel: int | None = None,
     only: int | None = None,
     list_runs: bool = False,
+    report_only: bool = False,
 ) -> None:
     """Run a grid of architectures × controls × targets × seeds, and write its report.
 
@@ -39,6 +40,7 @@ def compare(
         parallel: runs at a time, one thread each; as many as GPUs, or else cores, if not given.
         only: make the run of this number alone, for job arrays; see list_runs. The report is written by a call without.
         list_runs: print the runs with their numbers, and how they stand, and do nothing.
+        report_only: run nothing; write the report of what is finished, while others run or before they do.
     """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel={parallel} must be at least 1")
@@ -55,7 +57,8 @@ def compare(
         _check_start(runs[0], output)
     check_settings(runs, tasks, output)
     waiting = [run for run in runs if status(output / run.folder) != "finished"]
-    _execute(waiting, tasks, output, parallel)
+    if not report_only:
+        _execute(waiting, tasks, output, parallel)
     if only is None:
         results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})

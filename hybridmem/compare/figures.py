@@ -15,6 +15,7 @@ from .results import ACCURACY
 
 Rows = list[dict[str, Any]]
 Color = tuple[float, ...]
+Colors = dict[str, Color]  # of controls
 DRIFT = {
     "divergence_from_start": "divergence from the start, nats",
     "effective_span": "effective span, tokens",
@@ -36,13 +37,15 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     if not finished:
         return drawn
     folder.mkdir(parents=True, exist_ok=True)
+    labels = dict.fromkeys(row["label"] for row in finished)
+    colors = {label: _color(number) for number, label in enumerate(labels)}  # the same in all pictures
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        ("accuracy", "Accuracy", lambda: bars(finished)),
-        ("curves", "Accuracy over training", lambda: curves(task["cells"], {ACCURACY: "held-out accuracy"})),
-        ("by_column", "Accuracy by part of the task", lambda: by_column(finished)),
-        ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]))),
-        ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]))),
-        ("collapse", "Collapse over training", lambda: curves(task["cells"], COLLAPSE)),
+        ("accuracy", "Accuracy", lambda: bars(finished, colors)),
+        ("curves", "Accuracy over training", lambda: curves(task["cells"], {ACCURACY: "held-out accuracy"}, colors)),
+        ("by_column", "Accuracy by part of the task", lambda: by_column(finished, colors)),
+        ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]), colors)),
+        ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]), colors)),
+        ("collapse", "Collapse over training", lambda: curves(task["cells"], COLLAPSE, colors)),
     ]
     for name, title, make in plans:
         figure = make()
@@ -53,20 +56,19 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     return drawn
 
 
-def bars(rows: Rows) -> Figure:
+def bars(rows: Rows, colors: Colors) -> Figure:
     """Held-out accuracy of every architecture and control, with intervals and each seed as a dot."""
     architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    labels = list(dict.fromkeys(row["label"] for row in rows))
     figure, axes = _figure(1, height=3.4)
-    width = 0.8 / len(labels)
-    for number, label in enumerate(labels):
+    width = 0.8 / len(colors)
+    for number, (label, color) in enumerate(colors.items()):
         for place, architecture in enumerate(architectures):
             for row in rows:
                 if (row["architecture"], row["label"]) != (architecture, label):
                     continue
                 x, found = place + (number + 0.5) * width - 0.4, row["accuracy"]
                 named = label if place == _first(rows, label, architectures) else None
-                axes[0].bar(x, found["mean"], width * 0.9, color=_color(number), label=named, alpha=0.75)
+                axes[0].bar(x, found["mean"], width * 0.9, color=color, label=named, alpha=0.75)
                 if found["half"] is not None:
                     axes[0].errorbar(x, found["mean"], found["half"], color="black", capsize=2, linewidth=1)
                 axes[0].plot([x] * len(found["values"]), found["values"], ".", color="black", markersize=3)
@@ -76,12 +78,11 @@ def bars(rows: Rows) -> Figure:
     return figure
 
 
-def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
+def curves(cells: Rows, metrics: dict[str, str], colors: Colors) -> Figure | None:
     """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band.
 
     Lines begin at the start's value, where its validation has one.
     """
-    labels = list(dict.fromkeys(cell["label"] for cell in cells))  # a control has one colour in all pictures
     cells = [cell for cell in cells if cell["status"] == "finished"]
     starts = {(cell["architecture"], cell["seed"]): cell["last"] for cell in cells if cell["label"] == START}
     cells = [cell for cell in cells if cell["label"] != START]
@@ -96,10 +97,10 @@ def curves(cells: Rows, metrics: dict[str, str]) -> Figure | None:
         return None
     figure, all_axes = _figure(len(panels))
     for axes, (metric, architecture) in zip(all_axes, panels, strict=True):
-        for number, label in enumerate(labels):
+        for label, color in colors.items():
             group = [c for c in cells if (c["architecture"], c["label"]) == (architecture, label)]
             runs = [_points(c, metric, starts) for c in group if metric in c["curves"]]
-            _band(axes, runs, _color(number), label)
+            _band(axes, runs, color, label)
         axes.set(title=architecture, xlabel=STEPS, ylabel=metrics[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, all_axes)
@@ -113,13 +114,12 @@ def _points(cell: dict[str, Any], metric: str, starts: dict[tuple[str, int], dic
     return first | {step + 1: value for step, value in cell["curves"][metric]}
 
 
-def by_column(rows: Rows) -> Figure | None:
+def by_column(rows: Rows, colors: Colors) -> Figure | None:
     """Accuracy by a column of the examples, a panel for every architecture, a line for every control."""
     rows = [row for row in rows if row["accuracy_at"]]
     if not rows:
         return None
     architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    labels = list(dict.fromkeys(row["label"] for row in rows))
     figure, all_axes = _figure(len(architectures))
     for axes, architecture in zip(all_axes, architectures, strict=True):
         for row in rows:
@@ -129,8 +129,8 @@ def by_column(rows: Rows) -> Figure | None:
             means = [row["accuracy_at"][name]["mean"] for name in names]
             halves = [row["accuracy_at"][name]["half"] or 0.0 for name in names]
             places = [str(_value_of(name)[1]) for name in names]
-            color = _color(labels.index(row["label"]))
-            axes.errorbar(places, means, halves, marker="o", capsize=2, color=color, label=row["label"], markersize=4)
+            label, color = row["label"], colors[row["label"]]
+            axes.errorbar(places, means, halves, marker="o", capsize=2, color=color, label=label, markersize=4)
         axes.set(title=architecture, xlabel=names[0].split("=")[0], ylabel="held-out accuracy", ylim=(0, 1))
     _legend(figure, all_axes)
     return figure

@@ -71,6 +71,10 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     before = output.stat().st_mtime_ns
     hybridmem(monkeypatch, "compare", "--config", config, "--list_runs", "true")
     assert "finished recall mag supervised seed 0" in capsys.readouterr().out
+    failed = tmp_path / "grid" / "recall" / "mag" / "broken-on-gaze" / "seed0" / "output.txt"
+    tried = failed.stat().st_mtime_ns
+    hybridmem(monkeypatch, "compare", "--config", config, "--report_only", "true")
+    assert failed.stat().st_mtime_ns == tried
     hybridmem(monkeypatch, "report", "--run_dir", tmp_path / "grid")
     hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
     assert output.stat().st_mtime_ns == before

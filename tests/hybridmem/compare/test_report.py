@@ -67,6 +67,11 @@ def test_the_answer_names_what_won_and_what_attention_adds():
     assert "reward on attention beside token changes accuracy by +0.0 ± 0.0" in second
 
 
+def test_a_cell_with_fewer_seeds_does_not_win():
+    lucky = cell("full", "token", 0, 0.99)
+    assert answer(results([*THREE, lucky])["tasks"]["recall"]) == answer(results(THREE)["tasks"]["recall"])
+
+
 def test_nothing_finished_is_said():
     assert answer(results([cell("mag", "token", 0, 0, status="missing")])["tasks"]["recall"]) == [
         "No cell is finished yet."
