@@ -74,6 +74,9 @@ class _Normalize(torch.autograd.Function):
         return (grad * inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None, None
 
 
+IN_CACHE = 2**16  # elements that a convolution passes over again and again
+
+
 def causal_convolution(
     x: Float[Tensor, "batch read channels"],
     weight: Float[Tensor, "channels kernel"],
@@ -128,17 +131,18 @@ class _CausalConvolution(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Row by row on the CPU, so that a row stays in the cache while its taps pass; all at once elsewhere.
+    """A few rows at a time on the CPU, so that they stay in the cache while their taps pass; all at once elsewhere.
 
-    The last tensor is a mask; a row that it leaves whole comes without.
+    The last tensor is a mask; rows that it leaves whole come without.
     """
     *data, mask = tensors
     first = data[0]
     assert first is not None
     if first.device.type != "cpu":
         return iter([tensors])
-    masks = repeat(None) if mask is None else (None if row.all() else row for row in mask)
-    return zip(*(x for x in data if x is not None), masks, strict=False)
+    rows = max(1, IN_CACHE // max(1, first[:1].numel()))
+    masks = repeat(None) if mask is None else (None if part.all() else part for part in mask.split(rows))
+    return zip(*(x.split(rows) for x in data if x is not None), masks, strict=False)
 
 
 def rotate(

@@ -63,7 +63,7 @@ def compare(
         results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
         add_subnetworks(results, output)
-        (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        (output / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         report(output)
 
 

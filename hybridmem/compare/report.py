@@ -75,8 +75,8 @@ def _task(name: str, task: dict[str, Any], root: Path) -> str:
 def _grid(task: dict[str, Any]) -> str:
     rows = [
         [
-            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["accuracy"]),
-            percent(row["gain"], signed=True), percent(row["pass@1"]),
+            row["architecture"], row["label"], percent(row["accuracy"]), percent(row["gain"], signed=True),
+            percent(row["pass@1"]), str(len(row["seeds"])),
         ]
         for row in task["summary"]
         if "accuracy" in row
@@ -86,7 +86,7 @@ def _grid(task: dict[str, Any]) -> str:
         "seeds. Accuracy is the likeliest answer's, gain is over the start of the same seed, pass@1 is of answers "
         "drawn as in training.</p>"
     )
-    return _table(["architecture", "control", "seeds", "accuracy", "gain", "pass@1"], rows) + note
+    return _table(["architecture", "control", "accuracy", "gain", "pass@1", "seeds"], rows) + note
 
 
 def _problems(task: dict[str, Any]) -> str:
@@ -96,7 +96,10 @@ def _problems(task: dict[str, Any]) -> str:
     ]
     missing = [_named(run) for run in runs if run["status"] == "missing"]
     text = f"<h3>Failed</h3><ul>{''.join(failed)}</ul>" if failed else ""
-    return text + (f'<p class="soft">Not run yet: {_text(", ".join(missing))}.</p>' if missing else "")
+    if not missing:
+        return text
+    count = f"{len(missing)} of {len(runs)} runs are not made yet"
+    return text + f'<details class="soft"><summary>{count}</summary>{_text(", ".join(missing))}.</details>'
 
 
 def _subnetworks(task: dict[str, Any]) -> str:

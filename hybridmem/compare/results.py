@@ -1,6 +1,7 @@
 """All figures of a grid as one plain dictionary, what results.json holds."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -102,7 +103,7 @@ def _run(run: Run, root: Path) -> dict[str, Any]:
     }
     if state != "finished":
         return found
-    log = read_log(folder)
+    log = _numbers(read_log(folder))
     found["last"] = {name: values[max(values)] for name, values in log.items()}
     found["curves"] = {
         name: [[step, values[step]] for step in sorted(values)]
@@ -110,6 +111,12 @@ def _run(run: Run, root: Path) -> dict[str, Any]:
         if name.startswith(CURVES)
     }
     return found | read_compute(folder)
+
+
+def _numbers(log: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Without what is not a number, such as the accuracy of a format that nobody used: JSON has no word for it."""
+    finite = {name: {step: x for step, x in values.items() if math.isfinite(x)} for name, values in log.items()}
+    return {name: values for name, values in finite.items() if values}
 
 
 def read_compute(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,11 @@ def add_subnetworks(results: Results, root: Path) -> None:
             row["sparsity_by_kind"] = {
                 kind: interval([each["by_kind"][kind] for each in changes]) for kind in changes[0]["by_kind"]
             }
-            found = {seed: StoredWeights(folder / MASK) for seed, folder in folders.items()}
+            found = {  # of runs that changed anything: nothing has nothing in common with it
+                seed: StoredWeights(folder / MASK)
+                for (seed, folder), each in zip(folders.items(), changes, strict=True)
+                if each["total"] < 1
+            }
             if len(found) > 1:
                 overlap = subnetwork_overlap(*found.values()).total
                 row["overlap"] = _means([overlap.shares], [overlap.chance])

@@ -169,9 +169,13 @@ class Workspace:
     @property
     def max_completion_length(self) -> int:
         """Tokens of the longest patient look through the folder and a call more, if each byte is a token."""
-        listing = len(" ".join(NAMES[: self.num_files]))
-        looks = (self.num_files + 1) * (LONGEST_CALL + self.max_line_length + MARKS)
-        return LONGEST_CALL + listing + MARKS + looks + LONGEST_CALL
+        line = self.max_line_length + MARKS
+        if self.search:  # a name is a part of its line
+            looks = 2 * (len("grep ") + self.max_line_length + END_OF_ANSWER + len("a.py:") + line)
+        else:
+            listing = len(" ".join(NAMES[: self.num_files])) + MARKS
+            looks = LONGEST_CALL + listing + (self.num_files + 1) * (LONGEST_CALL + line)
+        return looks + LONGEST_CALL
 
 
 @cache
