@@ -68,6 +68,8 @@ def main() -> None:
     text = PAGE.read_text()
     for name, task in json.loads(arguments.results.read_text())["tasks"].items():
         rows = [row for row in task["summary"] if "accuracy" in row]
+        if not rows:
+            continue  # nothing is finished yet
         tables = [table for table in (main_table(rows), table_at(rows), format_table(task)) if table]
         place = f"{arguments.results.parent.name}/{name}"
         start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"

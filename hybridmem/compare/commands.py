@@ -89,7 +89,7 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     best = (0.0, "")
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as progress:
         bar = progress.add_task("runs", total=len(runs))
 
         def hear(run: Run, state: Status) -> None:
