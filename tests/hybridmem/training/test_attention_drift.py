@@ -9,7 +9,7 @@ from .runs import hybridmem, logged, weights
 from .test_policy import write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-DRIFT = {"class_path": "hybridmem.training.AttentionDrift", "init_args": {"num_prompts": 3, "layers": [0, -1]}}
+DRIFT = {"class_path": "hybridmem.training.AttentionDrift", "init_args": {"num_prompts": 3, "layers": [0, -1], "window": 3}}
 CHECKPOINTS = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2},
@@ -30,6 +30,10 @@ def test_it_measures_how_far_attention_has_moved(model, tmp_path, monkeypatch):
         assert all(0 < value < 0.7 for value in moved)
         assert span
         assert all(1 <= value <= 5 for value in span)
+        distance, beyond = (drift(tmp_path, name, layer) for name in ("mean_distance", "beyond_window"))
+        assert all(1 <= value <= 5 for value in distance)
+        assert all(0 <= value < 1 for value in beyond)
+        assert len(distance) == len(beyond) == len(span)
     for kind in ("persistent", "memory", "window"):
         assert bool(drift(tmp_path, f"allocation/{kind}")) == (model == "ours")
     hybridmem(
@@ -50,3 +54,5 @@ def test_a_policy_that_stands_still_has_not_moved(tmp_path, monkeypatch):
 def test_settings_that_cannot_work():
     with pytest.raises(ValueError, match="num_prompts must be at least 1"):
         AttentionDrift(num_prompts=0)
+    with pytest.raises(ValueError, match="window=4 goes with a target that looks at tokens"):
+        AttentionDrift(target="allocation", window=4)

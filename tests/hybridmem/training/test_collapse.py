@@ -62,6 +62,7 @@ def test_attention_without_queries_and_gates_without_weights_are_even():
     values = CollapseGuard(num_prompts=1).measure(module)
     assert values["allocation_entropy"] == pytest.approx(math.log(2))
     assert values["diversity"] == pytest.approx(0, abs=1e-6)  # all look alike, whatever they wrote
+    assert values["distinct_patterns"] == 1
     # Prompts of 4 tokens, a window of 7: the response's tokens have 4, 5, 6, 6, 6 earlier ones in sight.
     assert values["effective_span"] == pytest.approx((4 + 5 + 6 + 6 + 6) / 5, rel=1e-5)
 
