@@ -103,6 +103,13 @@ def test_takes_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "last.ckpt").exists()
 
 
+def goes_on_from(warm_up: Path) -> list[Path]:
+    """The configurations of the same task that train by reward on a CPU."""
+    stem = warm_up.stem.removesuffix("_warmup")
+    found = [path for path in sorted(warm_up.parent.glob(f"{stem}*.yaml")) if path != warm_up]
+    return [path for path in found if "accelerator: cpu" in path.read_text()]
+
+
 @pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
     shape = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
@@ -114,12 +121,14 @@ def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeyp
         "data.init_args.num_val": 4,
         "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
     }
-    start, run = tmp_path / "start", tmp_path / "run"
-    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(shape | short | {"trainer.default_root_dir": start}))
-    by_reward = path.with_name(path.name.replace("_warmup", ""))
-    short |= {"trainer.default_root_dir": run, "model.init_args.model": start / "last.ckpt"}
-    hybridmem(monkeypatch, "fit", "--config", by_reward, *as_arguments(short))
-    exported = tmp_path / "exported"
+    run, exported = tmp_path / "start", tmp_path / "exported"
+    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(shape | short | {"trainer.default_root_dir": run}))
+    short["model.init_args.max_completion_length"] = 24  # an untrained model never comes to an end
+    assert goes_on_from(path)
+    for by_reward in goes_on_from(path):
+        short |= {"trainer.default_root_dir": tmp_path / by_reward.stem, "model.init_args.model": run / "last.ckpt"}
+        hybridmem(monkeypatch, "fit", "--config", by_reward, *as_arguments(short))
+        run = tmp_path / by_reward.stem
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()
 

@@ -9,7 +9,10 @@ from .runs import hybridmem, logged, weights
 from .test_policy import write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-DRIFT = {"class_path": "hybridmem.training.AttentionDrift", "init_args": {"num_prompts": 3, "layers": [0, -1], "window": 3}}
+DRIFT = {
+    "class_path": "hybridmem.training.AttentionDrift",
+    "init_args": {"num_prompts": 3, "layers": [0, -1], "window": 3},
+}
 CHECKPOINTS = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2},
