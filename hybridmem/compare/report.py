@@ -114,7 +114,22 @@ def _subnetworks(task: dict[str, Any]) -> str:
         '<p class="soft">Share of weights that training left within 1e-5 of the start, in bfloat16, and how much '
         "of what changed the seeds share, beside what chance would give.</p>"
     )
-    return "<h3>What training changed</h3>" + _table(["architecture", "control", "untouched", "shared"], rows) + note
+    head = ["architecture", "control", "untouched", "shared"]
+    return "<h3>What training changed</h3>" + _table(head, rows) + note + _by_kind(task)
+
+
+def _by_kind(task: dict[str, Any]) -> str:
+    """The untouched share of every kind of tensor, a table for each architecture."""
+    by_architecture: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in task["summary"]:
+        if "sparsity_by_kind" in row:
+            by_architecture.setdefault(row["architecture"], {})[row["label"]] = row["sparsity_by_kind"]
+    tables = ""
+    for architecture, controls in by_architecture.items():
+        kinds = dict.fromkeys(kind for shares in controls.values() for kind in shares)
+        rows = [[kind, *(percent(shares.get(kind)) for shares in controls.values())] for kind in kinds]
+        tables += _table([f"untouched in {architecture}", *controls], rows)
+    return f"<details><summary>The same by kind of tensor</summary>{tables}</details>" if tables else ""
 
 
 def _overlap(overlap: dict[str, float] | None) -> str:

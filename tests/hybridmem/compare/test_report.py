@@ -105,3 +105,23 @@ def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == [
         "accuracy.png", "attention.png", "by_column.png", "curves.png",
     ]  # fmt: skip
+
+
+def test_what_training_changed_is_shown_by_kind_of_tensor(tmp_path):
+    found = results(THREE)
+    for row in found["tasks"]["recall"]["summary"]:
+        if row["label"] != "start":
+            share = {"mean": 0.5, "half": None, "values": [0.5]}
+            row |= {"sparsity": share, "sparsity_by_kind": {"mlp.up_proj.weight": share}, "overlap": None}
+    text = write_report(found, tmp_path).read_text()
+    assert "untouched in mag" in text
+    assert "<td>mlp.up_proj.weight</td><td>50.0</td><td>50.0</td>" in text
+
+
+def test_formats_and_their_collapse_are_drawn(tmp_path):
+    cells = [cell("mag", label, 0, 0.5) for label in ("start", "token")]
+    for each in cells:
+        each["curves"] |= {"val/format/share/code": RISE, "val/pass@8": RISE, "collapse/diversity": RISE}
+    write_report(results(cells), tmp_path)
+    drawn = {file.name for file in tmp_path.rglob("*.png")}
+    assert {"formats.png", "collapse.png"} <= drawn
