@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridmem.compare.answer import percent
+from hybridmem.compare.results import finished_cells
 
 PAGE = Path("docs/results.md")
 Rows = list[dict[str, Any]]
@@ -48,7 +49,7 @@ def format_table(task: dict[str, Any]) -> list[list[str]]:
     columns = [*shares, "val/format/entropy", *columns, "collapse/diversity", "collapse/distinct_patterns"]
     table = [["model", "control", "seeds", *(name.split("/", 1)[1] for name in columns)]]
     for row in task["summary"]:
-        cells = [cell["last"] for cell in task["cells"] if _is_of(cell, row)]
+        cells = [cell["last"] for cell in finished_cells(task, row)]
         figures = [_mean([cell[name] for cell in cells if name in cell]) for name in columns]
         table.append([row["architecture"], row["label"], str(len(cells)), *figures])
     return table if shares else []
@@ -78,11 +79,6 @@ def main() -> None:
         before, after = text.split(start)[0], text.split(end)[1]
         text = before + start + "\n" + "\n\n".join(map(write_table, tables)) + "\n" + end + after
     PAGE.write_text(text)
-
-
-def _is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
-    same = (cell["architecture"], cell["label"]) == (row["architecture"], row["label"])
-    return same and cell["status"] == "finished"
 
 
 def _mean(values: list[float]) -> str:

@@ -61,6 +61,12 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def finished_cells(task: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished cells that a row of a task's summary is about."""
+    same = (row["architecture"], row["label"])
+    return [c for c in task["cells"] if (c["architecture"], c["label"]) == same and c["status"] == "finished"]
+
+
 def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str = ACCURACY) -> list[float]:
     """Differences in a metric, seed by seed, where both finished."""
     earlier = {cell["seed"]: cell["last"][metric] for cell in before if cell["status"] == "finished"}

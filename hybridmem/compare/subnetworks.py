@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..metrics import subnetwork_overlap
 from ..metrics.weights import StoredWeights
 from .changes import CHANGES
 from .grid import MASK
-from .results import Results, interval
+from .results import Results, finished_cells, interval
 
 
 def add_subnetworks(results: Results, root: Path) -> None:
@@ -20,7 +19,8 @@ def add_subnetworks(results: Results, root: Path) -> None:
     for task in results["tasks"].values():
         masks: dict[str, dict[str, dict[int, StoredWeights]]] = {}
         for row in task["summary"]:
-            folders = {cell["seed"]: root / cell["folder"] for cell in task["cells"] if _is_of(cell, row)}
+            cells = [cell for cell in finished_cells(task, row) if "compute" in cell]  # an evaluation changes nothing
+            folders = {cell["seed"]: root / cell["folder"] for cell in cells}
             if not folders:
                 continue
             changes = [json.loads((folder / CHANGES).read_text()) for folder in folders.values()]
@@ -54,8 +54,3 @@ def _with_others(label: str, masks: dict[str, dict[int, StoredWeights]]) -> dict
 
 def _means(shares: list[list[float]], chance: list[list[float]]) -> dict[str, float]:
     return {name: sum(map(sum, x)) / sum(map(len, x)) for name, x in (("shares", shares), ("chance", chance))}
-
-
-def _is_of(cell: dict[str, Any], row: dict[str, Any]) -> bool:
-    same = (cell["architecture"], cell["label"]) == (row["architecture"], row["label"])
-    return same and cell["status"] == "finished" and "compute" in cell  # an evaluation changes nothing

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..policy.environments import act
 from ..settings import at_least, between_0_and_1, number_held_out
 from .identifier import source_files
 from .task import END_OF_ANSWER, Split, example_generator
@@ -160,7 +161,8 @@ class Workspace:
         looks = [f"grep {name}("] if self.search else ["ls", *(f"open {file}" for file in NAMES[: place + 1])]
         folder = self.environment()
         folder.reset(**example)
-        return [*((said, _told(folder, said)) for said in looks), (f"submit {example['answer']}", "")]
+        told = [act(folder, said, "plain", self.max_completion_length).observation for said in looks]
+        return [*zip(looks, told, strict=True), (f"submit {example['answer']}", "")]
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         """1 where the last call submits the answer; in an environment that is its own to say."""
@@ -186,8 +188,3 @@ def functions_of(path: str | None) -> dict[str, str]:
         for match in FUNCTION.finditer(file.read_bytes()):
             found.setdefault(match[1].decode(), match[0].decode())
     return found
-
-
-def _told(folder: Folder, said: str) -> str:
-    name, _, argument = said.partition(" ")
-    return getattr(folder, name)(*([argument] if argument else []))
