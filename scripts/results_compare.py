@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from hybridmem.compare.answer import percent
-from hybridmem.compare.results import finished_cells
+from hybridmem.compare.results import finished_cells, metric_name
 
 PAGE = Path("docs/results.md")
 Rows = list[dict[str, Any]]
 
 
-def main_table(rows: Rows) -> list[list[str]]:
-    """Accuracy, what was gained, what it cost and which weights changed."""
-    table = [["architecture", "control", "seeds", "accuracy", "gain", "pass@1", "weights left", "shared", "seconds"]]
+def main_table(rows: Rows, name: str) -> list[list[str]]:
+    """The score, what was gained, what it cost and which weights changed."""
+    table = [["architecture", "control", "seeds", name, "gain", "pass@1", "weights left", "shared", "seconds"]]
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
         table.append([
-            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["accuracy"]),
+            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["score"]),
             percent(row["gain"], signed=True), percent(row["pass@1"]), percent(row.get("sparsity")),
             f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
             f"{compute['seconds']:.0f}" if compute else "",
@@ -68,10 +68,10 @@ def main() -> None:
     arguments = parser.parse_args()
     text = PAGE.read_text()
     for name, task in json.loads(arguments.results.read_text())["tasks"].items():
-        rows = [row for row in task["summary"] if "accuracy" in row]
+        rows = [row for row in task["summary"] if "score" in row]
         if not rows:
             continue  # nothing is finished yet
-        tables = [table for table in (main_table(rows), table_at(rows), format_table(task)) if table]
+        tables = [table for table in (main_table(rows, metric_name(task)), table_at(rows), format_table(task)) if table]
         place = f"{arguments.results.parent.name}/{name}"
         start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
         if start not in text or end not in text:

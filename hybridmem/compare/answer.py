@@ -4,7 +4,7 @@ from typing import Any
 
 from ..metrics import mean_interval
 from .grid import START
-from .results import paired
+from .results import metric_name, paired
 
 Cells = list[dict[str, Any]]
 
@@ -12,13 +12,13 @@ Cells = list[dict[str, Any]]
 def answer(task: dict[str, Any]) -> list[str]:
     """Two sentences about a task of results.json, each with its figure and interval, or a word on what is missing."""
     cells = [cell for cell in task["cells"] if cell["status"] == "finished"]
-    trained = [row for row in task["summary"] if "accuracy" in row and row["label"] != START]
+    trained = [row for row in task["summary"] if "score" in row and row["label"] != START]
     if not trained:
         return ["No cell is finished yet."]
     most = max(len(row["seeds"]) for row in trained)  # a lucky seed of a cell that is not done is no answer
     trained = [row for row in trained if len(row["seeds"]) == most]
-    best = max(trained, key=lambda row: row["accuracy"]["mean"])
-    return [_architecture(cells, trained, best), _attention(cells, best["architecture"])]
+    best = max(trained, key=lambda row: row["score"]["mean"])
+    return [_architecture(task, cells, trained, best), _attention(task, cells, best["architecture"])]
 
 
 def difference(values: list[float]) -> str:
@@ -38,34 +38,38 @@ def percent(interval: dict[str, Any] | None, signed: bool = False) -> str:
     return mean if interval["half"] is None else f"{mean} ± {100 * interval['half']:.1f}"
 
 
-def _architecture(cells: Cells, trained: Cells, best: dict[str, Any]) -> str:
-    text = f"Best is {best['architecture']} with {best['label']}: {percent(best['accuracy'])} % right"
+def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict[str, Any]) -> str:
+    name = metric_name(task)
+    score = f"{percent(best['score'])} % right" if name == "accuracy" else f"{name} {percent(best['score'])} %"
+    text = f"Best is {best['architecture']} with {best['label']}: {score}"
     rivals = [row for row in trained if row["architecture"] != best["architecture"]]
     if not rivals:
         return text + "."
-    rival = max(rivals, key=lambda row: row["accuracy"]["mean"])
-    ahead = paired(_of(cells, rival["architecture"], rival["label"]), _of(cells, best["architecture"], best["label"]))
+    rival = max(rivals, key=lambda row: row["score"]["mean"])
+    theirs, its = (_of(cells, row["architecture"], row["label"]) for row in (rival, best))
+    ahead = paired(theirs, its, task["metric"])
     if not ahead:
         return text + f"; {rival['architecture']} has no seed in common with it."
     return text + (
-        f"; the best other architecture is {rival['architecture']} with {rival['label']} ({percent(rival['accuracy'])} "
+        f"; the best other architecture is {rival['architecture']} with {rival['label']} ({percent(rival['score'])} "
         f"%): {difference(ahead)}."
     )
 
 
-def _attention(cells: Cells, architecture: str) -> str:
+def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:
     """What AttentionRL adds to the same objectives without it; the best of its targets is looked at."""
     cells = [cell for cell in cells if cell["architecture"] == architecture and not cell["masked"]]
     found = []
     for control, without in dict.fromkeys((cell["control"], cell["without"]) for cell in cells if cell["without"]):
         candidates = {cell["label"] for cell in cells if cell["control"] == control}
-        gains = [paired(_of(cells, architecture, without), _of(cells, architecture, label)) for label in candidates]
+        before = _of(cells, architecture, without)
+        gains = [paired(before, _of(cells, architecture, label), task["metric"]) for label in candidates]
         gains = [gain for gain in gains if gain]
         if gains:
             best = max(gains, key=lambda gain: sum(gain) / len(gain))
             of = "" if len(gains) == 1 else f" (the best of {len(gains)} targets)"
             name = "alone" if without == START else f"beside {without}"
-            found.append(f"reward on attention {name}{of} changes accuracy by {difference(best)}")
+            found.append(f"reward on attention {name}{of} changes {metric_name(task)} by {difference(best)}")
     if not found:
         return f"What reward on attention adds to {architecture} was not run to its end."
     return f"On {architecture}, " + "; ".join(found) + "."

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..training.logs import read_log
 from .answer import answer
-from .grid import Comparison, Run, check_grid, plan
+from .grid import ACCURACY, Comparison, Run, check_grid, plan
 from .report import write_report
-from .results import ACCURACY, collect
+from .results import collect
 from .runs import Status, check_settings, execute_all, reason, status
 from .subnetworks import add_subnetworks
 
@@ -100,10 +100,11 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
                 said += f" ({reason(output / run.folder)})"
             elif state == "finished":
                 log = read_log(output / run.folder)
-                accuracy = log[ACCURACY][max(log[ACCURACY])]
-                said += f", {100 * accuracy:.1f} %"
-                if run.is_trained and accuracy > best[0]:
-                    best = (accuracy, f"{run}: {100 * accuracy:.1f} %")
+                values = log[ACCURACY if run.is_warm_up else tasks[run.task].metric]
+                score = values[max(values)]
+                said += f", {100 * score:.1f} %"
+                if run.is_trained and score > best[0]:
+                    best = (score, f"{run}: {100 * score:.1f} %")
                     progress.update(bar, description=f"best so far {best[1]}")
             progress.console.print(said, markup=False, highlight=False)
 

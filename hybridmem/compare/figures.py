@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..metrics import mean_interval
 from .grid import START
-from .results import ACCURACY
+from .results import metric_name
 
 Rows = list[dict[str, Any]]
 Color = tuple[float, ...]
@@ -33,31 +33,32 @@ STEPS = "batches of prompts"
 def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     """Write the pictures of a task; by title, each one's file and what it shows in words."""
     drawn: dict[str, tuple[Path, str]] = {}
-    finished = [row for row in task["summary"] if "accuracy" in row]
+    finished = [row for row in task["summary"] if "score" in row]
     if not finished:
         return drawn
     folder.mkdir(parents=True, exist_ok=True)
-    labels = dict.fromkeys(row["label"] for row in finished)
+    name, labels = metric_name(task), dict.fromkeys(row["label"] for row in finished)
+    metric = {task["metric"]: f"held-out {name}"}
     colors = {label: _color(number) for number, label in enumerate(labels)}  # the same in all pictures
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        ("accuracy", "Accuracy", lambda: bars(finished, colors)),
-        ("curves", "Accuracy over training", lambda: curves(task["cells"], {ACCURACY: "held-out accuracy"}, colors)),
+        ("score", name.capitalize(), lambda: bars(finished, colors, f"held-out {name}")),
+        ("curves", f"{name.capitalize()} over training", lambda: curves(task["cells"], metric, colors)),
         ("by_column", "Accuracy by part of the task", lambda: by_column(finished, colors)),
         ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]), colors)),
         ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]), colors)),
         ("collapse", "Collapse over training", lambda: curves(task["cells"], COLLAPSE, colors)),
     ]
-    for name, title, make in plans:
+    for picture, title, make in plans:
         figure = make()
         if figure is not None:
-            path = folder / f"{name}.png"
+            path = folder / f"{picture}.png"
             figure.savefig(path, dpi=110)
-            drawn[title] = (path, _in_words(name, finished))
+            drawn[title] = (path, _in_words(picture, name, finished))
     return drawn
 
 
-def bars(rows: Rows, colors: Colors) -> Figure:
-    """Held-out accuracy of every architecture and control, with intervals and each seed as a dot."""
+def bars(rows: Rows, colors: Colors, name: str) -> Figure:
+    """The score of every architecture and control, with intervals and each seed as a dot."""
     architectures = list(dict.fromkeys(row["architecture"] for row in rows))
     figure, axes = _figure(1, height=3.4)
     width = 0.8 / len(colors)
@@ -66,14 +67,14 @@ def bars(rows: Rows, colors: Colors) -> Figure:
             for row in rows:
                 if (row["architecture"], row["label"]) != (architecture, label):
                     continue
-                x, found = place + (number + 0.5) * width - 0.4, row["accuracy"]
+                x, found = place + (number + 0.5) * width - 0.4, row["score"]
                 named = label if place == _first(rows, label, architectures) else None
                 axes[0].bar(x, found["mean"], width * 0.9, color=color, label=named, alpha=0.75)
                 if found["half"] is not None:
                     axes[0].errorbar(x, found["mean"], found["half"], color="black", capsize=2, linewidth=1)
                 axes[0].plot([x] * len(found["values"]), found["values"], ".", color="black", markersize=3)
     axes[0].set_xticks(range(len(architectures)), architectures)
-    axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
+    axes[0].set(ylabel=name, ylim=(0, 1))
     _legend(figure, axes)
     return figure
 
@@ -204,15 +205,15 @@ def _value_of(name: str) -> tuple[float, str]:
     return (float(value) if value.replace(".", "", 1).isdigit() else 0.0, value)
 
 
-def _in_words(name: str, rows: Rows) -> str:
+def _in_words(picture: str, name: str, rows: Rows) -> str:
     """What a picture shows, for those who do not see it; the tables beside it have the figures."""
-    shown = "; ".join(f"{r['architecture']} {r['label']} {100 * r['accuracy']['mean']:.0f} %" for r in rows)
+    shown = "; ".join(f"{r['architecture']} {r['label']} {100 * r['score']['mean']:.0f} %" for r in rows)
     kinds = {
-        "accuracy": "Bars of held-out accuracy: ",
-        "curves": "Held-out accuracy over training, ending at: ",
+        "score": f"Bars of held-out {name}: ",
+        "curves": f"Held-out {name} over training, ending at: ",
         "by_column": "Held-out accuracy by a column of the examples; overall: ",
-        "attention": "How attention moved in training; accuracy at its end: ",
-        "formats": "Shares of answer formats, pass@k and maj@k over training; accuracy at its end: ",
-        "collapse": "Variety of formats and of attention over training; accuracy at its end: ",
+        "attention": f"How attention moved in training; {name} at its end: ",
+        "formats": f"Shares of answer formats, pass@k and maj@k over training; {name} at its end: ",
+        "collapse": f"Variety of formats and of attention over training; {name} at its end: ",
     }
-    return kinds[name] + shown
+    return kinds[picture] + shown

@@ -38,6 +38,7 @@ CONTROLS = {
 CALLBACKS = "trainer.callbacks+"  # a list, added to those of the configuration
 MASK = "mask.safetensors"  # which weights a cell changed, in its folder
 START = "start"  # the warm-up as the cells' own validation sees it
+ACCURACY = "val/accuracy"
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Comparison:
         masked: controls, with their targets as the report names them, that run once more from the same start, training
             only the weights that they changed before.
         seeds: of weights, data order and rollouts.
+        metric: what the cells log at validation and the report compares, a share, higher is better.
         warm_up_options: further dotted options of `hybridmem fit` for the warm-ups.
         train_options: the same for the cells.
         options: the same for both, such as the task's settings.
@@ -67,6 +69,7 @@ class Comparison:
     targets: list[str] = field(default_factory=lambda: ["attention"])
     masked: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    metric: str = ACCURACY
     warm_up_options: FitOptions = field(default_factory=FitOptions)
     train_options: FitOptions = field(default_factory=FitOptions)
     options: FitOptions = field(default_factory=FitOptions)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .answer import answer, percent
 from .figures import draw_all
+from .results import metric_name
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; }
@@ -75,18 +76,19 @@ def _task(name: str, task: dict[str, Any], root: Path) -> str:
 def _grid(task: dict[str, Any]) -> str:
     rows = [
         [
-            row["architecture"], row["label"], percent(row["accuracy"]), percent(row["gain"], signed=True),
+            row["architecture"], row["label"], percent(row["score"]), percent(row["gain"], signed=True),
             percent(row["pass@1"]), str(len(row["seeds"])),
         ]
         for row in task["summary"]
-        if "accuracy" in row
+        if "score" in row
     ]  # fmt: skip
+    name = metric_name(task)
+    meant = "Accuracy is the likeliest answer's, gain" if name == "accuracy" else "Gain"
     note = (
         '<p class="soft">Held-out, in percent: mean ± half of the 95 % confidence interval of Student\'s t over the '
-        "seeds. Accuracy is the likeliest answer's, gain is over the start of the same seed, pass@1 is of answers "
-        "drawn as in training.</p>"
+        f"seeds. {meant} is over the start of the same seed, pass@1 is of answers drawn as in training.</p>"
     )
-    return _table(["architecture", "control", "accuracy", "gain", "pass@1", "seeds"], rows) + note
+    return _table(["architecture", "control", name, "gain", "pass@1", "seeds"], rows) + note
 
 
 def _problems(task: dict[str, Any]) -> str:
@@ -168,12 +170,12 @@ def _compute(task: dict[str, Any]) -> str:
 
 
 def _beside(task: dict[str, Any], other: dict[str, Any] | None) -> str:
-    """A table of two grids' accuracy where both have a cell."""
-    theirs = {(r["architecture"], r["label"]): r for r in (other or {"summary": []})["summary"] if "accuracy" in r}
+    """A table of two grids' scores where both have a cell."""
+    theirs = {(r["architecture"], r["label"]): r for r in (other or {"summary": []})["summary"] if "score" in r}
     rows = [
-        [row["architecture"], row["label"], percent(row["accuracy"]), percent(theirs[key]["accuracy"])]
+        [row["architecture"], row["label"], percent(row["score"]), percent(theirs[key]["score"])]
         for row in task["summary"]
-        if "accuracy" in row and (key := (row["architecture"], row["label"])) in theirs
+        if "score" in row and (key := (row["architecture"], row["label"])) in theirs
     ]
     if not rows:
         return '<p class="soft">The other run has no cell of this task in common.</p>'

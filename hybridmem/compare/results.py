@@ -14,28 +14,39 @@ import torch
 
 from ..metrics import mean_interval
 from ..training.logs import read_log
-from .grid import START, Comparison, Run, plan, without_attention
+from .grid import ACCURACY, START, Comparison, Run, plan, without_attention
 from .runs import reason, status
 
-ACCURACY, PASS_AT_1 = "val/accuracy", "val/pass@1"
+PASS_AT_1 = "val/pass@1"
 CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
 PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
 Results = dict[str, Any]
 
 
 def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
-    """Everything that was measured below `root`, and on what."""
+    """Everything that was measured below `root`, and on what.
+
+    Raises:
+        ValueError: a task's metric that its cells did not log.
+    """
     warm_ups, cells = plan(tasks)
     by_task = {}
     for name, task in tasks.items():
         starts = [_run(run, root) for run in warm_ups if run.task == name]
         without = without_attention(task)
         runs = [_run(run, root) | {"without": without.get(run.control)} for run in cells if run.task == name]
-        by_task[name] = {"warm_ups": starts, "cells": runs, "summary": summarise(runs)}
+        _check_metric(name, task.metric, runs)
+        summary = summarise(runs, task.metric)
+        by_task[name] = {"metric": task.metric, "warm_ups": starts, "cells": runs, "summary": summary}
     return {"command": command, "environment": environment(), "tasks": by_task}
 
 
-def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def metric_name(task: dict[str, Any]) -> str:
+    """What a task of results.json is judged by, as a reader calls it."""
+    return str(task["metric"]).removeprefix("val/")
+
+
+def summarise(cells: list[dict[str, Any]], metric: str = ACCURACY) -> list[dict[str, Any]]:
     """Mean and interval over seeds, for each architecture and control; gains are against the same seed's start."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
@@ -51,9 +62,10 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "missing": [cell["seed"] for cell in group if cell["status"] == "missing"],
         }
         if finished:
-            row["accuracy"] = interval([cell["last"][ACCURACY] for cell in finished])
-            row["pass@1"] = interval([cell["last"][PASS_AT_1] for cell in finished])
-            gains = paired(groups.get((architecture, START), []), finished)
+            row["score"] = interval([cell["last"][metric] for cell in finished])
+            drawn = [cell["last"][PASS_AT_1] for cell in finished if PASS_AT_1 in cell["last"]]
+            row["pass@1"] = interval(drawn) if len(drawn) == len(finished) else None
+            gains = paired(groups.get((architecture, START), []), finished, metric)
             row["gain"] = interval(gains) if gains and label != START else None
             row["accuracy_at"] = _accuracy_at(finished)
             row["compute"] = _compute(finished)
@@ -67,7 +79,7 @@ def finished_cells(task: dict[str, Any], row: dict[str, Any]) -> list[dict[str, 
     return [c for c in task["cells"] if (c["architecture"], c["label"]) == same and c["status"] == "finished"]
 
 
-def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str = ACCURACY) -> list[float]:
+def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str) -> list[float]:
     """Differences in a metric, seed by seed, where both finished."""
     earlier = {cell["seed"]: cell["last"][metric] for cell in before if cell["status"] == "finished"}
     return [
@@ -90,6 +102,13 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
+
+
+def _check_metric(name: str, metric: str, cells: list[dict[str, Any]]) -> None:
+    for cell in cells:
+        if cell["status"] == "finished" and metric not in cell["last"]:
+            logged = ", ".join(sorted(log for log in cell["last"] if log.startswith("val/")))
+            raise ValueError(f"tasks.{name}.metric={metric} is not among what {cell['folder']} logged: {logged}")
 
 
 def _run(run: Run, root: Path) -> dict[str, Any]:

@@ -5,9 +5,10 @@ and P_t the distribution that token t was drawn from, the objectives' losses get
 
     μ · mean_t JSD_β(P_teacher,t ‖ P_student,t)  +  γ · mean_t JSD(p_student,t ‖ p_teacher,t)
 
-where t runs over generated tokens. The first is generalised knowledge distillation, GKD (arXiv 2306.13649), whose
-settings have TRL's names; its `lmbda` is 1 here, as every response is the student's. Heads, their size and the number
-of layers may differ between the two models.
+where t runs over generated tokens. A student may look through its memory where the teacher attends: p_student is then
+what `target` names of it, such as `unified`. The first term is generalised knowledge distillation, GKD (arXiv
+2306.13649), whose settings have TRL's names; its `lmbda` is 1 here, as every response is the student's. Heads, their
+size and the number of layers may differ between the two models.
 """
 
 import math
@@ -23,19 +24,24 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridmem_kernels.memory_scan import state_dtype
 
+from ..configuration import MEMORY_VARIANTS
 from ..modeling import HybridMemLayer
-from .recorder import AttentionRecord, AttentionRecorder, decoder_layers
+from ..settings import one_of
+from .attention_rl import divergence_of
+from .distributions import attention, distribution
+from .recorder import AttentionRecorder, LayerRecord, decoder_layers
 
+OVER_TOKENS = ("attention", "memory", "unified")
 # What their layers attend to is not one distribution over the row's earlier tokens.
 NOT_COMPARABLE = {"mac": "attends within its segment", "lmm": "has no attention"}
 
 
 @dataclass
 class Observation:
-    """What a model made of generated tokens: the logits that they were drawn from, and where one layer looked."""
+    """What a model made of generated tokens: the logits that they were drawn from, and what one layer did."""
 
     logits: Float[Tensor, "responses length vocab"]
-    attention: AttentionRecord
+    record: LayerRecord
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def observed(model: nn.Module, layer: int) -> Iterator[list[Observation]]:
 
     Args:
         model: a causal LM of transformers, inside PEFT or not.
-        layer: whose attention, from the end if negative; of no variant that `check_models` refuses.
+        layer: which one, from the end if negative.
 
     Raises:
         ValueError: see AttentionRecorder.
@@ -54,8 +60,7 @@ def observed(model: nn.Module, layer: int) -> Iterator[list[Observation]]:
 
         def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             (record,) = recorder.records.values()
-            assert record.attention is not None  # see check_models
-            seen.append(Observation(output.logits[:, :-1], record.attention))  # the last logits predict no token
+            seen.append(Observation(output.logits[:, :-1], record))  # the last logits predict no token
 
         hook = model.register_forward_hook(note)
         try:
@@ -75,6 +80,8 @@ class AttentionDistillation:
         beta: which divergence between next tokens: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher), between
             them the generalised JSD.
         temperature: that both models' logits are divided by before they are compared.
+        target: which of the student's distributions is to be like the teacher's attention: `attention`, `memory` or
+            `unified`, attention and memory as the gate mixes them.
         student_layer, teacher_layer: whose attention is compared, from the end if negative.
 
     Raises:
@@ -86,6 +93,7 @@ class AttentionDistillation:
     gamma: float = 0.5
     beta: float = 0.5
     temperature: float = 1.0
+    target: str = "attention"
     student_layer: int = -1
     teacher_layer: int = -1
 
@@ -99,6 +107,7 @@ class AttentionDistillation:
             raise ValueError(f"beta={self.beta} must be between 0, for KL(teacher ‖ student), and 1, for its reverse")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be a positive number")
+        one_of(OVER_TOKENS, target=self.target)
 
     def loss(
         self, student: Observation, teacher: Observation, mask: Bool[Tensor, "responses length"]
@@ -116,9 +125,18 @@ class AttentionDistillation:
         count = mask.sum().clamp(min=1)
         jsd = generalized_jsd(student.logits[mask], teacher.logits[mask], self.beta, self.temperature)
         gkd = jsd.sum() / count
-        divergence = attention_jsd(student.attention, teacher.attention, mask).sum() / count
+        divergence = self._divergence(student.record, teacher.record, mask).sum() / count
         metrics = {"gkd": gkd.detach(), "attention_divergence": divergence.detach()}
         return self.mu * gkd + self.gamma * divergence, metrics
+
+    def _divergence(
+        self, student: LayerRecord, teacher: LayerRecord, mask: Bool[Tensor, "responses length"]
+    ) -> Float[Tensor, "responses length"]:
+        """JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of the rows; 0 off the mask."""
+        if self.target == "attention":
+            return attention_jsd(student, teacher, mask)
+        length = mask.shape[1]
+        return mask * divergence_of(distribution(student, self.target, length), attention(teacher, length), "jsd")
 
     def check_models(self, student: Any, teacher: Any) -> None:
         """Raise a ValueError when the vocabularies differ in size or a layer's attention cannot be compared."""
@@ -133,9 +151,12 @@ class AttentionDistillation:
             if not -len(layers) <= number < len(layers):
                 raise ValueError(f"{name}={number} is not there: the model has {len(layers)} layers")
             layer = layers[number]
-            if isinstance(layer, HybridMemLayer) and layer.variant in NOT_COMPARABLE:
-                reason = NOT_COMPARABLE[layer.variant]
-                raise ValueError(f"{name}={number} is of variant {layer.variant}, which {reason}: choose another layer")
+            variant = layer.variant if isinstance(layer, HybridMemLayer) else None
+            if variant in NOT_COMPARABLE and (name == "teacher_layer" or self.target == "attention"):
+                reason = NOT_COMPARABLE[variant]
+                raise ValueError(f"{name}={number} is of variant {variant}, which {reason}: choose another layer")
+            if name == "student_layer" and self.target == "memory" and variant not in MEMORY_VARIANTS:
+                raise ValueError(f"target='memory': {name}={number} has no memory; choose another layer or target")
 
     def check_tokenizers(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
         """Raise a ValueError when an id stands for different tokens.
@@ -180,8 +201,10 @@ def _kl(log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens voc
 
 
 def attention_jsd(
-    student: AttentionRecord, teacher: AttentionRecord, mask: Bool[Tensor, "responses length"]
+    student: LayerRecord, teacher: LayerRecord, mask: Bool[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
     """JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of the rows; 0 off the mask."""
-    ours, theirs = (side.last_queries(mask.shape[1]) for side in (student, teacher))
+    assert student.attention is not None  # see check_models
+    assert teacher.attention is not None
+    ours, theirs = (side.last_queries(mask.shape[1]) for side in (student.attention, teacher.attention))
     return ours.compare(theirs, mask).jsd

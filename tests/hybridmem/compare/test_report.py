@@ -27,7 +27,7 @@ def cell(architecture, label, seed, accuracy, status="finished", reason=None):
 
 
 def results(cells, warm_ups=()):
-    task = {"cells": cells, "summary": summarise(cells), "warm_ups": list(warm_ups)}
+    task = {"metric": "val/accuracy", "cells": cells, "summary": summarise(cells), "warm_ups": list(warm_ups)}
     return {"tasks": {"recall": task}, "command": "hybridmem compare", "environment": {"cores": 2}}
 
 
@@ -45,7 +45,7 @@ def test_gains_are_paired_by_seed():
     assert gain["mean"] == pytest.approx(0.1)
     assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # each seed gains as much
     # mean 0.51, standard deviation 0.01, t = 4.303
-    assert rows["mag", "token"]["accuracy"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+    assert rows["mag", "token"]["score"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
     assert not re.search(r"https?://", path.read_text())
     assert "&lt;script&gt;" in path.read_text()
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == [
-        "accuracy.png", "attention.png", "by_column.png", "curves.png",
+        "attention.png", "by_column.png", "curves.png", "score.png",
     ]  # fmt: skip
 
 

@@ -10,8 +10,7 @@ from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.policy import AttentionDistillation
 from hybridmem.policy.attention_rl import divergence_of
 from hybridmem.policy.distillation import attention_jsd, generalized_jsd, observed
-from hybridmem.policy.distributions import attention
-from hybridmem.policy.recorder import LayerRecord
+from hybridmem.policy.distributions import attention, distribution
 from hybridmem.policy.rollouts import Completions, completion_logps, pad_prompts
 
 from ..models import tiny_model
@@ -109,7 +108,7 @@ def test_heads_and_depth_may_differ(model):
     mask = responses()[1].mask
     ours, theirs = observe(student, 0), observe(teacher, 1)
     assert ours.logits.shape == theirs.logits.shape == (2, LENGTH, 37)
-    maps = [attention(LayerRecord("full", view.attention), LENGTH) for view in (ours, theirs)]
+    maps = [attention(view.record, LENGTH) for view in (ours, theirs)]
     torch.testing.assert_close(metrics["attention_divergence"], divergence_of(*maps, "jsd")[mask].mean())
     torch.testing.assert_close(metrics["gkd"], generalized_jsd(ours.logits, theirs.logits)[mask].mean())
     torch.testing.assert_close(loss.detach(), 2 * metrics["gkd"] + 3 * metrics["attention_divergence"])
@@ -135,14 +134,34 @@ def test_what_stands_behind_a_response_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("model", "metric"), [("llama", "gkd"), ("llama", "attention_divergence"), ("mag", "attention_divergence")]
+    ("model", "target"),
+    [("mag", "unified"), ("mag", "memory"), ("lmm", "memory"), ("swa", "unified")],
 )
-def test_the_student_comes_nearer(model, metric):
+def test_a_memory_is_compared_with_the_teachers_attention(model, target):
+    student, teacher = tiny_model(variant=model), other_teacher()
+    _, metrics = distil(student, teacher, target=target)
+    mask = responses()[1].mask
+    ours = distribution(observe(student).record, target, LENGTH)
+    theirs = attention(observe(teacher).record, LENGTH)
+    torch.testing.assert_close(metrics["attention_divergence"], divergence_of(ours, theirs, "jsd")[mask].mean())
+
+
+@pytest.mark.parametrize(
+    ("model", "metric", "target"),
+    [
+        ("llama", "gkd", "attention"),
+        ("llama", "attention_divergence", "attention"),
+        ("mag", "attention_divergence", "attention"),
+        ("mag", "attention_divergence", "unified"),
+        ("mag", "attention_divergence", "memory"),
+    ],
+)
+def test_the_student_comes_nearer(model, metric, target):
     student, teacher = STUDENTS[model](), other_teacher()
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     measured = []
     for _ in range(15):
-        loss, metrics = distil(student, teacher, mu=float(metric == "gkd"), gamma=float(metric != "gkd"))
+        loss, metrics = distil(student, teacher, mu=float(metric == "gkd"), gamma=float(metric != "gkd"), target=target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -161,7 +180,7 @@ def test_a_half_precision_teacher():
 
 
 def test_attention_jsd_is_bounded():
-    jsd = attention_jsd(observe(llama()).attention, observe(other_teacher()).attention, responses()[1].mask)
+    jsd = attention_jsd(observe(llama()).record, observe(other_teacher()).record, responses()[1].mask)
     assert jsd.shape == (2, LENGTH)
     assert jsd.min() >= 0
     assert jsd.max() <= math.log(2)
@@ -175,6 +194,7 @@ def test_attention_jsd_is_bounded():
         (dict(mu=0.0, gamma=0.0), "nothing would be learnt"),
         (dict(beta=1.5), "beta=1.5 must be between 0"),
         (dict(temperature=0.0), "temperature=0.0 must be a positive number"),
+        (dict(target="allocation"), "target must be one of attention, memory, unified, not 'allocation'"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -189,6 +209,7 @@ def test_settings_that_cannot_work(settings, message):
         (dict(student_layer=2), other_teacher, "student_layer=2 is not there: the model has 2 layers"),
         (dict(teacher_layer=-4), other_teacher, "teacher_layer=-4 is not there: the model has 3 layers"),
         ({}, lambda: tiny_model(variant="lmm"), "teacher_layer=-1 is of variant lmm, which has no attention"),
+        (dict(target="memory"), other_teacher, "target='memory': student_layer=-1 has no memory"),
         ({}, lambda: tiny_model(variant="mac"), "teacher_layer=-1 is of variant mac, which attends within its segm"),
     ],
 )
