@@ -2,21 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from jaxtyping import Float
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..policy.distributions import distribution
+from ..policy.distributions import KINDS, distribution
 from ..policy.recorder import LayerRecord
 from ..policy.rollouts import Sampling
-from .looks import is_due, record_answers
-from .policy import PolicyModule
+from .looks import Answers, is_due, record_answers
+from .policy import SOLVED, PolicyModule
 
-LABELLED = 64  # tokens that an axis has room to write out
+LABELLED = 128  # tokens that an axis has room to write out
+TRIED = 16  # held-out examples, to find one that is solved
 Map = Float[Tensor, "queries keys"]
+Shares = Float[Tensor, "queries 3"]  # of hybridmem.policy.distributions.KINDS
 
 
 class AttentionMaps(L.Callback):
@@ -25,8 +29,11 @@ class AttentionMaps(L.Callback):
     As attention_maps/layer_N_step_M.png in trainer.default_root_dir, and in TensorBoard where that is a logger.
 
     The answer is the greedy one. Rows are its tokens, columns all tokens, image patches by number; attention is the
-    head average, below it memory-implied attention where the layer has a memory of depth 1. The first picture is from
-    before training.
+    head average, below it memory-implied attention where the layer has a memory of depth 1, and below that
+    the shares of the ways to look. The first picture is from before training.
+
+    Where the policy acts in environments the answer is a whole trajectory, what it reads included, of the first of 16
+    examples that it solves; of the first one, if it solves none.
 
     Args:
         every_n_steps: optimiser steps between two pictures.
@@ -64,17 +71,29 @@ class AttentionMaps(L.Callback):
         folder = Path(trainer.default_root_dir) / "attention_maps"
         folder.mkdir(parents=True, exist_ok=True)
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        example = module.data.task.example("val", self.example)
-        greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
-        answers = record_answers(module, example, 1, greedy, self.layers)
+        example, answers = self._answered(module)
         patches = 0 if module.data.processor is not None else len(example.get("images", ()))
         labels = [f"#{n}" for n in range(patches)]
         labels += [token_label(module.data.tokenizer.decode([token])) for token in answers.ids[0, patches:].tolist()]
         for number, record in answers.records.items():
-            figure = draw(attention_maps(record, answers.completions.ids.shape[1]), labels)
+            length = answers.completions.ids.shape[1]
+            figure = draw(attention_maps(record, length), labels, shares(record, length))
+            if answers.earned is not None:
+                figure.suptitle("solved" if answers.earned[0] >= SOLVED else "not solved")
             figure.savefig(folder / f"layer_{number}_step_{trainer.global_step}.png")
             for board in boards:
                 board.experiment.add_figure(f"attention_maps/layer_{number}", figure, trainer.global_step)
+
+    def _answered(self, module: PolicyModule) -> tuple[dict[str, Any], Answers]:
+        greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
+        found: list[tuple[dict[str, Any], Answers]] = []
+        for number in range(self.example, self.example + TRIED):
+            example = module.data.task.example("val", number)
+            found.append((example, record_answers(module, example, 1, greedy, self.layers)))
+            earned = found[-1][1].earned
+            if earned is None or earned[0] >= SOLVED:
+                return found[-1]
+        return found[0]
 
 
 def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
@@ -96,12 +115,27 @@ def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
     return maps
 
 
-def draw(maps: dict[str, Map], labels: list[str]) -> Figure:
-    """A heat map below the other for each distribution; `labels` are those of all tokens, the queries' the last."""
+def shares(record: LayerRecord, queries: int) -> Shares | None:
+    """The first row's shares of the ways to look at the last `queries` tokens; None where there is one way alone."""
+    if record.gate is None and not record.segments:
+        return None
+    return distribution(record, "allocation", queries)[0]
+
+
+def draw(maps: dict[str, Map], labels: list[str], allocation: Shares | None = None) -> Figure:
+    """A heat map below the other for each distribution, and what the ways to look have of the whole.
+
+    `labels` are those of all tokens, the queries' the last.
+    """
     queries, keys = next(iter(maps.values())).shape
-    size = (min(2.5 + 0.16 * keys, 16), len(maps) * min(1.6 + 0.18 * queries, 8))
+    panels = len(maps) + (allocation is not None)
+    size = (min(2.5 + 0.16 * keys, 22), len(maps) * min(1.6 + 0.18 * queries, 10) + 2.2 * (panels - len(maps)))
     figure = Figure(figsize=size, layout="constrained", dpi=120)
-    for axes, (name, values) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items(), strict=True):
+    heights = [*(max(queries, 8) for _ in maps), *([8] * (panels - len(maps)))]
+    all_axes = figure.subplots(panels, squeeze=False, height_ratios=heights)[:, 0]
+    if allocation is not None:
+        _draw_shares(all_axes[-1], allocation, labels[keys - queries :])
+    for axes, (name, values) in zip(all_axes, maps.items(), strict=False):
         image = axes.imshow(values.float().cpu(), vmin=0, aspect="auto", cmap="magma", interpolation="nearest")
         axes.set(title=name, xlabel="token", ylabel="generated token")
         if keys <= LABELLED:
@@ -110,6 +144,14 @@ def draw(maps: dict[str, Map], labels: list[str]) -> Figure:
             axes.set_yticks(range(queries), labels[keys - queries :], family="monospace", parse_math=False, fontsize=8)
         figure.colorbar(image, ax=axes, label="share")
     return figure
+
+
+def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
+    axes.stackplot(range(len(labels)), allocation.float().cpu().T.numpy(), labels=KINDS, step="mid")
+    axes.set(title="allocation", xlabel="generated token", ylabel="share", xlim=(-0.5, len(labels) - 0.5), ylim=(0, 1))
+    if len(labels) <= LABELLED:
+        axes.set_xticks(range(len(labels)), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def token_label(text: str) -> str:

@@ -5,20 +5,22 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..policy.recorder import AttentionRecorder, LayerRecord
 from ..policy.rollouts import Completions, Sampling, completion_logps, evaluating, sample
+from .acting import act_out
 from .policy import PolicyModule
 
 
 class Answers(NamedTuple):
-    """Responses to one prompt, and what some layers did at their tokens."""
+    """Responses to one prompt, trajectories where the policy acts, and what some layers did at their tokens."""
 
     ids: Int[Tensor, "responses time"]  # the prompt's tokens, padding where patches stand, and the response's
     completions: Completions
     records: dict[int, LayerRecord]  # the queries are those of the response's tokens
+    earned: Float[Tensor, " responses"] | None = None  # in environments
 
 
 def is_due(step: int, previous: int, every_n_steps: int) -> bool:
@@ -40,17 +42,23 @@ def record_answers(
     Raises:
         ValueError: layers that cannot be recorded (see AttentionRecorder).
     """
-    prompts = module.prompt_batch([module.data.prompt(example)])
+    earned = None
     with evaluating(module.model), module.trainer.precision_plugin.forward_context():
-        completions = sample(
-            module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator
-        )
+        if module.acts:
+            acted = act_out(module, [example], num_generations, sampling, generator)
+            prompts, completions = module.prompt_batch(acted.prompts), acted.completions
+            earned = module.reward([example] * num_generations, completions, acted.environments)[1].total
+        else:
+            prompts = module.prompt_batch([module.data.prompt(example)])
+            completions = sample(
+                module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator
+            )
         prompts = prompts.repeat(num_generations)
         with AttentionRecorder(module.model, layers) as recorder:
             completion_logps(module.model, prompts, completions, sampling.temperature)
     length = completions.ids.shape[1]
     records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
-    return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records)
+    return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)
 
 
 def _last_queries(record: LayerRecord, length: int) -> LayerRecord:

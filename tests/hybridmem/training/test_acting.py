@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from hybridmem.tasks.task import Split
 
@@ -104,6 +105,16 @@ def test_it_learns_in_an_environment(tmp_path, monkeypatch, taught, objectives):
         assert max(logged(tmp_path, "rejection/kept")) > 0
     else:
         assert len(logged(tmp_path, "reward/shaped")) == len(logged(tmp_path, "reward"))
+
+
+def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):
+    maps = {"class_path": "hybridmem.training.AttentionMaps", "init_args": {"every_n_steps": 1}}
+    changes = {"model__init_args__objectives": [SWE], "trainer__callbacks": [maps], "trainer__max_steps": 2}
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, title: titles.append(title))
+    hybridmem(monkeypatch, "fit", "--config", acting(tmp_path, model__init_args__model=str(taught), **changes))
+    assert titles[0] == "solved"
+    assert len(list((tmp_path / "run" / "attention_maps").glob("*.png"))) == len(titles) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybridmem.policy import AttentionRecorder
-from hybridmem.policy.distributions import attention, memory
+from hybridmem.policy.distributions import allocation, attention, memory
 from hybridmem.training import AttentionMaps
-from hybridmem.training.attention_maps import LABELLED, attention_maps, draw, token_label
+from hybridmem.training.attention_maps import LABELLED, attention_maps, draw, shares, token_label
 
 from ..models import tiny_model, tokens
 from .runs import hybridmem, weights
@@ -65,6 +65,18 @@ def test_the_picture_holds_the_distribution_and_the_text():
     assert [text.get_text() for text in first.get_yticklabels()] == ["$$", "\ufffd", "|"]
     assert {axes.get_title() for axes in figure.axes} >= {"attention", "memory"}
     figure.canvas.draw()
+
+
+def test_the_ways_to_look_stand_below():
+    found = record(variant="mag")
+    expected = allocation(found, 6)[0]
+    torch.testing.assert_close(shares(found, 6), expected)
+    figure = draw(attention_maps(found, 6), ["x"] * 20, shares(found, 6))
+    below = next(axes for axes in figure.axes if axes.get_title() == "allocation")
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["persistent", "memory", "window"]
+    tops = below.collections[-1].get_paths()[0].vertices[:, 1].max()
+    assert tops == pytest.approx(1.0)
+    assert shares(record(variant="swa"), 6) is None
 
 
 def test_a_long_text_is_numbered():
