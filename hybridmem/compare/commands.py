@@ -16,7 +16,7 @@ from .answer import answer
 from .grid import ACCURACY, Comparison, Run, check_grid, plan
 from .report import write_report
 from .results import collect
-from .runs import Status, check_settings, execute_all, reason, status
+from .runs import Status, check_settings, execute_all, held, reason, status
 from .subnetworks import add_subnetworks
 
 RESULTS = "results.json"
@@ -51,6 +51,8 @@ def compare(
         print("\n".join(f"{number:4} {status(output / run.folder):8} {run}" for number, run in enumerate(runs)))
         return
     if only is not None:
+        if report_only:
+            raise ValueError("only makes one run and report_only none: leave one of them out")
         if not 0 <= only < len(runs):
             raise ValueError(f"only={only} must be at least 0 and below {len(runs)}, the number of runs")
         runs = [runs[only]]
@@ -58,7 +60,8 @@ def compare(
     check_settings(runs, tasks, output)
     waiting = [run for run in runs if status(output / run.folder) != "finished"]
     if not report_only:
-        _execute(waiting, tasks, output, parallel)
+        with held(waiting, output):
+            _execute(waiting, tasks, output, parallel)
     if only is None:
         results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from .changes import write_changes
 from .grid import Comparison, Run, as_arguments, fit_options
 
 Status = Literal["finished", "failed", "missing"]
-FINISHED, FAILED, SETTINGS, OUTPUT = "finished", "failed.txt", "settings.json", "output.txt"
+FINISHED, FAILED, SETTINGS, OUTPUT, LOCK = "finished", "failed.txt", "settings.json", "output.txt", "lock"
 INTERRUPTED = (
     128 + signal.SIGINT,
     -signal.SIGINT,
@@ -58,6 +58,29 @@ def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) ->
                 f"output={root}: {root / run.folder} was made with other settings ({path} has them): choose another "
                 "output, or remove that folder"
             )
+
+
+@contextmanager
+def held(runs: list[Run], root: Path) -> Iterator[None]:
+    """A context in which no other process may make these runs; the system frees them when this one dies.
+
+    Raises:
+        ValueError: another process makes one of them.
+    """
+    import fcntl  # not on Windows, where the rest of the package can be used
+
+    with ExitStack() as stack:
+        for run in runs:
+            folder = root / run.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"output={root}: another process makes {run} there: wait for it, or choose another output"
+                ) from error
+        yield
 
 
 def execute(

@@ -8,7 +8,7 @@ import pytest
 
 from hybridmem.compare import runs
 from hybridmem.compare.grid import plan
-from hybridmem.compare.runs import FAILED, FINISHED, execute_all, status
+from hybridmem.compare.runs import FAILED, FINISHED, execute_all, held, status
 
 from .test_grid import RECALL
 
@@ -76,3 +76,15 @@ def test_a_masked_run_waits_for_the_run_that_makes_its_mask(tmp_path, made):
     assert reason == "the run of 'token' failed: it broke\n"
     failing.clear()
     assert set(execute_plan(tmp_path, task, parallel=2).values()) == {"finished"}
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path):
+    warm_ups, cells = plan({"recall": RECALL})
+    with held(warm_ups, tmp_path):
+        with pytest.raises(ValueError, match="another process makes recall swa warm-up seed 0 there"):
+            held([cells[0], warm_ups[0]], tmp_path).__enter__()
+        with held(cells, tmp_path):
+            pass
+    with held(warm_ups, tmp_path):
+        pass
+    assert status(tmp_path / warm_ups[0].folder) == "missing"
