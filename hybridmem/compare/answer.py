@@ -60,7 +60,9 @@ def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:
     """What AttentionRL adds to the same objectives without it; the best of its targets is looked at."""
     cells = [cell for cell in cells if cell["architecture"] == architecture and not cell["masked"]]
     found = []
-    for control, without in dict.fromkeys((cell["control"], cell["without"]) for cell in cells if cell["without"]):
+    pairs = dict.fromkeys((cell["control"], cell["without"]) for cell in cells if cell["without"])
+    alike = [without for _, without in pairs]
+    for control, without in pairs:
         candidates = {cell["label"] for cell in cells if cell["control"] == control}
         before = _of(cells, architecture, without)
         gains = [paired(before, _of(cells, architecture, label), task["metric"]) for label in candidates]
@@ -69,6 +71,7 @@ def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:
             best = max(gains, key=lambda gain: sum(gain) / len(gain))
             of = "" if len(gains) == 1 else f" (the best of {len(gains)} targets)"
             name = "alone" if without == START else f"beside {without}"
+            name += f", as in {control!r}," if alike.count(without) > 1 else ""
             found.append(f"reward on attention {name}{of} changes {metric_name(task)} by {difference(best)}")
     if not found:
         return f"What reward on attention adds to {architecture} was not run to its end."

@@ -67,6 +67,13 @@ def test_the_answer_names_what_won_and_what_attention_adds():
     assert "reward on attention beside token changes accuracy by +0.0 ± 0.0" in second
 
 
+def test_controls_that_add_the_same_kind_are_told_apart():
+    more = [cell("mag", "weight 10", seed, 0.55 + 0.01 * seed) | {"without": "token"} for seed in range(3)]
+    second = answer(results([*THREE, *more])["tasks"]["recall"])[1]
+    assert "beside token, as in 'token + attention', changes accuracy by +0.0" in second
+    assert "beside token, as in 'weight 10', changes accuracy by +5.0" in second
+
+
 def test_a_cell_with_fewer_seeds_does_not_win():
     lucky = cell("full", "token", 0, 0.99)
     assert answer(results([*THREE, lucky])["tasks"]["recall"]) == answer(results(THREE)["tasks"]["recall"])
