@@ -27,7 +27,9 @@ from ..convolution import ConvolutionState
 from ..data import load_processor, load_tokenizer
 from ..memory import NeuralMemoryState
 from ..modeling import HybridMemForCausalLM
+from ..processes import rank_and_size
 from ..sequence import LastDocument
+from ..state import map_state
 from ..variants import BranchStates, OpenSegment, SegmentStates
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
@@ -60,19 +62,46 @@ def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> Non
         raise ValueError(f"the checkpoint is of another model: {changes}; set model.init_args.config accordingly")
 
 
-def save_cache(cache: DynamicCache | None) -> list[tuple[Any, ...]] | None:
-    """The carried states as plain values."""
+SavedCache = list[tuple[Any, ...]] | None
+
+
+def save_cache(cache: DynamicCache | None) -> SavedCache:
+    """The carried states as plain values, on the CPU."""
     if cache is None:
         return None
-    return [(layer.state, layer.seen_tokens, layer.last_document) for layer in cache.layers]
+    return [
+        (*map_state(lambda x: x.cpu(), (layer.state, layer.last_document)), layer.seen_tokens) for layer in cache.layers
+    ]
 
 
-def restore_cache(saved: list[tuple[Any, ...]] | None, config: HybridMemConfig) -> DynamicCache | None:
+def own_cache(saved: list[SavedCache]) -> SavedCache:
+    """This process's rows of the states that all processes of a run saved, of however many that were.
+
+    Raises:
+        ValueError: they were others, and their states do not have one shape, as those of mac.
+    """
+    rank, size = rank_and_size()
+    if len(saved) == size:
+        return saved[rank]
+    own = []
+    for layers in zip(*(layers or () for layers in saved), strict=True):
+        *states, seen = zip(*layers, strict=True)
+        try:
+            merged = [map_state(lambda *parts: torch.stack(parts, 1).flatten(0, 1), *parts) for parts in states]
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint's carried states are of {len(saved)} processes and do not join: go on with as many"
+            ) from error
+        own.append((*map_state(lambda x: x[rank::size].clone(), tuple(merged)), seen[0]))
+    return own or None
+
+
+def restore_cache(saved: SavedCache, config: HybridMemConfig) -> DynamicCache | None:
     """Undo `save_cache`."""
     if saved is None:
         return None
     cache = DynamicCache(config=config)
-    for layer, (state, seen_tokens, last_document) in zip(cache.layers, saved, strict=True):
+    for layer, (state, last_document, seen_tokens) in zip(cache.layers, saved, strict=True):
         layer.state, layer.seen_tokens, layer.last_document = state, seen_tokens, last_document
         layer.is_initialized = state is not None
     return cache
