@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.optim import Optimizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -119,7 +120,7 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
         ValueError: not a checkpoint of hybridmem.
     """
     path = Path(path)
-    sharded = (path / "meta.pt").is_file()
+    sharded = is_sharded(path)
     if not path.is_file() and not sharded:
         raise FileNotFoundError(f"ckpt_path={path} does not exist")
     try:
@@ -134,6 +135,46 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
     return checkpoint
+
+
+def consolidate(ckpt_path: Path, output: Path) -> None:
+    """Make one file of the folder that a sharded run writes, to go on from with any strategy and number of processes.
+
+    Args:
+        ckpt_path: the folder.
+        output: the file to write, ending in .ckpt.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or one that is a file already.
+    """
+    if ckpt_path.is_file():
+        raise ValueError(f"ckpt_path={ckpt_path} is one file already: any strategy can go on from it")
+    checkpoint = load_checkpoint(ckpt_path)
+    names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
+    checkpoint["optimizer_states"] = [checkpoint.pop(name) for name in names]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, output)
+    print(f"wrote {output}")
+
+
+def name_optimizer_states(checkpoint: dict[str, Any], module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
+    """Let a checkpoint's optimiser states say parameters' names, not their numbers, which sharded runs count otherwise.
+
+    Optimisers take either. Sharded states say names already, and those of several optimisers as one stay as they are.
+    """
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    states = checkpoint.get("optimizer_states", [])
+    for place, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
+        if "state" not in state:
+            continue
+        names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
+        states[place] = {"state": {names[n]: kept for n, kept in state["state"].items()}, "param_groups": groups}
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is the folder that a sharded run writes."""
+    return (Path(path) / "meta.pt").is_file()
 
 
 def _load(path: Path) -> Any:
@@ -185,7 +226,7 @@ def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return Path(name).suffix == ".ckpt" or (Path(name) / "meta.pt").is_file()
+    return Path(name).suffix == ".ckpt" or is_sharded(name)
 
 
 def export(ckpt_path: Path, output: Path) -> None:

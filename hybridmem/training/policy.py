@@ -60,7 +60,7 @@ from ..processes import (
 )
 from ..settings import at_least, one_of
 from .acting import Acted, act_out, begin, environment_reward
-from .checkpoints import load_policy, tokenizer_of_policy
+from .checkpoints import load_policy, name_optimizer_states, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
@@ -742,6 +742,8 @@ class PolicyModule(L.LightningModule):
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
         checkpoint["rollouts"] = self.rollouts
+        if self.device_mesh is None:
+            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the random numbers that come next."""

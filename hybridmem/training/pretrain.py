@@ -22,7 +22,7 @@ from ..patches import embed_with_patches
 from ..processes import of_all, shard, shares
 from ..sequence import PADDING
 from ..state import detach_state
-from .checkpoints import check_same_model, own_cache, restore_cache, save_cache
+from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine
 
@@ -213,6 +213,8 @@ class PretrainModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
         checkpoint["carried"] = of_all(save_cache(self.carried))
+        if self.device_mesh is None:
+            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; take up the states."""
