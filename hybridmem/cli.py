@@ -16,10 +16,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from .compare import compare, report
+from .processes import lost_a_process
 from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
 from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
-from .training.errors import CommandParser, SettingsError, TrainingParser, settings_errors
+from .training.errors import CommandParser, SettingsError, TrainingParser, one_line, settings_errors
 from .training.generate import generate
 from .training.policy import PolicyModule
 from .training.pretrain import PretrainModule
@@ -53,6 +54,10 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
 hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
 """
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone."""
 
 
 class HybridMemCLI(LightningCLI):
@@ -94,7 +99,17 @@ class HybridMemCLI(LightningCLI):
             if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
                 with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
                     raise error
+            if lost_a_process(error):
+                raise ProcessLost(self._how_to_go_on(error)) from error
             raise
+
+    def _how_to_go_on(self, error: Exception) -> str:
+        """What a process says that has lost another one."""
+        root = Path(self.trainer.default_root_dir)
+        saved = [path for path in root.glob("*.ckpt") if path.is_file() or is_sharded(path)]
+        last = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        remedy = "no checkpoint was written yet" if last is None else f"go on with --ckpt_path {last}"
+        return f"another process of this run is gone or hangs ({one_line(str(error))[:200]}): {remedy}"
 
     def _check(self, subcommand: str) -> None:
         """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
@@ -181,6 +196,9 @@ def main() -> None:
     except SettingsError as error:
         print(f"hybridmem: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ProcessLost as error:
+        print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # not sys.exit: what is left of the group would be waited for
     except KeyboardInterrupt:
         print("hybridmem: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

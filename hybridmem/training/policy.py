@@ -236,7 +236,7 @@ class PolicyModule(L.LightningModule):
         keys = [(self.seed, VALIDATION, (first + place) * size + rank) for place in range(count)]
         return generators(self.device, *keys)
 
-    def measure(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+    def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
         """Log, when the batch is done, the mean over all processes by weight, and over what has the same name."""
         self._measured[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
 
@@ -519,8 +519,9 @@ class PolicyModule(L.LightningModule):
         rewards = rollout.rewards
         if not self.learns_by_reward:
             return torch.zeros_like(rewards, device=self.device)
-        if rollout.sizes is not None and isinstance(self.token_objective, CritiqueGRPO):
-            return self.token_objective.advantages(rewards, rollout.sizes.tolist()).to(self.device)
+        if isinstance(self.token_objective, CritiqueGRPO):
+            sizes = [self.num_generations] * len(rollout.prompts) if rollout.sizes is None else rollout.sizes.tolist()
+            return self.token_objective.advantages(rewards, sizes).to(self.device)
         scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
         everyones = gather_groups(rewards, self.num_generations)  # a batch's deviation is that of all processes
         advantages = group_advantages(everyones, self.num_generations, scale)
@@ -594,9 +595,11 @@ class PolicyModule(L.LightningModule):
         """How many responses share one reading of their prompt.
 
         One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, where
-        refinements make groups unequal, and where a step holds parts of groups.
+        refinements make groups unequal, where a step holds parts of groups, and in sharded models: gradients that go
+        through a cache go past the places where those gather a layer's weights.
         """
-        shared = not self._records_prompts and not self.model.is_activation_checkpointing and refined is None
+        whole = self.device_mesh is None and not self.model.is_activation_checkpointing
+        shared = whole and not self._records_prompts and refined is None
         return self.num_generations if shared and responses % self.num_generations == 0 else 1
 
     @torch.no_grad()
