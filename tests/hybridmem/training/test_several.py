@@ -16,7 +16,7 @@ from hybridmem.training import PretrainModule
 from hybridmem.training.checkpoints import consolidate, load_checkpoint
 
 from ..models import tiny_config, tiny_model
-from ..several import SECONDS, command, fit, start
+from ...several import SECONDS, command, fit, start
 from . import test_policy
 from .runs import hybridmem, logged, write_config
 

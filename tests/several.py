@@ -1,5 +1,6 @@
 """Processes side by side that share a group, forked: their imports are there already."""
 
+import io
 import multiprocessing
 import os
 import socket
@@ -56,7 +57,8 @@ def forked(size: int, work: Callable[[int], Any]) -> list[Any]:
     processes = start(size, work)
     results = {}
     for rank, (process, receive) in enumerate(processes):
-        results[rank] = receive.recv() if receive.poll(SECONDS) else ("error", f"process {rank} took too long")
+        late = ("error", f"process {rank} took too long")
+        results[rank] = torch.load(io.BytesIO(receive.recv_bytes())) if receive.poll(SECONDS) else late
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
@@ -89,6 +91,9 @@ def _report(work: Callable[[int], Any], rank: int, send: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        send.send(("done", work(rank)))
+        result = ("done", work(rank))
     except BaseException:  # an exit of the command line too
-        send.send(("error", f"process {rank}:\n{traceback.format_exc()}"))
+        result = ("error", f"process {rank}:\n{traceback.format_exc()}")
+    content = io.BytesIO()
+    torch.save(result, content)  # tensors in bytes: as shared memory they would end with the process
+    send.send_bytes(content.getvalue())
