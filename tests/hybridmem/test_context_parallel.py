@@ -5,8 +5,8 @@ import torch
 
 from hybridmem.context_parallel import handed_over, own_part, sum_gradients
 
-from .models import KINDS, tiny_model, tokens
 from ..several import as_processes
+from .models import KINDS, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 20 + [0] * 11, [0] * 20 + [4] * 20])

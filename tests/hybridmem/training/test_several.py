@@ -15,8 +15,8 @@ from hybridmem.processes import shard
 from hybridmem.training import PretrainModule
 from hybridmem.training.checkpoints import consolidate, load_checkpoint
 
-from ..models import tiny_config, tiny_model
 from ...several import SECONDS, command, fit, start
+from ..models import tiny_config, tiny_model
 from . import test_policy
 from .runs import hybridmem, logged, write_config
 
