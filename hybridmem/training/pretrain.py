@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -183,7 +184,7 @@ class PretrainModule(L.LightningModule):
         self._log_evaluation("test")
         metric: Any
         for length, metric in self.needles.items():
-            self.log(f"test/needle_accuracy/{length}", metric.compute().float())
+            self.log(f"test/needle_accuracy/{length}", metric.compute().float(), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, list]]:
         """For every row the tokens to predict, in order, and how many bits each took."""
@@ -271,11 +272,13 @@ class PretrainModule(L.LightningModule):
         self.loss_by_position.update(nats, num_bytes.where(documents != PADDING, 0), document_positions(documents))
 
     def _log_evaluation(self, stage: str) -> None:
-        self.log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
+        """Log what is the same on every process, since metrics add up over them."""
+        log = partial(self.log, sync_dist=True)
+        log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
         for name, bits in self.loss_by_position.compute().items():
-            self.log(f"{stage}/bits_per_byte_at/{name}", bits.float())
+            log(f"{stage}/bits_per_byte_at/{name}", bits.float())
         if self.answers is not None:
-            self.log(f"{stage}/accuracy", self.answers.compute().float(), prog_bar=True)
+            log(f"{stage}/accuracy", self.answers.compute().float(), prog_bar=True)
             self.answers.reset()
         self.bits_per_byte.reset()
         self.loss_by_position.reset()

@@ -102,30 +102,41 @@ def test_groups_that_were_refined_in_one_process_alone(tmp_path, monkeypatch):
     same_losses(one, two, names=names)
 
 
-def test_when_a_process_dies_the_others_end_and_the_last_checkpoint_stays(tmp_path):
-    config = pretraining(tmp_path / "two", 2, "ddp")
-    endless = ("--trainer.max_steps", 100_000, "--trainer.val_check_interval", 100_000)
-    work = command(2, "fit", "--config", config, *endless)
+def endless(folder, first_checkpoint, number):
+    """Two processes of a run that does not end, the second one of which gets a signal after a few steps."""
+    config = pretraining(folder, 2, "ddp")
+    work = command(
+        2, "fit", "--config", config, "--trainer.max_steps", 100_000, "--trainer.val_check_interval", 100_000
+    )
 
-    def noted(rank):
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(tmp_path / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    def noting(rank):
+        output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
         work(rank)
 
-    with open(os.devnull, "w") as nowhere, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", os.fdopen(os.dup(nowhere.fileno()), "w"))
-        patch.setattr(sys, "stderr", os.fdopen(os.dup(nowhere.fileno()), "w"))
-        (survivor, _), (victim, _) = start(2, noted)
+    (first, _), (second, _) = start(2, noting)
     deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "two" / "run" / "step=2.ckpt").exists() and time.monotonic() < deadline:
+    while not (folder / "run" / first_checkpoint).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(victim.pid, signal.SIGKILL)
-    survivor.join(SECONDS)
-    assert survivor.exitcode == 1
-    said = (tmp_path / "0.txt").read_text()
+    os.kill(second.pid, number)
+    for process in (first, second):
+        process.join(SECONDS)
+        assert process.exitcode is not None
+    return first.exitcode, (folder / "0.txt").read_text()
+
+
+def test_when_a_process_dies_the_others_end_and_the_last_checkpoint_stays(tmp_path):
+    status, said = endless(tmp_path / "run", "step=2.ckpt", signal.SIGKILL)
+    assert status == 1
     assert "hybridmem: error: another process of this run is gone" in said
-    last = said.strip().split("--ckpt_path ")[-1]
-    assert load_checkpoint(last)["global_step"] >= 1
+    assert load_checkpoint(said.strip().split("--ckpt_path ")[-1])["global_step"] >= 1
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    endless(tmp_path / "run", "step=2.ckpt", signal.SIGTERM)
+    saved = load_checkpoint(tmp_path / "run" / "run" / "interrupted.ckpt")
+    assert saved["global_step"] >= 2
+    assert len(saved["carried"]) == len(saved["random_state"]) == 2  # of both processes
 
 
 class Unknown(DDPStrategy):
