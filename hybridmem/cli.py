@@ -13,12 +13,14 @@ from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from .compare import compare, report
+from .processes import lost_a_process
 from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
-from .training.checkpoints import check_same_model, export, load_checkpoint
-from .training.errors import CommandParser, SettingsError, TrainingParser, settings_errors
+from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
+from .training.errors import CommandParser, SettingsError, TrainingParser, one_line, settings_errors
 from .training.generate import generate
 from .training.policy import PolicyModule
 from .training.pretrain import PretrainModule
@@ -27,11 +29,13 @@ from .training.subnetwork_command import named_folders, subnetwork
 Trained = PretrainModule | PolicyModule
 COMMANDS = {
     "export": export,
+    "consolidate": consolidate,
     "generate": generate,
     "subnetwork": subnetwork,
     "compare": compare,
     "report": report,
 }
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
@@ -41,6 +45,8 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   test       loss by position and needles of a checkpoint
   predict    bits that each held-out token takes
   export     a checkpoint as a Hugging Face folder
+  consolidate
+             a sharded run's checkpoint as one file, for any strategy
   generate   text from an exported folder
   subnetwork which weights training changed, of two or three exported folders
   compare    a grid of architectures and controls, from warm-ups to a report
@@ -48,6 +54,10 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
 hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
 """
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone."""
 
 
 class HybridMemCLI(LightningCLI):
@@ -89,11 +99,22 @@ class HybridMemCLI(LightningCLI):
             if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
                 with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
                     raise error
+            if lost_a_process(error):
+                raise ProcessLost(self._how_to_go_on(error)) from error
             raise
+
+    def _how_to_go_on(self, error: Exception) -> str:
+        """What a process says that has lost another one."""
+        root = Path(self.trainer.default_root_dir)
+        saved = [path for path in root.glob("*.ckpt") if path.is_file() or is_sharded(path)]
+        last = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        remedy = "no checkpoint was written yet" if last is None else f"go on with --ckpt_path {last}"
+        return f"another process of this run is gone or hangs ({one_line(str(error))[:200]}): {remedy}"
 
     def _check(self, subcommand: str) -> None:
         """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
         path = self._get(self.config, "ckpt_path")
+        self._check_strategy(path)
         self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, Trained):
@@ -109,6 +130,20 @@ class HybridMemCLI(LightningCLI):
             checkpoint = load_checkpoint(path, weights=False)
             if isinstance(self.model, PretrainModule):
                 check_same_model(self.model.config, checkpoint)
+
+    def _check_strategy(self, ckpt_path: Any) -> None:
+        """Raise when the strategy is none that is tried, or cannot go on from the checkpoint."""
+        strategy = self.trainer.strategy
+        if type(strategy) not in STRATEGIES:
+            raise ValueError(
+                f"trainer.strategy: {type(strategy).__name__} is not supported: choose auto, ddp, or "
+                "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
+            )
+        if ckpt_path and is_sharded(ckpt_path) and not isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"ckpt_path={ckpt_path} is of a sharded run, which {type(strategy).__name__} cannot read: make one "
+                f"file of it first (hybridmem consolidate --ckpt_path {ckpt_path} --output whole.ckpt)"
+            )
 
     def _check_folder(self, root: Path, fresh: bool) -> None:
         """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""
@@ -161,6 +196,9 @@ def main() -> None:
     except SettingsError as error:
         print(f"hybridmem: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ProcessLost as error:
+        print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # not sys.exit: what is left of the group would be waited for
     except KeyboardInterrupt:
         print("hybridmem: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -4,7 +4,7 @@ Without it a response attends differently from its siblings only once its tokens
 distribution that was really used, and rewarded ways to attend are told from the others from the first token on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,13 +37,13 @@ def draw_noise(
     num_prompts: int,
     num_generations: int,
     time: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Noise:
     """Gaussian noise of deviation `sigma` for every response, reused at all its query positions.
 
     For `attention` on the logits of every head and key, for `allocation` on the gate's logits, for `memory` on the
     logits of the memory's gates. Responses come in antithetic pairs: what one tries, the next one of its group tries
-    reversed, so that the baseline is at their middle.
+    reversed, so that the baseline is at their middle. `generator` is one, or one for each prompt.
 
     Raises:
         ValueError: a target that the layer's variant has not, or whose noise is not defined.
@@ -53,7 +53,9 @@ def draw_noise(
     for number in layers:
         shape = _noise_shape(found[number], target, time)
         half = -(-num_generations // 2)
-        drawn = sigma * torch.randn(num_prompts, half, *shape, generator=generator, device=generator.device)
+        each = list(generator) if isinstance(generator, Sequence) else [generator]
+        count = num_prompts // len(each)
+        drawn = sigma * torch.cat([torch.randn(count, half, *shape, generator=g, device=g.device) for g in each])
         pairs = torch.stack((drawn, -drawn), dim=2).flatten(1, 2)[:, :num_generations]
         noise[number] = pairs.flatten(0, 1)
     return noise

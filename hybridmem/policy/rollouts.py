@@ -1,16 +1,20 @@
 """Groups of sampled responses: each prompt is read once, then answered many times."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from ..patches import embed_with_patches
+from ..processes import unsharded
+
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one of all prompts, or one for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +165,12 @@ def vision_positions(model: Any, prompts: PromptBatch) -> Int[Tensor, "axes prom
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, for a while."""
+    """A model in evaluation mode for a while, and whole where processes share its weights."""
     training = model.training
     model.eval()
     try:
-        yield
+        with unsharded(model):
+            yield
     finally:
         model.train(training)
 
@@ -178,7 +183,7 @@ def sample(
     sampling: Sampling,
     eos_token_ids: list[int],
     pad_token_id: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     prefill_once: bool = True,
 ) -> Completions:
     """Answer each prompt `num_generations` times.
@@ -190,7 +195,7 @@ def sample(
         sampling: how tokens are drawn.
         eos_token_ids: tokens that end a response.
         pad_token_id: what stands behind the end.
-        generator: of the random numbers.
+        generator: of the random numbers, or one for each prompt: its responses then do not depend on the others.
         prefill_once: read each prompt once and hand its state to all its responses; False: every response reads it,
             which it must where responses read differently (attention exploration).
     """
@@ -250,8 +255,14 @@ def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def generators(device: torch.device, *keys: tuple[int, ...]) -> list[torch.Generator]:
+    """A generator for each key, whatever process asks for it."""
+    seeds = (int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in keys)
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
 def draw(
-    logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: torch.Generator | None
+    logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: Generators
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """A token for each row, and its log-probability."""
     if sampling.temperature == 0:
@@ -260,8 +271,15 @@ def draw(
     else:
         logps = (logits / sampling.temperature).log_softmax(-1)
         probabilities = _filtered(logps, sampling).exp()
-        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        tokens = _multinomial(probabilities, generator)
     return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _multinomial(probabilities: Float[Tensor, "rows vocab"], generator: Generators) -> Int[Tensor, " rows"]:
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    groups = probabilities.chunk(len(generator))
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(groups, generator, strict=True)]).squeeze(1)
 
 
 def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from .rollouts import Completions, PromptBatch, Sampling, draw, read
+from .rollouts import Completions, Generators, PromptBatch, Sampling, draw, read
 
 
 class Reply(NamedTuple):
@@ -52,7 +52,7 @@ def sample_turns(
     respond: Callable[[int, list[int]], Reply],
     eos_token_ids: list[int],
     pad_token_id: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Trajectories:
     """Act `num_generations` times behind each prompt.
 
@@ -68,7 +68,7 @@ def sample_turns(
         respond: (trajectory, tokens of its turn without their end) to what the environment says.
         eos_token_ids: tokens that end a turn.
         pad_token_id: what stands behind the end.
-        generator: of the random numbers.
+        generator: of the random numbers, or one for each prompt.
     """
     cache = DynamicCache(config=model.config.get_text_config())
     logits = read(model, prompts, cache)[:, -1]

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..data import Prompt
 from ..policy.environments import act
-from ..policy.rollouts import Completions, Sampling, evaluating
+from ..policy.rollouts import Completions, Generators, Sampling, evaluating
 from ..policy.turns import Reply, sample_turns
 
 if TYPE_CHECKING:
@@ -28,12 +27,13 @@ class Acted:
     calls: int
     failures: int
 
-    def metrics(self) -> dict[str, float]:
-        """Turns of a trajectory, calls of a trajectory, and the share of calls that failed, under TRL's names."""
+    def metrics(self) -> dict[str, tuple[float, int]]:
+        """Turns and calls of a trajectory, the share of calls that failed, under TRL's names; each with its weight."""
+        count = len(self.environments)
         return {
-            "turns/mean": self.turns.float().mean().item(),
-            "tools/call_frequency": self.calls / len(self.environments),
-            "tools/failure_frequency": self.failures / max(self.calls, 1),
+            "turns/mean": (self.turns.float().mean().item(), count),
+            "tools/call_frequency": (self.calls / count, count),
+            "tools/failure_frequency": (self.failures / max(self.calls, 1), self.calls),
         }
 
 
@@ -42,7 +42,7 @@ def act_out(
     examples: list[dict[str, Any]],
     times: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Acted:
     """Act `times` times on every example, each time in an environment of its own."""
     assert module.environment_factory is not None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..processes import any_of_all, of_all, rank_and_size, unsharded
 from .observe import observe
 
 
@@ -20,25 +21,26 @@ class RandomState(L.Callback):
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
+        self.started = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save as tensors, lists and numbers: checkpoints are loaded with weights_only."""
-        state: Any = np.random.get_state()  # noqa: NPY002 (libraries still draw from the global generator)
-        name, keys, *rest = state
-        checkpoint["random_state"] = {
-            "torch": torch.get_rng_state(),
-            "numpy": (name, keys.tolist(), *rest),
-            "python": random.getstate(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        checkpoint["random_state"] = of_all(_random_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep them until training starts: setting up draws numbers too."""
-        self.loaded = checkpoint.get("random_state")
+        states, (rank, size) = checkpoint.get("random_state"), rank_and_size()
+        self.loaded = states[rank] if states is not None and len(states) == size else None
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Restore before the first batch."""
+        """Restore before the first batch; where there is nothing to restore, let processes draw different numbers.
+
+        Until here they drew the same ones: models that are sharded have to start alike.
+        """
+        started, self.started = self.started, True
         if self.loaded is None:
+            if not started and trainer.world_size > 1:
+                torch.manual_seed(torch.initial_seed() + trainer.global_rank + trainer.world_size * trainer.global_step)
             return
         torch.set_rng_state(self.loaded["torch"])
         name, keys, *rest = self.loaded["numpy"]
@@ -50,11 +52,23 @@ class RandomState(L.Callback):
         self.loaded = None
 
 
+def _random_state() -> dict[str, Any]:
+    state: Any = np.random.get_state()  # noqa: NPY002 (libraries still draw from the global generator)
+    name, keys, *rest = state
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
 class GracefulStop(L.Callback):
     """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, say how to go on. A second Ctrl-C stops at once.
 
     A step ends with its optimiser step and with the validation that is due after it: the checkpoint is taken before
-    the next one begins, so that a resumed run misses neither gradients nor a validation.
+    the next one begins, so that a resumed run misses neither gradients nor a validation. Of several processes it is
+    enough that one gets the signal: all stop after the same step.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -88,8 +102,8 @@ class GracefulStop(L.Callback):
         self.global_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop here if a signal came."""
-        if self.received is None or not self.between_steps:
+        """Stop here if a signal came, to this process or to another one."""
+        if not self.between_steps or not any_of_all(self.received is not None):
             return
         path = Path(trainer.default_root_dir) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
@@ -157,4 +171,5 @@ class MemoryMonitor(L.Callback):
             return
         self.last_step = step
         row = {name: batch[name][:1, : self.tokens] for name in ("input_ids", "document_ids") if name in batch}
-        pl_module.log_dict(observe(pl_module.model, **row))
+        with unsharded(pl_module.model):
+            pl_module.log_dict(observe(pl_module.model, **row))

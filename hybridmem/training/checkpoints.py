@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.optim import Optimizer
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,7 +28,9 @@ from ..convolution import ConvolutionState
 from ..data import load_processor, load_tokenizer
 from ..memory import NeuralMemoryState
 from ..modeling import HybridMemForCausalLM
+from ..processes import rank_and_size
 from ..sequence import LastDocument
+from ..state import map_state
 from ..variants import BranchStates, OpenSegment, SegmentStates
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
@@ -60,19 +63,46 @@ def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> Non
         raise ValueError(f"the checkpoint is of another model: {changes}; set model.init_args.config accordingly")
 
 
-def save_cache(cache: DynamicCache | None) -> list[tuple[Any, ...]] | None:
-    """The carried states as plain values."""
+SavedCache = list[tuple[Any, ...]] | None
+
+
+def save_cache(cache: DynamicCache | None) -> SavedCache:
+    """The carried states as plain values, on the CPU."""
     if cache is None:
         return None
-    return [(layer.state, layer.seen_tokens, layer.last_document) for layer in cache.layers]
+    return [
+        (*map_state(lambda x: x.cpu(), (layer.state, layer.last_document)), layer.seen_tokens) for layer in cache.layers
+    ]
 
 
-def restore_cache(saved: list[tuple[Any, ...]] | None, config: HybridMemConfig) -> DynamicCache | None:
+def own_cache(saved: list[SavedCache]) -> SavedCache:
+    """This process's rows of the states that all processes of a run saved, of however many that were.
+
+    Raises:
+        ValueError: they were others, and their states do not have one shape, as those of mac.
+    """
+    rank, size = rank_and_size()
+    if len(saved) == size:
+        return saved[rank]
+    own = []
+    for layers in zip(*(layers or () for layers in saved), strict=True):
+        *states, seen = zip(*layers, strict=True)
+        try:
+            merged = [map_state(lambda *parts: torch.stack(parts, 1).flatten(0, 1), *parts) for parts in states]
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint's carried states are of {len(saved)} processes and do not join: go on with as many"
+            ) from error
+        own.append((*map_state(lambda x: x[rank::size].clone(), tuple(merged)), seen[0]))
+    return own or None
+
+
+def restore_cache(saved: SavedCache, config: HybridMemConfig) -> DynamicCache | None:
     """Undo `save_cache`."""
     if saved is None:
         return None
     cache = DynamicCache(config=config)
-    for layer, (state, seen_tokens, last_document) in zip(cache.layers, saved, strict=True):
+    for layer, (state, last_document, seen_tokens) in zip(cache.layers, saved, strict=True):
         layer.state, layer.seen_tokens, layer.last_document = state, seen_tokens, last_document
         layer.is_initialized = state is not None
     return cache
@@ -90,7 +120,7 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
         ValueError: not a checkpoint of hybridmem.
     """
     path = Path(path)
-    sharded = (path / "meta.pt").is_file()
+    sharded = is_sharded(path)
     if not path.is_file() and not sharded:
         raise FileNotFoundError(f"ckpt_path={path} does not exist")
     try:
@@ -105,6 +135,46 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
     return checkpoint
+
+
+def consolidate(ckpt_path: Path, output: Path) -> None:
+    """Make one file of the folder that a sharded run writes, to go on from with any strategy and number of processes.
+
+    Args:
+        ckpt_path: the folder.
+        output: the file to write, ending in .ckpt.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or one that is a file already.
+    """
+    if ckpt_path.is_file():
+        raise ValueError(f"ckpt_path={ckpt_path} is one file already: any strategy can go on from it")
+    checkpoint = load_checkpoint(ckpt_path)
+    names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
+    checkpoint["optimizer_states"] = [checkpoint.pop(name) for name in names]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, output)
+    print(f"wrote {output}")
+
+
+def name_optimizer_states(checkpoint: dict[str, Any], module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
+    """Let a checkpoint's optimiser states say parameters' names, not their numbers, which sharded runs count otherwise.
+
+    Optimisers take either. Sharded states say names already, and those of several optimisers as one stay as they are.
+    """
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    states = checkpoint.get("optimizer_states", [])
+    for place, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
+        if "state" not in state:
+            continue
+        names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
+        states[place] = {"state": {names[n]: kept for n, kept in state["state"].items()}, "param_groups": groups}
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is the folder that a sharded run writes."""
+    return (Path(path) / "meta.pt").is_file()
 
 
 def _load(path: Path) -> Any:
@@ -156,7 +226,7 @@ def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return Path(name).suffix == ".ckpt" or (Path(name) / "meta.pt").is_file()
+    return Path(name).suffix == ".ckpt" or is_sharded(name)
 
 
 def export(ckpt_path: Path, output: Path) -> None:

@@ -4,14 +4,15 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Prompt
@@ -33,18 +34,33 @@ from ..policy.recorder import AttentionRecorder, is_segmented
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
     Completions,
+    Generators,
     PromptBatch,
     Sampling,
     completion_logps,
     concatenate,
     evaluating,
+    generators,
     pad_prompts,
     sample,
     vision_positions,
 )
+from ..processes import (
+    Measured,
+    any_of_all,
+    dealt,
+    gather_groups,
+    means,
+    of_all,
+    own_groups,
+    rank_and_size,
+    shard,
+    shares,
+    unsharded,
+)
 from ..settings import at_least, one_of
 from .acting import Acted, act_out, begin, environment_reward
-from .checkpoints import load_policy, tokenizer_of_policy
+from .checkpoints import load_policy, name_optimizer_states, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
@@ -52,6 +68,9 @@ from .refinement import with_refinements
 from .schedules import WarmupCosine
 
 Example = dict[str, Any]
+MEAN_OVER = {"grpo": "responses", "dr_grpo": "responses", "bnpo": "tokens", "dapo": "processes"}  # what losses are
+ROLLOUT, VALIDATION = 0, 2  # what random numbers are for; refinements have 1
+SHOWN = ("reward", "loss")  # in the progress bar
 SOLVED = 1.0  # the reward of an environment in which the task is done
 
 
@@ -134,12 +153,13 @@ class PolicyModule(L.LightningModule):
         self.rejection = _only(objectives, RejectionFineTune)
         self._check_settings()
         self.seed = seed
-        self._generator_state: Tensor | None = None  # of the checkpoint that the run goes on from
+        self.rollouts = 0  # that were begun since the run's first start
         self.model: Any = None
         self._reference: list[PreTrainedModel] = []  # in a list: not a part of the module, nor of its checkpoints
         self._teacher: list[PreTrainedModel] = []  # the same
         self._teacher_tokenizer: PreTrainedTokenizerBase | None = None
-        self._waiting: list[Rollout] = []  # groups with signal that do not fill a batch yet
+        self._waiting: list[Rollout] = []  # groups with signal, of all processes, that do not fill a batch yet
+        self._measured: Measured = defaultdict(list)
         self._started = False
         self._records_prompts = self.distillation is not None  # or AttentionRL's layers do, see configure_model
 
@@ -198,11 +218,27 @@ class PolicyModule(L.LightningModule):
         """Whether a training batch was begun: what fails earlier is a matter of settings."""
         return self._started
 
-    @cached_property
-    def generator(self) -> torch.Generator:
-        """Of the rollouts, on the policy's device; each process has its own."""
-        generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
-        return generator if self._generator_state is None else generator.set_state(self._generator_state)
+    def generators(self, purpose: int, places: Sequence[tuple[int, ...]]) -> list[torch.Generator]:
+        """The random numbers of prompts in this process's batch: they are the same however many processes share it.
+
+        Args:
+            purpose: ROLLOUT or another number, whose random numbers are others.
+            places: of every prompt, its place in the batch, and what tells it from others of the same place.
+        """
+        rank, size = rank_and_size()
+        keys = [(self.seed, purpose, self.rollouts, place * size + rank, *rest) for place, *rest in places]
+        return generators(self.device, *keys)
+
+    def _validation_generators(self, batch_idx: int, count: int) -> list[torch.Generator]:
+        """The same for held-out prompts, in every validation."""
+        rank, size = rank_and_size()
+        first = batch_idx * self.data.hparams.batch_size
+        keys = [(self.seed, VALIDATION, (first + place) * size + rank) for place in range(count)]
+        return generators(self.device, *keys)
+
+    def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
+        """Log, when the batch is done, the mean over all processes by weight, and over what has the same name."""
+        self._measured[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
 
     def configure_model(self) -> None:
         """Load the policy once, and the reference model and the teacher where an objective needs one."""
@@ -222,6 +258,9 @@ class PolicyModule(L.LightningModule):
 
             model = get_peft_model(model, LoraConfig(**self.lora))
         self.model = model
+        if self.device_mesh is not None:
+            for whole in (self.model, *self._reference, *self._teacher):
+                shard(whole, self.device_mesh)
         self.check_data(self.data)
 
     def _load_teacher(self, distillation: AttentionDistillation, student: PreTrainedModel) -> None:
@@ -241,6 +280,7 @@ class PolicyModule(L.LightningModule):
         """Take tokenizer, task and rewards from the data."""
         self.data: Any = self.trainer.datamodule
         self.check_data(self.data)
+        self._check_strategy(self.trainer.strategy)
         self.environment_factory = self.environment_factory or getattr(self.data.task, "environment", None)
         example = self.data.task.example("val", 0)
         self.rewards = RewardSum(self._reward_functions(example), self.reward_weights)
@@ -252,6 +292,17 @@ class PolicyModule(L.LightningModule):
             max_completion_length=length, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             min_p=self.min_p,
         )  # fmt: skip
+
+    def _check_strategy(self, strategy: Any) -> None:
+        """DistributedDataParallel waits for every weight's gradient unless told that some have none."""
+        everything = any((self.token_objective, self.supervised, self.rejection))
+        everything |= self.distillation is not None and bool(self.distillation.mu)
+        settings = getattr(strategy, "_ddp_kwargs", {})
+        if isinstance(strategy, DDPStrategy) and not everything and not settings.get("find_unused_parameters"):
+            raise ValueError(
+                "objectives on attention alone give the model's head no gradient, which strategy ddp waits for: set "
+                "trainer.strategy to ddp_find_unused_parameters_true"
+            )
 
     def _reward_functions(self, example: Example) -> list[Callable]:
         """What the settings name, beside what an environment says; else the task's own."""
@@ -310,24 +361,26 @@ class PolicyModule(L.LightningModule):
         self._started = True
         if self.supervised is not None:
             self.imitate(self.supervised, batch)
-            return
-        rollout = self.roll_out(batch)
-        if self.dynamic_sampling:
-            self._waiting.append(self._with_signal(rollout))
-            groups = sum(len(part.prompts) for part in self._waiting)
-            if groups < len(batch):
-                self.log("dynamic_sampling/waiting", float(groups * self.num_generations))
-                return
-            rollout, self._waiting = self._merged(len(batch)), []
-        self.learn(rollout)
+        else:
+            rollout = self.roll_out(batch)
+            self.rollouts += 1
+            filled = self._filled_up(rollout) if self.dynamic_sampling else rollout
+            if filled is not None:
+                self.learn(filled)
+        for name, value in means(self._measured).items():
+            self.log(name, value, prog_bar=name in SHOWN)
+        self._measured.clear()
 
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
-        """Answer and reward a batch of prompts, and log how it went under TRL's names."""
-        if self.acts:
-            return self._act(examples)
+        """Answer and reward a batch of prompts, and measure how it went under TRL's names."""
+        with unsharded(self.model):  # for good: processes may sample different numbers of tokens
+            return self._act(examples) if self.acts else self._answer(examples)
+
+    def _answer(self, examples: list[Example]) -> Rollout:
         asked = [self.data.prompt(example) for example in examples]
         prompts = self.prompt_batch(asked)
+        each = self.generators(ROLLOUT, [(place,) for place in range(len(examples))])
         noise: Noise | None = None
         looking: AbstractContextManager = nullcontext()
         attention = self.attention_rl
@@ -336,13 +389,13 @@ class PolicyModule(L.LightningModule):
             layers = list(AttentionRecorder(self.model, attention.layers).layers)
             noise = draw_noise(
                 self.model, attention.target, layers, attention.exploration, len(examples), self.num_generations, time,
-                self.generator,
+                each,
             )  # fmt: skip
             looking = explored(self.model, attention.target, noise)
         with evaluating(self.model), looking:
             completions = sample(
                 self.model, prompts, self.num_generations, self.sampling, self.eos_token_ids, self.data.pad_id,
-                self.generator, prefill_once=noise is None,
+                each, prefill_once=noise is None,
             )  # fmt: skip
         noise = noise and cut_noise(noise, prompts.input_ids.shape[1] + completions.ids.shape[1])
         texts, rewards = self._rewarded(examples, completions)
@@ -353,9 +406,11 @@ class PolicyModule(L.LightningModule):
 
     def _act(self, examples: list[Example]) -> Rollout:
         """The same in environments."""
-        acted = act_out(self, examples, self.num_generations, self.sampling, self.generator)
+        each = self.generators(ROLLOUT, [(place,) for place in range(len(examples))])
+        acted = act_out(self, examples, self.num_generations, self.sampling, each)
         _, rewards = self._rewarded(examples, acted.completions, acted.environments)
-        self.log_dict(acted.metrics())
+        for name, (value, weight) in acted.metrics().items():
+            self.measure(name, value, weight)
         return self._judged(acted, rewards.total)
 
     def _judged(self, acted: Acted, rewards: Float[Tensor, " responses"]) -> Rollout:
@@ -364,7 +419,7 @@ class PolicyModule(L.LightningModule):
         if isinstance(self.token_objective, SWEDapo):
             shaped = self.token_objective.shaped(rewards, acted.turns.cpu(), self.max_turns)
             kept = kept & self.token_objective.kept(rewards, self.num_generations).to(kept.device)[:, None]
-            self.log("reward/shaped", shaped.mean())
+            self.measure("reward/shaped", shaped.mean())
         if self.rejection is not None:
             kept = kept & self.rejection.kept(rewards).to(kept.device)[:, None] & ~acted.faulty
         return Rollout(acted.prompts, acted.completions, shaped, kept=kept)
@@ -372,30 +427,26 @@ class PolicyModule(L.LightningModule):
     def _rewarded(
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
-        """Texts and rewards of all responses, logged."""
+        """Texts and rewards of all responses; what is measured is that of all processes together."""
         repeated = [example for example in examples for _ in range(self.num_generations)]
         texts, rewards = self.reward(repeated, completions, environments)
-        lengths = completions.mask.sum(1).float()
+        everyones = Rewards(*(gather_groups(x, self.num_generations) for x in rewards))
         if self.num_generations > 1:
-            signal = groups_with_signal(rewards.total, self.num_generations)
-            self.log("frac_reward_zero_std", (~signal).float().mean())
-        self.log_dict(
-            {
-                **{name: value for name, value in self.rewards.metrics(rewards).items() if name != "reward"},
-                "completions/mean_length": lengths.mean(),
-                "completions/clipped_ratio": completions.truncated.float().mean(),
-            }
-        )
-        self.log("reward", rewards.total.mean(), prog_bar=True)
+            signal = groups_with_signal(everyones.total, self.num_generations)
+            self.measure("frac_reward_zero_std", (~signal).float().mean())
+        for name, value in self.rewards.metrics(everyones).items():
+            self.measure(name, value)
+        self.measure("completions/mean_length", completions.mask.sum(1).float().mean())
+        self.measure("completions/clipped_ratio", completions.truncated.float().mean())
         self.samples = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
         return texts, rewards
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps that a rollout is good for."""
         experience = self._experience(rollout)
-        logs: dict[str, list[Tensor]] = defaultdict(list)
+        first = True
         for _ in range(self.num_iterations):
-            for rows in torch.arange(len(rollout.rewards)).chunk(self.steps_per_generation):
+            for rows in self._steps(len(rollout.rewards), len(rollout.prompts) * self.num_generations):
                 if self.trainer.global_step >= self.trainer.max_steps:
                     break
                 part = experience.select(rows)
@@ -404,27 +455,29 @@ class PolicyModule(L.LightningModule):
                 old = scores.detach() if part.old is None else part.old
                 if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
                     experience.old = old
-                loss, measured = self._loss(part, scores, old, seen)
-                if not logs:
-                    measured |= _sampling_difference(part.sampled(), scores.logps)
+                loss = self._loss(part, scores, old, seen)
+                if first:
+                    self._measure_sampling(part.sampled(), scores.logps)
                 self._step(loss)
-                for name, value in {**measured, "loss": loss}.items():
-                    logs[name].append(value.detach())
-        self.log_dict({name: torch.stack(values).mean() for name, values in logs.items()})
+                self.measure("loss", loss)
+                first = False
+
+    def _steps(self, responses: int, sampled: int) -> tuple[Tensor, ...]:
+        """The rows of each optimiser step of a pass: as many steps in every process, which may have refined others."""
+        return torch.arange(responses).tensor_split(min(self.steps_per_generation, sampled))
 
     def imitate(self, supervised: SFT, examples: list[Example]) -> None:
         """Take the optimiser steps that the answers are good for: as many as a rollout of as many prompts."""
-        logs = []
         for _ in range(self.num_iterations):
-            for rows in torch.arange(len(examples)).chunk(self.steps_per_generation):
+            for rows in self._steps(len(examples), len(examples)):
                 if self.trainer.global_step >= self.trainer.max_steps:
                     break
                 prompts, completions = self._answers([examples[row] for row in rows.tolist()])
                 logps, _ = completion_logps(self.model, prompts, completions, temperature=1.0)
-                loss = supervised.loss(logps, completions.mask)
+                (share,) = shares(completions.mask.sum())
+                loss = supervised.loss(logps, completions.mask) * share.to(logps.dtype)
                 self._step(loss)
-                logs.append(loss.detach())
-        self.log("loss", torch.stack(logs).mean(), prog_bar=True)
+                self.measure("loss", loss)
 
     def _answers(self, examples: list[Example]) -> tuple[PromptBatch, Completions]:
         """Prompts, and their answers as if they had been sampled."""
@@ -445,6 +498,8 @@ class PolicyModule(L.LightningModule):
         prompts = self.prompt_batch(rollout.prompts).repeat(times)
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
         refined = None if rollout.refined is None else rollout.refined.to(self.device)
+        if isinstance(self.token_objective, CritiqueGRPO) and any_of_all(refined is not None) and refined is None:
+            refined = torch.zeros_like(completions.truncated)  # processes run the model alike
         readers = self._readers(len(completions.ids), refined)
         advantages, mask, old = self._advantages(rollout), completions.mask, None
         if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
@@ -453,8 +508,9 @@ class PolicyModule(L.LightningModule):
             mask = self.token_objective.loss_mask(mask, completions.truncated)
         if rollout.kept is not None:
             mask = mask & rollout.kept.to(self.device)
+        items = torch.stack(of_all(mask.sum().cpu())).double().mean().to(self.device)
         return Experience(
-            prompts, completions, advantages, mask, mask.sum() / self.steps_per_generation, old,
+            prompts, completions, advantages, mask, items / self.steps_per_generation, old,
             self._reference_logps(prompts, completions, readers), rollout.noise, refined,
         )  # fmt: skip
 
@@ -463,44 +519,56 @@ class PolicyModule(L.LightningModule):
         rewards = rollout.rewards
         if not self.learns_by_reward:
             return torch.zeros_like(rewards, device=self.device)
-        if rollout.sizes is not None and isinstance(self.token_objective, CritiqueGRPO):
-            return self.token_objective.advantages(rewards, rollout.sizes.tolist()).to(self.device)
+        if isinstance(self.token_objective, CritiqueGRPO):
+            sizes = [self.num_generations] * len(rollout.prompts) if rollout.sizes is None else rollout.sizes.tolist()
+            return self.token_objective.advantages(rewards, sizes).to(self.device)
         scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
-        return group_advantages(rewards, self.num_generations, scale).to(self.device)
+        everyones = gather_groups(rewards, self.num_generations)  # a batch's deviation is that of all processes
+        advantages = group_advantages(everyones, self.num_generations, scale)
+        return own_groups(advantages, self.num_generations).to(self.device)
 
-    def _loss(
-        self, part: Experience, scores: Scores, old: Scores, seen: list[Observation]
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The sum of the objectives' losses, and what they measured."""
-        loss, generated = scores.logps.new_zeros(()), part.completions.mask
-        measured = {"entropy": (scores.entropy * generated).sum() / generated.sum()}
-        for prefix, objective_loss, metrics in self._losses(part, scores, old, seen):
-            loss = loss + objective_loss
-            measured |= {f"{prefix}{name}": value for name, value in metrics.items()}
-        return loss, measured
+    def _loss(self, part: Experience, scores: Scores, old: Scores, seen: list[Observation]) -> Float[Tensor, ""]:
+        """The sum of the objectives' losses; its mean over processes is the loss of all their responses."""
+        loss, generated, tokens = scores.logps.new_zeros(()), part.completions.mask, part.mask.sum()
+        self.measure("entropy", (scores.entropy * generated).sum() / generated.sum(), generated.sum())
+        of_responses, of_tokens = shares(torch.tensor(len(part.mask), device=tokens.device), tokens)
+        share = {"responses": of_responses, "tokens": of_tokens, "processes": torch.ones_like(of_tokens)}
+        for prefix, mean_over, objective_loss, metrics in self._losses(part, scores, old, seen):
+            loss = loss + objective_loss * share[mean_over].to(loss.dtype)
+            for name, value in metrics.items():
+                self.measure(f"{prefix}{name}", value, tokens)
+        return loss
 
     def _losses(
         self, part: Experience, scores: Scores, old: Scores, seen: list[Observation]
-    ) -> Iterator[tuple[str, Float[Tensor, ""], dict[str, Tensor]]]:
-        """What stands before an objective's metrics in the log, its loss, and its metrics."""
+    ) -> Iterator[tuple[str, str, Float[Tensor, ""], dict[str, Tensor]]]:
+        """What stands before an objective's metrics in the log, what its loss is a mean over, the loss, the metrics."""
         if self.token_objective is not None:
             shaped = {} if part.refined is None else {"refined": part.refined}
             loss, metrics = self.token_objective.loss(
                 scores.logps, old.logps, part.advantages, part.mask, ref_logps=part.ref_logps,
                 num_items=part.num_items, max_completion_length=self.sampling.max_completion_length, **shaped,
             )  # fmt: skip
-            yield "", loss, metrics
+            yield "", MEAN_OVER[self.token_objective.loss_type], loss, metrics
         if self.rejection is not None:
-            yield "rejection/", self.rejection.loss(scores.logps, part.mask), {"kept": part.mask.any(1).float().mean()}
+            self.measure("rejection/kept", part.mask.any(1).float().mean())
+            yield "rejection/", "tokens", self.rejection.loss(scores.logps, part.mask), {}
         if self.attention_rl is not None:
             loss, metrics = self.attention_rl.loss(scores.records, old.records, part.advantages, part.mask, part.noise)
-            yield "attention/", loss, metrics
+            yield "attention/", "tokens", loss, metrics
         if self.distillation is not None:
             loss, metrics = self.distillation.loss(seen[0], self._teach(self.distillation, part), part.mask)
-            yield "distillation/", loss, metrics
+            yield "distillation/", "tokens", loss, metrics
+
+    def _measure_sampling(self, completions: Completions, logps: Float[Tensor, "responses length"]) -> None:
+        """How far log-probabilities are from those that were sampled with, under TRL's names."""
+        difference = ((logps - completions.sampled_logps).abs() * completions.mask).detach()
+        count = completions.mask.sum()
+        self.measure("sampling/sampling_logp_difference/mean", difference.sum() / count.clamp(min=1), count)
+        self.measure("sampling/sampling_logp_difference/max", difference.max())
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
-        if not torch.isfinite(loss):
+        if any_of_all(not torch.isfinite(loss)):  # in every process, or the others would wait for this one
             raise FloatingPointError(
                 f"the loss is {loss.item()} at optimiser step {self.trainer.global_step}: lower the learning rate, or "
                 "look at rewards and clipping; the last checkpoint is as it was"
@@ -510,7 +578,7 @@ class PolicyModule(L.LightningModule):
         self.manual_backward(loss)
         if self.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            self.log("grad_norm", norm)
+            self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         optimizer.step()
         schedule: Any = self.lr_schedulers()
         schedule.step()
@@ -527,9 +595,11 @@ class PolicyModule(L.LightningModule):
         """How many responses share one reading of their prompt.
 
         One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, where
-        refinements make groups unequal, and where a step holds parts of groups.
+        refinements make groups unequal, where a step holds parts of groups, and in sharded models: gradients that go
+        through a cache go past the places where those gather a layer's weights.
         """
-        shared = not self._records_prompts and not self.model.is_activation_checkpointing and refined is None
+        whole = self.device_mesh is None and not self.model.is_activation_checkpointing
+        shared = whole and not self._records_prompts and refined is None
         return self.num_generations if shared and responses % self.num_generations == 0 else 1
 
     @torch.no_grad()
@@ -589,21 +659,31 @@ class PolicyModule(L.LightningModule):
         bare = [[token for token in row if token not in self.eos_token_ids] for row in ids]
         return self.data.tokenizer.batch_decode(bare), ids
 
-    def _with_signal(self, rollout: Rollout) -> Rollout:
-        """The groups whose rewards differ."""
-        signal = groups_with_signal(rollout.rewards, self.num_generations)
-        rows = signal.repeat_interleave(self.num_generations).nonzero().squeeze(1)
-        completions = Completions(*(x[rows.to(x.device)] for x in rollout.completions))
-        prompts = [prompt for prompt, kept in zip(rollout.prompts, signal.tolist(), strict=True) if kept]
-        return Rollout(prompts, completions, rollout.rewards[rows])
+    def _filled_up(self, rollout: Rollout) -> Rollout | None:
+        """A batch of groups whose rewards differ, out of this rollout and those before it; None: too few yet.
 
-    def _merged(self, groups: int) -> Rollout:
-        """The first `groups` waiting ones as one rollout."""
-        count = groups * self.num_generations
-        parts = [part.completions for part in self._waiting]
-        completions = Completions(*(x[:count] for x in concatenate(parts, self.data.pad_id)))
-        prompts = [prompt for part in self._waiting for prompt in part.prompts]
-        return Rollout(prompts[:groups], completions, torch.cat([part.rewards for part in self._waiting])[:count])
+        What waits is that of all processes: one that found less learns from what another has found.
+        """
+        rank, size = rank_and_size()
+        self._waiting += [group for group in dealt(of_all(self._groups(rollout))) if group is not None]
+        if len(self._waiting) < len(rollout.prompts) * size:
+            self.measure("dynamic_sampling/waiting", float(len(self._waiting) * self.num_generations))
+            return None
+        chosen, self._waiting = self._waiting[: len(rollout.prompts) * size], []
+        mine = chosen[rank::size]
+        completions = concatenate([group.completions for group in mine], self.data.pad_id)
+        prompts = [prompt for group in mine for prompt in group.prompts]
+        return Rollout(prompts, completions, torch.cat([group.rewards for group in mine]))
+
+    def _groups(self, rollout: Rollout) -> list[Rollout | None]:
+        """Every group on its own and on the CPU; None in the place of those without signal."""
+        signal = groups_with_signal(rollout.rewards, self.num_generations)
+        parts = zip(*(x.cpu().split(self.num_generations) for x in rollout.completions), strict=True)
+        rewards = rollout.rewards.split(self.num_generations)
+        return [
+            Rollout([prompt], Completions(*completions), earned) if kept else None
+            for prompt, completions, earned, kept in zip(rollout.prompts, parts, rewards, signal.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
@@ -617,34 +697,36 @@ class PolicyModule(L.LightningModule):
         prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         texts, rewards = self.reward(batch, self.answer(prompts, 1, greedy))
-        self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
-        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        sampled, _ = self._texts(self.answer(prompts, self.num_generations, self.sampling, generator))
+        self._log_validation(len(batch), reward=rewards.total.mean())
+        each = self._validation_generators(batch_idx, len(batch))
+        sampled, _ = self._texts(self.answer(prompts, self.num_generations, self.sampling, each))
         answered = Answered(batch, texts, sampled)
         if "answer" in batch[0]:
             answered = answered.judged(self.data.task)
-            self.log("val/accuracy", _share(answered.greedy_right), batch_size=len(batch), prog_bar=True)
-            self.log("val/pass@1", _share(answered.sampled_right), batch_size=len(batch))
+            right = {"accuracy": _share(answered.greedy_right), "pass@1": _share(answered.sampled_right)}
+            self._log_validation(len(batch), **right)
         return answered
+
+    def _log_validation(self, batch_size: int, **values: Tensor | float) -> None:
+        """Log means over the examples of all processes."""
+        for name, value in values.items():
+            shown = name in ("reward", "accuracy")
+            self.log(f"val/{name}", value, batch_size=batch_size, prog_bar=shown, sync_dist=True)
 
     def _validate_acting(self, batch: list[Example], batch_idx: int) -> Answered:
         greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
         acted = act_out(self, batch, 1, greedy)
         texts, rewards = self.reward(batch, acted.completions, acted.environments)
-        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        tried = act_out(self, batch, self.num_generations, self.sampling, generator)
+        each = self._validation_generators(batch_idx, len(batch))
+        tried = act_out(self, batch, self.num_generations, self.sampling, each)
         repeated = [example for example in batch for _ in range(self.num_generations)]
         sampled, of_samples = self.reward(repeated, tried.completions, tried.environments)
         solved, of_samples_solved = ((x.total >= SOLVED).tolist() for x in (rewards, of_samples))
-        self.log("val/reward", rewards.total.mean(), batch_size=len(batch), prog_bar=True)
-        self.log("val/accuracy", _share(solved), batch_size=len(batch), prog_bar=True)
-        self.log("val/pass@1", _share(of_samples_solved), batch_size=len(batch))
-        self.log("val/turns", tried.turns.float().mean(), batch_size=len(batch))
+        right = {"accuracy": _share(solved), "pass@1": _share(of_samples_solved)}
+        self._log_validation(len(batch), reward=rewards.total.mean(), **right, turns=tried.turns.float().mean())
         return Answered(batch, texts, sampled, solved, of_samples_solved)
 
-    def answer(
-        self, prompts: PromptBatch, times: int, sampling: Sampling, generator: torch.Generator | None = None
-    ) -> Completions:
+    def answer(self, prompts: PromptBatch, times: int, sampling: Sampling, generator: Generators = None) -> Completions:
         """Responses of the policy as it is, without exploration."""
         with evaluating(self.model):
             return sample(self.model, prompts, times, sampling, self.eos_token_ids, self.data.pad_id, generator)
@@ -655,18 +737,20 @@ class PolicyModule(L.LightningModule):
         return [optimizer], [self.lr_scheduler(optimizer, self.trainer.max_steps)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the checkpoint holds and where the rollouts' random numbers stand."""
+        """Add what the checkpoint holds and how many rollouts there were: their random numbers follow from it."""
         model = self.model if self.lora is None else self.model.get_base_model()
         own = isinstance(model, HybridMemForCausalLM)
         checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
-        checkpoint["rollout_generator"] = self.generator.get_state()
+        checkpoint["rollouts"] = self.rollouts
+        if self.device_mesh is None:
+            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random numbers up again."""
-        self._generator_state = checkpoint["rollout_generator"]
+        """Go on with the random numbers that come next."""
+        self.rollouts = checkpoint["rollouts"]
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -681,17 +765,6 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _share(right: list[bool]) -> float:
     return sum(right) / len(right)
-
-
-def _sampling_difference(
-    completions: Completions, logps: Float[Tensor, "responses length"]
-) -> dict[str, Float[Tensor, ""]]:
-    """How far log-probabilities are from those that were sampled with, under TRL's names."""
-    difference = ((logps - completions.sampled_logps).abs() * completions.mask).detach()
-    return {
-        "sampling/sampling_logp_difference/mean": difference.sum() / completions.mask.sum().clamp(min=1),
-        "sampling/sampling_logp_difference/max": difference.max(),
-    }
 
 
 def _only(objectives: Sequence[Any], kind: type) -> Any:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -19,9 +20,10 @@ from ..configuration import HybridMemConfig
 from ..metrics import BitsPerByte, LossByPosition, NeedleAccuracy, document_positions
 from ..modeling import HybridMemForCausalLM
 from ..patches import embed_with_patches
+from ..processes import of_all, shard, shares
 from ..sequence import PADDING
 from ..state import detach_state
-from .checkpoints import check_same_model, restore_cache, save_cache
+from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine
 
@@ -95,11 +97,12 @@ class PretrainModule(L.LightningModule):
             model.activation_checkpointing_enable()
         mesh = self.device_mesh
         if mesh is not None:
-            from torch.distributed.fsdp import fully_shard
-
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh["data_parallel"])
-            fully_shard(model, mesh=mesh["data_parallel"])
+            if self.matrix_optimizer is not None:
+                raise ValueError(
+                    "matrix_optimizer works on whole matrices, which ModelParallelStrategy shards: set it to null, or "
+                    "trainer.strategy to ddp"
+                )
+            shard(model, mesh)
         self.model = model
 
     def setup(self, stage: str) -> None:
@@ -134,17 +137,18 @@ class PretrainModule(L.LightningModule):
             self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss per predicted token."""
+        """Mean loss per predicted token, over the batches of all processes."""
         cache = self._cache() if self.carry_state else None
         _, nats = self._token_losses(batch, cache)
         if cache is not None:
             for layer in cache.layers:
                 layer.state = detach_state(layer.state)
-        predicted = (batch["shift_labels"] != -100).sum().clamp(min=1)
-        loss = nats.sum() / predicted
+        predicted = (batch["shift_labels"] != -100).sum()
+        (share,) = shares(predicted)  # processes may predict unequally many tokens
+        loss = nats.sum() / predicted.clamp(min=1) * share.to(nats.dtype)
         bits = BitsPerByte().to(self.device)
         bits.update(nats.detach(), self._bytes(batch))
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.log("train/bits_per_byte", bits.compute().float(), prog_bar=True)
         return loss
 
@@ -180,7 +184,7 @@ class PretrainModule(L.LightningModule):
         self._log_evaluation("test")
         metric: Any
         for length, metric in self.needles.items():
-            self.log(f"test/needle_accuracy/{length}", metric.compute().float())
+            self.log(f"test/needle_accuracy/{length}", metric.compute().float(), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, list]]:
         """For every row the tokens to predict, in order, and how many bits each took."""
@@ -209,12 +213,14 @@ class PretrainModule(L.LightningModule):
         checkpoint["hybridmem_config"] = self.config.to_dict()
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
-        checkpoint["carried"] = save_cache(self.carried)
+        checkpoint["carried"] = of_all(save_cache(self.carried))
+        if self.device_mesh is None:
+            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; take up the states."""
         check_same_model(self.config, checkpoint)
-        self.carried = restore_cache(checkpoint.get("carried"), self.config)
+        self.carried = restore_cache(own_cache(checkpoint.get("carried") or [None]), self.config)
 
     def _cache(self) -> DynamicCache:
         if self.carried is None:
@@ -266,11 +272,13 @@ class PretrainModule(L.LightningModule):
         self.loss_by_position.update(nats, num_bytes.where(documents != PADDING, 0), document_positions(documents))
 
     def _log_evaluation(self, stage: str) -> None:
-        self.log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
+        """Log what is the same on every process, since metrics add up over them."""
+        log = partial(self.log, sync_dist=True)
+        log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
         for name, bits in self.loss_by_position.compute().items():
-            self.log(f"{stage}/bits_per_byte_at/{name}", bits.float())
+            log(f"{stage}/bits_per_byte_at/{name}", bits.float())
         if self.answers is not None:
-            self.log(f"{stage}/accuracy", self.answers.compute().float(), prog_bar=True)
+            log(f"{stage}/accuracy", self.answers.compute().float(), prog_bar=True)
             self.answers.reset()
         self.bits_per_byte.reset()
         self.loss_by_position.reset()

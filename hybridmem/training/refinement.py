@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..policy.critique import CritiqueGRPO
 from ..policy.rollouts import Completions, concatenate
+from ..processes import rank_and_size
 from .experience import Rollout
 
+REFINEMENTS = 1  # apart from the rollout's own random numbers
 logger = logging.getLogger(__name__)
 
 
@@ -20,8 +22,8 @@ def with_refinements(
 ) -> Rollout:
     """A rollout with the refinements that the objective asks for, each behind its group or in its first places.
 
-    Logs, under critique/: the share of groups that were refined, of these the share with a right refinement, how many
-    refinements were sampled, and how many responses had none because there was no critique or no room for one.
+    Measures, under critique/: the share of groups that were refined, of these the share with a right refinement, how
+    many refinements were sampled, and how many responses had none because there was no critique or no room for one.
 
     Args:
         module: the PolicyModule that sampled.
@@ -33,18 +35,20 @@ def with_refinements(
     groups = objective.to_refine(correct.view(-1, times))
     rows = groups.repeat_interleave(times).nonzero().squeeze(1).tolist()
     asked = _ask_again(module, objective, examples, texts, correct, rows)
-    module.log("critique/refined_groups", groups.float().mean())
-    module.log("critique/unrefined", float(len(rows) - len(asked)))
-    module.log("critique/sampled", float(len(asked)))
+    module.measure("critique/refined_groups", groups.float().mean())
+    _, size = rank_and_size()  # the mean over processes of size times a count is the sum
+    module.measure("critique/unrefined", float(size * (len(rows) - len(asked))))
+    module.measure("critique/sampled", float(size * len(asked)))
     if not asked:
         return rollout
     prompts = module.prompt_batch([prompt for _, prompt in asked])
-    refinements = module.answer(prompts, 1, module.sampling, module.generator)
+    keys = [divmod(row, times) for row, _ in asked]
+    refinements = module.answer(prompts, 1, module.sampling, module.generators(REFINEMENTS, keys))
     group_of = torch.tensor([row // times for row, _ in asked])
     _, rewards = module.reward([examples[group] for group in group_of.tolist()], refinements)
     chosen = best_of_groups(rewards.total, group_of, objective.num_refinements)
     right = group_of[rewards.total >= objective.correct_reward].unique()
-    module.log("critique/rescued_groups", len(right) / int(groups.sum()))
+    module.measure("critique/rescued_groups", len(right) / int(groups.sum()), int(groups.sum()))
     kept = Completions(*(x[chosen.to(x.device)] for x in refinements))
     return joined(rollout, kept, rewards.total[chosen], group_of[chosen], objective, times, module.data.pad_id)
 

@@ -73,7 +73,8 @@ def module(answers, rewards):
         return example["prompt"]
 
     return SimpleNamespace(
-        num_generations=2, sampling=None, generator=None, asked=asked, logs=logs, log=logs.__setitem__,
+        num_generations=2, sampling=None, generators=lambda *_: None, asked=asked, logs=logs,
+        measure=lambda name, value, weight=1: logs.__setitem__(name, value),
         data=SimpleNamespace(prompt=prompt, pad_id=9), prompt_batch=list, answer=lambda *_: answers,
         reward=lambda examples, _: ([], SimpleNamespace(total=torch.tensor(rewards))),
     )  # fmt: skip

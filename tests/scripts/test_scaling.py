@@ -1,0 +1,88 @@
+"""The cost model's formulas against counted operations and measured states; its page is as it is written."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from hybridmem import HybridMemConfig, HybridMemForCausalLM
+from hybridmem.cache import state_bytes
+
+from ..unchecked import ROOT
+
+TIME = 512
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("scaling")
+
+
+def small(**changes) -> HybridMemConfig:
+    """A model of two layers that attends in whole blocks."""
+    shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, head_dim=32)
+    memory = dict(memory_heads=2, memory_head_dim=64, memory_chunk_size=16)
+    settings = dict(num_key_value_heads=2, attention_window=64, attention_conv=True, num_persistent_tokens=4)
+    return HybridMemConfig(vocab_size=259, **shape, **memory, **settings | changes)
+
+
+def in_place(summand: list[int], left: list[int], right: list[int], **_: Any) -> int:
+    """Operations of baddbmm_, which the counter does not know by itself."""
+    return 2 * left[0] * left[1] * left[2] * right[2]
+
+
+def counted(model: HybridMemForCausalLM, backward: bool) -> float:
+    """Operations of a pass, for each of TIME tokens."""
+    mine = {torch.ops.aten.baddbmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=mine) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits = model(torch.zeros(1, TIME, dtype=torch.long)).logits
+        if backward:
+            logits.sum().backward()
+    return counter.get_total_flops() / TIME
+
+
+def test_operations_are_those_that_are_counted(scaling):
+    config = small()
+    model, formula = HybridMemForCausalLM(config), scaling.Model.of(config)
+    forward = formula.forward()
+    assert formula.parameters == model.num_parameters()
+    # The formula's memory is that of the Triton kernels; PyTorch's takes a few more products of the chunk's length.
+    assert counted(model, backward=False) == pytest.approx(sum(forward), rel=0.03)
+    without_recomputing = formula.training() - sum(forward)
+    assert counted(model, backward=True) == pytest.approx(without_recomputing, rel=0.03)
+    window = small(variant="swa")
+    rest = scaling.Model.of(window).forward()
+    # Persistent tokens are projected once, and counted as if that were nothing.
+    assert counted(HybridMemForCausalLM(window), backward=False) == pytest.approx(
+        rest.linear + rest.attention, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_conv": False, "memory_conv_size": 1}, {"attention_window": 16}])
+def test_a_state_is_as_large_as_measured(scaling, changes):
+    config = small(**changes)
+    model, cache = HybridMemForCausalLM(config), DynamicCache(config=config)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.zeros(1, 100, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert scaling.Model.of(config).state_bytes(width=4) == state_bytes(cache)
+
+
+def test_what_a_step_sends(scaling):
+    """Worked by hand: 4 processes, a micro-batch each of a row, 1,000 weights of 4 bytes."""
+    model = scaling.Model(small(), 1000, 1000)
+    step = scaling.Step(model, 4, 4 * scaling.SEQUENCE)
+    assert step.ddp_bytes == pytest.approx(2 * 0.75 * 4000 / 4096)
+    assert step.fsdp_bytes == pytest.approx(3 * 0.75 * 4000 / 4096)
+    longer = scaling.Step(model, 4, 4 * 16 * scaling.SEQUENCE)  # two micro-batches
+    assert longer.fsdp_bytes == pytest.approx(2 * 3 * 0.75 * 4000 / (16 * 4096))
+
+
+def test_the_page_is_as_the_models_are(scaling):
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert scaling.rewritten(page) == page

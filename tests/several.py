@@ -1,0 +1,99 @@
+"""Processes side by side that share a group, forked: their imports are there already."""
+
+import io
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybridmem.cli import main
+
+SECONDS = 120  # before processes that wait for one another are ended
+
+
+def as_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(rank, *arguments)` returns in each of `size` processes that have one group (gloo)."""
+    port = free_port()
+
+    def work(rank: int) -> Any:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        try:
+            return function(rank, *arguments)
+        finally:
+            dist.destroy_process_group()
+
+    return forked(size, work)
+
+
+def fit(size: int, *arguments: object, output: Path | None = None) -> None:
+    """`hybridmem fit` in several processes, as torchrun starts them."""
+    forked(size, command(size, "fit", *arguments))
+
+
+def command(size: int, *arguments: object) -> Callable[[int], None]:
+    """A command of `hybridmem` as one of several processes runs it."""
+    port = free_port()
+
+    def work(rank: int) -> None:
+        group = dict(RANK=rank, LOCAL_RANK=rank, GROUP_RANK=0, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
+        os.environ |= {name: str(value) for name, value in {**group, **there}.items()}
+        sys.argv = ["hybridmem", *map(str, arguments)]
+        main()
+
+    return work
+
+
+def forked(size: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returns in each of `size` processes; an error of one is the caller's."""
+    processes = start(size, work)
+    results = {}
+    for rank, (process, receive) in enumerate(processes):
+        late = ("error", f"process {rank} took too long")
+        results[rank] = torch.load(io.BytesIO(receive.recv_bytes())) if receive.poll(SECONDS) else late
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+    failures = [result[1] for result in results.values() if result[0] == "error"]
+    assert not failures, "\n".join(failures)
+    return [results[rank][1] for rank in range(size)]
+
+
+def start(size: int, work: Callable[[int], Any]) -> list[tuple[Any, Any]]:
+    """Processes under way, and where each one's ("done", result) or ("error", text) can be read."""
+    context = multiprocessing.get_context("fork")
+    started = []
+    for rank in range(size):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_report, args=(work, rank, send))
+        process.start()
+        send.close()
+        started.append((process, receive))
+    return started
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _report(work: Callable[[int], Any], rank: int, send: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        result = ("done", work(rank))
+    except BaseException:  # an exit of the command line too
+        result = ("error", f"process {rank}:\n{traceback.format_exc()}")
+    content = io.BytesIO()
+    torch.save(result, content)  # tensors in bytes: as shared memory they would end with the process
+    send.send_bytes(content.getvalue())
