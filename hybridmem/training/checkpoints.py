@@ -29,6 +29,7 @@ from ..memory import NeuralMemoryState
 from ..modeling import HybridMemForCausalLM
 from ..sequence import LastDocument
 from ..variants import BranchStates, OpenSegment, SegmentStates
+from .durable import check_shards, read_checkpoint
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
@@ -87,28 +88,27 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint of hybridmem.
+        ValueError: a broken file, or not a checkpoint of hybridmem.
     """
     path = Path(path)
-    sharded = (path / "meta.pt").is_file()
-    if not path.is_file() and not sharded:
-        raise FileNotFoundError(f"ckpt_path={path} does not exist")
-    try:
-        checkpoint = _load(path / "meta.pt" if sharded else path)
-        if sharded and weights:
-            with tempfile.TemporaryDirectory() as folder:
-                gathered = Path(folder) / "weights.pt"
-                dcp_to_torch_save(path, gathered)
-                checkpoint |= _load(gathered)
-    except Exception as error:
-        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
+    checkpoint = _read_shards(path, weights) if (path / "meta.pt").is_file() else read_checkpoint(path, "cpu")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
     return checkpoint
 
 
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _read_shards(path: Path, weights: bool) -> dict[str, Any]:
+    check_shards(path)
+    checkpoint = read_checkpoint(path / "meta.pt", "cpu")
+    if weights:
+        with tempfile.TemporaryDirectory() as folder:
+            gathered = Path(folder) / "weights.pt"
+            try:
+                dcp_to_torch_save(path, gathered)
+            except Exception as error:
+                raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
+            checkpoint |= read_checkpoint(gathered, "cpu")
+    return checkpoint
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:

@@ -500,11 +500,6 @@ class PolicyModule(L.LightningModule):
             yield "distillation/", loss, metrics
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at optimiser step {self.trainer.global_step}: lower the learning rate, or "
-                "look at rewards and clipping; the last checkpoint is as it was"
-            )
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)
