@@ -43,8 +43,8 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """A short text that differs where tokens or documents do."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.tokens), digest_size=8)
-        digest.update(self.offsets)
+        digest = hashlib.blake2b(self.tokens.data, digest_size=8)
+        digest.update(self.offsets.data)
         return digest.hexdigest()
 
     @property

@@ -1,13 +1,15 @@
 """Checkpoint files that are whole or not there: written beside, checked when they are read, the one before kept."""
 
+import hashlib
 import io
 import os
 import pickle
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -16,6 +18,7 @@ from .errors import StoppedError
 
 PREVIOUS = "previous.ckpt"
 PART = "checkpoint.part"
+SEAL, DIGEST_SIZE = b"hybridmem blake2b ", 16
 # What the description of a sharded checkpoint is made of: torch reads it with pickle.
 SHARD_METADATA = {
     "torch.distributed.checkpoint.metadata": {
@@ -40,7 +43,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     A checkpoint is written to checkpoint.part beside its place, synced to the disk, and renamed. What it replaces, and
     what ModelCheckpoint removes, stays as previous.ckpt, so a folder holds the state before the newest one too. Reading
-    compares every record with its checksum, and runs nothing that a file holds.
+    compares the file with the digest that it ends with, and runs nothing that it holds.
     """
 
     def save_checkpoint(
@@ -55,8 +58,9 @@ class DurableCheckpointIO(CheckpointIO):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(PART)
         try:
-            with part.open("wb") as file:
+            with part.open("w+b") as file:
                 torch.save(checkpoint, file)
+                _seal(file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch hides the disk's error behind one of its own
@@ -92,7 +96,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def read_checkpoint(path: Path, map_location: Any | None = None) -> Any:
-    """What a checkpoint file holds, every record compared with its checksum.
+    """What a checkpoint file holds, compared with its checksum.
 
     Raises:
         FileNotFoundError: no such file.
@@ -126,12 +130,45 @@ class _Description(pickle.Unpickler):
 
 
 def _read(path: Path, map_location: Any | None) -> Any:
-    # torch writes the records' CRC32 and does not look at them.
+    _compare(path)
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _seal(file: BinaryIO) -> None:
+    """End an archive of torch with a comment that holds the digest of all before it."""
+    end = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
+    seal = SEAL + _digest(file, end)
+    file.seek(end)
+    file.write(struct.pack("<H", len(seal)) + seal)
+
+
+def _compare(path: Path) -> None:
+    """Refuse a file that is not what its seal says; of another writer's, without one, records that are not their CRC32.
+
+    torch itself compares neither: it takes a flipped byte for a weight.
+    """
+    length = len(SEAL) + 2 * DIGEST_SIZE
+    with path.open("rb") as file:
+        end = max(file.seek(0, os.SEEK_END) - length, 2)
+        file.seek(end)
+        seal = file.read()
+        if seal.startswith(SEAL):
+            if seal != SEAL + _digest(file, end - 2):
+                raise ValueError("it does not match its checksum")
+            return
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"its record {broken} does not match its checksum")
-    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    file.seek(0)
+    while size and (part := file.read(min(size, 1 << 20))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()
 
 
 def newest_good(folder: Path, but: Path | None = None) -> Path | None:

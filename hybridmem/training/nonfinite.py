@@ -23,7 +23,7 @@ class NonFiniteGuard(L.Callback):
     What is not is named with its optimiser step: the first layer whose output is not finite, or the parameter whose
     gradient the backward spoilt first, which is the last of those that are spoilt. `stop` ends the run before the
     weights change. `skip` leaves weights and optimiser as they are, goes on with the next batch, and logs as
-    nonfinite/skipped how many steps that was, through all resumes.
+    nonfinite/skipped how many steps that was, through all resumes. Memory carried from row to row begins anew.
 
     With precision 16 the gradients are left to the loss scaling, which overflows as a matter of course.
 
@@ -98,6 +98,8 @@ class NonFiniteGuard(L.Callback):
         self.skipped += 1
         rank_zero_warn(f"{what}: the step is skipped, the {self.skipped}. of this run")
         optimizer.zero_grad(set_to_none=True)  # optimisers pass by parameters without gradients
+        if getattr(pl_module, "carried", None) is not None:
+            pl_module.carried = None  # it has read the batch too, and would spoil the next one
         pl_module.log("nonfinite/skipped", float(self.skipped))
 
     def _remedy(self, trainer: L.Trainer) -> str:

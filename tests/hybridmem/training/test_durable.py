@@ -57,6 +57,34 @@ def test_without_hard_links_it_is_kept_too(tmp_path, monkeypatch):
     assert steps(tmp_path) == {"previous.ckpt": 2}
 
 
+def test_no_flipped_bit_passes(tmp_path):
+    """Not even in the archive's directory, where torch takes one bit for an empty record."""
+    file = tmp_path / "last.ckpt"
+    FILES.save_checkpoint({"weight": torch.randn(8)}, file)
+    data = file.read_bytes()
+    expected = torch.load(file, weights_only=True)["weight"]
+    assert torch.equal(read_checkpoint(file)["weight"], expected)
+    for place in range(0, len(data), 7):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        try:
+            assert torch.equal(read_checkpoint(file)["weight"], expected)
+        except ValueError:
+            continue
+        assert place > len(data) - 60  # the digest itself
+
+
+def test_a_file_of_another_writer_is_compared_with_its_records(tmp_path):
+    file = tmp_path / "last.ckpt"
+    torch.save(checkpoint(1), file)
+    assert read_checkpoint(file)["step"] == 1
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    assert torch.load(file, weights_only=True)["step"] == 1  # torch alone takes it
+    with pytest.raises(ValueError, match=r"its record .* does not match its checksum"):
+        read_checkpoint(file)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
 def test_a_broken_file_is_refused_with_a_good_one_named(tmp_path, damage):
     for step in (1, 2):
