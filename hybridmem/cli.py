@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import auto_cli
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,8 +21,10 @@ from .processes import lost_a_process
 from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
 from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
-from .training.errors import CommandParser, SettingsError, TrainingParser, one_line, settings_errors
+from .training.durable import DurableCheckpointIO
+from .training.errors import CommandParser, SettingsError, StoppedError, TrainingParser, one_line, settings_errors
 from .training.generate import generate
+from .training.nonfinite import NonFiniteGuard
 from .training.policy import PolicyModule
 from .training.pretrain import PretrainModule
 from .training.subnetwork_command import named_folders, subnetwork
@@ -77,6 +80,10 @@ class HybridMemCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the configuration names no other
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, NonFiniteGuard())
         return trainer
 
     def predict(self, **arguments: Any) -> None:
@@ -154,16 +161,16 @@ class HybridMemCLI(LightningCLI):
             writable = False
         if not writable:
             raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
-        held = sorted(root.glob("*.ckpt"))
-        if fresh and held:
+        held = max(root.glob("*.ckpt"), key=lambda path: path.lstat().st_mtime_ns, default=None)
+        if fresh and held is not None:
             raise ValueError(
-                f"trainer.default_root_dir={root} holds {held[0].name} of an earlier run: go on with it "
-                f"(--ckpt_path {held[0]}), choose another folder, or remove this one"
+                f"trainer.default_root_dir={root} holds {held.name} of an earlier run: go on with it "
+                f"(--ckpt_path {held}), choose another folder, or remove this one"
             )
 
 
 def main() -> None:
-    """Run a command; exits with 2 and one line where the settings are at fault."""
+    """Run a command; exits with 2 and one line where the settings are at fault, with 1 where the run cannot go on."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -196,6 +203,9 @@ def main() -> None:
     except SettingsError as error:
         print(f"hybridmem: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as error:
+        print(f"hybridmem: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
     except ProcessLost as error:
         print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # not sys.exit: what is left of the group would be waited for

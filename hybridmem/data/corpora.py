@@ -135,7 +135,7 @@ def _documents_in(file: Path, text_column: str) -> Iterator[Document]:
 def _json_text(line: bytes, name: str, text_column: str) -> bytes:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     text = record.get(text_column) if isinstance(record, dict) else None
     if not isinstance(text, str):

@@ -12,7 +12,7 @@ from hybridmem.settings import at_least
 
 from .order import EndlessSampler, ResumableLoader, ordered_loader
 from .packing import PackedRows
-from .streaming import RowStream, StreamLoader, digest, tokenize_texts
+from .streaming import RowStream, StreamLoader, digest, read_records, texts_of, tokenize_texts
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import Corpus, document_marks
 from .trainer import batches_trained, is_training, share_of
@@ -97,24 +97,37 @@ class HubDataModule(L.LightningDataModule):
         except ModuleNotFoundError as error:
             raise ImportError("HubDataModule reads with `datasets`: pip install hybridmem[data]") from error
         settings = self.hparams
-        return load_dataset(
-            settings.dataset,
-            settings.name,
-            split=settings.split,
-            data_files=settings.data_files,
-            revision=settings.revision,
-            streaming=True,
-        )
+        try:
+            return load_dataset(
+                settings.dataset,
+                settings.name,
+                split=settings.split,
+                data_files=settings.data_files,
+                revision=settings.revision,
+                streaming=True,
+            )
+        except Exception as error:  # of whichever library reads the format
+            raise ValueError(f"{self.source} cannot be opened: {type(error).__name__}: {error}") from error
+
+    @property
+    def source(self) -> str:
+        """What errors call the dataset."""
+        settings = self.hparams
+        named = {"dataset": settings.dataset, "name": settings.name, "split": settings.split}
+        named |= {"data_files": settings.data_files, "revision": settings.revision}
+        return ", ".join(f"{name}={value!r}" for name, value in named.items() if value is not None)
 
     def hold_out(self) -> tuple[set[bytes], Corpus]:
         """Digests of the first documents, and their tokens."""
-        records = list(islice(self.documents, self.hparams.val_documents))
+        records = list(islice(read_records(self.documents, self.source), self.hparams.val_documents))
         column = self.hparams.text_column
         if records and column not in records[0]:
-            raise ValueError(f"text_column={column!r} is no column of the dataset: it has {', '.join(records[0])}")
-        texts = [record[column] for record in records if record[column]]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"text_column={column!r} holds no text in the first {len(records)} documents")
+            raise ValueError(f"text_column={column!r} is no column of {self.source}: it has {', '.join(records[0])}")
+        texts = texts_of(records, column)
+        if not texts:
+            raise ValueError(
+                f"text_column={column!r} holds no text in the first {len(records)} documents of {self.source}"
+            )
         corpus = tokenize_texts(texts, self.tokenizer)
         rank_zero_info(f"val: {len(corpus):,} documents, {len(corpus.tokens):,} tokens")
         return {digest(text) for text in texts}, corpus
@@ -168,6 +181,7 @@ class HubDataModule(L.LightningDataModule):
             sequence_length=settings.sequence_length,
             block_size=settings.shuffle_documents,
             seed=settings.seed,
+            source=self.source,
         )
 
     def check_length(self) -> None:

@@ -223,15 +223,22 @@ class TextDataModule(L.LightningDataModule):
     def sequence(self, rows: PackedRows | ContinuousRows) -> dict[str, int | str]:
         """What the sequence of training rows follows from."""
         lanes = rows.lanes if isinstance(rows, ContinuousRows) else 1
-        return {"mode": self.hparams.mode, "seed": self.hparams.seed, "rows": len(rows), "lanes": lanes}
+        return {
+            "mode": self.hparams.mode,
+            "seed": self.hparams.seed,
+            "rows": len(rows),
+            "lanes": lanes,
+            "text": self.corpora["train"].fingerprint,
+        }
 
     def check_sequence(self, rows: PackedRows | ContinuousRows) -> None:
         """Refuse to go on in another sequence than the checkpoint's."""
-        before, now = self.resumed.get("sequence"), self.sequence(rows)
-        if before not in (None, now):
+        before, now = self.resumed.get("sequence", {}), self.sequence(rows)
+        if any(now[name] != value for name, value in before.items()):
             raise ValueError(
                 f"the checkpoint's training rows were {before}, those of this run are {now}: resume with the data "
-                "settings of the checkpoint, or start a new run from its weights"
+                f"settings and the files of the checkpoint (path={self.hparams.path}), or start a new run from its "
+                "weights"
             )
 
     def state_dict(self) -> dict[str, Any]:

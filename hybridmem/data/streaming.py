@@ -4,7 +4,7 @@ Documents are read in blocks. A block is shuffled, cut into rows like a small co
 in the stream is a few numbers: where the block began, and how many of its rows are used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from hashlib import blake2b
 from itertools import islice
@@ -41,6 +41,31 @@ def digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
+def texts_of(records: list[dict[str, Any]], text_column: str) -> list[str]:
+    """The texts of records, without empty ones.
+
+    Raises:
+        ValueError: a record has something else there.
+    """
+    texts = [record.get(text_column) for record in records]
+    other = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+    if other is not None:
+        raise ValueError(f"text_column={text_column!r} holds {str(other)[:100]!r} in a document, which is no text")
+    return [text for text in texts if text]
+
+
+def read_records(records: Iterable[Any], source: str) -> Iterator[Any]:
+    """The records of a dataset; what `datasets` says of one that cannot be read gets the dataset's name.
+
+    Raises:
+        ValueError: naming `source`.
+    """
+    try:
+        yield from records
+    except Exception as error:  # of whichever library reads the format
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
+
+
 def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """The tokens of texts that are no files."""
     return tokenize([Document("a text of the stream", len(text), text.encode()) for text in texts], tokenizer)
@@ -60,6 +85,7 @@ class RowStream:
         sequence_length: tokens of a row.
         block_size: documents that are read, shuffled and cut into rows together.
         seed: of the orders.
+        source: what errors call the documents.
     """
 
     def __init__(
@@ -72,7 +98,9 @@ class RowStream:
         sequence_length: int,
         block_size: int,
         seed: int,
+        source: str = "the dataset",
     ):
+        self.source = source
         self.documents, self.text_column, self.held_out = documents, text_column, held_out
         self.tokenizer, self.sequence_length = tokenizer, sequence_length
         self.block_size, self.seed = block_size, seed
@@ -108,10 +136,10 @@ class RowStream:
         documents.set_epoch(1 + place["passes"] + self.seed * 1_000_003)  # the order of files; 0 is as they stand
         if place["documents"] is not None:
             documents.load_state_dict(place["documents"])
-        records = iter(documents)
+        records = read_records(documents, self.source)
         while block := list(islice(records, self.block_size)):
-            texts = [record[self.text_column] for record in block]
-            yield [text for text in texts if text and digest(text) not in self.held_out], place
+            texts = texts_of(block, self.text_column)
+            yield [text for text in texts if digest(text) not in self.held_out], place
             place = Place(passes=place["passes"], documents=documents.state_dict(), block=place["block"] + 1, row=0)
 
 

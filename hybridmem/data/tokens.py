@@ -1,7 +1,9 @@
 """A corpus as one long array of tokens."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int64, Integer
@@ -37,6 +39,13 @@ class Corpus:
     def document(self, index: int) -> Integer[np.ndarray, " tokens"]:
         """The tokens of one document, its first and last marks with them."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short text that differs where tokens or documents do."""
+        digest = hashlib.blake2b(self.tokens.data, digest_size=8)
+        digest.update(self.offsets.data)
+        return digest.hexdigest()
 
     @property
     def text(self) -> Integer[np.ndarray, " tokens"]:

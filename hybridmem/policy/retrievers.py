@@ -158,13 +158,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r} is no file")
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open("rb") as lines:  # as bytes: what is not UTF-8 is an error of its line
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number} is no JSON object but {type(record).__name__}")

@@ -6,7 +6,9 @@ from .attention_maps import AttentionMaps
 from .callbacks import GracefulStop, MemoryMonitor, RandomState
 from .collapse import CollapseGuard
 from .compute_spent import ComputeSpent
+from .durable import DurableCheckpointIO
 from .format_watch import FormatWatch
+from .nonfinite import NonFiniteGuard
 from .optimizers import MatrixOptimizer, decay_groups
 from .policy import PolicyModule
 from .pretrain import PretrainModule
@@ -22,10 +24,12 @@ __all__ = [
     "CollapseGuard",
     "CompletionTable",
     "ComputeSpent",
+    "DurableCheckpointIO",
     "FormatWatch",
     "GracefulStop",
     "MatrixOptimizer",
     "MemoryMonitor",
+    "NonFiniteGuard",
     "PolicyModule",
     "PretrainModule",
     "RandomState",

@@ -32,6 +32,7 @@ from ..processes import rank_and_size
 from ..sequence import LastDocument
 from ..state import map_state
 from ..variants import BranchStates, OpenSegment, SegmentStates
+from .durable import DurableCheckpointIO, check_shards, read_checkpoint
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
@@ -117,23 +118,26 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint of hybridmem.
+        ValueError: a broken file, or not a checkpoint of hybridmem.
     """
     path = Path(path)
-    sharded = is_sharded(path)
-    if not path.is_file() and not sharded:
-        raise FileNotFoundError(f"ckpt_path={path} does not exist")
-    try:
-        checkpoint = _load(path / "meta.pt" if sharded else path)
-        if sharded and weights:
-            with tempfile.TemporaryDirectory() as folder:
-                gathered = Path(folder) / "weights.pt"
-                dcp_to_torch_save(path, gathered)
-                checkpoint |= _load(gathered)
-    except Exception as error:
-        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
+    checkpoint = _read_shards(path, weights) if is_sharded(path) else read_checkpoint(path, "cpu")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
+    return checkpoint
+
+
+def _read_shards(path: Path, weights: bool) -> dict[str, Any]:
+    check_shards(path)
+    checkpoint = read_checkpoint(path / "meta.pt", "cpu")
+    if weights:
+        with tempfile.TemporaryDirectory() as folder:
+            gathered = Path(folder) / "weights.pt"
+            try:
+                dcp_to_torch_save(path, gathered)
+            except Exception as error:
+                raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}") from error
+            checkpoint |= read_checkpoint(gathered, "cpu")
     return checkpoint
 
 
@@ -152,8 +156,7 @@ def consolidate(ckpt_path: Path, output: Path) -> None:
     checkpoint = load_checkpoint(ckpt_path)
     names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
     checkpoint["optimizer_states"] = [checkpoint.pop(name) for name in names]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, output)
+    DurableCheckpointIO().save_checkpoint(checkpoint, output)
     print(f"wrote {output}")
 
 
@@ -175,10 +178,6 @@ def name_optimizer_states(checkpoint: dict[str, Any], module: torch.nn.Module, o
 def is_sharded(path: str | Path) -> bool:
     """Whether a checkpoint is the folder that a sharded run writes."""
     return (Path(path) / "meta.pt").is_file()
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:

@@ -22,6 +22,10 @@ class SettingsError(Exception):
     """Something that the user can mend, found before any long work."""
 
 
+class StoppedError(Exception):
+    """A run cannot go on, for a reason that one line tells."""
+
+
 @contextmanager
 def settings_errors() -> Iterator[None]:
     """Turn what the checks of settings and files raise into one line."""

@@ -568,11 +568,6 @@ class PolicyModule(L.LightningModule):
         self.measure("sampling/sampling_logp_difference/max", difference.max())
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
-        if any_of_all(not torch.isfinite(loss)):  # in every process, or the others would wait for this one
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at optimiser step {self.trainer.global_step}: lower the learning rate, or "
-                "look at rewards and clipping; the last checkpoint is as it was"
-            )
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)

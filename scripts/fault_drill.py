@@ -1,0 +1,477 @@
+"""Kills, starves and corrupts small training runs, and looks whether they resume to the same bits or say what is wrong.
+
+    python scripts/fault_drill.py --kills 50 --output docs/reliability.json
+
+A start is a fork of this process, which has imported everything. Every loss of every start is compared with those of a
+run that nothing happened to, and so are the weights at the end.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+
+from hybridmem.cli import main as hybridmem
+from hybridmem.training.durable import PART, newest_good, read_checkpoint
+
+STEPS = 40
+STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
+STUCK = 120  # seconds after which a start that should have ended is a failure
+
+
+class LossLog(L.Callback):
+    """Writes the loss of every optimiser step to a file, to the last bit."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Append a line at once: the process may be killed any time."""
+        line = f"{trainer.global_step} {float(trainer.callback_metrics['train/loss']).hex()}\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+
+
+class NoNumbers(L.Callback):
+    """Makes one batch's embeddings no numbers."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Between the embeddings and the layers."""
+        embeddings = pl_module.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda _, __, out: out * self.factor(trainer))
+
+    def factor(self, trainer: L.Trainer) -> float:
+        """1 in all other batches."""
+        return float("nan") if trainer.global_step == self.step and trainer.training else 1.0
+
+
+class FullDisk(L.Callback):
+    """Lets no file grow beyond some bytes from a step on."""
+
+    def __init__(self, step: int, size: int):
+        self.step, self.size = step, size
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Ask the kernel for it."""
+        if trainer.global_step == self.step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+class Drill:
+    """A small run that can be started in a folder again and again."""
+
+    def __init__(self, work: Path, seed: int):
+        self.work, self.random = work, random.Random(seed)
+        self.text = work / "text"
+        self.counts: dict[str, Counter[str]] = {}
+        self.failures: list[str] = []
+        self.write_text()
+        begun = time.monotonic()
+        reference = self.folder("reference")
+        if self.wait(self.start(reference)) != 0:
+            raise SystemExit(f"the run without faults failed: {self.said(reference)}")
+        self.seconds = time.monotonic() - begun
+        self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
+        self.weights = read_checkpoint(reference / "last.ckpt")["state_dict"]
+        assert len(self.losses) == STEPS
+
+    def write_text(self) -> None:
+        """What is learnt from."""
+        self.text.mkdir(exist_ok=True)
+        for n in range(12):
+            (self.text / f"{n}.txt").write_text(f"value_{n} = {n * 7919} # line\n" * (20 + n))
+
+    def folder(self, name: str) -> Path:
+        """An empty folder for a run."""
+        path = self.work / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def start(self, folder: Path, *options: str, callbacks: tuple[dict[str, Any], ...] = ()) -> int:
+        """Start the run, or go on with it; the process's id."""
+        log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(settings(folder, self.text, [log, *callbacks])))
+        sys.stdout.flush()
+        process = os.fork()
+        if process:
+            return process
+        code = 70
+        try:
+            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.argv = ["hybridmem", "fit", "--config", str(config), *options]
+            hybridmem()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else 70
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, process: int) -> int:
+        """A start's exit status, negative the signal that ended it."""
+        deadline = time.monotonic() + STUCK
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        return 124
+
+    def said(self, folder: Path) -> str:
+        """The last line of a start's output."""
+        lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def newest(self, folder: Path) -> list[str]:
+        """The option to go on, as a script of a scheduler would write it."""
+        found = [folder / name for name in ("last.ckpt", "interrupted.ckpt") if (folder / name).exists()]
+        return ["--ckpt_path", str(max(found, key=lambda path: path.stat().st_mtime_ns))] if found else []
+
+    def count(self, fault: str, what: str) -> None:
+        """Note what came of a fault."""
+        self.counts.setdefault(fault, Counter())[what] += 1
+
+    def check(self, fault: str, good: bool, what: str) -> bool:
+        """Note a failure where something is not as it must be."""
+        if not good:
+            self.count(fault, "failed")
+            self.failures.append(f"{fault}: {what}")
+        return good
+
+    def same_so_far(self, fault: str, folder: Path) -> bool:
+        """Whether all losses of all starts are those of the run without faults, and all checkpoints good."""
+        log = folder / "losses.txt"
+        lines = log.read_text().splitlines() if log.exists() else []
+        other = [line for line in lines if self.losses.get(line.split()[0]) != line.split()[1]]
+        broken = []
+        for path in folder.glob("*.ckpt"):
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                broken.append(str(error))
+        return self.check(fault, not other and not broken, f"{other[:1]} {broken[:1]}")
+
+    def ends_the_same(self, fault: str, folder: Path, *options: str) -> bool:
+        """Whether the run goes on to its end with the same losses and weights."""
+        code = self.wait(self.start(folder, *(options or self.newest(folder))))
+        if not self.check(fault, code == 0, f"exit status {code}: {self.said(folder)}"):
+            return False
+        weights = read_checkpoint(folder / "last.ckpt")["state_dict"]
+        same = all(torch.equal(weights[name], value) for name, value in self.weights.items())
+        if self.check(fault, same, "other weights at the end") and self.same_so_far(fault, folder):
+            self.count(fault, "resumed to the same bits")
+            return True
+        return False
+
+    def refuses(self, fault: str, folder: Path, code: int, *words: str) -> bool:
+        """Whether a start ended in one line that has these words."""
+        said = self.said(folder)
+        good = code in (1, 2) and said.startswith("hybridmem: ") and all(word in said for word in words)
+        if self.check(fault, good, f"exit status {code}: {said}"):
+            self.count(fault, "refused or stopped, naming the cause")
+        return good
+
+
+def settings(folder: Path, text: Path, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The configuration: a model of two layers, 40 steps, a checkpoint and a validation every second one."""
+    checkpoints = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"filename": "{step}", "save_last": True, "every_n_train_steps": 2},
+    }
+    config = dict(
+        variant="mag", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, attention_window=16, attention_dropout=0.1, memory_heads=2,
+        memory_head_dim=16, memory_chunk_size=16,
+    )  # fmt: skip
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu", "max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "enable_model_summary": False,
+            "enable_progress_bar": False, "default_root_dir": str(folder), "logger": False,
+            "callbacks": [checkpoints, *callbacks],
+        },
+        "model": {
+            "class_path": "hybridmem.training.PretrainModule",
+            "init_args": {
+                "config": config,
+                "carry_state": True,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 4}},
+            },
+        },
+        "data": {
+            "class_path": "hybridmem.data.TextDataModule",
+            "init_args": {
+                "path": str(text), "pattern": "*.txt", "sequence_length": 64, "batch_size": 2, "val_fraction": 0.2,
+                "mode": "continuous",
+            },
+        },
+    }  # fmt: skip
+
+
+def kill(drill: Drill, kills: int) -> None:
+    """SIGKILL at random moments, every second one aimed at the writing of a checkpoint."""
+    done, run = 0, 0
+    while done < kills:
+        folder, here = drill.folder("killed"), 0
+        run += 1
+        while done < kills and here < STARTS_BY_KILLS:
+            process = drill.start(folder, *drill.newest(folder))
+            if done % 2:
+                await_writing(folder, process, drill)
+            else:
+                time.sleep(drill.random.uniform(0, drill.seconds))
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+            if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+                break  # it had come to its end
+            here, done = here + 1, done + 1
+            drill.count("SIGKILL", "kills")
+            drill.count(
+                "SIGKILL", "kills while a checkpoint was written" if (folder / PART).exists() else "other kills"
+            )
+            if not drill.same_so_far("SIGKILL", folder):
+                return
+        drill.ends_the_same("SIGKILL", folder)
+
+
+def await_writing(folder: Path, process: int, drill: Drill) -> None:
+    """Until a checkpoint is being written, one of the next few, and a little longer."""
+    for _ in range(drill.random.randint(1, 4)):
+        written = [path.stat().st_mtime_ns for path in folder.glob("last.ckpt")]
+        while not (folder / PART).exists() or written != [path.stat().st_mtime_ns for path in folder.glob("last.ckpt")]:
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
+            written = [path.stat().st_mtime_ns for path in folder.glob("last.ckpt")]
+            time.sleep(0.0003)
+        time.sleep(drill.random.uniform(0, 0.003))
+
+
+def terminate(drill: Drill, times: int) -> None:
+    """SIGTERM at random moments, as schedulers do; every third one is followed by SIGKILL, too soon."""
+    for turn in range(times):
+        folder = drill.folder("terminated")
+        process = drill.start(folder)
+        time.sleep(drill.random.uniform(0.2, 1) * drill.seconds)
+        os.kill(process, signal.SIGTERM)
+        if turn % 3 == 2:
+            time.sleep(drill.random.uniform(0, 0.05))
+            os.kill(process, signal.SIGKILL)
+        code = drill.wait(process)
+        expected = (0, 130, -signal.SIGTERM, -signal.SIGKILL)
+        if drill.check("SIGTERM", code in expected, f"exit status {code}: {drill.said(folder)}"):
+            drill.count("SIGTERM", "saved and stopped" if code == 130 else "ended before, or at once")
+            if code == 0:
+                drill.same_so_far("SIGTERM", folder)
+            else:
+                drill.ends_the_same("SIGTERM", folder)
+
+
+def fill(drill: Drill, times: int) -> None:
+    """A disk that takes no more in the middle of a checkpoint, by the limit of a file's size."""
+    size = (drill.work / "reference" / "last.ckpt").stat().st_size
+    for _ in range(times):
+        folder, step = drill.folder("full"), drill.random.randrange(4, STEPS - 2)
+        limit = {"step": step, "size": drill.random.randrange(size)}
+        callback = {"class_path": f"{__name__}.FullDisk", "init_args": limit}
+        code = drill.wait(drill.start(folder, callbacks=(callback,)))
+        if drill.refuses("full disk", folder, code, "cannot be written", f"the disk of {folder}", "--ckpt_path"):
+            drill.ends_the_same("full disk", folder, "--ckpt_path", advised(drill.said(folder)))
+
+
+def fill_tmpfs(drill: Drill) -> None:
+    """A disk that is really full, where this user may mount one."""
+    size = (drill.work / "reference" / "last.ckpt").stat().st_size
+    folder = drill.folder("tmpfs")
+    room = int(3.6 * size)  # for three checkpoints; the fourth is the one that is written beside
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], capture_output=True).returncode:
+        drill.count("full tmpfs", "skipped: mounting is not allowed")
+        return
+    try:
+        code = drill.wait(drill.start(folder))
+        if drill.refuses("full tmpfs", folder, code, "No space left", f"the disk of {folder}", "--ckpt_path"):
+            subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
+            drill.ends_the_same("full tmpfs", folder, "--ckpt_path", advised(drill.said(folder)))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def damage(drill: Drill, starts: int, reads: int) -> None:
+    """Bytes of checkpoints that are flipped or missing: every read refuses, or what it gives is the same."""
+    whole = (drill.work / "reference" / "last.ckpt").read_bytes()
+    expected = read_checkpoint(drill.work / "reference" / "last.ckpt")
+    folder = drill.folder("damaged")
+    for turn in range(reads):
+        (folder / "last.ckpt").write_bytes(damaged(whole, drill.random, turn))
+        try:
+            same = equal(read_checkpoint(folder / "last.ckpt"), expected)
+            if drill.check("damaged checkpoint, read", same, "a damaged checkpoint was taken"):
+                drill.count("damaged checkpoint, read", "taken: the damage was in bytes that mean nothing")
+        except ValueError as error:
+            named = str(folder / "last.ckpt") in str(error)
+            if drill.check("damaged checkpoint, read", named, str(error)):
+                drill.count("damaged checkpoint, read", "refused")
+    for turn in range(starts):
+        folder = drill.folder("damaged")
+        process = drill.start(folder)
+        while len(list(folder.glob("previous.ckpt"))) < 1:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        last, data = folder / "last.ckpt", (folder / "last.ckpt").read_bytes()
+        # In the weights, or cut: where the bytes mean something.
+        harm = flipped(data, len(data) // 2) if turn % 2 else data[: drill.random.randrange(len(data))]
+        last.write_bytes(harm)
+        code = drill.wait(drill.start(folder, "--ckpt_path", str(last)))
+        good = newest_good(folder)
+        words = (str(last), "cannot be read", f"--ckpt_path {good}")
+        if drill.refuses("damaged checkpoint, start", folder, code, *words):
+            last.unlink()
+            drill.ends_the_same("damaged checkpoint, start", folder, "--ckpt_path", str(good))
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    """One bit changed."""
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def damaged(data: bytes, numbers: random.Random, turn: int) -> bytes:
+    """A bit flipped, the end missing, a block of zeros; the archive's directory more often than by chance."""
+    place = numbers.randrange(len(data))
+    if turn % 4 == 0:
+        return flipped(data, place)
+    if turn % 4 == 1:
+        return flipped(data, len(data) - 1 - place % 5000)
+    if turn % 4 == 2:
+        return data[:place]
+    return data[:place] + bytes(min(4096, len(data) - place)) + data[place + 4096 :]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two checkpoints hold the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def spoil_batches(drill: Drill, times: int) -> None:
+    """A batch of NaN: the guard stops before the weights change, or skips the step."""
+    for turn in range(times):
+        folder, step = drill.folder("nan"), drill.random.randrange(3, STEPS - 1)
+        nan = {"class_path": f"{__name__}.NoNumbers", "init_args": {"step": step}}
+        if turn % 2 == 0:
+            code = drill.wait(drill.start(folder, callbacks=(nan,)))
+            words = ("output of model.layers.0", f"optimiser step {step}", "--ckpt_path")
+            if drill.refuses("NaN batch, stop", folder, code, *words):
+                drill.ends_the_same("NaN batch, stop", folder, "--ckpt_path", advised(drill.said(folder)))
+            continue
+        guard = {"class_path": "hybridmem.training.NonFiniteGuard", "init_args": {"action": "skip"}}
+        code = drill.wait(drill.start(folder, callbacks=(nan, guard)))
+        if drill.check("NaN batch, skip", code == 0, f"exit status {code}: {drill.said(folder)}"):
+            saved = read_checkpoint(folder / "last.ckpt")
+            finite = all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+            counted = [state["skipped"] for name, state in saved["callbacks"].items() if "NonFiniteGuard" in name]
+            if drill.check("NaN batch, skip", finite and counted == [1], f"{finite=}, {counted=}"):
+                drill.count("NaN batch, skip", "skipped, counted, trained to the end")
+
+
+def corrupt_data(drill: Drill, times: int) -> None:
+    """Files that change, shrink or vanish between two starts: other text is another run."""
+    for turn in range(times):
+        folder = drill.folder("data")
+        process = drill.start(folder)
+        while not (folder / "last.ckpt").exists():
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        files = sorted(drill.text.iterdir())
+        file = drill.random.choice(files)
+        data = file.read_bytes()
+        if turn % 3 == 0:
+            file.write_bytes(flipped(data, drill.random.randrange(len(data))))
+        elif turn % 3 == 1:
+            file.write_bytes(data[: len(data) // 2])
+        else:
+            file.unlink()
+        code = drill.wait(drill.start(folder, *drill.newest(folder)))
+        trained_on = code != 0  # what is only validated on may change: the losses are the same
+        if trained_on:
+            drill.refuses("corrupted data", folder, code, "training rows", str(drill.text))
+        else:
+            drill.same_so_far("corrupted data", folder)
+            drill.count("corrupted data", "a file of the validation set: the same losses")
+        drill.write_text()
+        if trained_on:
+            drill.ends_the_same("corrupted data", folder)
+
+
+def advised(line: str) -> str:
+    """The checkpoint that a message tells to go on with."""
+    return line.split("--ckpt_path ")[-1].split(",")[0].strip()
+
+
+def main() -> None:
+    """Run the drill; exits with 1 if anything was lost or not said."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--times", type=int, default=12, help="of each of the other faults")
+    parser.add_argument("--reads", type=int, default=2000, help="of damaged checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        drill = Drill(Path(folder), options.seed)
+        kill(drill, options.kills)
+        terminate(drill, options.times)
+        fill(drill, options.times)
+        fill_tmpfs(drill)
+        damage(drill, options.times, options.reads)
+        spoil_batches(drill, options.times)
+        corrupt_data(drill, options.times)
+    for fault, counts in drill.counts.items():
+        print(f"{fault:30}", ", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(f"{time.monotonic() - begun:.0f} seconds; {len(drill.failures)} failures", *drill.failures, sep="\n")
+    if options.output:
+        figures = {"command": " ".join(["python", *sys.argv]), "faults": drill.counts, "failures": drill.failures}
+        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(bool(drill.failures))
+
+
+if __name__ == "__main__":
+    main()
