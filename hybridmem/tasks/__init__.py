@@ -5,6 +5,8 @@ from .needle import NeedleRows
 from .product_search import ProductSearch
 from .query import Query
 from .recall import Recall
+from .repair import Repair
+from .swe_bench import SWEBench
 from .task import Task
 from .two_formats import TwoFormats
 from .visual_search import VisualSearch
@@ -16,6 +18,8 @@ __all__ = [
     "ProductSearch",
     "Query",
     "Recall",
+    "Repair",
+    "SWEBench",
     "Task",
     "TwoFormats",
     "VisualSearch",

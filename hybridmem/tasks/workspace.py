@@ -7,16 +7,13 @@ def getatime(filename):                 submit b.py
 """
 
 import re
-import shutil
-import weakref
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
 from ..policy.environments import act
+from ..policy.folders import Files
 from ..settings import at_least, between_0_and_1, number_held_out
 from .identifier import source_files
 from .task import END_OF_ANSWER, Split, example_generator
@@ -27,45 +24,24 @@ MARKS = 2  # bytes around what the environment says
 LONGEST_CALL = len("submit a.py") + END_OF_ANSWER
 
 
-class Folder:
+class Folder(Files):
     """An environment by TRL's conventions: a real folder that is read with `ls` and `open`, until `submit`.
 
     Nothing is run and nothing is written; paths that lead out of the folder are refused.
     """
 
     def __init__(self) -> None:
-        self._root = Path(mkdtemp(prefix="workspace-")).resolve()
-        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
+        super().__init__()
         self.done = False
 
     def reset(self, files: dict[str, str], answer: str, **columns: Any) -> None:
         """Write the files; `answer` is what has to be submitted."""
-        for path in self._root.iterdir():
-            path.unlink()
-        for name, text in files.items():
-            (self._root / name).write_text(text)
+        self._write(files)
         self._answer, self._submitted, self.done = answer, "", False
 
     def get_reward(self) -> float:
         """1 for the right answer."""
         return float(self._submitted == self._answer)
-
-    def ls(self) -> str:
-        """Names of all files."""
-        return " ".join(sorted(path.name for path in self._root.iterdir()))
-
-    def open(self, path: str) -> str:
-        """What a file holds.
-
-        Args:
-            path: its name.
-        """
-        whole = (self._root / path).resolve()
-        if not whole.is_relative_to(self._root):
-            raise ValueError(f"{path} is outside of the folder")
-        if not whole.is_file():
-            raise ValueError(f"{path} does not exist")
-        return whole.read_text()
 
     def submit(self, path: str) -> str:
         """Answer, and end.
@@ -86,13 +62,7 @@ class SearchableFolder(Folder):
         Args:
             text: what to look for, letter by letter.
         """
-        lines = [
-            f"{path.name}:{line}"
-            for path in sorted(self._root.iterdir())
-            for line in path.read_text().splitlines()
-            if text in line
-        ]
-        return "\n".join(lines) or "nothing"
+        return self._lines_with(text)
 
 
 class Workspace:
