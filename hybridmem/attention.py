@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
-from .functional import rotate
+from .functional import linear_rows, rotate
 from .sequence import NOWHERE, TokenSequence
 from .state import map_state
 
@@ -165,7 +165,7 @@ class ShortRangeAttention(nn.Module):
         self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch kv_heads time dim"], Float[Tensor, "batch kv_heads time dim"]]:
         """Rotated keys and values of tokens that only answer: mac's memory tokens."""
-        kv = F.linear(x, self.qkv_proj.weight[self.heads * self.head_dim :])
+        kv = linear_rows(self.qkv_proj, x, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.kv_heads, dim=1)
         cos, sin = (angles.to(k.dtype) for angles in sequence.angles)
         return rotate(k, cos, sin), v
@@ -291,7 +291,7 @@ class ShortRangeAttention(nn.Module):
         """
         if self.persistent_tokens is None:
             return keys, values
-        kv = F.linear(self.persistent_tokens, self.qkv_proj.weight[self.heads * self.head_dim :])
+        kv = linear_rows(self.qkv_proj, self.persistent_tokens, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(keys.dtype).split(self.kv_heads)
         k = F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0))
         return (

@@ -1,13 +1,24 @@
 """The configuration of a hybrid of neural memory and short-range attention."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
+
+if find_spec("hybridmem_kernels") is None:
+    # An exported folder brings this file and the model's, which stand on installed operators. It is loaded first:
+    # transformers itself would ask for a package by the name of the import.
+    raise ModuleNotFoundError("a HybridMem model needs the package hybridmem: pip install hybridmem")
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
 MEMORY_VARIANTS = ("mac", "mag", "mal", "lmm")
 MEMORY_STEPS = ("certified", "damped", "raw")
+
+# When transformers' Trainer resumes it reads config.json through its base class, which knows only these layer types.
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(
+    variant for variant in VARIANTS if variant not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+)
 
 
 @strict  # transformers then runs the validate_* methods below, before saving as well
@@ -54,7 +65,7 @@ class HybridMemConfig(PreTrainedConfig):
     """
 
     model_type = "hybridmem"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  Trainer adds a list to it
 
     vocab_size: int = 259
     hidden_size: int = 256
@@ -112,7 +123,7 @@ class HybridMemConfig(PreTrainedConfig):
         return any(kind in MEMORY_VARIANTS for kind in self.layer_types or ())
 
     def validate_layer_type(self) -> None:
-        """Check the variants (transformers' own check knows only its own layer types)."""
+        """Check the variants; transformers' own check would offer its layer types too."""
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
         layer_types = self.layer_types or []

@@ -13,8 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def linear_rows(
+    linear: nn.Module, x: Float[Tensor, "*lead inputs"], start: int, stop: int | None = None
+) -> Float[Tensor, "*lead rows"]:
+    """The outputs `start` to `stop` of a linear layer."""
+    # An adapter in the layer's place, or a hook that brings its weight, is only there when the layer itself is called.
+    if type(linear) is nn.Linear and "forward" not in vars(linear):
+        return F.linear(x, linear.weight[start:stop])
+    return linear(x)[..., start:stop]
 
 
 def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*lead dim"]:

@@ -13,7 +13,7 @@ from hybridmem_kernels.memory_scan import state_dtype
 
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution, convolve
-from .functional import l2_normalize, rms_norm
+from .functional import l2_normalize, linear_rows, rms_norm
 from .sequence import TokenSequence
 from .state import select_rows
 
@@ -141,7 +141,7 @@ class NeuralMemory(nn.Module):
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch heads time dim"], ConvolutionState | None]:
         """The queries of `x` alone, for `read`."""
-        q = nn.functional.linear(x, self.qkv_proj.weight[: self.inner])
+        q = linear_rows(self.qkv_proj, x, 0, self.inner)
         if self.convolution is not None:
             q, state = convolve(q, self.convolution.weight[: self.inner], state, sequence)
         return l2_normalize(self._split(nn.functional.silu(q))[0]), state

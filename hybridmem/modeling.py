@@ -63,6 +63,9 @@ class HybridMemLayer(GradientCheckpointingLayer):
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
         self.layer_idx, self.variant = layer_idx, config.layer_type(layer_idx)
+        # mac works with its parts' weights and a deep memory with a list of them: accelerate's hooks, which bring a
+        # module's weights when it is called, miss both.
+        self.needs_all_weights = self.variant == "mac" or config.memory_depth > 1
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = MIXERS[self.variant](config, layer_idx)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -75,6 +78,11 @@ class HybridMemLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         """Mix tokens, then transform each; takes the layer's state from the cache and puts the new one in."""
+        if self.needs_all_weights and not hidden_states.is_meta and any(w.is_meta for w in self.mixer.parameters()):
+            raise ValueError(
+                f"layer {self.layer_idx} ({self.variant}) is offloaded weight by weight and needs them together: place "
+                "it on a device, or offload it as a whole with accelerate's preload_module_classes=['HybridMemLayer']"
+            )
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         mixed, state, _ = self.mixer(self.mixer_norm(hidden_states), None if cache is None else cache.state, sequence)
         if cache is not None:
@@ -100,6 +108,12 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         "hidden_states": HybridMemLayer,
         "attentions": [OutputRecorder(mixer, index=2) for mixer in set(MIXERS.values())],
     }
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save, with code in the folder for AutoModel and AutoModelForCausalLM, whichever of the two this is."""
+        classes = HybridMemModel, HybridMemForCausalLM
+        self.config.auto_map = {cls._auto_class: f"{__name__.split('.')[-1]}.{cls.__name__}" for cls in classes}
+        super().save_pretrained(*args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code that is not its own, transformers passes over modules that hold no parameter themselves, as if they

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..unchecked import passes_without_shape_checks, with_shape_checks, without_shape_checks
-from .models import KINDS, tiny_model, tokens
+from .models import KINDS, VARIANTS, tiny_model, tokens
 
 TIME = 15  # two windows, three segments, two chunks, none of them whole
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 2 + [2] * 7, [0] * TIME])
@@ -79,6 +79,28 @@ def test_streaming_goes_on_from_a_cache(kind):
         second = compiled(input_ids[:, 9:], past_key_values=first.past_key_values, use_cache=True)
         expected = model(input_ids).logits
     torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected, rtol=0, atol=1e-10)
+
+
+@without_shape_checks
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mac", "mag"])
+def test_decoding_steps(kind):
+    model, input_ids = one_layer(kind), tokens(time=TIME)
+    # Whether a segment ends is in mac's state, and a graph's form must not be: the graph breaks there.
+    step = torch.compile(model, fullgraph=kind != "mac", backend="aot_eager")
+    cache = model(input_ids[:, :11]).past_key_values
+    steps = [step(token, past_key_values=cache, use_cache=True).logits for token in input_ids[:, 11:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(input_ids).logits[:, 11:], rtol=0, atol=1e-10)
+
+
+@without_shape_checks
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_exports(variant):
+    model, input_ids = one_layer(variant), tokens(time=TIME)
+    program = torch.export.export(model, (input_ids.flip(1),), dict(use_cache=False), strict=False).module()
+    got = program(input_ids, use_cache=False).logits
+    torch.testing.assert_close(got, model(input_ids).logits, rtol=0, atol=1e-10)
 
 
 @without_shape_checks

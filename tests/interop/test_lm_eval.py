@@ -1,0 +1,84 @@
+"""lm-eval measures exported models: in process, and from its command line, where only the folder is given."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..hybridmem.models import VARIANTS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, of many kinds
+
+TASKS = Path(__file__).with_name("lm_eval_tasks")
+NAMES = ["local_choices", "local_rolling", "local_generation"]
+
+
+def nats(model, ids: list[int]) -> torch.Tensor:
+    """What each token but the first costs."""
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+
+
+@pytest.fixture(scope="session")
+def evaluated(exported):
+    """Results in process, rows padded to one another; by variant."""
+    manager, found = TaskManager(include_path=str(TASKS), include_defaults=False), {}
+
+    def evaluate(variant: str) -> dict:
+        if variant not in found:
+            model = HFLM(pretrained=str(exported(variant)), batch_size=4, max_length=64, device="cpu")
+            found[variant] = simple_evaluate(model, tasks=NAMES, task_manager=manager, bootstrap_iters=0)
+        return found[variant]
+
+    return evaluate
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_process(variant, exported, evaluated):
+    model = AutoModelForCausalLM.from_pretrained(exported(variant))
+    tokenizer = AutoTokenizer.from_pretrained(exported(variant))
+    samples = evaluated(variant)["samples"]
+    for sample in samples["local_choices"]:
+        prompt = sample["doc"]["context"]
+        for choice, (logprob, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            expected = -nats(model, tokenizer(prompt + choice)["input_ids"])[-len(choice) :].sum().item()
+            assert float(logprob) == pytest.approx(expected, abs=1e-3)
+
+    bits = 0.0
+    for sample in samples["local_rolling"]:
+        text = [tokenizer.bos_token_id, *tokenizer(sample["doc"]["context"])["input_ids"]]
+        bits += nats(model, text).sum().item() / torch.log(torch.tensor(2.0)).item()
+    num_bytes = sum(len(sample["doc"]["context"]) for sample in samples["local_rolling"])
+    measured = evaluated(variant)["results"]["local_rolling"]["bits_per_byte,none"]
+    assert measured == pytest.approx(bits / num_bytes, rel=1e-4)
+
+    for sample in samples["local_generation"]:
+        ids = tokenizer(sample["doc"]["context"], return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert sample["resps"][0][0] == tokenizer.decode(out, skip_special_tokens=True).split(";")[0]
+
+
+# One variant: what the command line adds is finding the code in the folder, which is the same for all.
+def test_from_the_command_line(exported, evaluated, tmp_path):
+    options = f"pretrained={exported('mag')},trust_remote_code=True,max_length=64"
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", options, "--include_path", TASKS,
+        "--tasks", ",".join(NAMES), "--device", "cpu", "--batch_size", "4", "--output_path", tmp_path,
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (written,) = tmp_path.rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    for task, metric in zip(NAMES, ("acc", "bits_per_byte", "exact_match"), strict=True):
+        expected = evaluated("mag")["results"][task][f"{metric},none"]
+        assert results[task][f"{metric},none"] == pytest.approx(expected, rel=1e-5), task
