@@ -66,7 +66,7 @@ def commands() -> list[list[str]]:
 def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     subcommand, options = command[1], command[2:]
-    if subcommand in ("export", "generate", "subnetwork", "report"):
+    if subcommand in ("export", "consolidate", "generate", "subnetwork", "report"):
         monkeypatch.setattr("hybridmem.cli.COMMANDS", {subcommand: lambda **_: None})
         with pytest.raises(SystemExit) as stopped:
             hybridmem(monkeypatch, subcommand, "--help")

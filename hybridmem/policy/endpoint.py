@@ -4,7 +4,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -50,8 +50,8 @@ class Endpoint:
         at_least(0, retries=self.retries)
         at_least(1, max_bytes=self.max_bytes)
 
-    def post(self, body: Any) -> Any:
-        """What the endpoint answers to a body, both as JSON.
+    def post(self, body: Any, parse: Callable[[bytes], Any] = json.loads) -> Any:
+        """What the endpoint answers to a body, both as JSON unless `parse` takes something else.
 
         Raises:
             EndpointError: no try gave JSON in time.
@@ -61,7 +61,7 @@ class Endpoint:
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                return json.loads(self._ask(data))
+                return parse(self._ask(data))
             except urllib.error.HTTPError as error:
                 error.close()
                 failure: Exception = error

@@ -15,6 +15,7 @@ from .pretrain import PretrainModule
 from .ranking_scores import RankingScores
 from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
+from .served import ServedRollouts
 from .subnetwork import SubnetworkMask
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PretrainModule",
     "RandomState",
     "RankingScores",
+    "ServedRollouts",
     "SubnetworkMask",
     "WarmupCosine",
     "WarmupStableDecay",

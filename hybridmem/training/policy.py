@@ -66,6 +66,7 @@ from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .refinement import with_refinements
 from .schedules import WarmupCosine
+from .served import ServedRollouts
 
 Example = dict[str, Any]
 MEAN_OVER = {"grpo": "responses", "dr_grpo": "responses", "bnpo": "tokens", "dapo": "processes"}  # what losses are
@@ -104,6 +105,7 @@ class PolicyModule(L.LightningModule):
         max_grad_norm: gradients are cut to this norm; None: they are not.
         lora: settings of PEFT's LoraConfig; None: all weights are trained.
         attn_implementation: `sdpa`, or another that goes through transformers' registry.
+        rollouts: who samples training responses; None: the policy itself (see ServedRollouts).
         seed: of the rollouts.
 
     Raises:
@@ -133,6 +135,7 @@ class PolicyModule(L.LightningModule):
         max_grad_norm: float | None = 1.0,
         lora: dict[str, Any] | None = None,
         attn_implementation: str = "sdpa",
+        rollouts: ServedRollouts | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -152,8 +155,8 @@ class PolicyModule(L.LightningModule):
         self.supervised = _only(objectives, SFT)
         self.rejection = _only(objectives, RejectionFineTune)
         self._check_settings()
-        self.seed = seed
-        self.rollouts = 0  # that were begun since the run's first start
+        self.rollouts, self.seed = rollouts, seed
+        self.num_rollouts = 0  # that were begun since the run's first start
         self.model: Any = None
         self._reference: list[PreTrainedModel] = []  # in a list: not a part of the module, nor of its checkpoints
         self._teacher: list[PreTrainedModel] = []  # the same
@@ -226,7 +229,7 @@ class PolicyModule(L.LightningModule):
             places: of every prompt, its place in the batch, and what tells it from others of the same place.
         """
         rank, size = rank_and_size()
-        keys = [(self.seed, purpose, self.rollouts, place * size + rank, *rest) for place, *rest in places]
+        keys = [(self.seed, purpose, self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
         return generators(self.device, *keys)
 
     def _validation_generators(self, batch_idx: int, count: int) -> list[torch.Generator]:
@@ -261,6 +264,8 @@ class PolicyModule(L.LightningModule):
         if self.device_mesh is not None:
             for whole in (self.model, *self._reference, *self._teacher):
                 shard(whole, self.device_mesh)
+        if self.rollouts is not None:
+            self.rollouts.check(self)
         self.check_data(self.data)
 
     def _load_teacher(self, distillation: AttentionDistillation, student: PreTrainedModel) -> None:
@@ -363,7 +368,7 @@ class PolicyModule(L.LightningModule):
             self.imitate(self.supervised, batch)
         else:
             rollout = self.roll_out(batch)
-            self.rollouts += 1
+            self.num_rollouts += 1
             filled = self._filled_up(rollout) if self.dynamic_sampling else rollout
             if filled is not None:
                 self.learn(filled)
@@ -392,17 +397,32 @@ class PolicyModule(L.LightningModule):
                 each,
             )  # fmt: skip
             looking = explored(self.model, attention.target, noise)
-        with evaluating(self.model), looking:
-            completions = sample(
-                self.model, prompts, self.num_generations, self.sampling, self.eos_token_ids, self.data.pad_id,
-                each, prefill_once=noise is None,
-            )  # fmt: skip
+        if self.rollouts is not None:
+            completions = self._ask_server(self.rollouts, asked, each)
+        else:
+            with evaluating(self.model), looking:
+                completions = sample(
+                    self.model, prompts, self.num_generations, self.sampling, self.eos_token_ids, self.data.pad_id,
+                    each, prefill_once=noise is None,
+                )  # fmt: skip
         noise = noise and cut_noise(noise, prompts.input_ids.shape[1] + completions.ids.shape[1])
         texts, rewards = self._rewarded(examples, completions)
         rollout = Rollout(asked, completions, rewards.total, noise)
         if isinstance(self.token_objective, CritiqueGRPO):
             return with_refinements(self, self.token_objective, examples, texts, rollout)
         return rollout
+
+    def _ask_server(self, served: ServedRollouts, asked: list[Prompt], each: list[torch.Generator]) -> Completions:
+        """The same by a server that has the policy's weights."""
+        if any(prompt.images is not None for prompt in asked):
+            raise ValueError("rollouts: prompts with images are not sent to a server: remove rollouts")
+        served.update(self)
+        seeds = [generator.initial_seed() & 0x7FFFFFFF for generator in each]
+        completions = served.sample(
+            [prompt.tokens for prompt in asked], self.num_generations, self.sampling, self.eos_token_ids,
+            self.data.pad_id, seeds,
+        )  # fmt: skip
+        return Completions(*(x.to(self.device) for x in completions))
 
     def _act(self, examples: list[Example]) -> Rollout:
         """The same in environments."""
@@ -739,13 +759,13 @@ class PolicyModule(L.LightningModule):
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
-        checkpoint["rollouts"] = self.rollouts
+        checkpoint["num_rollouts"] = self.num_rollouts
         if self.device_mesh is None:
             name_optimizer_states(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the random numbers that come next."""
-        self.rollouts = checkpoint["rollouts"]
+        self.num_rollouts = checkpoint["num_rollouts"]
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

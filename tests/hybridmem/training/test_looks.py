@@ -66,10 +66,10 @@ def test_patches_stand_before_the_text():
 
 def test_a_look_is_the_same_for_the_same_random_numbers_and_leaves_no_trace():
     module = policy()
-    before = torch.get_rng_state(), module.rollouts
+    before = torch.get_rng_state(), module.num_rollouts
     first, same, other = look(module), look(module), look(module, seed=1)
     assert torch.equal(first.ids, same.ids)
     assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert module.rollouts == before[1]
+    assert module.num_rollouts == before[1]
     assert module.model.training
