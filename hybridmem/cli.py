@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from .compare import compare, report
 from .processes import lost_a_process
+from .settings import at_least
 from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
 from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
@@ -69,6 +70,9 @@ class HybridMemCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build model, data and trainer from the configuration."""
         with settings_errors():
+            trainer = self._get(self.config, "trainer")
+            if isinstance(trainer, int | float | str | list):
+                raise ValueError(f"trainer={trainer!r} must hold settings by name")
             super().instantiate_classes()
 
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
@@ -85,6 +89,12 @@ class HybridMemCLI(LightningCLI):
         if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, NonFiniteGuard())
         return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise SettingsError(f"seed_everything: {error}") from error
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write a line of JSON for every row."""
@@ -122,6 +132,7 @@ class HybridMemCLI(LightningCLI):
         """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
         path = self._get(self.config, "ckpt_path")
         self._check_strategy(path)
+        at_least(1, **{"trainer.check_val_every_n_epoch": self._get(self.config, "trainer.check_val_every_n_epoch")})
         self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, Trained):

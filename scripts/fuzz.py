@@ -148,9 +148,7 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
     """Change one thing; what was done, and the names of which one must be said."""
     path = numbers.choice(list(places(config)))
     above, key = at(config, path[:-1]), path[-1]
-    words = [str(part) for part in path if isinstance(part, str) and part not in GENERIC] or [str(path[0])]
-    # A value among others may be named by what holds it, a class by what it is.
-    words = words[-2:]
+    words = names(path)
     way = numbers.choice(["value", "value", "value", "missing", "unknown", "swapped", "negative", "text"])
     if way == "missing":
         del above[key]
@@ -162,7 +160,7 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
         other = numbers.choice([p for p in places(config) if p[: len(path)] != path and path[: len(p)] != p])
         there = at(config, other[:-1])
         above[key], there[other[-1]] = copy.deepcopy(there[other[-1]]), copy.deepcopy(above[key])
-        words += [str(part) for part in other if isinstance(part, str) and part not in GENERIC][-2:]
+        words += names(other)
         return f"swapped {dotted(path)} with {dotted(other)}", words
     elif way == "negative" and isinstance(above[key], int | float):
         above[key] = -above[key] - 1
@@ -174,6 +172,11 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
     if len(value) > 6:
         words.append(value.strip("'"))
     return f"{way} {dotted(path)} {value}"[:200], words
+
+
+def names(path: Keys) -> list[str]:
+    """What an error may call a setting: its own name, or that of what holds it."""
+    return [str(part) for part in path if isinstance(part, str) and part not in GENERIC][-2:] or [str(path[0])]
 
 
 def dotted(path: Keys) -> str:

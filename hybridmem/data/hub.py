@@ -123,7 +123,7 @@ class HubDataModule(L.LightningDataModule):
         column = self.hparams.text_column
         if records and column not in records[0]:
             raise ValueError(f"text_column={column!r} is no column of {self.source}: it has {', '.join(records[0])}")
-        texts = texts_of(records, column)
+        texts = texts_of(records, column, self.source)
         if not texts:
             raise ValueError(
                 f"text_column={column!r} holds no text in the first {len(records)} documents of {self.source}"

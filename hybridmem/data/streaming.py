@@ -41,7 +41,7 @@ def digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def texts_of(records: list[dict[str, Any]], text_column: str) -> list[str]:
+def texts_of(records: list[dict[str, Any]], text_column: str, source: str) -> list[str]:
     """The texts of records, without empty ones.
 
     Raises:
@@ -50,7 +50,7 @@ def texts_of(records: list[dict[str, Any]], text_column: str) -> list[str]:
     texts = [record.get(text_column) for record in records]
     other = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if other is not None:
-        raise ValueError(f"text_column={text_column!r} holds {str(other)[:100]!r} in a document, which is no text")
+        raise ValueError(f"text_column={text_column!r} of {source} holds {str(other)[:100]!r}, which is no text")
     return [text for text in texts if text]
 
 
@@ -138,7 +138,7 @@ class RowStream:
             documents.load_state_dict(place["documents"])
         records = read_records(documents, self.source)
         while block := list(islice(records, self.block_size)):
-            texts = texts_of(block, self.text_column)
+            texts = texts_of(block, self.text_column, self.source)
             yield [text for text in texts if digest(text) not in self.held_out], place
             place = Place(passes=place["passes"], documents=documents.state_dict(), block=place["block"] + 1, row=0)
 

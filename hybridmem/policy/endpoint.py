@@ -15,6 +15,16 @@ CHUNK = 1 << 16  # bytes that are read before the clock is looked at
 BUSY = (408, 429)  # of the client's errors those that another try may not meet
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Answers of 3xx are refusals: following one would hand the headers, a key among them, to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Do not ask elsewhere."""
+
+
+OPENER = urllib.request.build_opener(NoRedirects)
+
+
 class EndpointError(Exception):
     """An endpoint gave no usable answer, after all retries."""
 
@@ -26,7 +36,8 @@ class Endpoint:
     Args:
         url: http:// or https://.
         timeout: seconds that one try may take in all.
-        retries: tries after the first one. Refusals (HTTP 4xx but 408 and 429) are not tried again.
+        retries: tries after the first one. Refusals (HTTP 3xx, which are not followed, and 4xx but 408 and 429) are
+            not tried again.
         backoff: seconds before the first retry; doubled before each further one.
         max_bytes: the longest answer that is read.
         headers: of the request, beside the content type.
@@ -77,7 +88,7 @@ class Endpoint:
         request = urllib.request.Request(self.url, data, headers)
         deadline = time.monotonic() + self.timeout
         answer = bytearray()
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+        with OPENER.open(request, timeout=self.timeout) as response:
             while part := response.read1(CHUNK):
                 answer += part
                 if len(answer) > self.max_bytes:

@@ -259,7 +259,11 @@ class PolicyModule(L.LightningModule):
         if self.lora is not None:
             from peft import LoraConfig, get_peft_model
 
-            model = get_peft_model(model, LoraConfig(**self.lora))
+            try:
+                lora = LoraConfig(**self.lora)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"lora={self.lora} are no settings of PEFT's LoraConfig: {error}") from error
+            model = get_peft_model(model, lora)
         self.model = model
         if self.device_mesh is not None:
             for whole in (self.model, *self._reference, *self._teacher):

@@ -145,6 +145,9 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is no token of a vocabulary of 259"),
         (dict(trainer__default_root_dir=__file__), "cannot be written to: choose another folder"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
+        (dict(trainer=7), "trainer=7 must hold settings by name"),
+        (dict(seed_everything=-1), "seed_everything: -1 is not in bounds"),
+        (dict(trainer__check_val_every_n_epoch=0), "trainer.check_val_every_n_epoch must be at least 1"),
     ],
 )
 def test_impossible_settings_stop_before_training_with_one_line(tmp_path, monkeypatch, capsys, changes, message):

@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridmem_kernels import MemoryMLPState, memory_mlp_scan
 
@@ -66,6 +68,24 @@ def test_equals_the_definition_in_every_output_and_gradient(name):
     for a, b in zip(*grads, strict=True):
         zero = torch.zeros(())
         torch.testing.assert_close(zero if b is None else b, zero if a is None else a, rtol=1e-9, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    time=st.integers(1, 30), chunk_size=st.integers(1, 35), depth=st.integers(2, 3), dim=st.integers(1, 7),
+    documents=st.integers(1, 4), padded=st.booleans(), extreme_gates=st.booleans(),
+    max_grad_norm=st.sampled_from([None, 0.5]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_shape_any_gates_and_any_documents_equal_the_definition(time, chunk_size, documents, max_grad_norm, **case):
+    inputs, weights, _ = mlp_inputs(time=time, documents=min(documents, time), **case)
+    options = dict(weights=weights, chunk_size=chunk_size, max_grad_norm=max_grad_norm)
+    results = []
+    for backend in ("reference", "torch"):
+        out, state = memory_mlp_scan(**inputs.arguments(), **options, backend=backend)
+        results.append((out * inputs.valid(), *state.weights, *state.momenta))
+    for expected, got in zip(*results, strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("pieces", [[17, 1, 1, 31], [1] * 50, [50]])

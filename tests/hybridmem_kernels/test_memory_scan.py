@@ -77,6 +77,19 @@ def test_any_cut_of_the_row_gives_the_same(data, time, chunk_size):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    time=st.integers(1, 40), chunk_size=st.integers(1, 50), key_dim=st.integers(1, 9), value_dim=st.integers(1, 9),
+    documents=st.integers(1, 5), padded=st.booleans(), extreme_gates=st.booleans(), given_state=st.booleans(),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_shape_any_gates_and_any_documents_equal_the_definition(time, chunk_size, documents, **case):
+    inputs = scan_inputs(time=time, documents=min(documents, time), **case)
+    for expected, got in zip(run(inputs, "reference"), run(inputs, "torch", chunk_size), strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
 def _reset_where_a_document_begins(inputs, start, state):
     """A call's state belongs to its first document: what the caller has to see to between calls."""
     if start == 0 or inputs.document_ids is None or start >= inputs.document_ids.shape[1]:

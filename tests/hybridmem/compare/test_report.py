@@ -114,6 +114,41 @@ def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
     ]  # fmt: skip
 
 
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg onload=alert(1)>",
+    "</title></style></pre><iframe src=https://example.com>",
+    '<a href="javascript:alert(1)">x</a><base href=//example.com>',
+    "&lt;script&gt;<!--",
+)
+
+
+def test_hostile_names_and_answers_stay_text(tmp_path):
+    """Whatever a model, an error or a user writes is shown and not run, and nothing is fetched."""
+    everything = " ".join(HOSTILE)
+    script = HOSTILE[0]
+    cells = [cell(script, label, seed, 0.5) for label in (script, "start") for seed in range(2)]
+    cells += [
+        cell("mag", everything, 0, 0, status="failed", reason=text.replace("alert", f"alert{n}"))
+        for n, text in enumerate(HOSTILE)
+    ]
+    found = results(cells, [cell(everything, "", 0, 0, status="missing")])
+    found |= {"command": everything, "environment": {everything: everything}, "configuration": [everything]}
+    for row in found["tasks"]["recall"]["summary"]:
+        share = {"mean": 0.5, "half": None, "values": [0.5]}
+        row |= {"sparsity": share, "sparsity_by_kind": {everything: share}, "overlap": None}
+    text = write_report(found, tmp_path, other=found).read_text()
+    page = Page(text)
+    plain = {"script", "iframe", "svg", "a", "base", "object", "embed", "form"}
+    assert not plain & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert attributes.get("src", "data:").startswith("data:"), tag
+        assert attributes.get("href", "data:").startswith("data:"), tag
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 5
+
+
 def test_what_training_changed_is_shown_by_kind_of_tensor(tmp_path):
     found = results(THREE)
     for row in found["tasks"]["recall"]["summary"]:

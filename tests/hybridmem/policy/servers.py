@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]  # a request's body and number: status and body
+# A request's body and number: status and body, which may come in parts.
+Answer = Callable[[dict[str, Any], int], tuple[int, bytes | Iterator[bytes]]]
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def serving(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The server's address, and the requests that it gets: body, path and headers."""
     requests: list[dict[str, Any]] = []
 
@@ -22,8 +23,11 @@ def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             status, content = answer(body, len(requests))
             try:
                 self.send_response(status)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                for part in [content] if isinstance(content, bytes) else content:
+                    self.wfile.write(part)
             except OSError:  # the client gave up
                 pass
 

@@ -46,6 +46,30 @@ def test_a_refusal_is_final():
     assert len(requests) == 1
 
 
+def test_a_redirect_is_not_followed():
+    """The key in the headers is for one host alone."""
+    with (
+        serving(lambda *_: as_json("taken")) as (elsewhere, stolen),
+        serving(lambda *_: (302, b""), headers={"Location": elsewhere}) as (url, requests),
+        pytest.raises(EndpointError, match="302"),
+    ):
+        Endpoint(url=url, retries=2, backoff=0.0, headers={"Authorization": "Bearer key"}).post({})
+    assert len(requests) == 1
+    assert not stolen
+
+
+def test_an_answer_that_trickles_in_is_given_up():
+    """Each wait is short, all of them are not."""
+
+    def trickle():
+        for _ in range(100):
+            time.sleep(0.02)
+            yield b" "
+
+    with serving(lambda *_: (200, trickle())) as (url, _), pytest.raises(EndpointError, match=r"timeout=0\.2"):
+        Endpoint(url=url, timeout=0.2, retries=0).post({})
+
+
 def test_too_slow_and_too_long():
     def slow(*_):
         time.sleep(0.5)

@@ -1,0 +1,67 @@
+"""A small part of the drill and of the fuzzing; the whole takes the scripts themselves."""
+
+import importlib
+import random
+from functools import partial
+from itertools import chain
+
+import pytest
+
+from ..unchecked import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_faults_lose_nothing(script, tmp_path):
+    drill_of = script("fault_drill")
+    drill = drill_of.Drill(tmp_path, seed=1)
+    drill_of.kill(drill, kills=2)
+    drill_of.terminate(drill, times=1)
+    drill_of.fill(drill, times=1)
+    drill_of.damage(drill, starts=1, reads=40)
+    drill_of.spoil_batches(drill, times=2)
+    drill_of.corrupt_data(drill, times=1)
+    assert not drill.failures
+    assert drill.counts["SIGKILL"]["kills"] == 2
+    assert drill.counts["SIGKILL"]["resumed to the same bits"] >= 1
+    assert drill.counts["damaged checkpoint, read"]["refused"] > 20
+    assert drill.counts["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
+
+
+@pytest.mark.slow
+def test_broken_settings_and_files_are_taken_or_named(script, tmp_path):
+    fuzz = script("fuzz")
+    fuzz.write_data(tmp_path)
+    fuzz.byte_level_bpe(tmp_path)
+    base = fuzz.complete(ROOT / "configs" / "quickstart.yaml", tmp_path)
+    sound = fuzz.Case("as it is", [], partial(fuzz.fit, base, tmp_path))
+    assert fuzz.outcome(sound)[0] == "accepted"
+    numbers = random.Random(0)
+    settings = fuzz.settings_cases(6, tmp_path, numbers, {"quickstart.yaml": base})
+    cases = chain(settings, fuzz.file_cases(15, tmp_path, numbers))
+    found = {case.what: fuzz.outcome(case) for case in cases}
+    bad = {what: said for what, said in found.items() if said[0] not in ("accepted", "refused, naming the cause")}
+    assert not bad
+    assert {outcome for outcome, _ in found.values()} == {"accepted", "refused, naming the cause"}
+
+
+def test_a_traceback_and_a_line_without_the_cause_are_told_apart(script):
+    fuzz = script("fuzz")
+
+    def unnamed():
+        raise fuzz.SettingsError("something is wrong")
+
+    def crash():
+        raise ZeroDivisionError
+
+    assert fuzz.outcome(fuzz.Case("", ["batch_size"], unnamed))[0] == "refused without the cause"
+    assert fuzz.outcome(fuzz.Case("", ["something"], unnamed))[0] == "refused, naming the cause"
+    assert fuzz.outcome(fuzz.Case("", [], crash))[0] == "traceback"
