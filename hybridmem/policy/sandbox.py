@@ -23,7 +23,7 @@ from ..settings import at_least
 from . import jail
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-GRACE = 10.0  # seconds to build the sandbox and to tear it down
+GRACE = 60.0  # seconds to build the sandbox and to tear it down
 WHAT_IT_NEEDS = (
     "it needs Linux 5.12 or newer on x86_64 or aarch64, with user namespaces for everyone: "
     "sysctl user.max_user_namespaces above 0; on Debian kernel.unprivileged_userns_clone=1; on Ubuntu "
@@ -40,7 +40,7 @@ class Limits:
     """What a program may take.
 
     Args:
-        seconds: of the clock, and of the processor.
+        seconds: of the clock, from the program's start on, and of the processor.
         memory: bytes of each process.
         processes: and threads, all together.
         output: bytes that it may say, and of any file; what is more cannot be written.
@@ -88,6 +88,7 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
 
     Raises:
         SandboxError: the system cannot isolate it; it says what is missing.
+        ValueError: the folder is larger than the limit of disk.
         NotADirectoryError: there is no such folder.
     """
     if platform.system() != "Linux" or platform.machine() not in jail.MACHINES:
@@ -117,6 +118,8 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
     kind, _, rest = told.partition(" ")
     if kind == "returned":
         return Outcome(int(rest), said)
+    if kind == "full":
+        raise ValueError(f"disk={limits.disk} is too small for a copy of folder={str(folder)!r}: raise it")
     if kind == "overran":
         return Outcome(None, said)
     raise SandboxError(f"the sandbox cannot be built, {rest if kind == 'failed' else told}: {WHAT_IT_NEEDS}")
