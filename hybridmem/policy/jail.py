@@ -132,6 +132,7 @@ def build(settings: dict) -> None:
 def become(settings: dict) -> None:
     """The program: limits, no rights, fewer system calls, a clean environment."""
     os.setsid()
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0, inheritable=True)
     os.dup2(settings["output"], 1, inheritable=True)
     os.dup2(settings["output"], 2, inheritable=True)
     os.set_inheritable(settings["output"], False)
@@ -238,6 +239,6 @@ def _write(path: str, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        keep(marshal.loads(bytes.fromhex(sys.argv[1])))
+        keep(marshal.load(sys.stdin.buffer))
     except OSError as error:
         report(f"failed {error}")

@@ -95,7 +95,7 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
         raise SandboxError(f"no sandbox on {platform.system()} {platform.machine()}: {WHAT_IT_NEEDS}")
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r} is no folder")
-    limits, python = limits or Limits(), os.path.realpath(sys.executable)
+    limits, python = limits or Limits(), interpreter()
     output = os.memfd_create("output")
     settings = {
         "folder": os.path.realpath(folder),
@@ -109,9 +109,7 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
         "hidden": hidden(),
     }
     try:
-        told = _kept(
-            [python, "-I", "-S", "-B", jail.__file__, marshal.dumps(settings).hex()], output, limits.seconds + GRACE
-        )
+        told = _kept([python, "-I", "-S", "-B", jail.__file__], settings, output, limits.seconds + GRACE)
         said = os.pread(output, limits.output, 0).decode(errors="replace")
     finally:
         os.close(output)
@@ -125,12 +123,12 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
     raise SandboxError(f"the sandbox cannot be built, {rest if kind == 'failed' else told}: {WHAT_IT_NEEDS}")
 
 
-def _kept(command: list[str], output: int, seconds: float) -> str:
+def _kept(command: list[str], settings: dict[str, Any], output: int, seconds: float) -> str:
     """The first line of what the keeper tells of a program."""
-    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with subprocess.Popen(command, env={}, cwd="/", pass_fds=[output], start_new_session=True, **pipes) as keeper:
         try:
-            told, _ = keeper.communicate(timeout=seconds)
+            told, _ = keeper.communicate(marshal.dumps(settings), timeout=seconds)
         except subprocess.TimeoutExpired:
             return "overran"
         finally:
@@ -152,6 +150,12 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 
 @cache
+def interpreter() -> str:
+    """This Python, not that of a virtual environment, which would look for its packages."""
+    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
+
+
+@cache
 def readable() -> list[tuple[str, str]]:
     """What a program can read of the host: (where, what is there), folders before what lies in them."""
     base = {
@@ -160,7 +164,7 @@ def readable() -> list[tuple[str, str]]:
         "platbase": sys.base_exec_prefix,
     }
     python = [os.path.dirname(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")]
-    paths = {*LIBRARIES, *python, os.path.realpath(sys.executable), "/dev/null"}
+    paths = {*LIBRARIES, *python, interpreter(), "/dev/null"}
     return [(path, os.path.realpath(path)) for path in sorted(paths) if os.path.exists(path)]
 
 

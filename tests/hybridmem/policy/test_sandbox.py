@@ -1,6 +1,5 @@
 """A sandboxed program gets out by none of many ways; what a test needs works."""
 
-import marshal
 import os
 import signal
 import socket
@@ -15,6 +14,10 @@ import pytest
 
 from hybridmem.policy import jail, sandbox
 from hybridmem.policy.sandbox import Limits, Outcome, SandboxError, run_python
+
+from .isolation import needs_sandbox
+
+pytestmark = needs_sandbox
 
 # An attempt returns what it got at, which is nothing if that is empty; errors of the system are refusals. Any other
 # error is a mistake in the attempt.
@@ -342,11 +345,12 @@ def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder)
         ("import threading\nt = threading.Thread(target=print, args=[7]); t.start(); t.join()", "7\n"),
         ("import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))", "3\n"),
         ("import hashlib, ssl, sqlite3, decimal, ctypes, zlib\nprint(zlib.crc32(b'a'))", "3904355907\n"),
+        ("import sys\nprint(repr(sys.stdin.read()))", "''\n"),
         ("import os\nprint(len(os.urandom(8)), os.getpid() > 1)", "8 True\n"),
         ("print('ä', sorted({'b', 'a'}), __debug__)", "ä ['a', 'b'] True\n"),
         ("open('new', 'w').write('x'); print(open('new').read(), open('/dev/null', 'w').write('y'))", "x 1\n"),
     ],
-    ids=["own module", "imports", "temporary", "process", "thread", "asyncio", "extensions", "random", "text", "files"],
+    ids=["own module", "imports", "temporary", "process", "thread", "asyncio", "extensions", "input", "random", "text", "files"],
 )  # fmt: skip
 def test_what_tests_need_works(code, said, folder):
     (folder / "run.py").write_text(code)
@@ -378,7 +382,9 @@ def test_many_threads_may_run_programs_at_once(folder):
 def test_where_isolation_is_missing_nothing_runs_and_the_error_says_why(folder, monkeypatch):
     """In a sandbox there can be no other."""
     (folder / "jail.py").write_text(Path(jail.__file__).read_text())
-    inner = run_python(folder, ["jail.py", marshal.dumps({"command": ["python"]}).hex()])
+    inner = run_python(
+        folder, ["-c", "import jail\ntry: jail.keep({})\nexcept OSError as error: print('failed', error)"]
+    )
     assert inner.output == "failed [Errno 1] clone: Operation not permitted\n"
     keeper = folder / "keeper.py"
     keeper.write_text(f"print({inner.output!r})")
