@@ -350,7 +350,7 @@ def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder)
         ("print('ä', sorted({'b', 'a'}), __debug__)", "ä ['a', 'b'] True\n"),
         ("open('new', 'w').write('x'); print(open('new').read(), open('/dev/null', 'w').write('y'))", "x 1\n"),
     ],
-    ids=["own module", "imports", "temporary", "process", "thread", "asyncio", "extensions", "input", "random", "text", "files"],
+    ids=["module", "imports", "temporary", "process", "thread", "asyncio", "C", "input", "random", "text", "files"],
 )  # fmt: skip
 def test_what_tests_need_works(code, said, folder):
     (folder / "run.py").write_text(code)
