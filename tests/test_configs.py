@@ -10,6 +10,7 @@ import yaml
 from hybridmem.training.checkpoints import load_policy
 
 from .hybridmem.data.vision_models import tiny_processor, write_vision_model
+from .hybridmem.policy.isolation import needs_sandbox
 from .hybridmem.training.runs import hybridmem, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,11 @@ def goes_on_from(warm_up: Path) -> list[Path]:
     return [path for path in found if "accelerator: cpu" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[needs_sandbox] * ("Repair" in path.read_text())) for path in WARM_UPS],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
     shape = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
     shape["model.init_args.config.hidden_size"] = 64  # a patch of visual_search has 64 pixels

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from .sandbox import Limits, run_python
 
 RAISED, UNFINISHED = "raises ", "does not end"
+ENOUGH = Limits(seconds=5.0)  # of the clock, on a busy machine too; loops are ended by the processor's time
 # A program to a process: none can change what the next one finds. What the code itself says goes nowhere.
 PROGRAM = """
 import json, marshal, os, resource, signal, sys
@@ -63,8 +64,8 @@ for number, (sources, calls) in enumerate(programs):
 def run_calls(
     programs: Sequence[tuple[Sequence[str], Sequence[str]]],
     files: Mapping[str, str] | None = None,
-    seconds: float = 1.0,
-    limits: Limits | None = None,
+    seconds: float = 0.25,
+    limits: Limits = ENOUGH,
 ) -> list[list[list[str]]]:
     """What each source of each program gives for each of the program's calls, as its repr.
 

@@ -54,16 +54,19 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def keep(settings: dict) -> None:
-    """Start the first process of new namespaces, and end it when its time is over."""
+    """Start the first process of new namespaces, and end it when its time is over, which begins with the program."""
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL)
     told, tell = os.pipe()
+    begun, begins = os.pipe()
     first = _check("clone", _system_call("clone", NEW_NAMESPACES | SIGCHLD, 0, 0, 0, 0))
     if first == 0:
         os.close(tell)
-        _attempt(begin, settings, told)
+        _attempt(begin, settings, told, begins)
     os.close(told)
+    os.close(begins)
     _name_users(first)
     os.write(tell, b"go")
+    os.read(begun, 1)  # it ends where nobody holds its other side any more: the program does not
     ready = select.poll()
     ready.register(os.pidfd_open(first))
     overran = not ready.poll(1000 * settings["seconds"])
@@ -74,7 +77,7 @@ def keep(settings: dict) -> None:
         report("overran")
 
 
-def begin(settings: dict, told: int) -> None:
+def begin(settings: dict, told: int, begins: int) -> None:
     """The first process: the file system, then the program, whose end is everything's."""
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL)
     libc.signal(SIGINT, SIG_DFL)  # Python's own handler would let the program interrupt this
@@ -84,6 +87,7 @@ def begin(settings: dict, told: int) -> None:
     program = os.fork()
     if program == 0:
         _attempt(become, settings)
+    os.close(begins)
     status = 0
     ended = 0
     while ended != program:
@@ -109,7 +113,12 @@ def build(settings: dict) -> None:
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     mount("tmpfs", HOME, "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['disk']},nr_inodes=4096,mode=0777")
     os.umask(0)  # what is copied is the program's to change
-    copy(f"/old{folder}", HOME)
+    try:
+        copy(f"/old{folder}", HOME)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        report("full")
     _check("umount2", libc.umount2(b"/old", MNT_DETACH))
     os.rmdir("/old")
     for path in ("/", *(path for path, _ in settings["readable"])):
@@ -123,6 +132,7 @@ def build(settings: dict) -> None:
 def become(settings: dict) -> None:
     """The program: limits, no rights, fewer system calls, a clean environment."""
     os.setsid()
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0, inheritable=True)
     os.dup2(settings["output"], 1, inheritable=True)
     os.dup2(settings["output"], 2, inheritable=True)
     os.set_inheritable(settings["output"], False)
@@ -229,6 +239,6 @@ def _write(path: str, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        keep(marshal.loads(bytes.fromhex(sys.argv[1])))
+        keep(marshal.load(sys.stdin.buffer))
     except OSError as error:
         report(f"failed {error}")

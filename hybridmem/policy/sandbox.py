@@ -23,7 +23,7 @@ from ..settings import at_least
 from . import jail
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-GRACE = 10.0  # seconds to build the sandbox and to tear it down
+GRACE = 60.0  # seconds to build the sandbox and to tear it down
 WHAT_IT_NEEDS = (
     "it needs Linux 5.12 or newer on x86_64 or aarch64, with user namespaces for everyone: "
     "sysctl user.max_user_namespaces above 0; on Debian kernel.unprivileged_userns_clone=1; on Ubuntu "
@@ -40,7 +40,7 @@ class Limits:
     """What a program may take.
 
     Args:
-        seconds: of the clock, and of the processor.
+        seconds: of the clock, from the program's start on, and of the processor.
         memory: bytes of each process.
         processes: and threads, all together.
         output: bytes that it may say, and of any file; what is more cannot be written.
@@ -88,13 +88,14 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
 
     Raises:
         SandboxError: the system cannot isolate it; it says what is missing.
+        ValueError: the folder is larger than the limit of disk.
         NotADirectoryError: there is no such folder.
     """
     if platform.system() != "Linux" or platform.machine() not in jail.MACHINES:
         raise SandboxError(f"no sandbox on {platform.system()} {platform.machine()}: {WHAT_IT_NEEDS}")
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"folder={str(folder)!r} is no folder")
-    limits, python = limits or Limits(), os.path.realpath(sys.executable)
+    limits, python = limits or Limits(), interpreter()
     output = os.memfd_create("output")
     settings = {
         "folder": os.path.realpath(folder),
@@ -108,26 +109,26 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
         "hidden": hidden(),
     }
     try:
-        told = _kept(
-            [python, "-I", "-S", "-B", jail.__file__, marshal.dumps(settings).hex()], output, limits.seconds + GRACE
-        )
+        told = _kept([python, "-I", "-S", "-B", jail.__file__], settings, output, limits.seconds + GRACE)
         said = os.pread(output, limits.output, 0).decode(errors="replace")
     finally:
         os.close(output)
     kind, _, rest = told.partition(" ")
     if kind == "returned":
         return Outcome(int(rest), said)
+    if kind == "full":
+        raise ValueError(f"disk={limits.disk} is too small for a copy of folder={str(folder)!r}: raise it")
     if kind == "overran":
         return Outcome(None, said)
     raise SandboxError(f"the sandbox cannot be built, {rest if kind == 'failed' else told}: {WHAT_IT_NEEDS}")
 
 
-def _kept(command: list[str], output: int, seconds: float) -> str:
+def _kept(command: list[str], settings: dict[str, Any], output: int, seconds: float) -> str:
     """The first line of what the keeper tells of a program."""
-    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with subprocess.Popen(command, env={}, cwd="/", pass_fds=[output], start_new_session=True, **pipes) as keeper:
         try:
-            told, _ = keeper.communicate(timeout=seconds)
+            told, _ = keeper.communicate(marshal.dumps(settings), timeout=seconds)
         except subprocess.TimeoutExpired:
             return "overran"
         finally:
@@ -149,6 +150,12 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 
 @cache
+def interpreter() -> str:
+    """This Python, not that of a virtual environment, which would look for its packages."""
+    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
+
+
+@cache
 def readable() -> list[tuple[str, str]]:
     """What a program can read of the host: (where, what is there), folders before what lies in them."""
     base = {
@@ -157,7 +164,7 @@ def readable() -> list[tuple[str, str]]:
         "platbase": sys.base_exec_prefix,
     }
     python = [os.path.dirname(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")]
-    paths = {*LIBRARIES, *python, os.path.realpath(sys.executable), "/dev/null"}
+    paths = {*LIBRARIES, *python, interpreter(), "/dev/null"}
     return [(path, os.path.realpath(path)) for path in sorted(paths) if os.path.exists(path)]
 
 

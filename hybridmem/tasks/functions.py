@@ -50,15 +50,16 @@ class BrokenFunction(NamedTuple):
 
 
 @cache
-def broken_functions(path: str | None) -> tuple[BrokenFunction, ...]:
+def broken_functions(path: str | None, max_length: int = LONGEST_SOURCE) -> tuple[BrokenFunction, ...]:
     """All functions of a folder that stand alone, whose calls tell them from every bug that is given.
 
     Functions run in a sandbox alone, their bugs too. Those that do not end are left out.
 
     Args:
         path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
+        max_length: characters of a function, without docstring and comments.
     """
-    sources = dict(sorted(functions_alone(path)))
+    sources = {name: source for name, source in sorted(functions_alone(path)) if len(source) <= max_length}
     tried = [([source], calls_to_try(source)) for source in sources.values()]
     said = run_calls(tried, seconds=0.05, limits=EVERYTHING)
     chosen = {

@@ -149,7 +149,7 @@ class Repair:
         for kind in kinds or []:
             one_of(KINDS, kinds=kind)
         self.num_files, self.max_length, self.num_shown, self.seed = num_files, max_length, num_shown, seed
-        fitting = [with_bugs(function, kinds, max_length) for function in broken_functions(path)]
+        fitting = [with_bugs(function, kinds, max_length) for function in broken_functions(path, max_length)]
         self.functions = {function.name: function for function in fitting if function.bugs}
         number = len(self.functions)
         if number < 2:
@@ -205,11 +205,9 @@ class Repair:
         passed = told(shown, [result for _, result in shown])
         return [*zip(looks, heard, strict=True), ("test", passed), ("submit", "")]
 
-    def reward(
-        self, prompts: list[str], completions: list[str], environments: list[Any], **columns: Any
-    ) -> list[float]:
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         """What the folders say: 1 where every test passes."""
-        return [environment.get_reward() for environment in environments]
+        return [environment.get_reward() for environment in columns["environments"]]
 
     @property
     def max_completion_length(self) -> int:
@@ -225,10 +223,9 @@ class Repair:
 
 
 def with_bugs(function: BrokenFunction, kinds: list[str] | None, max_length: int) -> BrokenFunction:
-    """A function with those of its bugs that are of some kinds, all in few enough characters."""
-    bugs = [bug for bug in function.bugs if kinds is None or bug[0] in kinds]
-    fitting = [bug for bug in bugs if max(len(bug[1]), len(function.source)) <= max_length]
-    return function._replace(bugs=tuple(fitting))
+    """A function with those of its bugs that are of some kinds, in few enough characters."""
+    bugs = [bug for bug in function.bugs if (kinds is None or bug[0] in kinds) and len(bug[1]) <= max_length]
+    return function._replace(bugs=tuple(bugs))
 
 
 def told(calls: list[Call], results: list[str]) -> str:

@@ -90,11 +90,9 @@ class SWEBench:
             "instance_id": row["instance_id"],
         }
 
-    def reward(
-        self, prompts: list[str], completions: list[str], environments: list[Any], **columns: Any
-    ) -> list[float]:
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         """What the containers say: 1 where every test passes."""
-        return [environment.get_reward() for environment in environments]
+        return [environment.get_reward() for environment in columns["environments"]]
 
 
 def read_rows(dataset: str, split: str, data_files: str | None) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from trl.chat_template_utils import qwen3_chat_template
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.policy.environments import act, parse_calls, tools_of
 from hybridmem.tasks import Repair, Workspace
+from tests.hybridmem.policy.isolation import needs_sandbox
 from tests.hybridmem.tasks.test_repair import SOURCE
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [needs_sandbox, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 GENERATIONS = 2
 COLUMNS = ("prompt", "files", "path", "shown", "hidden", "answer")  # what TRL's dataset holds and reset() takes

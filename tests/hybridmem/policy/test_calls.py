@@ -4,6 +4,10 @@ import pytest
 
 from hybridmem.policy.calls import results_of, run_calls
 
+from .isolation import needs_sandbox
+
+pytestmark = needs_sandbox
+
 ADD = "def add(a, b):\n    return a + b\n"
 
 

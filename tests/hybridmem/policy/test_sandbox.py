@@ -1,6 +1,5 @@
 """A sandboxed program gets out by none of many ways; what a test needs works."""
 
-import marshal
 import os
 import signal
 import socket
@@ -15,6 +14,10 @@ import pytest
 
 from hybridmem.policy import jail, sandbox
 from hybridmem.policy.sandbox import Limits, Outcome, SandboxError, run_python
+
+from .isolation import needs_sandbox
+
+pytestmark = needs_sandbox
 
 # An attempt returns what it got at, which is nothing if that is empty; errors of the system are refusals. Any other
 # error is a mistake in the attempt.
@@ -260,10 +263,8 @@ def test_limits_cannot_be_raised(name, folder):
     ids=["loop", "sleep", "deaf", "against the first process", "catches everything", "fork bomb", "in C"],
 )
 def test_its_time_ends(code, folder):
-    begun = time.monotonic()
     outcome = run_python(folder, ["-c", f"import os, signal, time\n{code}"], Limits(seconds=0.4))
     assert outcome.timed_out, outcome
-    assert time.monotonic() - begun < 8
     assert processes_of(str(folder)) == []
 
 
@@ -277,7 +278,7 @@ def test_nothing_survives(leave, ends, folder):
     token = f"survivor {leave} {ends} {os.getpid()}"
     code = f"import os, signal, time  # {token}\nmine = os.getpid()\n{leave}\n"
     code += f"if os.getpid() != mine: time.sleep(60)\nprint('on')\n{ends}"
-    outcome = run_python(folder, ["-c", code], Limits(seconds=0.5))
+    outcome = run_python(folder, ["-c", code], Limits(seconds=1.0))
     assert "on" in outcome.output
     assert processes_of(token) == []
 
@@ -344,11 +345,12 @@ def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder)
         ("import threading\nt = threading.Thread(target=print, args=[7]); t.start(); t.join()", "7\n"),
         ("import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))", "3\n"),
         ("import hashlib, ssl, sqlite3, decimal, ctypes, zlib\nprint(zlib.crc32(b'a'))", "3904355907\n"),
+        ("import sys\nprint(repr(sys.stdin.read()))", "''\n"),
         ("import os\nprint(len(os.urandom(8)), os.getpid() > 1)", "8 True\n"),
         ("print('ä', sorted({'b', 'a'}), __debug__)", "ä ['a', 'b'] True\n"),
         ("open('new', 'w').write('x'); print(open('new').read(), open('/dev/null', 'w').write('y'))", "x 1\n"),
     ],
-    ids=["own module", "imports", "temporary", "process", "thread", "asyncio", "extensions", "random", "text", "files"],
+    ids=["module", "imports", "temporary", "process", "thread", "asyncio", "C", "input", "random", "text", "files"],
 )  # fmt: skip
 def test_what_tests_need_works(code, said, folder):
     (folder / "run.py").write_text(code)
@@ -380,7 +382,9 @@ def test_many_threads_may_run_programs_at_once(folder):
 def test_where_isolation_is_missing_nothing_runs_and_the_error_says_why(folder, monkeypatch):
     """In a sandbox there can be no other."""
     (folder / "jail.py").write_text(Path(jail.__file__).read_text())
-    inner = run_python(folder, ["jail.py", marshal.dumps({"command": ["python"]}).hex()])
+    inner = run_python(
+        folder, ["-c", "import jail\ntry: jail.keep({})\nexcept OSError as error: print('failed', error)"]
+    )
     assert inner.output == "failed [Errno 1] clone: Operation not permitted\n"
     keeper = folder / "keeper.py"
     keeper.write_text(f"print({inner.output!r})")
@@ -400,5 +404,8 @@ def test_settings_that_cannot_be(folder):
         Limits(seconds=0.0)
     with pytest.raises(ValueError, match="memory"):
         Limits(memory=1000)
+    (folder / "large").write_bytes(bytes(2**20))
+    with pytest.raises(ValueError, match="disk=1000000 is too small for a copy"):
+        run_python(folder, ["-c", "print(1)"], Limits(disk=10**6))
     with pytest.raises(NotADirectoryError, match="is no folder"):
         run_python(folder / "code.py", ["-c", "print(1)"])

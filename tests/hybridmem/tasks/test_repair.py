@@ -9,6 +9,9 @@ from hybridmem.policy.environments import act, tools_of
 from hybridmem.tasks import Repair, Task
 from hybridmem.tasks.functions import EVERYTHING, alone, broken_functions, calls_to_try
 from hybridmem.tasks.repair import CodeFolder
+from tests.hybridmem.policy.isolation import needs_sandbox
+
+pytestmark = needs_sandbox
 
 # Ten functions that stand alone, and some that do not.
 SOURCE = '''
