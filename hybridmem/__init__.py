@@ -5,6 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration import HybridMemConfig
 from .modeling import HybridMemForCausalLM, HybridMemModel
 
+__version__ = "0.1.0"
+
 AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
 AutoModel.register(HybridMemConfig, HybridMemModel)
 AutoModelForCausalLM.register(HybridMemConfig, HybridMemForCausalLM)
