@@ -35,6 +35,7 @@ VALUES: dict[str, list[str]] = {
     "bytes": ["b''", "b'abc'", r"b'\x01\x02\x03\x04'"],
     "list": ["[]", "[3]", "[1, 2, 3]", "[5, 2, 4]", "['a', 'b']"],
 }
+SECONDS = 0.1  # of the processor, for all calls of a source: what ends takes far less, what does not far more
 TRIED = (12, 6, 2)  # argument lists of each combination of types, of one, two and three of them
 EVERYTHING = Limits(seconds=300.0, memory=2**30, output=2**26, disk=2**26)
 
@@ -61,7 +62,7 @@ def broken_functions(path: str | None, max_length: int = LONGEST_SOURCE) -> tupl
     """
     sources = {name: source for name, source in sorted(functions_alone(path)) if len(source) <= max_length}
     tried = [([source], calls_to_try(source)) for source in sources.values()]
-    said = run_calls(tried, seconds=0.05, limits=EVERYTHING)
+    said = run_calls(tried, seconds=SECONDS, limits=EVERYTHING)
     chosen = {
         name: choose(calls, results)
         for name, (_, calls), (results,) in zip(sources, tried, said, strict=True)
@@ -69,7 +70,7 @@ def broken_functions(path: str | None, max_length: int = LONGEST_SOURCE) -> tupl
     chosen = {name: told for name, told in chosen.items() if enough(told)}
     bugs = {name: bugs_of(sources[name]) for name in chosen}
     programs = [([sources[name], *(bug.source for bug in bugs[name])], list(told)) for name, told in chosen.items()]
-    again = run_calls(programs, seconds=0.02, limits=EVERYTHING)
+    again = run_calls(programs, seconds=SECONDS, limits=EVERYTHING)
     found = []
     for (name, told), (right, *wrong) in zip(chosen.items(), again, strict=True):
         seen = [
