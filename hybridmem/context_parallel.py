@@ -30,7 +30,7 @@ def own_part(x: Shaped[Tensor, "batch time *rest"], group: Any = None) -> Shaped
     size = dist.get_world_size(group)
     if x.shape[1] < size:
         raise ValueError(f"{x.shape[1]} tokens cannot be split over {size} ranks: give at least one token each")
-    return x.tensor_split(size, dim=1)[dist.get_rank(group)]
+    return x.tensor_split(size, dim=1)[dist.get_rank(group)].contiguous()  # as losses want it
 
 
 @contextmanager
