@@ -122,6 +122,7 @@ class Drill:
             output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever a caller had put there
             sys.argv = ["hybridmem", "fit", "--config", str(config), *options]
             hybridmem()
             code = 0

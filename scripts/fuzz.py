@@ -307,6 +307,7 @@ def in_a_child(case: Case, output: int) -> None:
     """Run a case with limits; never comes back."""
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever a caller had put there
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
     signal.alarm(4 * SECONDS)  # for what waits without computing
