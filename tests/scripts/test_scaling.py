@@ -1,7 +1,6 @@
 """The cost model's formulas against counted operations and measured states; its page is as it is written."""
 
 import importlib
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.cache import state_bytes
+from hybridmem.training.compute_spent import UNCOUNTED
 
 from ..unchecked import ROOT
 
@@ -31,15 +31,9 @@ def small(**changes) -> HybridMemConfig:
     return HybridMemConfig(vocab_size=259, **shape, **memory, **settings | changes)
 
 
-def in_place(summand: list[int], left: list[int], right: list[int], **_: Any) -> int:
-    """Operations of baddbmm_, which the counter does not know by itself."""
-    return 2 * left[0] * left[1] * left[2] * right[2]
-
-
 def counted(model: HybridMemForCausalLM, backward: bool) -> float:
     """Operations of a pass, for each of TIME tokens."""
-    mine = {torch.ops.aten.baddbmm_: in_place}
-    with FlopCounterMode(display=False, custom_mapping=mine) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, sdpa_kernel(SDPBackend.MATH):
         logits = model(torch.zeros(1, TIME, dtype=torch.long)).logits
         if backward:
             logits.sum().backward()
