@@ -46,6 +46,7 @@ from ..settings import at_least, one_of
 from .acting import Acted, act_out, begin, environment_reward
 from .checkpoints import load_policy, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
+from .model_card import training_facts
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .refinement import with_refinements
@@ -662,6 +663,9 @@ class PolicyModule(L.LightningModule):
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
+        parts = self.token_objective, self.attention_rl, self.distillation, self.supervised, self.rejection
+        method = " and ".join(type(part).__name__ for part in parts if part is not None)
+        checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
         checkpoint["rollout_generator"] = self.generator.get_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

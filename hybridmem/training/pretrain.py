@@ -22,6 +22,7 @@ from ..patches import embed_with_patches
 from ..sequence import PADDING
 from ..state import detach_state
 from .checkpoints import check_same_model, restore_cache, save_cache
+from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine
 
@@ -209,6 +210,7 @@ class PretrainModule(L.LightningModule):
         checkpoint["hybridmem_config"] = self.config.to_dict()
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
+        checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")
         checkpoint["carried"] = save_cache(self.carried)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
