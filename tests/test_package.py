@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import hybridmem
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,12 +30,18 @@ def test_the_wheel_carries_both_packages(tmp_path):
         target.write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=copied, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    held = set(archive.namelist())
     wanted = {
         name.removeprefix("kernels/") for name in names if re.match(r"(kernels/hybridmem_kernels|hybridmem)/", name)
     }
     assert wanted <= held
     assert not any(name.startswith(("tests/", "kernels/", "scripts/")) for name in held)
+    assert {"hybridmem/py.typed", "hybridmem_kernels/py.typed"} <= held
+    (about,) = (name.removesuffix("/METADATA") for name in held if name.endswith("/METADATA"))
+    assert about == f"hybridmem-{hybridmem.__version__}.dist-info"
+    assert f"{about}/licenses/LICENSE" in held
+    assert "hybridmem = hybridmem.cli:main" in archive.read(f"{about}/entry_points.txt").decode()
 
 
 def test_importing_the_kernels_needs_nothing_of_hybridmem():
@@ -55,6 +63,10 @@ def test_public_names_exist():
         module = importlib.import_module(name)
         for public in module.__all__:
             assert getattr(module, public).__doc__, f"{name}.{public}"
+
+
+def test_the_changelog_has_a_section_of_this_version():
+    assert re.search(rf"^## {re.escape(hybridmem.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
 def test_every_dependency_is_pinned():

@@ -33,6 +33,7 @@ from ..sequence import LastDocument
 from ..state import map_state
 from ..variants import BranchStates, OpenSegment, SegmentStates
 from .durable import DurableCheckpointIO, check_shards, read_checkpoint
+from .model_card import model_card
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
@@ -228,12 +229,13 @@ def _is_checkpoint(name: str) -> bool:
     return Path(name).suffix == ".ckpt" or is_sharded(name)
 
 
-def export(ckpt_path: Path, output: Path) -> None:
-    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code.
+def export(ckpt_path: Path, output: Path, license: str | None = None) -> None:
+    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code, card.
 
     Args:
         ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
         output: the folder to write.
+        license: of the weights, for the model card: an identifier of the hub, such as apache-2.0.
     """
     output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
     checkpoint = load_checkpoint(ckpt_path)
@@ -248,4 +250,5 @@ def export(ckpt_path: Path, output: Path) -> None:
         load_processor(checkpoint["processor"]).save_pretrained(output)
     elif tokenizer is not None:
         tokenizer.save_pretrained(output)
+    (output / "README.md").write_text(model_card(model.config, checkpoint, license))
     print(f"wrote {output}")

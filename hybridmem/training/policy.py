@@ -62,6 +62,7 @@ from ..settings import at_least, one_of
 from .acting import Acted, act_out, begin, environment_reward
 from .checkpoints import load_policy, name_optimizer_states, tokenizer_of_policy
 from .experience import Answered, Experience, Rollout, Scores
+from .model_card import training_facts
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .refinement import with_refinements
@@ -766,6 +767,9 @@ class PolicyModule(L.LightningModule):
         checkpoint["num_rollouts"] = self.num_rollouts
         if self.device_mesh is None:
             name_optimizer_states(checkpoint, self, self.trainer.optimizers)
+        parts = self.token_objective, self.attention_rl, self.distillation, self.supervised, self.rejection
+        method = " and ".join(type(part).__name__ for part in parts if part is not None)
+        checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the random numbers that come next."""

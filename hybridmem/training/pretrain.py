@@ -24,6 +24,7 @@ from ..processes import of_all, shard, shares
 from ..sequence import PADDING
 from ..state import detach_state
 from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache
+from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine
 
@@ -216,6 +217,7 @@ class PretrainModule(L.LightningModule):
         checkpoint["carried"] = of_all(save_cache(self.carried))
         if self.device_mesh is None:
             name_optimizer_states(checkpoint, self, self.trainer.optimizers)
+        checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; take up the states."""

@@ -26,6 +26,7 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     assert checkpoint.exists()
     losses = logged(tmp_path, "train/loss")
     assert len(losses) == 6
+    validated = logged(tmp_path, "val/bits_per_byte")[0]  # the last checkpoint is written before the second validation
     assert losses[-1] < losses[0]
     assert logged(tmp_path, "train/tokens_per_second")
     for command in ("validate", "predict"):
@@ -43,7 +44,12 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     assert torch.equal(model.lm_head.weight, weights(checkpoint)["model.lm_head.weight"])
     assert len(tokenizer) == 259
-    assert str(tmp_path) not in (exported / "config.json").read_text()
+    texts = [file.read_text() for file in exported.iterdir() if file.suffix in (".json", ".md", ".py")]
+    assert not any(str(part) in text for text in texts for part in (tmp_path, Path.home(), Path(__file__).parents[2]))
+    card = (exported / "README.md").read_text()
+    assert "| optimiser steps | 6 |" in card
+    assert "| path | text |" in card
+    assert f"| val/bits_per_byte | {validated:.4g} |" in card
     assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 258
     capsys.readouterr()
     for stream in ("true", "false"):

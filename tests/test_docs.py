@@ -1,0 +1,88 @@
+"""The guides' examples run and their settings parse; the reference names every public name."""
+
+import importlib
+import re
+from inspect import isclass, isfunction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import hybridmem_kernels
+from hybridmem.data import byte_tokenizer
+
+from .hybridmem.models import tiny_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PUBLIC = ("hybridmem", "hybridmem.data", "hybridmem.metrics", "hybridmem.policy", "hybridmem.tasks",
+          "hybridmem.training", "hybridmem_kernels")  # fmt: skip
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+def names_in_text() -> dict[str, Any]:
+    """What fragments take for given: a model, something to read, and an operator's inputs."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    alpha, eta, theta = torch.rand(3, 1, 2, 5) / 2
+    input_ids = torch.randint(0, 37, (1, 20))
+    return dict(
+        model=tiny_model(torch.float32), input_ids=input_ids, pieces=input_ids.split([7, 1, 12], dim=1),
+        hybridmem_kernels=hybridmem_kernels, memory_scan=hybridmem_kernels.memory_scan,
+        q=q, k=k, v=v, alpha=alpha, eta=eta, theta=theta,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hybridmem.training.allocator.keep_freed_memory", lambda: None)  # it is for the whole process
+    if page.name == "README.md":  # what its commands exported
+        tiny_model(torch.float32, vocab_size=259).save_pretrained("my_model")
+        byte_tokenizer().save_pretrained("my_model")
+    for block in blocks(page, "python"):
+        names = names_in_text()
+        exec(block, names)
+        promised = re.findall(r"^((?:reward|critic)\(.*?\))  # (\[[^\n]*\])$", block, re.M | re.S)
+        assert bool(promised) == (page.name == "rewards.md")
+        for call, value in promised:
+            assert eval(call, names) == yaml.safe_load(value), call
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.stem)
+def test_settings_parse(page):
+    for block in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(block), (dict, list)), block
+
+
+def documented() -> set[str]:
+    """Full names that docs/api.md shows, modules with what is public in them."""
+    found: set[str] = set()
+    for target, members in re.findall(r"^::: (\S+)(?:\n    options: \{members: (.*)\})?", API, re.M):
+        owner, _, name = target.rpartition(".")
+        if not isinstance(getattr(importlib.import_module(owner), name, None), type(importlib)):
+            found.add(target)
+            continue
+        module = importlib.import_module(target)
+        own = [n for n, part in vars(module).items() if getattr(part, "__module__", None) == target]
+        shown = yaml.safe_load(members) if members else [n for n in own if not n.startswith("_")]
+        found |= {f"{target}.{n}" for n in shown}
+    return found
+
+
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_public_name_is_in_the_reference(package):
+    shown = documented()
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        part = getattr(module, name)
+        # Functions that are wrapped for shape checks, and types made by a call, are known by their name alone.
+        home = part.__module__ if isclass(part) or isfunction(part) else ""
+        assert f"{home}.{name}" in shown or any(entry.endswith(f".{name}") for entry in shown), f"{package}.{name}"
