@@ -55,6 +55,8 @@ class BM25:
             if identifier in documents:
                 raise ValueError(f"{name} has the id {identifier!r} of an earlier document: ids must differ")
             documents[identifier] = "\n".join(str(record[c]) for c in text_columns if record.get(c) is not None)
+        if not any(map(terms, documents.values())):
+            raise ValueError(f"path={str(path)!r}: no document has a word in text_columns={list(text_columns)}")
         self._index(documents, k1, b)
 
     @classmethod
@@ -71,7 +73,7 @@ class BM25:
             raise ImportError("BM25 searches with `bm25s`: pip install hybridmem[rank]") from error
         texts = [terms(text) for text in documents.values()]
         if not any(texts):
-            raise ValueError("BM25 has nothing to search: no document has a word in text_columns")
+            raise ValueError("BM25 has nothing to search: no document has a word")
         self.ids = list(documents)
         self.index = bm25s.BM25(k1=k1, b=b)
         self.index.index(texts, show_progress=False)

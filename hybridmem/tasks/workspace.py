@@ -96,6 +96,7 @@ class Workspace:
         seed: int = 0,
     ):
         at_least(2, num_files=num_files)
+        at_least(1, max_line_length=max_line_length)
         at_least(0, seed=seed)
         if num_files > len(NAMES):
             raise ValueError(f"num_files={num_files} must be at most {len(NAMES)}")

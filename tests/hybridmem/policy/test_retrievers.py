@@ -46,7 +46,7 @@ def test_reads_jsonl(tmp_path):
         (['{"text": "a"}'], "id_column='id'"),
         (["[1]"], "is no JSON object but list"),
         (["{"], ":1 is not JSON"),
-        (['{"id": 1, "text": "--"}'], "nothing to search"),
+        (['{"id": 1, "text": "--"}'], r"d\.jsonl.*: no document has a word in text_columns=\[.text.\]"),
     ],
 )
 def test_bad_files_are_named(tmp_path, lines, message):

@@ -69,6 +69,7 @@ def test_what_is_heard_is_not_learnt(task):
     [
         (dict(num_files=1), "num_files must be at least 2, not 1"),
         (dict(num_files=27), "num_files=27 must be at most 26"),
+        (dict(max_line_length=-1), "max_line_length must be at least 1, not -1"),
         (dict(max_line_length=9), "max_line_length=9 leaves"),
     ],
 )
