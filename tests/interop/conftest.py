@@ -19,7 +19,7 @@ def exported(tmp_path_factory) -> Callable[[str], Path]:
     def folder(variant: str) -> Path:
         config = HybridMemConfig(
             variant=variant, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=6, attention_window=7, segment_length=6, num_persistent_tokens=2,
+            num_key_value_heads=2, head_dim=6, attention_window=7, segment_length=12, num_persistent_tokens=2,
             memory_heads=2, memory_head_dim=8, memory_chunk_size=8, initializer_range=0.3,
         )  # fmt: skip
         with torch.random.fork_rng():

@@ -49,8 +49,8 @@ def test_sft(variant, exported, tmp_path):
     loads_again(trainer, tmp_path / "saved")
 
 
-# Documents are told apart once, for all layers: two variants that need them in different ways.
-@pytest.mark.parametrize("variant", ["mac", "mag"])
+# Documents are told apart once, for all layers: of the variants that with a memory, a window and segments.
+@pytest.mark.parametrize("variant", ["mac"])
 def test_sft_without_padding_keeps_documents_apart(variant, exported, tmp_path):
     """TRL then lays a batch's rows one behind the other: the positions alone say where each starts."""
     losses = []
@@ -83,7 +83,7 @@ def grpo(folder, tmp_path, **settings) -> GRPOTrainer:
     """With a reference model, and with activation checkpointing, which TRL turns on by default."""
     adapter = settings.pop("peft_config", None)
     arguments = GRPOConfig(
-        output_dir=tmp_path, num_generations=4, max_completion_length=12, beta=0.1, **SETTINGS, **settings
+        output_dir=tmp_path, num_generations=4, max_completion_length=8, beta=0.1, **SETTINGS, **settings
     )
     return GRPOTrainer(
         str(folder), variety, arguments, Dataset.from_dict({"prompt": [text[:11] for text in TEXTS]}),
