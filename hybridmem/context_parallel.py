@@ -52,7 +52,7 @@ def handed_over(model: HybridMemForCausalLM | HybridMemModel, group: Any = None)
     Raises:
         ValueError: activation checkpointing is on, which leaves states out.
     """
-    if model.is_gradient_checkpointing:
+    if model.is_activation_checkpointing:
         raise ValueError(
             "context parallelism hands states over, which activation checkpointing leaves out: turn it off"
         )

@@ -7,10 +7,12 @@ Every test draws the same numbers whichever ran before it, on however many proce
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,3 +27,11 @@ def seeded(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the libraries underneath draw from it
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Strategies of several processes leave theirs behind, which processes that a later test forks would take over."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

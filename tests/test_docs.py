@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 import hybridmem_kernels
@@ -33,7 +34,7 @@ def names_in_text() -> dict[str, Any]:
     return dict(
         model=tiny_model(torch.float32), input_ids=input_ids, pieces=input_ids.split([7, 1, 12], dim=1),
         hybridmem_kernels=hybridmem_kernels, memory_scan=hybridmem_kernels.memory_scan,
-        q=q, k=k, v=v, alpha=alpha, eta=eta, theta=theta,
+        q=q, k=k, v=v, alpha=alpha, eta=eta, theta=theta, ids=input_ids, labels=input_ids.roll(-1, dims=1), total=20,
     )  # fmt: skip
 
 
@@ -44,6 +45,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
     if page.name == "README.md":  # what its commands exported
         tiny_model(torch.float32, vocab_size=259).save_pretrained("my_model")
         byte_tokenizer().save_pretrained("my_model")
+    if page.name == "scaling.md":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for block in blocks(page, "python"):
         names = names_in_text()
         exec(block, names)

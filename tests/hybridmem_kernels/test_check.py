@@ -14,7 +14,7 @@ from hybridmem_kernels.timing import NUM_CALLS, calls, measure
 
 pytest.importorskip("triton")
 
-SHORT = {f"{case.operator}, {case.name}": case for case in cases(20)}
+SHORT = {f"{case.operator}, {case.name}": case for case in cases(20, shrink=3)}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of infinities that are masked
