@@ -16,13 +16,13 @@ import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def seeded(request: pytest.FixtureRequest) -> None:
+def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
+    torch.set_num_threads(1)  # benchmarks set others, with which a process that is forked later would hang
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the libraries underneath draw from it
