@@ -29,9 +29,15 @@ def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+# What launchers tell processes of one another, as Lightning writes it into this one's environment.
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """Strategies of several processes leave theirs behind, which processes that a later test forks would take over."""
+    """Strategies of several processes leave theirs behind, which processes that a later test starts would take over."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
