@@ -13,6 +13,7 @@ import weakref
 from typing import Any
 
 from ..settings import at_least
+from .folders import with_line
 
 DIRECTORY = "/testbed"  # where SWE-bench's images hold the repository
 OPENED = 100  # lines at once
@@ -118,11 +119,7 @@ class Container:
             line: the line's number, as `open` tells it.
             text: what stands there from now on, with its indentation; nothing takes the line away.
         """
-        lines = self._read(path)
-        if not 1 <= line <= len(lines):
-            raise ValueError(f"{path} has lines 1 to {len(lines)}, and none is {line}")
-        lines[line - 1 : line] = text.splitlines()
-        written = "".join(f"{kept}\n" for kept in lines)
+        written = with_line(path, self._read(path), line, text)
         done = self._run(["sh", "-c", 'cat > "$1"', "sh", path], self._seconds, written)
         if done.returncode:
             raise ValueError(done.stdout.strip())

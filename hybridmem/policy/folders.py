@@ -55,3 +55,14 @@ class Files:
             path: its name.
         """
         return self._file(path).read_text()
+
+
+def with_line(path: str, lines: list[str], line: int, text: str) -> str:
+    """A file's text with another one in the place of a line, counted from 1; no text takes the line away.
+
+    Raises:
+        ValueError: there is no such line.
+    """
+    if not 1 <= line <= len(lines):
+        raise ValueError(f"{path} has lines 1 to {len(lines)}, and none is {line}")
+    return "".join(f"{kept}\n" for kept in [*lines[: line - 1], *text.splitlines(), *lines[line:]])

@@ -55,25 +55,25 @@ class BM25:
             if identifier in documents:
                 raise ValueError(f"{name} has the id {identifier!r} of an earlier document: ids must differ")
             documents[identifier] = "\n".join(str(record[c]) for c in text_columns if record.get(c) is not None)
-        if not any(map(terms, documents.values())):
-            raise ValueError(f"path={str(path)!r}: no document has a word in text_columns={list(text_columns)}")
-        self._index(documents, k1, b)
+        self._index(
+            documents, k1, b, f"path={str(path)!r}: no document has a word in text_columns={list(text_columns)}"
+        )
 
     @classmethod
     def of(cls, documents: Mapping[str, str], k1: float = 1.5, b: float = 0.75) -> "BM25":
         """The same over documents in memory, texts by id."""
         index = cls.__new__(cls)
-        index._index(documents, k1, b)
+        index._index(documents, k1, b, "BM25 has nothing to search: no document has a word")
         return index
 
-    def _index(self, documents: Mapping[str, str], k1: float, b: float) -> None:
+    def _index(self, documents: Mapping[str, str], k1: float, b: float, without_words: str) -> None:
         try:
             import bm25s
         except ModuleNotFoundError as error:
             raise ImportError("BM25 searches with `bm25s`: pip install hybridmem[rank]") from error
         texts = [terms(text) for text in documents.values()]
         if not any(texts):
-            raise ValueError("BM25 has nothing to search: no document has a word")
+            raise ValueError(without_words)
         self.ids = list(documents)
         self.index = bm25s.BM25(k1=k1, b=b)
         self.index.index(texts, show_progress=False)

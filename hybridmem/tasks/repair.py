@@ -13,7 +13,7 @@ import numpy as np
 
 from ..policy.calls import results_of
 from ..policy.environments import act
-from ..policy.folders import Files
+from ..policy.folders import Files, with_line
 from ..settings import at_least, between_0_and_1, number_held_out, one_of
 from .bugs import KINDS
 from .functions import LONGEST_REPR, MOST_CALLS, BrokenFunction, broken_functions
@@ -79,11 +79,7 @@ class CodeFolder(Files):
             text: what stands there from now on, with its indentation; nothing takes the line away.
         """
         file = self._file(path)
-        lines = file.read_text().splitlines()
-        if not 1 <= line <= len(lines):
-            raise ValueError(f"{path} has lines 1 to {len(lines)}, and none is {line}")
-        lines[line - 1 : line] = text.splitlines()
-        file.write_text("".join(f"{kept}\n" for kept in lines))
+        file.write_text(with_line(path, file.read_text().splitlines(), line, text))
         return "edited"
 
     def test(self) -> str:
