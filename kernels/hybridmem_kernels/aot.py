@@ -114,6 +114,8 @@ def list_builds(
 def measure(target: Target, build: Build) -> Resources:
     """Build a kernel (or take it from Triton's cache) and read off what it takes."""
     options = dict(num_warps=build.num_warps, num_stages=build.num_stages)
+    if build.maxnreg is not None:
+        options["maxnreg"] = build.maxnreg
     source = ASTSource(build.kernel, build.signature, build.constexprs, _alignments(build))
     kernel = triton.compile(source, target=target.gpu, options=options)
     read = _read_amdgcn if target.gpu.backend == "hip" else _read_cubin

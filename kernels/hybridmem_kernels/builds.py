@@ -19,6 +19,7 @@ class Build:
         constexprs: argument name: value, of those.
         num_warps, num_stages: as it is launched.
         has_dots: whether it multiplies matrices, which must then be on tensor cores.
+        maxnreg: registers that a thread may have, as it is launched; None: as many as the compiler likes.
     """
 
     name: str
@@ -28,3 +29,4 @@ class Build:
     num_warps: int = 4
     num_stages: int = 2
     has_dots: bool = True
+    maxnreg: int | None = None

@@ -24,7 +24,8 @@ class Tiles(NamedTuple):
 # float32, each product of which is three of tf32 that split their operands in registers, and for the gradients of
 # float16, which are products of tf32.
 CUDA_TILES = {
-    torch.bfloat16: dict.fromkeys((16, 32, 64, 128), Tiles(64, 64, 64, 8, 1)) | {256: Tiles(32, 64, 128, 8, 1)},
+    torch.bfloat16: dict.fromkeys((16, 32, 64), Tiles(64, 32, 64, 4, 1))
+    | {128: Tiles(64, 64, 64, 8, 1), 256: Tiles(32, 64, 128, 8, 1)},
     torch.float16: dict.fromkeys((16, 32, 64), Tiles(64, 32, 64, 8, 1))
     | {128: Tiles(64, 32, 32, 8, 1), 256: Tiles(32, 64, 64, 8, 1)},
     torch.float32: dict.fromkeys((16, 64), Tiles(64, 32, 32, 8, 1))

@@ -34,12 +34,12 @@ __all__ = ["builds", "memory_mlp_scan_triton"]
 UNBOUNDED = 2.0**60  # a bound that leaves theta as it is to the last bit, and that no finite gradient reaches
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], work: dict[str, Any], half: bool) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], work: dict[str, Any], call: "Call") -> None:
     """Run `kernel` on what it takes of `work`."""
     backend = "cuda" if torch.version.hip is None else "hip"
     arguments = {name: work[name] for name in kernel.arg_names if name in work}
-    arguments |= constexprs(kernel, work["slots"], half, backend)
-    kernel[grid](**arguments, **options(kernel, work["slots"], half))
+    arguments |= constexprs(kernel, call.shape, call.half, backend)
+    kernel[grid](**arguments, **options(kernel, call.shape, call.half, backend))
 
 
 class Call(NamedTuple):
@@ -167,10 +167,10 @@ def scan_forward(
     work = _work(call, (q, k, v), (alpha, eta, theta))
     work |= dict(states_ptr=states, fresh_ptr=learned.contiguous(), out_ptr=_token_output(v, call))
     with torch.cuda.device_of(q):
-        _launch(gather_kernel, (lanes * count,), work, call.half)
-        _launch(decays_kernel, (lanes * count,), work, call.half)
-        _launch(scan_kernel, (lanes,), work, call.half)
-        _launch(read_kernel, (lanes * count, shape.slots // READ_ROWS), work, call.half)
+        _launch(gather_kernel, (lanes * count,), work, call)
+        _launch(decays_kernel, (lanes * count,), work, call)
+        _launch(scan_kernel, (lanes,), work, call)
+        _launch(read_kernel, (lanes * count, shape.slots // READ_ROWS), work, call)
     rows = states.unflatten(0, (batch, heads))
     ends = (rows[:, :, -2, 0].clone(), rows[:, :, -2, 1].clone())
     end_anchors = rows[torch.arange(batch, device=q.device), :, _end_anchor(blocks), 0]
@@ -212,13 +212,13 @@ def scan_backward(
         end_anchor_ptr=end_anchor,
     )
     with torch.cuda.device_of(alpha):
-        _launch(gather_kernel, (chunks,), work, call.half)
-        _launch(decays_kernel, (chunks,), work, call.half)
-        _launch(surprise_kernel, (chunks,), work, call.half)
-        _launch(read_backward_kernel, (chunks,), work, call.half)
-        _launch(scan_backward_kernel, (lanes,), work, call.half)
-        _launch(decays_backward_kernel, (chunks,), work, call.half)
-        _launch(scatter_kernel, (chunks,), work, call.half)
+        _launch(gather_kernel, (chunks,), work, call)
+        _launch(decays_kernel, (chunks,), work, call)
+        _launch(surprise_kernel, (chunks,), work, call)
+        _launch(read_backward_kernel, (chunks,), work, call)
+        _launch(scan_backward_kernel, (lanes,), work, call)
+        _launch(decays_backward_kernel, (chunks,), work, call)
+        _launch(scatter_kernel, (chunks,), work, call)
     given = (end_anchor > count)[:, None, None]  # no chunk was begun: the anchors stay those given
     of_tokens = [work[f"grad_{name}_ptr"] for name in ("q", "k", "v", "alpha", "eta", "theta")]
     grad_start = work["grad_state_ptr"].unbind(2)

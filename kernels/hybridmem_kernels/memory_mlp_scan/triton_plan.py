@@ -16,7 +16,8 @@ from .triton_tiles import Cut
 from .triton_tokens import decays_backward_kernel, decays_kernel, gather_kernel, scatter_kernel
 
 MOST_HIDDEN = 1024
-TILE = 32  # columns of a tile; widths are padded to it
+TILE = 32  # widths are padded to whole tiles of this many columns
+WIDE_TILE = 64  # of a tile where widths are whole ones of these, and registers allow it: fewer and faster products
 READ_ROWS = 32  # tokens that a program of read_kernel answers
 ROW_BY_ROW = (decays_kernel, decays_backward_kernel)
 WITH_DOTS = (scan_kernel, read_kernel, surprise_kernel, read_backward_kernel, scan_backward_kernel)
@@ -51,6 +52,11 @@ class Shape(NamedTuple):
     def slots(self) -> int:
         """Slots of a chunk, padded."""
         return max(32, triton.next_power_of_2(self.used))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether widths are whole wide tiles."""
+        return self.width % WIDE_TILE == 0 and self.hidden % WIDE_TILE == 0
 
     @property
     def row_size(self) -> int:
@@ -92,15 +98,18 @@ def check_sizes(widths: tuple[int, ...], chunk_size: int) -> None:
             raise ValueError(f"the Triton kernels take {name} 16 to {most}, got {size}; use backend='torch'")
 
 
-def constexprs(kernel: Any, slots: int, half: bool, backend: str) -> dict[str, Any]:
+def constexprs(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str, Any]:
     """What `kernel` is compiled for: tiles as large as registers allow.
 
     `half`: the tokens have 16 bits; backend: "cuda" or "hip".
     """
     if kernel in ROW_BY_ROW:
-        return dict(SLOTS=slots)
-    rows = READ_ROWS if kernel is read_kernel else min(slots, 64 if half else 32)
-    tile = 16 if half and rows == 32 and kernel is scan_backward_kernel else TILE
+        return dict(SLOTS=shape.slots)
+    rows = READ_ROWS if kernel is read_kernel else min(shape.slots, 64 if half else 32)
+    if half and backend == "cuda" and shape.is_wide:
+        tile = WIDE_TILE
+    else:
+        tile = 16 if half and rows == 32 and kernel is scan_backward_kernel else TILE
     return dict(CUT=Cut(rows, tile, _operands(half, backend)))
 
 
@@ -111,15 +120,18 @@ def _operands(half: bool, backend: str) -> str:
     return "ieee" if backend == "hip" else "tf32x3"  # CDNA multiplies float32 in full
 
 
-def options(kernel: Any, slots: int, half: bool) -> dict[str, int]:
+def options(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str, int]:
     """Warps and stages: nothing spills, and no loop reads ahead of what it writes."""
     if kernel in ROW_BY_ROW:
-        warps = 1
-    elif half and (slots > 32 or kernel not in (scan_kernel, read_backward_kernel)):
-        warps = 8
+        return dict(num_warps=1, num_stages=1)
+    if half and backend == "cuda" and shape.is_wide:
+        few = kernel in (read_kernel, surprise_kernel) or (kernel is read_backward_kernel and shape.slots == 32)
     else:
-        warps = 4
-    return dict(num_warps=warps, num_stages=1)
+        few = not half or (shape.slots == 32 and kernel in (scan_kernel, read_backward_kernel))
+    chosen = dict(num_warps=4 if few else 8, num_stages=1)
+    if backend == "cuda" and kernel is read_kernel:
+        chosen |= dict(maxnreg=224)  # left to itself the compiler takes fewer, and spills
+    return chosen
 
 
 def builds(widths: Sequence[int], chunk_size: int, dtype: torch.dtype, backend: str = "cuda") -> list[Build]:
@@ -136,27 +148,27 @@ def builds(widths: Sequence[int], chunk_size: int, dtype: torch.dtype, backend: 
         ValueError: a chunk or width that the kernels are not made for.
     """
     check_sizes(tuple(widths), chunk_size)
-    slots = shape_of(widths, chunk_size).slots
+    shape = shape_of(widths, chunk_size)
     absent = dict(grad_out_ptr=None, grad_y_ptr=None)  # the gather, as the forward launches it
     kernels = (gather_kernel, decays_kernel, *WITH_DOTS, decays_backward_kernel, scatter_kernel)
     return [
-        _build(gather_kernel, slots, dtype, backend, absent),
-        *(_build(kernel, slots, dtype, backend, {}) for kernel in kernels),
+        _build(gather_kernel, shape, dtype, backend, absent),
+        *(_build(kernel, shape, dtype, backend, {}) for kernel in kernels),
     ]
 
 
-def _build(kernel: Any, slots: int, dtype: torch.dtype, backend: str, absent: dict[str, None]) -> Build:
+def _build(kernel: Any, shape: Shape, dtype: torch.dtype, backend: str, absent: dict[str, None]) -> Build:
     half = dtype != torch.float32
-    constants = constexprs(kernel, slots, half, backend) | absent
+    constants = constexprs(kernel, shape, half, backend) | absent
     types = dict.fromkeys(kernel.arg_names, "i32") | dict(max_grad_norm="fp32")
     types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= dict.fromkeys(TOKEN_POINTERS, f"*{DTYPES[dtype]}") | OTHER_POINTERS
     types |= dict.fromkeys(constants, "constexpr")
     return Build(
-        name=f"{kernel.fn.__name__}{' forward' if absent else ''} slots {slots} {DTYPES[dtype]}",
+        name=f"{kernel.fn.__name__}{' forward' if absent else ''} slots {shape.slots} {DTYPES[dtype]}",
         kernel=kernel,
         signature={name: types[name] for name in kernel.arg_names},
         constexprs=constants,
-        **options(kernel, slots, half),
+        **options(kernel, shape, half, backend),
         has_dots=kernel in WITH_DOTS,
     )

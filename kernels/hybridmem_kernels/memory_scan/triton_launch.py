@@ -89,7 +89,7 @@ def _prepare(run: Run, plan: Plan, tokens: Tokens, backward: bool) -> Chunks:
     run(Launch(decay_kernel, (count,), arguments, dict(SIZE=size, KEEP_MOVING=backward), 1, has_dots=False))
     arguments = dict(gates, q_ptr=tokens.q, k_ptr=tokens.k, inverse_ptr=chunks.inverse, mix_ptr=chunks.mix, **place)
     constexprs = {name: plan.tile[name] for name in ("KEY_DIM", "KEY_BLOCK", "SIZE", "PRECISION")}
-    run(Launch(chunk_kernel, (count,), arguments, dict(constexprs, EXACT=plan.exact), 4 if size > 32 else 2))
+    run(Launch(chunk_kernel, (count,), arguments, dict(constexprs, EXACT=plan.exact), plan.chunk_warps))
     return chunks
 
 
@@ -106,13 +106,13 @@ def forward(run: Run, plan: Plan, tokens: Tokens, state: MemoryState) -> tuple[T
         weight_ptr=state.weight, momentum_ptr=state.momentum, states_ptr=states, errors_ptr=errors,
         last_weight_ptr=last.weight, last_momentum_ptr=last.momentum, **place, **values,
     )  # fmt: skip
-    run(Launch(scan_kernel, (tokens.lanes, plan.value_blocks), arguments, plan.scan_tile))
+    run(Launch(scan_kernel, (tokens.lanes, plan.value_blocks(plan.scan_tile)), arguments, plan.scan_tile))
     out = torch.empty_like(tokens.v)
     arguments = dict(
         q_ptr=tokens.q, mix_ptr=chunks.mix, columns_ptr=chunks.columns, states_ptr=states, errors_ptr=errors,
         out_ptr=out, **place, **values,
     )  # fmt: skip
-    run(Launch(output_kernel, (count, plan.value_blocks), arguments, plan.tile))
+    run(Launch(output_kernel, (count, plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
     return out, last, states, errors
 
 
@@ -127,7 +127,7 @@ def _restore(
         k_ptr=tokens.k, columns_ptr=chunks.columns, checkpoints_ptr=checkpoints, errors_ptr=errors, states_ptr=states,
         checkpoints=len(checkpoints) // tokens.lanes, **tokens.place(plan.size),
     )  # fmt: skip
-    grid = (len(checkpoints), plan.key_blocks, plan.value_blocks)
+    grid = (len(checkpoints), plan.key_blocks, plan.value_blocks(plan.tile))
     run(Launch(restore_kernel, grid, arguments, plan.tile))
     return states
 
@@ -165,12 +165,12 @@ def backward(
         grad_weight_ptr=grads.weight, grad_momentum_ptr=grads.momentum, **place, **values,
     )  # fmt: skip
     arguments = dict(shared, q_ptr=tokens.q, mix_ptr=chunks.mix, grad_out_ptr=grad_out)
-    run(Launch(seed_kernel, (count, plan.value_blocks), arguments, plan.tile))
+    run(Launch(seed_kernel, (count, plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
     arguments = dict(
         shared, k_ptr=tokens.k, inverse_ptr=chunks.inverse, grad_v_ptr=grads.v,
         grad_last_weight_ptr=grad_last.weight, grad_last_momentum_ptr=grad_last.momentum,
     )  # fmt: skip
-    run(Launch(adjoint_kernel, (tokens.lanes, plan.value_blocks), arguments, plan.scan_tile))
+    run(Launch(adjoint_kernel, (tokens.lanes, plan.value_blocks(plan.scan_tile)), arguments, plan.scan_tile))
 
     squares = [torch.empty_like(chunks.mix) for _ in range(2)]
     strict, mix = chunks.inverse, chunks.mix  # done with
@@ -179,7 +179,8 @@ def backward(
         grad_residuals_ptr=grad_residuals, grad_out_ptr=grad_out, strict_ptr=strict, mix_ptr=mix,
         grad_before_ptr=squares[0], grad_after_ptr=squares[1], lanes=tokens.lanes, **place, **values,
     )  # fmt: skip
-    run(Launch(mix_gradient_kernel, (count,), arguments, plan.tile, num_warps=8))
+    warps = 4 if plan.wide > plan.width else 8  # a wide tile is one pass
+    run(Launch(mix_gradient_kernel, (count,), arguments, plan.wide_tile, warps))
 
     parts = plan.key_blocks
     grad_columns = chunks.columns.new_empty(count, parts, *chunks.columns.shape[1:])

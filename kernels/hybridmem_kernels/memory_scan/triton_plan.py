@@ -38,7 +38,9 @@ class Plan:
         precision: of products, where they are not of two 16-bit inputs; None is tf32 where the target has it.
         exact: of the products that invert.
         width: columns of a tile. A product in tf32x3 is three, whose operands all lie in registers: half as many.
-        scan_width: key dimensions of a tile in the passes through the chunks.
+        scan_keys: key dimensions of a tile in the passes through the chunks.
+        wide: columns of a tile in the kernels that hold few of them.
+        chunk_warps: of the kernel that inverts.
     """
 
     key_dim: int
@@ -48,29 +50,39 @@ class Plan:
     precision: str | None
     exact: str
     width: int
-    scan_width: int
+    scan_keys: int
+    wide: int
+    chunk_warps: int
 
-    @property
-    def tile(self) -> dict[str, Any]:
-        """What the kernels of independent chunks are compiled for."""
-        key_block, value_block = (min(self.width, triton.next_power_of_2(x)) for x in (self.key_dim, self.value_dim))
+    def _cut(self, key_width: int, value_width: int) -> dict[str, Any]:
+        key_block = min(key_width, triton.next_power_of_2(self.key_dim))
+        value_block = min(value_width, triton.next_power_of_2(self.value_dim))
         dims = dict(KEY_DIM=self.key_dim, VALUE_DIM=self.value_dim, KEY_BLOCK=key_block, VALUE_BLOCK=value_block)
         return dict(dims, SIZE=self.size, PRECISION=self.precision)
 
     @property
-    def scan_tile(self) -> dict[str, Any]:
-        """And those that pass through the chunks."""
-        return dict(self.tile, KEY_BLOCK=min(self.scan_width, triton.next_power_of_2(self.key_dim)))
+    def tile(self) -> dict[str, Any]:
+        """What the kernels of independent chunks are compiled for."""
+        return self._cut(self.width, self.width)
 
     @property
-    def value_blocks(self) -> int:
-        """How many programs share the columns of values."""
-        return triton.cdiv(self.value_dim, self.tile["VALUE_BLOCK"])
+    def wide_tile(self) -> dict[str, Any]:
+        """Those of them that hold few tiles."""
+        return self._cut(self.wide, self.wide)
+
+    @property
+    def scan_tile(self) -> dict[str, Any]:
+        """And those that pass through the chunks."""
+        return self._cut(self.scan_keys, self.width)
 
     @property
     def key_blocks(self) -> int:
-        """How many share the key dimensions."""
+        """How many programs share the key dimensions."""
         return triton.cdiv(self.key_dim, self.tile["KEY_BLOCK"])
+
+    def value_blocks(self, tile: dict[str, Any]) -> int:
+        """How many share the columns of values."""
+        return triton.cdiv(self.value_dim, tile["VALUE_BLOCK"])
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, hip: bool, interpreted: bool) -> Plan:
@@ -80,8 +92,13 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, hip: bool, inter
     exact = "ieee" if hip or interpreted else "tf32x3"
     single = all(x.dtype == torch.float32 for x in (q, k, v))
     precision = exact if single or interpreted else None
-    width, scan_width = (16, 32) if single else (32, size)
-    return Plan(q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_width)
+    width, scan_keys = (16, 32) if single else (32, size)
+    wide, chunk_warps = (width, 4) if single or hip else (64, 2)  # measured on Hopper alone
+    if size <= 32:
+        chunk_warps = 2
+    return Plan(
+        q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_keys, wide, chunk_warps
+    )  # fmt: skip
 
 
 class Launch(NamedTuple):
