@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -23,7 +23,17 @@ from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
 from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
 from .training.durable import DurableCheckpointIO
-from .training.errors import CommandParser, SettingsError, StoppedError, TrainingParser, one_line, settings_errors
+from .training.errors import (
+    CommandParser,
+    SettingsError,
+    StoppedError,
+    TrainingParser,
+    named,
+    one_line,
+    refuse_null_arguments,
+    refuse_nulls,
+    settings_errors,
+)
 from .training.generate import generate
 from .training.nonfinite import NonFiniteGuard
 from .training.policy import PolicyModule
@@ -73,6 +83,10 @@ class HybridMemCLI(LightningCLI):
             trainer = self._get(self.config, "trainer")
             if isinstance(trainer, int | float | str | list):
                 raise ValueError(f"trainer={trainer!r} must hold settings by name")
+            refuse_null_arguments(trainer, L.Trainer, "trainer")
+            with named("trainer.max_time"):
+                Timer(trainer.max_time)
+            refuse_nulls(self.config[self.config.subcommand])
             super().instantiate_classes()
 
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:

@@ -378,18 +378,20 @@ def main() -> None:
             "settings": settings_cases(options.settings, folder, numbers, bases),
             "files": file_cases(options.files, folder, numbers),
         }
+        figures = {"command": " ".join(["python", *sys.argv]), "configurations": sorted(bases), **counts}
         for kind, of_kind in cases.items():
-            for case in of_kind:
+            for number, case in enumerate(of_kind, 1):
                 found, said = outcome(case)
                 counts[kind][found] += 1
                 if found not in ("accepted", "refused, naming the cause"):
                     failures += 1
                     print(f"{found}: {case.what}\n    {said}\n", flush=True)
+                if number % 100 == 0:
+                    print(f"{number} {kind}, {time.monotonic() - begun:.0f} seconds", flush=True)
+                if options.output:  # an interrupted run keeps what it found
+                    options.output.write_text(json.dumps(figures, indent=1) + "\n")
                 shutil.rmtree(folder / "run", ignore_errors=True)
     print(counts, f"{time.monotonic() - begun:.0f} seconds, {len(bases)} configurations", sep="\n")
-    if options.output:
-        figures = {"command": " ".join(["python", *sys.argv]), "configurations": sorted(bases), **counts}
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(bool(failures))
 
 

@@ -17,6 +17,9 @@ from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import Corpus, document_marks
 from .trainer import batches_trained, is_training, share_of
 
+# What `datasets` reads by format: without files it would look for some in all folders below the current one.
+FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml"}
+
 
 class HubDataModule(L.LightningDataModule):
     """Rows of tokens from a dataset that is read while training (`pip install hybridmem[data]`).
@@ -72,6 +75,8 @@ class HubDataModule(L.LightningDataModule):
         at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
         at_least(1, val_documents=val_documents, shuffle_documents=shuffle_documents)
         at_least(0, num_workers=num_workers, seed=seed)
+        if dataset in FORMATS and data_files is None:
+            raise ValueError(f"data_files must name files: dataset={dataset!r} is a format")
         self.save_hyperparameters(logger=False)
         self.val_sequence_length = val_sequence_length or sequence_length
         self.val_batch_size = val_batch_size or batch_size

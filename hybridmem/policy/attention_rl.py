@@ -53,8 +53,9 @@ class AttentionRL:
         if self.target == "unified" and self.exploration:
             raise ValueError("exploration is defined for target attention, allocation or memory; set exploration=0")
         for name in ("weight", "entropy_bonus", "exploration"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or a positive number")
+            value = getattr(self, name)
+            if value is None or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be 0 or a positive number")
         if self.min_span is not None and not self.min_span >= 1:
             raise ValueError(f"min_span={self.min_span} must be at least 1, the span of a single token")
 

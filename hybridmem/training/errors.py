@@ -1,12 +1,15 @@
 """Errors that the user can mend, in one line that names the setting."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pkgutil import resolve_name
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -33,6 +36,60 @@ def settings_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError, MisconfigurationException) as error:
         raise SettingsError(one_line(str(error))) from error
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Put the setting's name in front of what a class that it names has against its own settings."""
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
+def refuse_nulls(settings: Any, place: str = "") -> None:
+    """Refuse a null for a setting that takes none, in every class that is named: there the parser lets it through.
+
+    Raises:
+        ValueError: with the setting's name and type.
+    """
+    if isinstance(settings, list):
+        for number, each in enumerate(settings):
+            refuse_nulls(each, f"{place}.{number}")
+    if not isinstance(settings, Namespace | dict):
+        return
+    for name, value in vars(settings).items() if isinstance(settings, Namespace) else settings.items():
+        refuse_nulls(value, f"{place}.{name}".removeprefix("."))
+    given = settings.get("init_args")
+    if isinstance(given, Namespace | dict) and isinstance(settings.get("class_path"), str):
+        refuse_null_arguments(given, resolve_name(settings["class_path"]), f"{place}.init_args")
+
+
+def refuse_null_arguments(given: Namespace | dict[str, Any], of: Any, place: str) -> None:
+    """The same for the arguments of one class or function.
+
+    Raises:
+        ValueError: with the setting's name and type.
+    """
+    for name, kind in _types_without_null(of).items():
+        if name in given and given[name] is None:
+            raise ValueError(f"{place}.{name} is {getattr(kind, '__name__', kind)} and cannot be null")
+
+
+def _types_without_null(of: Any) -> dict[str, Any]:
+    """The parameters of a class or function that say their type, and that None is not of it."""
+    function = getattr(of, "__init__") if isinstance(of, type) else of  # noqa: B009
+    try:
+        types, parameters = get_type_hints(function), inspect.signature(function).parameters
+    except (NameError, TypeError, ValueError):  # types that exist for a checker only; built-in functions
+        return {}
+    return {
+        name: kind
+        for name, kind in types.items()
+        if name in parameters
+        and parameters[name].default is not None
+        and not any(part in (Any, None, NoneType) for part in (kind, *get_args(kind)))
+    }
 
 
 def one_line(message: str) -> str:

@@ -61,6 +61,7 @@ from ..processes import (
 from ..settings import at_least, one_of
 from .acting import Acted, act_out, begin, environment_reward
 from .checkpoints import load_policy, name_optimizer_states, tokenizer_of_policy
+from .errors import named
 from .experience import Answered, Experience, Rollout, Scores
 from .model_card import training_facts
 from .optimizers import decay_groups
@@ -753,8 +754,10 @@ class PolicyModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser; the schedule steps with it."""
-        optimizer = self.optimizer(decay_groups(self.model))
-        return [optimizer], [self.lr_scheduler(optimizer, self.trainer.max_steps)]
+        with named("optimizer"):
+            optimizer = self.optimizer(decay_groups(self.model))
+        with named("lr_scheduler"):
+            return [optimizer], [self.lr_scheduler(optimizer, self.trainer.max_steps)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the checkpoint holds and how many rollouts there were: their random numbers follow from it."""

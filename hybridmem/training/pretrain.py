@@ -24,6 +24,7 @@ from ..processes import of_all, shard, shares
 from ..sequence import PADDING
 from ..state import detach_state
 from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache
+from .errors import named
 from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine
@@ -75,7 +76,8 @@ class PretrainModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         window = config.attention_window
         edges = position_edges or [0, *(window * 2**n for n in range(15))]
-        self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
+        with named("position_edges"):
+            self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
         self.needles = torch.nn.ModuleDict()
         self.answers: NeedleAccuracy | None = None  # of a task, where the data has one
         self.model: HybridMemForCausalLM | None = None
@@ -199,15 +201,14 @@ class PretrainModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimiser for all, or Muon's kind for the matrices beside it; the schedule steps with it."""
         assert self.model is not None
-        if self.matrix_optimizer is None:
-            optimizer = self.optimizer(decay_groups(self.model))
-        else:
-            optimizer = MatrixOptimizer(self.model, self.matrix_optimizer, self.optimizer)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer, steps), "interval": "step"},
-        }
+        with named("optimizer" if self.matrix_optimizer is None else "optimizer or matrix_optimizer"):
+            if self.matrix_optimizer is None:
+                optimizer = self.optimizer(decay_groups(self.model))
+            else:
+                optimizer = MatrixOptimizer(self.model, self.matrix_optimizer, self.optimizer)
+        with named("lr_scheduler"):
+            scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the configuration, so that the checkpoint says what it holds, and the states under way."""

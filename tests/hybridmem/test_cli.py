@@ -153,6 +153,11 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
         (dict(trainer=7), "trainer=7 must hold settings by name"),
         (dict(seed_everything=-1), "seed_everything: -1 is not in bounds"),
+        (dict(model__init_args__carry_state=None), "model.init_args.carry_state is bool and cannot be null"),
+        (dict(model__init_args__optimizer__init_args__betas=[1.0, 0.9]), "optimizer: Invalid beta parameter"),
+        (dict(trainer__max_time=""), "trainer.max_time: `Timer(duration='')` is not a valid duration"),
+        (dict(trainer__max_steps=None), "trainer.max_steps is int and cannot be null"),
+        (dict(model__init_args__config__memory_conv_size=10**30), "memory_conv_size=1000"),
         (dict(trainer__check_val_every_n_epoch=0), "trainer.check_val_every_n_epoch must be at least 1"),
     ],
 )

@@ -169,22 +169,30 @@ def test_one_state_a_chunk_is_kept_for_the_backward():
     assert sum(saved.values()) <= states + 3 * time * (dim + 1)
 
 
-def test_every_launch_is_among_the_builds(monkeypatch):
+@pytest.mark.parametrize("dim", [16, 64])  # narrow tiles and wide ones
+def test_every_launch_is_among_the_builds(monkeypatch, dim):
     launched = []
     launch = triton_op._launch
 
-    def record(kernel, grid, work, half):
-        made = triton_op.constexprs(kernel, work["slots"], half, "cuda"), triton_op.options(kernel, work["slots"], half)
+    def record(kernel, grid, work, call):
+        made = (f(kernel, call.shape, call.half, "cuda") for f in (triton_op.constexprs, triton_op.options))
         launched.append((kernel, *made))
-        launch(kernel, grid, work, half)
+        launch(kernel, grid, work, call)
 
     monkeypatch.setattr(triton_op, "_launch", record)
-    inputs, weights, state, settings = mlp_case(time=3, dim=16, dtype=torch.bfloat16)
+    inputs, weights, state, settings = mlp_case(time=3, dim=dim, dtype=torch.bfloat16)
     out, _ = memory_mlp_scan_triton(*inputs.tensors.values(), weights, state, None, None, *settings)
     out.sum().backward()
-    built = builds((16, 16, 16), 16, torch.bfloat16)
+    built = builds((dim, dim, dim), 16, torch.bfloat16)
     assert len({build.name for build in built}) == len(built)
-    options = [dict(num_warps=build.num_warps, num_stages=build.num_stages) for build in built]
+    options = [
+        {
+            name: getattr(build, name)
+            for name in ("num_warps", "num_stages", "maxnreg")
+            if getattr(build, name) is not None
+        }
+        for build in built
+    ]
     for kernel, constants, chosen in launched:
         matches = [
             option

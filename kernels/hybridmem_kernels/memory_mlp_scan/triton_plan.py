@@ -164,8 +164,9 @@ def _build(kernel: Any, shape: Shape, dtype: torch.dtype, backend: str, absent: 
     types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= dict.fromkeys(TOKEN_POINTERS, f"*{DTYPES[dtype]}") | OTHER_POINTERS
     types |= dict.fromkeys(constants, "constexpr")
+    cut = f"slots {shape.slots}{' wide' if shape.is_wide else ''}"
     return Build(
-        name=f"{kernel.fn.__name__}{' forward' if absent else ''} slots {shape.slots} {DTYPES[dtype]}",
+        name=f"{kernel.fn.__name__}{' forward' if absent else ''} {cut} {DTYPES[dtype]}",
         kernel=kernel,
         signature={name: types[name] for name in kernel.arg_names},
         constexprs=constants,

@@ -180,6 +180,8 @@ def test_refusals(files, tmp_path, monkeypatch):
         data(files, setup=True, text_column="number")
     with pytest.raises(ValueError, match="set num_workers to at most 4"):
         data(files, setup=True, num_workers=5).train_dataloader()
+    with pytest.raises(ValueError, match="data_files must name files: dataset='json' is a format"):
+        data(None)
     with pytest.raises(ValueError, match="shuffle_documents must be at least 1"):
         data(files, shuffle_documents=0)
     with pytest.raises(ValueError, match="the training stream has no end: set the trainer's max_steps"):

@@ -393,6 +393,24 @@ def test_where_isolation_is_missing_nothing_runs_and_the_error_says_why(folder, 
         run_python(folder, ["-c", "print(1)"])
 
 
+def test_a_program_that_cannot_begin_is_no_program_that_ended_well(folder, monkeypatch):
+    monkeypatch.setattr(sandbox, "_resource_limits", lambda limits: {"RLIMIT_PATIENCE": 1})
+    with pytest.raises(SandboxError, match=r"cannot be built, AttributeError.*RLIMIT_PATIENCE"):
+        run_python(folder, ["-c", "pass"])
+
+
+def test_limits_that_training_runs_under_hold_for_programs(folder):
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+from hybridmem.policy.sandbox import Limits, run_python
+said = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU)[1])"
+print(run_python({str(folder)!r}, ["-c", said], Limits(seconds=300.0)).output)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "30"
+
+
 def test_other_systems_are_refused(folder, monkeypatch):
     monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
     with pytest.raises(SandboxError, match=r"no sandbox on Darwin.*it needs Linux 5.12"):
