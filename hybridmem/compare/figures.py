@@ -42,7 +42,7 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     colors = {label: _color(number) for number, label in enumerate(labels)}  # the same in all pictures
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("score", name.capitalize(), lambda: bars(finished, colors, f"held-out {name}")),
-        ("curves", f"{name.capitalize()} over training", lambda: curves(task["cells"], metric, colors)),
+        ("curves", f"{name.capitalize()} over training", lambda: curves(task["cells"], metric, colors, shares=True)),
         ("by_column", "Accuracy by part of the task", lambda: by_column(finished, colors)),
         ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]), colors)),
         ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]), colors)),
@@ -79,10 +79,11 @@ def bars(rows: Rows, colors: Colors, name: str) -> Figure:
     return figure
 
 
-def curves(cells: Rows, metrics: dict[str, str], colors: Colors) -> Figure | None:
+def curves(cells: Rows, metrics: dict[str, str], colors: Colors, shares: bool = False) -> Figure | None:
     """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band.
 
     Lines begin at the start's value, where its validation has one.
+    `shares` lie between 0 and 1, whatever an interval says.
     """
     cells = [cell for cell in cells if cell["status"] == "finished"]
     starts = {(cell["architecture"], cell["seed"]): cell["last"] for cell in cells if cell["label"] == START}
@@ -104,6 +105,9 @@ def curves(cells: Rows, metrics: dict[str, str], colors: Colors) -> Figure | Non
             _band(axes, runs, color, label)
         axes.set(title=architecture, xlabel=STEPS, ylabel=metrics[metric])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if shares:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0), min(high, 1.02))  # the line's own width above
     _legend(figure, all_axes)
     return figure
 
