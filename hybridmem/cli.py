@@ -12,7 +12,7 @@ import lightning as L
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
@@ -76,6 +76,11 @@ class ProcessLost(Exception):
 
 class HybridMemCLI(LightningCLI):
     """LightningCLI that checks settings, data and checkpoint before it starts to work."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the configuration."""
+        with settings_errors():
+            super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer from the configuration."""

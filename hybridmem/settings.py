@@ -1,13 +1,16 @@
 """Checks of settings that tasks and data make alike."""
 
+import sys
 from collections.abc import Sequence
 
 
 def at_least(least: int, **settings: int | None) -> None:
-    """Refuse settings below `least`; None is no setting."""
+    """Refuse settings below `least`, and those that no machine counts to; None is no setting."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
+        if value is not None and value > sys.maxsize:
+            raise ValueError(f"{name} must be at most {sys.maxsize}, not {value}")
 
 
 def between_0_and_1(**settings: float) -> None:

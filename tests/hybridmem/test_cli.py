@@ -151,6 +151,8 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is no token of a vocabulary of 259"),
         (dict(trainer__default_root_dir=__file__), "cannot be written to: choose another folder"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
+        (dict(trainer="\0"), "embedded null byte"),
+        (dict(data__init_args__sequence_length=10**30), "sequence_length must be at most"),
         (dict(trainer=7), "trainer=7 must hold settings by name"),
         (dict(seed_everything=-1), "seed_everything: -1 is not in bounds"),
         (dict(model__init_args__carry_state=None), "model.init_args.carry_state is bool and cannot be null"),
