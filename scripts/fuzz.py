@@ -197,6 +197,7 @@ def fit(config: dict[str, Any], folder: Path) -> None:
     """As a user would, until the first batch."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True))
+    os.chdir(folder)  # a run whose folder was taken away writes where it is
     _FitLoop.advance = stop_before_the_first_batch
     sys.argv = ["hybridmem", "fit", "--config", str(path)]
     with contextlib.suppress(Accepted):
