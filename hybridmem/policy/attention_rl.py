@@ -110,7 +110,7 @@ class AttentionRL:
         length, shift = mask.shape[1], int(self.positions == "predicting")
         if self.target == "attention" and record.attention is not None and old.attention is not None:
             then = old.attention if noise is None else with_noise(old.attention, noise)
-            then = then.last_tokens(record.attention.num_tokens)
+            then = then.over_tokens(record.attention.num_tokens)
             now, then = (side.last_queries(length, shift) for side in (record.attention, then))
             stats = now.compare(then, mask, self.divergence)
             return stats.jsd, stats.entropy

@@ -46,7 +46,7 @@ class Observation:
 
 @contextmanager
 def observed(model: nn.Module, layer: int) -> Iterator[list[Observation]]:
-    """A context in which every pass of `completion_logps` leaves an observation; the model is left as it was.
+    """A context in which `completion_logps` leaves an observation, that of its last pass; the model stays as it was.
 
     Args:
         model: a causal LM of transformers, inside PEFT or not.
@@ -60,7 +60,7 @@ def observed(model: nn.Module, layer: int) -> Iterator[list[Observation]]:
 
         def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             (record,) = recorder.records.values()
-            seen.append(Observation(output.logits[:, :-1], record))  # the last logits predict no token
+            seen[:] = [Observation(output.logits[:, :-1], record)]  # the last logits predict no token
 
         hook = model.register_forward_hook(note)
         try:
@@ -109,6 +109,11 @@ class AttentionDistillation:
             raise ValueError(f"temperature={self.temperature} must be a positive number")
         one_of(OVER_TOKENS, target=self.target)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the student's record must hold what it made of the prompt's tokens: what it wrote to memory then."""
+        return self.target != "attention"
+
     def loss(
         self, student: Observation, teacher: Observation, mask: Bool[Tensor, "responses length"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -136,7 +141,9 @@ class AttentionDistillation:
         if self.target == "attention":
             return attention_jsd(student, teacher, mask)
         length = mask.shape[1]
-        return mask * divergence_of(distribution(student, self.target, length), attention(teacher, length), "jsd")
+        ours, theirs = distribution(student, self.target, length), attention(teacher, length)
+        missing = ours.shape[-1] - theirs.shape[-1]  # tokens that left a teacher's window
+        return mask * divergence_of(ours, torch.nn.functional.pad(theirs, (missing, 0)), "jsd")
 
     def check_models(self, student: Any, teacher: Any) -> None:
         """Raise a ValueError when the vocabularies differ in size or a layer's attention cannot be compared."""

@@ -46,13 +46,17 @@ class AttentionRecord:
         """Tokens whose keys are here."""
         return self.k.shape[2] - self.num_persistent
 
-    def last_tokens(self, count: int) -> "AttentionRecord":
-        """The same with the keys of the last `count` tokens only, which must be all that the queries see."""
-        front, dropped = self.num_persistent, self.num_tokens - count
-        if not dropped:
+    def over_tokens(self, count: int) -> "AttentionRecord":
+        """The same with keys of the last `count` tokens, among which are all that the queries see.
+
+        Where a window's cache kept fewer, empty ones stand before them, beyond the window.
+        """
+        missing = count - self.num_tokens
+        if not missing:
             return self
-        k = torch.cat((self.k[:, :, :front], self.k[:, :, front + dropped :]), dim=2)
-        key_mask = None if self.key_mask is None else self.key_mask[:, dropped:]
+        persistent, others = self.k[:, :, : self.num_persistent], self.k[:, :, self.num_persistent :]
+        k = torch.cat((persistent, torch.nn.functional.pad(others, (0, 0, missing, 0))), dim=2)
+        key_mask = None if self.key_mask is None else torch.nn.functional.pad(self.key_mask, (missing, 0), value=True)
         return replace(self, k=k, key_mask=key_mask)
 
     def last_queries(self, length: int, shift: int = 0) -> "AttentionRecord":
@@ -66,11 +70,13 @@ class AttentionRecord:
         self, reference: "AttentionRecord", query_mask: Bool[Tensor, "batch queries"], divergence: str = "jsd"
     ) -> AttentionStats:
         """How far this attention is from another one over the same tokens, query by query."""
+        longer = max(self, reference, key=lambda side: side.num_tokens)
+        k, k_ref = (side.over_tokens(longer.num_tokens).k for side in (self, reference))
         return attention_divergence(
-            self.q, self.k, reference.q, reference.k,
+            self.q, k, reference.q, k_ref,
             scale=self.scale, scale_ref=reference.scale, window=self.window, window_ref=reference.window,
             num_persistent=self.num_persistent, num_persistent_ref=reference.num_persistent,
-            query_mask=query_mask, key_mask=self.key_mask, divergence=divergence,
+            query_mask=query_mask, key_mask=longer.key_mask, divergence=divergence,
         )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ class PolicyModule(L.LightningModule):
         self._waiting: list[Rollout] = []  # groups with signal, of all processes, that do not fill a batch yet
         self._measured: Measured = defaultdict(list)
         self._started = False
-        self._records_prompts = self.distillation is not None  # or AttentionRL's layers do, see configure_model
+        self._records_prompts = self.distillation is not None and self.distillation.reads_prompts
 
     def _check_settings(self) -> None:
         others = self.learns_by_reward or self.distillation is not None
@@ -620,8 +620,12 @@ class PolicyModule(L.LightningModule):
         through a cache go past the places where those gather a layer's weights.
         """
         whole = self.device_mesh is None and not self.model.is_activation_checkpointing
-        shared = whole and not self._records_prompts and refined is None
-        return self.num_generations if shared and responses % self.num_generations == 0 else 1
+        shared = whole and not self._records_prompts and self._in_groups(responses, refined)
+        return self.num_generations if shared else 1
+
+    def _in_groups(self, responses: int, refined: Tensor | None) -> bool:
+        """Whether responses stand in groups of the same size, as they were sampled."""
+        return refined is None and responses % self.num_generations == 0
 
     @torch.no_grad()
     def _score_rollout(
@@ -643,8 +647,9 @@ class PolicyModule(L.LightningModule):
     def _teach(self, distillation: AttentionDistillation, part: Experience) -> Observation:
         """What the teacher makes of the policy's responses: for each step anew, as logits are large."""
         self._teacher = [model.to(self.device) for model in self._teacher]
+        readers = self.num_generations if self._in_groups(len(part.mask), part.refined) else 1
         with observed(self._teacher[0], distillation.teacher_layer) as seen:
-            completion_logps(self._teacher[0], part.prompts, part.completions, self.temperature)
+            completion_logps(self._teacher[0], part.prompts, part.completions, self.temperature, readers)
         return seen[0]
 
     @torch.no_grad()

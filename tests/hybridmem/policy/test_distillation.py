@@ -115,6 +115,31 @@ def test_heads_and_depth_may_differ(model):
     assert min(metrics.values()) > 0.01
 
 
+TEACHERS = {"llama": other_teacher, "swa": lambda: tiny_model(variant="swa", attention_window=4)}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize(("model", "target"), [*((name, "attention") for name in STUDENTS), ("mag", "unified")])
+def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
+    """A group shares its prompt, of which a window's cache keeps less than full attention's."""
+    student, other = STUDENTS[model](), TEACHERS[teacher]()
+    prompts, completions = responses()
+    pairs = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
+    prompts, completions = prompts.select(pairs[0]), Completions(*(x[pairs[1]] for x in completions))
+    objective = AttentionDistillation(teacher="x", target=target)
+    found = []
+    for ours, theirs in ((1, 1), (1 if objective.reads_prompts else 2, 2)):
+        with observed(student, -1) as seen:
+            completion_logps(student, prompts, completions, 1.0, ours)
+        with torch.no_grad(), observed(other, -1) as taught:
+            completion_logps(other, prompts, completions, 1.0, theirs)
+        loss, metrics = objective.loss(seen[0], taught[0], completions.mask)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        found.append([loss, *metrics.values(), *torch.autograd.grad(loss, parameters, allow_unused=True)])
+    assert found[0][2] > 0.01
+    torch.testing.assert_close(*([x for x in each if x is not None] for each in found))
+
+
 def test_the_logits_are_those_that_the_tokens_were_drawn_from():
     model, (prompts, completions) = llama(), responses()
     with observed(model, -1) as seen:
