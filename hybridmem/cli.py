@@ -21,7 +21,7 @@ from .processes import lost_a_process
 from .settings import at_least
 from .training.allocator import keep_freed_memory
 from .training.callbacks import GracefulStop, RandomState
-from .training.checkpoints import check_same_model, consolidate, export, is_sharded, load_checkpoint
+from .training.checkpoints import check_same_model, consolidate, export, load_checkpoint
 from .training.durable import DurableCheckpointIO
 from .training.errors import (
     CommandParser,
@@ -38,6 +38,7 @@ from .training.generate import generate
 from .training.nonfinite import NonFiniteGuard
 from .training.policy import PolicyModule
 from .training.pretrain import PretrainModule
+from .training.sharded import DurableModelParallelStrategy, is_sharded
 from .training.subnetwork_command import named_folders, subnetwork
 
 Trained = PretrainModule | PolicyModule
@@ -49,7 +50,7 @@ COMMANDS = {
     "compare": compare,
     "report": report,
 }
-STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
@@ -89,8 +90,10 @@ class HybridMemCLI(LightningCLI):
             if isinstance(trainer, int | float | str | list):
                 raise ValueError(f"trainer={trainer!r} must hold settings by name")
             refuse_null_arguments(trainer, L.Trainer, "trainer")
-            with named("trainer.max_time"):
-                Timer(trainer.max_time)
+            for name in ("max_time", "val_check_interval"):
+                if isinstance(trainer[name], str | dict):  # a length of time
+                    with named(f"trainer.{name}"):
+                        Timer(trainer[name])
             refuse_nulls(self.config[self.config.subcommand])
             super().instantiate_classes()
 
@@ -105,6 +108,8 @@ class HybridMemCLI(LightningCLI):
                 callback.dirpath = str(root)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the configuration names no other
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        if type(trainer.strategy) is ModelParallelStrategy:  # as configurations name it
+            trainer.strategy.__class__ = DurableModelParallelStrategy
         if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, NonFiniteGuard())
         return trainer
@@ -158,13 +163,14 @@ class HybridMemCLI(LightningCLI):
             return
         self.model.check_data(self.datamodule)
         if subcommand == "fit":
-            self.model.check_schedule(self.trainer.max_steps)
+            self.model.check_schedule(self.trainer)
         elif not path and not isinstance(self.model, PolicyModule):  # whose setting `model` names weights
             raise ValueError(f"hybridmem {subcommand} needs --ckpt_path, a checkpoint of hybridmem fit")
         if subcommand == "test":
             self.datamodule.test_dataloader()  # needles that do not fit are found now
         if path and path not in ("last", "best", "hpc", "registry"):
-            checkpoint = load_checkpoint(path, weights=False)
+            rank, size = self.trainer.global_rank, self.trainer.world_size
+            checkpoint = load_checkpoint(path, weights=False, rank=rank, size=size)
             if isinstance(self.model, PretrainModule):
                 check_same_model(self.model.config, checkpoint)
 

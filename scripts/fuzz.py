@@ -55,6 +55,9 @@ VALUES: tuple[Any, ...] = (
     {"class_path": "torch.nn.Linear"}, {"class_path": "no.such.Class", "init_args": {"a": 1}}, [[1, [2]]],
 )  # fmt: skip
 
+# What an error calls such a value.
+CAUSES = {"\0": "null byte", "no.such.Class": "No module named 'no'"}
+
 Keys = tuple[Any, ...]
 
 
@@ -171,6 +174,7 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
     value = repr(at(config, path)) if way != "missing" and way != "unknown" else ""
     if len(value) > 6:
         words.append(value.strip("'"))
+    words += [cause for part, cause in CAUSES.items() if part in str(at(above, (key,)))] if key in above else []
     return f"{way} {dotted(path)} {value}"[:200], words
 
 
@@ -366,6 +370,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    command = " ".join(["python", *sys.argv])  # now: a run of the command line sets its own
     torch.set_num_threads(1)
     begun, numbers = time.monotonic(), random.Random(options.seed)
     counts: dict[str, Counter[str]] = {"settings": Counter(), "files": Counter()}
@@ -379,7 +384,7 @@ def main() -> None:
             "settings": settings_cases(options.settings, folder, numbers, bases),
             "files": file_cases(options.files, folder, numbers),
         }
-        figures = {"command": " ".join(["python", *sys.argv]), "configurations": sorted(bases), **counts}
+        figures = {"command": command, "configurations": sorted(bases), **counts}
         for kind, of_kind in cases.items():
             for number, case in enumerate(of_kind, 1):
                 found, said = outcome(case)

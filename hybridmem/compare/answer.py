@@ -1,4 +1,4 @@
-"""The answer in two sentences: what the architecture gives, and what reward on attention adds."""
+"""The answer in two sentences: what the architecture gives, and what reward on attention adds, or the control."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Cells = list[dict[str, Any]]
 
 
 def answer(task: dict[str, Any]) -> list[str]:
-    """Two sentences about a task of results.json, each with its figure and interval, or a word on what is missing."""
+    """Up to two sentences about a task of results.json, each with its figure and interval, or what is missing."""
     cells = [cell for cell in task["cells"] if cell["status"] == "finished"]
     trained = [row for row in task["summary"] if "score" in row and row["label"] != START]
     if not trained:
@@ -18,7 +18,10 @@ def answer(task: dict[str, Any]) -> list[str]:
     most = max(len(row["seeds"]) for row in trained)  # a lucky seed of a cell that is not done is no answer
     trained = [row for row in trained if len(row["seeds"]) == most]
     best = max(trained, key=lambda row: row["score"]["mean"])
-    return [_architecture(task, cells, trained, best), _attention(task, cells, best["architecture"])]
+    first = _architecture(task, cells, trained, best)
+    if any(cell["without"] for cell in task["cells"]):
+        return [first, _attention(task, cells, best["architecture"])]
+    return [first, *_control(task, cells, trained, best)]
 
 
 def difference(values: list[float]) -> str:
@@ -54,6 +57,18 @@ def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict
         f"; the best other architecture is {rival['architecture']} with {rival['label']} ({percent(rival['score'])} "
         f"%): {difference(ahead)}."
     )
+
+
+def _control(task: dict[str, Any], cells: Cells, trained: Cells, best: dict[str, Any]) -> list[str]:
+    """How far the best control is ahead of the next best, in a grid without reward on attention."""
+    architecture = best["architecture"]
+    rivals = [row for row in trained if row["architecture"] == architecture and row is not best]
+    if not rivals:
+        return []
+    rival = max(rivals, key=lambda row: row["score"]["mean"])
+    theirs, its = (_of(cells, architecture, row["label"]) for row in (rival, best))
+    ahead = paired(theirs, its, task["metric"])
+    return [f"On {architecture} it is ahead of {rival['label']} by {difference(ahead)}."] if ahead else []
 
 
 def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:

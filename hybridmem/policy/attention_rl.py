@@ -59,11 +59,6 @@ class AttentionRL:
         if self.min_span is not None and not self.min_span >= 1:
             raise ValueError(f"min_span={self.min_span} must be at least 1, the span of a single token")
 
-    @property
-    def reads_memory(self) -> bool:
-        """Whether the target depends on all that was written, the prompt included."""
-        return self.target in ("memory", "unified")
-
     def loss(
         self,
         records: dict[int, LayerRecord],

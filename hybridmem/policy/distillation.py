@@ -109,11 +109,6 @@ class AttentionDistillation:
             raise ValueError(f"temperature={self.temperature} must be a positive number")
         one_of(OVER_TOKENS, target=self.target)
 
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether the student's record must hold what it made of the prompt's tokens: what it wrote to memory then."""
-        return self.target != "attention"
-
     def loss(
         self, student: Observation, teacher: Observation, mask: Bool[Tensor, "responses length"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -142,8 +137,9 @@ class AttentionDistillation:
             return attention_jsd(student, teacher, mask)
         length = mask.shape[1]
         ours, theirs = distribution(student, self.target, length), attention(teacher, length)
-        missing = ours.shape[-1] - theirs.shape[-1]  # tokens that left a teacher's window
-        return mask * divergence_of(ours, torch.nn.functional.pad(theirs, (missing, 0)), "jsd")
+        tokens = max(side.shape[-1] for side in (ours, theirs))  # a window's cache has dropped some
+        ours, theirs = (torch.nn.functional.pad(side, (tokens - side.shape[-1], 0)) for side in (ours, theirs))
+        return mask * divergence_of(ours, theirs, "jsd")
 
     def check_models(self, student: Any, teacher: Any) -> None:
         """Raise a ValueError when the vocabularies differ in size or a layer's attention cannot be compared."""

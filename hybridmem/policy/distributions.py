@@ -101,7 +101,10 @@ def unified(record: LayerRecord, queries: int) -> Distribution:
         return memory(record, queries)
     shares = allocation(record, queries)
     of_memory, of_window = shares[..., 1:2], shares[..., 2:3]
-    return _renormalize(of_memory * memory(record, queries) + of_window * attention(record, queries), queries)
+    remembered, seen = memory(record, queries), attention(record, queries)
+    left_window = remembered.shape[-1] - seen.shape[-1]  # tokens whose keys a cache has dropped
+    seen = torch.nn.functional.pad(seen, (left_window, 0))
+    return _renormalize(of_memory * remembered + of_window * seen, queries)
 
 
 def _token_weights(record: AttentionRecord, queries: int) -> Distribution:

@@ -141,7 +141,8 @@ class AttentionRecorder:
 
     The model computes what it always does with its own attention implementation, and is left as it was. What is
     recorded carries gradients where the forward pass does. Records are those of the last forward pass; with a cache
-    they hold that pass's queries and every key that is still seen.
+    they hold that pass's queries and every key that is still seen. What was written to memory is recorded of all passes
+    with one cache, which may have been repeated for several responses to a prompt.
 
     Args:
         model: a causal LM of transformers, ours or not, inside PEFT or not.
@@ -161,6 +162,7 @@ class AttentionRecorder:
         self.layers = {n: found[n] for n in numbers}
         self.records: dict[int, LayerRecord] = {}
         self._key_mask: Bool[Tensor, "batch tokens"] | None = None
+        self._cache: Any = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "AttentionRecorder":
@@ -189,10 +191,15 @@ class AttentionRecorder:
         self._stack.callback(hook.remove)
 
     def _begin(self, _: nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        before, cache = self.records, arguments.get("past_key_values")
         self.records = {
             number: LayerRecord(layer.variant if isinstance(layer, HybridMemLayer) else "full")
             for number, layer in self.layers.items()
         }
+        if cache is not None and cache is self._cache:
+            for number, record in self.records.items():
+                record.memory = before[number].memory
+        self._cache = cache
         mask = arguments.get("attention_mask")
         self._key_mask = None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()
         if self._key_mask is not None and any(record.variant == "mac" for record in self.records.values()):
@@ -212,9 +219,9 @@ class AttentionRecorder:
 
         def note_memory(memory: NeuralMemory, arguments: tuple[Any, ...], _: Any) -> None:
             inputs = record_memory(memory, *arguments)
-            before = self.records[number].memory  # mac writes segment by segment
+            before = self.records[number].memory  # mac writes segment by segment; or it is that of an earlier pass
             if before is not None:
-                inputs = ScanInputs(*(torch.cat(pair, dim=2) for pair in zip(before, inputs, strict=True)))
+                inputs = _joined(before, inputs)
             self.records[number].memory = inputs
             self.records[number].memory_depth = memory.config.memory_depth
 
@@ -294,6 +301,13 @@ def record_memory(
     return inputs._replace(
         alpha=inputs.alpha.where(mask, 0), eta=inputs.eta.where(mask, 1), theta=inputs.theta.where(mask, 0)
     )
+
+
+def _joined(before: ScanInputs, after: ScanInputs) -> ScanInputs:
+    """Inputs one after the other; earlier ones count for each of the rows that go on from them."""
+    times = len(after.q) // len(before.q)
+    pairs = zip(before, after, strict=True)
+    return ScanInputs(*(torch.cat((first.repeat_interleave(times, 0), then), dim=2) for first, then in pairs))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Search queries: a function of the standard library is described in a line; which query finds its documentation?
 
-Return True if the path is absolute.        answer  <answer>{"query": "true path absolute"}</answer>
+Return True if the path is absolute.        answer  <answer>{"query": "return true the path absolute"}</answer>
 """
 
 import ast
@@ -8,7 +8,6 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,6 @@ from .task import END_OF_ANSWER, Split, example_generator
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # parts of CamelCase and snake_case
 TESTS = {"test", "tests", "idle_test"}
-FILLING = frozenset(
-    "a an and are as at be by for from given if in is it of on or return returns that the this to with".split()  # noqa: SIM905
-)
 BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)  # what can hold a function
 
 
@@ -43,7 +39,8 @@ class Query:
     prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
     held out, the functions' documents are all in the corpus.
 
-    The answer, to warm up with, is a query of the description's first words but the usual ones.
+    The answer, to warm up with, is a query of the description's words, each there or not by chance: how to write one,
+    and that words can be left out. Which ones is for the reward to say.
 
     Needs bm25s (`pip install hybridmem[rank]`).
 
@@ -51,7 +48,7 @@ class Query:
         k: how many documents count.
         think: whether the response must think first; the answers then think nothing.
         max_query_length: bytes of the answers' queries, and with the format what a response has room for.
-        num_words: of the answers' queries, at most.
+        keep: the share of a description's words that the answers' queries keep.
         min_words: of a description.
         every_line: draw training examples from the other lines of those functions' docstrings too, as if each described
             its function: more text to learn to read and copy from.
@@ -69,17 +66,17 @@ class Query:
         k: int = 10,
         think: bool = False,
         max_query_length: int = 64,
-        num_words: int = 6,
+        keep: float = 0.8,
         min_words: int = 3,
         every_line: bool = False,
         path: str | None = None,
         val_fraction: float = 0.1,
         seed: int = 0,
     ):
-        at_least(1, k=k, max_query_length=max_query_length, num_words=num_words, min_words=min_words)
+        at_least(1, k=k, max_query_length=max_query_length, min_words=min_words)
         at_least(0, seed=seed)
-        between_0_and_1(val_fraction=val_fraction)
-        self.think, self.max_query_length, self.num_words, self.seed = think, max_query_length, num_words, seed
+        between_0_and_1(keep=keep, val_fraction=val_fraction)
+        self.think, self.max_query_length, self.keep, self.seed = think, max_query_length, keep, seed
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
         self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
@@ -109,7 +106,7 @@ class Query:
         description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
         return {
             "prompt": f"{description}\n",
-            "answer": write_answer(self.target(description), "" if self.think else None),
+            "answer": write_answer(self.target(description, rng), "" if self.think else None),
             "relevance": self.described[description],
         }
 
@@ -123,11 +120,12 @@ class Query:
         """Tokens of the longest answer and its end, if each byte is a token."""
         return len(write_answer("", "" if self.think else None)) + self.max_query_length + END_OF_ANSWER
 
-    def target(self, description: str) -> str:
-        """The description's first words without the usual ones, each once, as far as there is room."""
-        found = dict.fromkeys(word for word in words(description) if word not in FILLING)
+    def target(self, description: str, rng: np.random.Generator) -> str:
+        """The description's words, each there or not by chance, as far as there is room; never none of them."""
+        found = words(description)
+        kept = [word for word, kept in zip(found, rng.random(len(found)) < self.keep, strict=True) if kept] or found
         query = ""
-        for word in islice(found, self.num_words):
+        for word in kept:
             longer = f"{query} {word}".strip()
             if len(longer) > self.max_query_length:
                 break

@@ -32,8 +32,9 @@ from ..processes import rank_and_size
 from ..sequence import LastDocument
 from ..state import map_state
 from ..variants import BranchStates, OpenSegment, SegmentStates
-from .durable import DurableCheckpointIO, check_shards, read_checkpoint
+from .durable import DurableCheckpointIO, read_checkpoint
 from .model_card import model_card
+from .sharded import check_shards, is_sharded
 
 # Checkpoints are loaded with weights_only: nothing but tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
@@ -110,26 +111,27 @@ def restore_cache(saved: SavedCache, config: HybridMemConfig) -> DynamicCache | 
     return cache
 
 
-def load_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, weights: bool = True, rank: int = 0, size: int = 1) -> dict[str, Any]:
     """Read a Lightning checkpoint, a file or the folder that a sharded run writes, without running anything in it.
 
     Args:
         path: the checkpoint.
         weights: whether a folder's weights are gathered too, or only what describes them.
+        rank, size: of the processes that read a folder, each of which compares a share of its files with their digests.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a broken file, or not a checkpoint of hybridmem.
     """
     path = Path(path)
-    checkpoint = _read_shards(path, weights) if is_sharded(path) else read_checkpoint(path, "cpu")
+    checkpoint = _read_shards(path, weights, rank, size) if is_sharded(path) else read_checkpoint(path, "cpu")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
     return checkpoint
 
 
-def _read_shards(path: Path, weights: bool) -> dict[str, Any]:
-    check_shards(path)
+def _read_shards(path: Path, weights: bool, rank: int, size: int) -> dict[str, Any]:
+    check_shards(path, rank, size)
     checkpoint = read_checkpoint(path / "meta.pt", "cpu")
     if weights:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,11 +176,6 @@ def name_optimizer_states(checkpoint: dict[str, Any], module: torch.nn.Module, o
         names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
         states[place] = {"state": {names[n]: kept for n, kept in state["state"].items()}, "param_groups": groups}
-
-
-def is_sharded(path: str | Path) -> bool:
-    """Whether a checkpoint is the folder that a sharded run writes."""
-    return (Path(path) / "meta.pt").is_file()
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:

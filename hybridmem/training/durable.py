@@ -1,9 +1,7 @@
 """Checkpoint files that are whole or not there: written beside, checked when they are read, the one before kept."""
 
 import hashlib
-import io
 import os
-import pickle
 import shutil
 import struct
 import zipfile
@@ -19,23 +17,6 @@ from .errors import StoppedError
 PREVIOUS = "previous.ckpt"
 PART = "checkpoint.part"
 SEAL, DIGEST_SIZE = b"hybridmem blake2b ", 16
-# What the description of a sharded checkpoint is made of: torch reads it with pickle.
-SHARD_METADATA = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-}
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -71,7 +52,7 @@ class DurableCheckpointIO(CheckpointIO):
             raise StoppedError(_cannot_write(place, failure)) from error
         _keep(place)
         os.replace(part, place)
-        _sync_folder(place.parent)
+        sync(place.parent)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any | None = None, weights_only: bool | None = None
@@ -108,25 +89,6 @@ def read_checkpoint(path: Path, map_location: Any | None = None) -> Any:
         return _read(path, map_location)
     except Exception as error:
         raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {error}{_instead(path)}") from error
-
-
-def check_shards(folder: Path) -> None:
-    """Refuse a sharded checkpoint whose description, which torch unpickles, names anything but descriptions.
-
-    Raises:
-        ValueError: it does.
-    """
-    try:
-        _Description(io.BytesIO((folder / ".metadata").read_bytes())).load()
-    except Exception as error:
-        raise ValueError(f"{folder / '.metadata'} describes no checkpoint: {error}") from error
-
-
-class _Description(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in SHARD_METADATA.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
-        return super().find_class(module, name)
 
 
 def _read(path: Path, map_location: Any | None) -> Any:
@@ -223,8 +185,9 @@ def _keep(path: Path) -> None:
         os.replace(link, previous)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

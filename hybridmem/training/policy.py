@@ -30,7 +30,7 @@ from ..policy.objectives import (
     group_advantages,
     groups_with_signal,
 )
-from ..policy.recorder import AttentionRecorder, is_segmented
+from ..policy.recorder import AttentionRecorder, decoder_layers, is_segmented
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
     Completions,
@@ -67,7 +67,7 @@ from .model_card import training_facts
 from .optimizers import decay_groups
 from .pretrain import OptimizerFactory, SchedulerFactory
 from .refinement import with_refinements
-from .schedules import WarmupCosine
+from .schedules import WarmupCosine, check_schedule, scheduled_steps
 from .served import ServedRollouts
 
 Example = dict[str, Any]
@@ -166,7 +166,7 @@ class PolicyModule(L.LightningModule):
         self._waiting: list[Rollout] = []  # groups with signal, of all processes, that do not fill a batch yet
         self._measured: Measured = defaultdict(list)
         self._started = False
-        self._records_prompts = self.distillation is not None and self.distillation.reads_prompts
+        self._records_segments = False  # whether a recorded layer is one of mac's, see configure_model
 
     def _check_settings(self) -> None:
         others = self.learns_by_reward or self.distillation is not None
@@ -249,11 +249,12 @@ class PolicyModule(L.LightningModule):
         """Load the policy once, and the reference model and the teacher where an objective needs one."""
         if self.model is not None:
             return
-        model = load_policy(self.model_name)
+        with named("model"):
+            model = load_policy(self.model_name)
         model.set_attn_implementation(self.attn_implementation)
         if self.attention_rl is not None:
             recorded = AttentionRecorder(model, self.attention_rl.layers).layers  # layers that are not there: now
-            self._records_prompts |= self.attention_rl.reads_memory or any(map(is_segmented, recorded.values()))
+            self._records_segments |= any(map(is_segmented, recorded.values()))
         if self.token_objective is not None and self.token_objective.beta and self.lora is None:
             self._reference = [copy.deepcopy(model).eval().requires_grad_(False)]
         if self.distillation is not None:
@@ -285,6 +286,7 @@ class PolicyModule(L.LightningModule):
             ) from error
         teacher.set_attn_implementation(self.attn_implementation)
         distillation.check_models(student, teacher)
+        self._records_segments |= is_segmented(decoder_layers(student)[distillation.student_layer])
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def setup(self, stage: str) -> None:
@@ -361,11 +363,11 @@ class PolicyModule(L.LightningModule):
         if self.distillation is not None and self._teacher_tokenizer is not None:
             self.distillation.check_tokenizers(data.tokenizer, self._teacher_tokenizer)
 
-    def check_schedule(self, max_steps: int) -> None:
+    def check_schedule(self, trainer: L.Trainer) -> None:
         """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
-        if max_steps < 1:
+        if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be given: it is the number of optimiser steps")
-        self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
+        check_schedule(self.lr_scheduler, trainer)
 
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
         """Sample, reward, and step; or, supervised, step towards the answers."""
@@ -615,12 +617,12 @@ class PolicyModule(L.LightningModule):
     def _readers(self, responses: int, refined: Tensor | None) -> int:
         """How many responses share one reading of their prompt.
 
-        One where records tell of the prompt's tokens too, where activation checkpointing forbids a cache, where
+        One where mac is recorded, whose segments must be whole, where activation checkpointing forbids a cache, where
         refinements make groups unequal, where a step holds parts of groups, and in sharded models: gradients that go
         through a cache go past the places where those gather a layer's weights.
         """
         whole = self.device_mesh is None and not self.model.is_activation_checkpointing
-        shared = whole and not self._records_prompts and self._in_groups(responses, refined)
+        shared = whole and not self._records_segments and self._in_groups(responses, refined)
         return self.num_generations if shared else 1
 
     def _in_groups(self, responses: int, refined: Tensor | None) -> bool:
@@ -762,7 +764,7 @@ class PolicyModule(L.LightningModule):
         with named("optimizer"):
             optimizer = self.optimizer(decay_groups(self.model))
         with named("lr_scheduler"):
-            return [optimizer], [self.lr_scheduler(optimizer, self.trainer.max_steps)]
+            return [optimizer], [self.lr_scheduler(optimizer, scheduled_steps(self.trainer, self.trainer.max_steps))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the checkpoint holds and how many rollouts there were: their random numbers follow from it."""

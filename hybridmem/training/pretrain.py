@@ -27,7 +27,7 @@ from .checkpoints import check_same_model, name_optimizer_states, own_cache, res
 from .errors import named
 from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
-from .schedules import WarmupCosine
+from .schedules import WarmupCosine, check_schedule, scheduled_steps
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -134,10 +134,10 @@ class PretrainModule(L.LightningModule):
                 "carry_state needs rows that go on from batch to batch: set data.init_args.mode to continuous"
             )
 
-    def check_schedule(self, max_steps: int) -> None:
+    def check_schedule(self, trainer: L.Trainer) -> None:
         """Raise a ValueError when the learning-rate schedule cannot run for so many optimiser steps."""
-        if max_steps > 0:
-            self.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max_steps)
+        if trainer.max_steps > 0:
+            check_schedule(self.lr_scheduler, trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per predicted token, over the batches of all processes."""
@@ -207,7 +207,8 @@ class PretrainModule(L.LightningModule):
             else:
                 optimizer = MatrixOptimizer(self.model, self.matrix_optimizer, self.optimizer)
         with named("lr_scheduler"):
-            scheduler = self.lr_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+            steps = scheduled_steps(self.trainer, self.trainer.estimated_stepping_batches)
+            scheduler = self.lr_scheduler(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

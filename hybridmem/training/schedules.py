@@ -1,9 +1,15 @@
 """Learning-rate schedules over a known number of optimiser steps."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import lightning as L
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+ANY_RUN = 10**9  # optimiser steps: more than any warm-up takes
 
 
 class WarmupCosine(LambdaLR):
@@ -66,3 +72,14 @@ def check_steps(total_steps: int, warmup_steps: int) -> None:
             f"warmup_steps={warmup_steps} is not shorter than the run of {total_steps} optimiser steps; "
             "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"
         )
+
+
+def scheduled_steps(trainer: L.Trainer, steps: int | float) -> int:
+    """Optimiser steps that a schedule is made for; a fast_dev_run takes the first ones of a run of any length."""
+    return ANY_RUN if trainer.fast_dev_run else int(steps)
+
+
+def check_schedule(lr_scheduler: Callable[[Optimizer, int], Any], trainer: L.Trainer) -> None:
+    """Raise what the schedule has against the trainer's max_steps."""
+    steps = scheduled_steps(trainer, trainer.max_steps)
+    lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), steps)

@@ -158,6 +158,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__carry_state=None), "model.init_args.carry_state is bool and cannot be null"),
         (dict(model__init_args__optimizer__init_args__betas=[1.0, 0.9]), "optimizer: Invalid beta parameter"),
         (dict(trainer__max_time=""), "trainer.max_time: `Timer(duration='')` is not a valid duration"),
+        (dict(trainer__val_check_interval={"a": 1}), "trainer.val_check_interval: "),
         (dict(trainer__max_steps=None), "trainer.max_steps is int and cannot be null"),
         (dict(model__init_args__config__memory_conv_size=10**30), "memory_conv_size=1000"),
         (dict(trainer__check_val_every_n_epoch=0), "trainer.check_val_every_n_epoch must be at least 1"),
@@ -174,6 +175,12 @@ def test_impossible_settings_stop_before_training_with_one_line(tmp_path, monkey
     assert message in last
     assert "Traceback" not in error
     assert "Namespace" not in error
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_fast_dev_run_is_no_shorter_than_the_warm_up(tmp_path, monkeypatch):
+    config = write_config(tmp_path, model__init_args__lr_scheduler__init_args__warmup_steps=4)
+    hybridmem(monkeypatch, "fit", "--config", config, "--trainer.fast_dev_run", "true")
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 

@@ -79,6 +79,15 @@ def test_a_cell_with_fewer_seeds_does_not_win():
     assert answer(results([*THREE, lucky])["tasks"]["recall"]) == answer(results(THREE)["tasks"]["recall"])
 
 
+def test_a_grid_without_reward_on_attention_compares_controls():
+    scores = {"start": 0.2, "GRPO": 0.4, "Critique-GRPO": 0.5}
+    cells = [cell("mag", label, seed, score + 0.01 * seed) for label, score in scores.items() for seed in range(3)]
+    _, second = answer(results(cells)["tasks"]["recall"])
+    assert second == "On mag it is ahead of GRPO by +10.0 ± 0.0 points over 3 seeds."
+    only = [each for each in cells if each["label"] == "GRPO"]
+    assert len(answer(results(only)["tasks"]["recall"])) == 1
+
+
 def test_nothing_finished_is_said():
     assert answer(results([cell("mag", "token", 0, 0, status="missing")])["tasks"]["recall"]) == [
         "No cell is finished yet."

@@ -1,6 +1,7 @@
 """A student that looks and speaks like its teacher loses nothing; another one comes nearer to it."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -119,7 +120,9 @@ TEACHERS = {"llama": other_teacher, "swa": lambda: tiny_model(variant="swa", att
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize(("model", "target"), [*((name, "attention") for name in STUDENTS), ("mag", "unified")])
+@pytest.mark.parametrize(
+    ("model", "target"), [*product(STUDENTS, ["attention"]), ("mag", "unified"), ("swa", "unified")]
+)
 def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
     """A group shares its prompt, of which a window's cache keeps less than full attention's."""
     student, other = STUDENTS[model](), TEACHERS[teacher]()
@@ -128,11 +131,11 @@ def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
     prompts, completions = prompts.select(pairs[0]), Completions(*(x[pairs[1]] for x in completions))
     objective = AttentionDistillation(teacher="x", target=target)
     found = []
-    for ours, theirs in ((1, 1), (1 if objective.reads_prompts else 2, 2)):
+    for readers in (1, 2):
         with observed(student, -1) as seen:
-            completion_logps(student, prompts, completions, 1.0, ours)
+            completion_logps(student, prompts, completions, 1.0, readers)
         with torch.no_grad(), observed(other, -1) as taught:
-            completion_logps(other, prompts, completions, 1.0, theirs)
+            completion_logps(other, prompts, completions, 1.0, readers)
         loss, metrics = objective.loss(seen[0], taught[0], completions.mask)
         parameters = [p for p in student.parameters() if p.requires_grad]
         found.append([loss, *metrics.values(), *torch.autograd.grad(loss, parameters, allow_unused=True)])

@@ -1,5 +1,7 @@
 """Rollouts sample what the model says, and the training path agrees with them."""
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
@@ -73,10 +75,19 @@ def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts
 
 
 @pytest.mark.parametrize("positions", ["generated", "predicting"])
-@pytest.mark.parametrize(("kind", "target"), [("llama", "attention"), ("swa", "attention"), ("mag", "allocation")])
-@pytest.mark.parametrize("sigma", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("kind", "target", "sigma"),
+    [
+        *product(("llama", "swa"), ("attention",), (0.0, 1.5)),
+        *product(("mag",), ("allocation", "memory"), (0.0, 1.5)),
+        ("mag", "unified", 0.0),
+        ("swa", "unified", 0.0),
+        ("mal", "memory", 0.0),
+        ("lmm", "memory", 0.0),
+    ],
+)
 def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, positions, sigma):
-    model, before = model_of(kind), model_of(kind)
+    model, before = model_of(kind).double(), model_of(kind).double()
     with torch.no_grad():
         for parameter in before.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

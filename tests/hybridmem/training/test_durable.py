@@ -1,7 +1,6 @@
 """Checkpoint files: whole or not there, checked, the one before kept, and nothing in them is run."""
 
 import os
-import pickle
 import resource
 import signal
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from hybridmem.training import DurableCheckpointIO
-from hybridmem.training.durable import check_shards, newest_good, read_checkpoint
+from hybridmem.training.durable import newest_good, read_checkpoint
 from hybridmem.training.errors import StoppedError
 
 FILES = DurableCheckpointIO()
@@ -145,13 +144,4 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
             FILES.load_checkpoint(tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="weights_only=false"):
         FILES.load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Touch(mark)))
-    with pytest.raises(ValueError, match="which would be run"):
-        check_shards(tmp_path)
     assert not mark.exists()
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_shards_of_torch_are_taken(tmp_path):
-    torch.distributed.checkpoint.save({"a": torch.randn(3), "n": 1}, checkpoint_id=tmp_path, no_dist=True)
-    check_shards(tmp_path)

@@ -239,6 +239,12 @@ def test_one_step_is_enough_for_exploration_and_tokens():
         PolicyModule("x", [DAPO(), AttentionRL(exploration=0.5)])
 
 
+def test_a_fast_dev_run_is_no_shorter_than_the_warm_up(tmp_path, monkeypatch, caplog):
+    config = write_config(tmp_path, model__init_args__lr_scheduler__init_args__warmup_steps=4)
+    hybridmem(monkeypatch, "fit", "--config", config, "--trainer.fast_dev_run", "true")
+    assert "`max_steps=1` reached" in caplog.text
+
+
 def test_distillation_needs_neither_rewards_nor_groups(tmp_path, monkeypatch):
     """A student learns to look as sharply as its teacher; what it answers earns nothing."""
     changes = dict(

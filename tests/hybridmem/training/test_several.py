@@ -66,6 +66,8 @@ def test_pretraining_and_its_checkpoints(tmp_path, monkeypatch):
     same_losses(one, ddp, sharded, names=("train/loss", "train/bits_per_byte", "val/bits_per_byte"))
     whole = tmp_path / "whole.ckpt"
     consolidate(sharded / "run" / "step=2.ckpt", whole)
+    assert {seals.name for seals in (sharded / "run" / "step=2.ckpt").glob("*.b2")} == {"0.b2", "1.b2"}
+    assert not list((sharded / "run").glob("*.part"))
     again = [tmp_path / f"{name} again" for name in ("one", "ddp", "sharded")]
     hybridmem(monkeypatch, "fit", "--config", pretraining(again[0]), "--ckpt_path", whole)
     fit(2, "--config", pretraining(again[1], 2, "ddp"), "--ckpt_path", one / "run" / "step=2.ckpt")

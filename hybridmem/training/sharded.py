@@ -1,0 +1,120 @@
+"""Checkpoints of sharded runs, which are folders, as good as files: written beside, sealed, the one before kept."""
+
+import hashlib
+import os
+import pickle
+import shutil
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from .durable import DIGEST_SIZE, PART, PREVIOUS, sync
+
+SEALS = "*.b2"  # of each process: digests of the files that it wrote, as `b2sum --length 128` writes and checks them
+# What the description of a sharded checkpoint is made of: torch reads it with pickle.
+DESCRIPTION = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+class DurableModelParallelStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy, with checkpoints that are whole or not there.
+
+    The processes write a folder beside the checkpoint's place; each syncs and seals its own files; then the folder is
+    renamed. What it replaces stays as previous.ckpt.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint: a folder, or a file where save_distributed_checkpoint is False."""
+        if not self._save_distributed_checkpoint:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        place = Path(self.broadcast(filepath))
+        part = place.with_name(PART)
+        if self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)
+        self.barrier("no part of a checkpoint that was cut short is left")
+        super().save_checkpoint(checkpoint, part, storage_options)
+        seal(part, self.global_rank)
+        self.barrier("all files of the checkpoint are sealed")
+        if self.is_global_zero:
+            _replace(place, part)
+        self.barrier("the checkpoint is in its place")
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is the folder that a sharded run writes."""
+    return (Path(path) / "meta.pt").is_file()
+
+
+def seal(folder: Path, rank: int) -> None:
+    """Sync the files that a process wrote, and write their digests."""
+    own = sorted(folder.glob(f"__{rank}_*"))
+    if rank == 0:
+        own += [folder / ".metadata", folder / "meta.pt"]
+    digests = folder / SEALS.replace("*", str(rank))
+    digests.write_text("".join(f"{_digest(file)}  {file.name}\n" for file in own))
+    for file in (*own, digests):
+        sync(file)
+
+
+def check_shards(folder: Path, rank: int = 0, size: int = 1) -> None:
+    """Refuse a folder that is not what its seals say; or whose description, which torch unpickles, names anything else.
+
+    Args:
+        folder: a sharded run's checkpoint.
+        rank, size: of the processes that look, each at its share of the files.
+
+    Raises:
+        ValueError: with the file and what is wrong with it.
+    """
+    lines = [line for seals in sorted(folder.glob(SEALS)) for line in seals.read_text().splitlines()]
+    for line in lines[rank::size]:
+        expected, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        if not file.is_file() or _digest(file) != expected:
+            raise ValueError(f"ckpt_path={folder}: its file {name} does not match its checksum")
+    try:
+        _Description(BytesIO((folder / ".metadata").read_bytes())).load()
+    except Exception as error:
+        raise ValueError(f"{folder / '.metadata'} describes no checkpoint: {error}") from error
+
+
+class _Description(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in DESCRIPTION.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
+        return super().find_class(module, name)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
+
+
+def _replace(place: Path, part: Path) -> None:
+    """Put a folder in its place; what stands there is the previous one then."""
+    previous = place.with_name(PREVIOUS)
+    if place.exists():
+        if previous.is_dir():
+            shutil.rmtree(previous)
+        os.replace(place, previous)
+    os.replace(part, place)
+    sync(place.parent)
