@@ -45,7 +45,11 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
         ("curves", f"{name.capitalize()} over training", lambda: curves(task["cells"], metric, colors, shares=True)),
         ("by_column", "Accuracy by part of the task", lambda: by_column(finished, colors)),
         ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]), colors)),
-        ("formats", "Formats over training", lambda: curves(task["cells"], _formats(task["cells"]), colors)),
+        (
+            "formats",
+            "Formats over training",
+            lambda: curves(task["cells"], _formats(task["cells"]), colors, shares=True),
+        ),
         ("collapse", "Collapse over training", lambda: curves(task["cells"], COLLAPSE, colors)),
     ]
     for picture, title, make in plans:

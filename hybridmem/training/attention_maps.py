@@ -15,7 +15,8 @@ from ..policy.distributions import KINDS, distribution
 from ..policy.recorder import LayerRecord
 from ..policy.rollouts import Sampling
 from .looks import Answers, is_due, record_answers
-from .policy import SOLVED, PolicyModule
+from .policy import PolicyModule
+from .validation import SOLVED
 
 LABELLED = 128  # tokens that an axis has room to write out
 TRIED = 16  # held-out examples, to find one that is solved

@@ -69,12 +69,12 @@ from .pretrain import OptimizerFactory, SchedulerFactory
 from .refinement import with_refinements
 from .schedules import WarmupCosine, check_schedule, scheduled_steps
 from .served import ServedRollouts
+from .validation import validate, validate_acting
 
 Example = dict[str, Any]
 MEAN_OVER = {"grpo": "responses", "dr_grpo": "responses", "bnpo": "tokens", "dapo": "processes"}  # what losses are
-ROLLOUT, VALIDATION = 0, 2  # what random numbers are for; refinements have 1
+ROLLOUT = 0  # what random numbers are for; refinements have 1, validation 2
 SHOWN = ("reward", "loss")  # in the progress bar
-SOLVED = 1.0  # the reward of an environment in which the task is done
 
 
 class PolicyModule(L.LightningModule):
@@ -232,13 +232,6 @@ class PolicyModule(L.LightningModule):
         """
         rank, size = rank_and_size()
         keys = [(self.seed, purpose, self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
-        return generators(self.device, *keys)
-
-    def _validation_generators(self, batch_idx: int, count: int) -> list[torch.Generator]:
-        """The same for held-out prompts, in every validation."""
-        rank, size = rank_and_size()
-        first = batch_idx * self.data.hparams.batch_size
-        keys = [(self.seed, VALIDATION, (first + place) * size + rank) for place in range(count)]
         return generators(self.device, *keys)
 
     def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
@@ -675,13 +668,13 @@ class PolicyModule(L.LightningModule):
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
         """The texts of responses, one to each example, and what they earn."""
-        texts, ids = self._texts(completions)
+        texts, ids = self.texts_and_ids(completions)
         columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
         if environments is not None:
             columns["environments"] = environments
         return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
 
-    def _texts(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
+    def texts_and_ids(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
         """Each response's text without its end, and its tokens with it."""
         ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
         bare = [[token for token in row if token not in self.eos_token_ids] for row in ids]
@@ -715,44 +708,8 @@ class PolicyModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
-        """Reward and accuracy of the likeliest response to every held-out prompt; pass@1 of responses as in training.
-
-        The random numbers are the same in every validation. Callbacks get what was answered as the step's output. In
-        environments an example is solved that earns 1 or more.
-        """
-        if self.acts:
-            return self._validate_acting(batch, batch_idx)
-        prompts = self.prompt_batch([self.data.prompt(example) for example in batch])
-        greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
-        texts, rewards = self.reward(batch, self.answer(prompts, 1, greedy))
-        self._log_validation(len(batch), reward=rewards.total.mean())
-        each = self._validation_generators(batch_idx, len(batch))
-        sampled, _ = self._texts(self.answer(prompts, self.num_generations, self.sampling, each))
-        answered = Answered(batch, texts, sampled)
-        if "answer" in batch[0]:
-            answered = answered.judged(self.data.task)
-            right = {"accuracy": _share(answered.greedy_right), "pass@1": _share(answered.sampled_right)}
-            self._log_validation(len(batch), **right)
-        return answered
-
-    def _log_validation(self, batch_size: int, **values: Tensor | float) -> None:
-        """Log means over the examples of all processes."""
-        for name, value in values.items():
-            shown = name in ("reward", "accuracy")
-            self.log(f"val/{name}", value, batch_size=batch_size, prog_bar=shown, sync_dist=True)
-
-    def _validate_acting(self, batch: list[Example], batch_idx: int) -> Answered:
-        greedy = Sampling(max_completion_length=self.sampling.max_completion_length, temperature=0.0)
-        acted = act_out(self, batch, 1, greedy)
-        texts, rewards = self.reward(batch, acted.completions, acted.environments)
-        each = self._validation_generators(batch_idx, len(batch))
-        tried = act_out(self, batch, self.num_generations, self.sampling, each)
-        repeated = [example for example in batch for _ in range(self.num_generations)]
-        sampled, of_samples = self.reward(repeated, tried.completions, tried.environments)
-        solved, of_samples_solved = ((x.total >= SOLVED).tolist() for x in (rewards, of_samples))
-        right = {"accuracy": _share(solved), "pass@1": _share(of_samples_solved)}
-        self._log_validation(len(batch), reward=rewards.total.mean(), **right, turns=tried.turns.float().mean())
-        return Answered(batch, texts, sampled, solved, of_samples_solved)
+        """Answer held-out prompts; callbacks get what was answered as the step's output."""
+        return (validate_acting if self.acts else validate)(self, batch, batch_idx)
 
     def answer(self, prompts: PromptBatch, times: int, sampling: Sampling, generator: Generators = None) -> Completions:
         """Responses of the policy as it is, without exploration."""
@@ -794,10 +751,6 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     if len(found) < len(parts) or len({part.shape for part in found}) > 1:
         raise ValueError("prompts of one batch must all have images, of one size, or none: make the task's examples so")
     return torch.stack(found)
-
-
-def _share(right: list[bool]) -> float:
-    return sum(right) / len(right)
 
 
 def _only(objectives: Sequence[Any], kind: type) -> Any:
