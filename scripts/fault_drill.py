@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,20 @@ import torch
 import yaml
 
 from hybridmem.cli import main as hybridmem
+from hybridmem.training.checkpoints import load_checkpoint
 from hybridmem.training.durable import PART, newest_good, read_checkpoint
 
 STEPS = 40
 STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
 STUCK = 120  # seconds after which a start that should have ended is a failure
+GLOO = {"process_group_backend": "gloo"}
+SEVERAL: dict[str, dict[str, Any]] = {
+    "DDP": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": GLOO},
+    "FSDP2": {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, **GLOO},
+    },
+}
 
 
 class LossLog(L.Callback):
@@ -42,6 +52,8 @@ class LossLog(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Append a line at once: the process may be killed any time."""
+        if not trainer.is_global_zero:
+            return
         line = f"{trainer.global_step} {float(trainer.callback_metrics['train/loss']).hex()}\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(descriptor, line.encode())
@@ -78,11 +90,13 @@ class FullDisk(L.Callback):
 
 
 class Drill:
-    """A small run that can be started in a folder again and again."""
+    """A small run that can be started in a folder again and again; with a strategy it has two processes."""
 
-    def __init__(self, work: Path, seed: int):
-        self.work, self.random = work, random.Random(seed)
+    def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None):
+        self.work, self.random, self.strategy = work, random.Random(seed), strategy
+        self.others: list[int] = []  # the processes beside the first one
         self.text = work / "text"
+        work.mkdir(exist_ok=True)
         self.counts: dict[str, Counter[str]] = {}
         self.failures: list[str] = []
         self.write_text()
@@ -92,7 +106,7 @@ class Drill:
             raise SystemExit(f"the run without faults failed: {self.said(reference)}")
         self.seconds = time.monotonic() - begun
         self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
-        self.weights = read_checkpoint(reference / "last.ckpt")["state_dict"]
+        self.weights = load_checkpoint(reference / "last.ckpt")["state_dict"]
         assert len(self.losses) == STEPS
 
     def write_text(self) -> None:
@@ -109,21 +123,37 @@ class Drill:
         return path
 
     def start(self, folder: Path, *options: str, callbacks: tuple[dict[str, Any], ...] = ()) -> int:
-        """Start the run, or go on with it; the process's id."""
+        """Start the run, or go on with it; the first process's id."""
         log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(settings(folder, self.text, [log, *callbacks])))
+        config.write_text(yaml.safe_dump(settings(folder, self.text, [log, *callbacks], self.strategy)))
+        arguments = ["hybridmem", "fit", "--config", str(config), *options]
+        if self.strategy is None:
+            return self.fork(folder / "output.txt", arguments, {})
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            port = found.getsockname()[1]
+        group = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        group |= {"TORCHELASTIC_RUN_ID": "drill"}  # as torchrun starts them
+        first, *self.others = [
+            self.fork(folder / name, arguments, group | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank, name in enumerate(("output.txt", "output_of_second.txt"))
+        ]
+        return first
+
+    def fork(self, said: Path, arguments: list[str], environment: dict[str, Any]) -> int:
+        """Run a command in a process of its own; its id."""
         sys.stdout.flush()
         process = os.fork()
         if process:
             return process
         code = 70
         try:
-            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.environ |= {name: str(value) for name, value in environment.items()}
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever a caller had put there
-            sys.argv = ["hybridmem", "fit", "--config", str(config), *options]
+            sys.argv = arguments
             hybridmem()
             code = 0
         except SystemExit as stopped:
@@ -136,7 +166,14 @@ class Drill:
             os._exit(code)
 
     def wait(self, process: int) -> int:
-        """A start's exit status, negative the signal that ended it."""
+        """A start's exit status, that of its first process, negative the signal that ended it."""
+        code = self.end_of(process)
+        while self.others:
+            self.end_of(self.others.pop())
+        return code
+
+    def end_of(self, process: int) -> int:
+        """A process's exit status; one that is stuck is killed."""
         deadline = time.monotonic() + STUCK
         while time.monotonic() < deadline:
             done, status = os.waitpid(process, os.WNOHANG)
@@ -176,7 +213,7 @@ class Drill:
         broken = []
         for path in folder.glob("*.ckpt"):
             try:
-                read_checkpoint(path)
+                load_checkpoint(path)
             except ValueError as error:
                 broken.append(str(error))
         return self.check(fault, not other and not broken, f"{other[:1]} {broken[:1]}")
@@ -186,7 +223,7 @@ class Drill:
         code = self.wait(self.start(folder, *(options or self.newest(folder))))
         if not self.check(fault, code == 0, f"exit status {code}: {self.said(folder)}"):
             return False
-        weights = read_checkpoint(folder / "last.ckpt")["state_dict"]
+        weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
         same = all(torch.equal(weights[name], value) for name, value in self.weights.items())
         if self.check(fault, same, "other weights at the end") and self.same_so_far(fault, folder):
             self.count(fault, "resumed to the same bits")
@@ -202,8 +239,11 @@ class Drill:
         return good
 
 
-def settings(folder: Path, text: Path, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
+def settings(
+    folder: Path, text: Path, callbacks: list[dict[str, Any]], strategy: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The configuration: a model of two layers, 40 steps, a checkpoint and a validation every second one."""
+    processes = 1 if strategy is None else 2
     checkpoints = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"filename": "{step}", "save_last": True, "every_n_train_steps": 2},
@@ -219,6 +259,7 @@ def settings(folder: Path, text: Path, callbacks: list[dict[str, Any]]) -> dict[
             "accelerator": "cpu", "max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None,
             "num_sanity_val_steps": 0, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "enable_model_summary": False,
             "enable_progress_bar": False, "default_root_dir": str(folder), "logger": False,
+            "devices": processes, "strategy": strategy or "auto",
             "callbacks": [checkpoints, *callbacks],
         },
         "model": {
@@ -233,8 +274,8 @@ def settings(folder: Path, text: Path, callbacks: list[dict[str, Any]]) -> dict[
         "data": {
             "class_path": "hybridmem.data.TextDataModule",
             "init_args": {
-                "path": str(text), "pattern": "*.txt", "sequence_length": 64, "batch_size": 2, "val_fraction": 0.2,
-                "mode": "continuous",
+                "path": str(text), "pattern": "*.txt", "sequence_length": 64, "batch_size": 2 // processes,
+                "val_fraction": 0.2, "mode": "continuous",
             },
         },
     }  # fmt: skip
@@ -296,6 +337,27 @@ def terminate(drill: Drill, times: int) -> None:
                 drill.same_so_far("SIGTERM", folder)
             else:
                 drill.ends_the_same("SIGTERM", folder)
+
+
+def drop(drill: Drill, name: str, times: int) -> None:
+    """SIGKILL to one of two processes at random moments, every second one aimed at the writing of a checkpoint."""
+    fault = f"a process of two killed, {name}"
+    for turn in range(times):
+        folder = drill.folder("dropped")
+        first = drill.start(folder)
+        while not (folder / "last.ckpt").exists():
+            time.sleep(0.01)
+        if turn % 2:
+            await_writing(folder, first, drill)
+        else:
+            time.sleep(drill.random.uniform(0, 0.5) * drill.seconds)
+        os.kill(drill.others[0], signal.SIGKILL)
+        code = drill.wait(first)
+        if code == 0:
+            drill.count(fault, "had come to its end")
+            drill.same_so_far(fault, folder)
+        elif drill.refuses(fault, folder, code, "another process of this run is gone", "--ckpt_path"):
+            drill.ends_the_same(fault, folder)
 
 
 def fill(drill: Drill, times: int) -> None:
@@ -458,6 +520,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), options.seed)
+        for name, strategy in SEVERAL.items():
+            several = Drill(Path(folder) / name, options.seed, strategy)
+            several.counts, several.failures = drill.counts, drill.failures
+            drop(several, name, options.times)
         kill(drill, options.kills)
         terminate(drill, options.times)
         fill(drill, options.times)
