@@ -51,6 +51,7 @@ COMMANDS = {
     "report": report,
 }
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
+EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
@@ -157,6 +158,9 @@ class HybridMemCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         self._check_strategy(path)
         at_least(1, **{"trainer.check_val_every_n_epoch": self._get(self.config, "trainer.check_val_every_n_epoch")})
+        for name, part in (("model", self.model), ("data", self.datamodule)):
+            if type(part) in (L.LightningModule, L.LightningDataModule):
+                raise ValueError(f"{name} names no class: set {name}.class_path, such as hybridmem.{EXAMPLES[name]}")
         self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, Trained):

@@ -105,6 +105,8 @@ class HybridMemConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = [self.variant] * self.num_hidden_layers
+        if not all(str(key).isdigit() for key in self.id2label or ()):
+            raise ValueError(f"id2label={self.id2label} must have numbers as keys")
         super().__post_init__(**kwargs)
 
     @property
