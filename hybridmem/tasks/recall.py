@@ -131,7 +131,8 @@ class Recall:
                 raise ValueError(
                     f"num_pairs={self.num_pairs} of {self.pair_length} bytes do not fit: distance={distance} of up to "
                     f"{max(self.distance)} windows of window={self.window} bytes has room for {room + 1}; lower "
-                    "num_pairs, or raise window or the largest distance"
+                    f"num_pairs, key_length={self.key_length} or value_length={self.value_length}, or raise window or "
+                    "the largest distance"
                 )
 
     def _draw_pairs(self, rng: np.random.Generator) -> tuple[list[str], list[str]]:
