@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from hybridmem.training.durable import PART, newest_good, read_checkpoint
 
 STEPS = 40
 STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
+FAULTS = ("kill", "drop", "terminate", "fill", "tmpfs", "damage", "spoil", "corrupt")
 STUCK = 120  # seconds after which a start that should have ended is a failure
 GLOO = {"process_group_backend": "gloo"}
 SEVERAL: dict[str, dict[str, Any]] = {
@@ -339,6 +341,14 @@ def terminate(drill: Drill, times: int) -> None:
                 drill.ends_the_same("SIGTERM", folder)
 
 
+def drop_each(drill: Drill, times: int) -> None:
+    """The same fault in runs of two processes of every kind."""
+    for name, strategy in SEVERAL.items():
+        several = Drill(drill.work / name, times, strategy)
+        several.counts, several.failures = drill.counts, drill.failures
+        drop(several, name, times)
+
+
 def drop(drill: Drill, name: str, times: int) -> None:
     """SIGKILL to one of two processes at random moments, every second one aimed at the writing of a checkpoint."""
     fault = f"a process of two killed, {name}"
@@ -510,6 +520,7 @@ def advised(line: str) -> str:
 def main() -> None:
     """Run the drill; exits with 1 if anything was lost or not said."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="which ones; by default all")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--times", type=int, default=12, help="of each of the other faults")
     parser.add_argument("--reads", type=int, default=2000, help="of damaged checkpoints")
@@ -520,17 +531,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), options.seed)
-        for name, strategy in SEVERAL.items():
-            several = Drill(Path(folder) / name, options.seed, strategy)
-            several.counts, several.failures = drill.counts, drill.failures
-            drop(several, name, options.times)
-        kill(drill, options.kills)
-        terminate(drill, options.times)
-        fill(drill, options.times)
-        fill_tmpfs(drill)
-        damage(drill, options.times, options.reads)
-        spoil_batches(drill, options.times)
-        corrupt_data(drill, options.times)
+        drills: dict[str, Callable[[], Any]] = {
+            "kill": lambda: kill(drill, options.kills),
+            "drop": lambda: drop_each(drill, options.times),
+            "terminate": lambda: terminate(drill, options.times),
+            "fill": lambda: fill(drill, options.times),
+            "tmpfs": lambda: fill_tmpfs(drill),
+            "damage": lambda: damage(drill, options.times, options.reads),
+            "spoil": lambda: spoil_batches(drill, options.times),
+            "corrupt": lambda: corrupt_data(drill, options.times),
+        }
+        for fault in options.faults:
+            drills[fault]()
     for fault, counts in drill.counts.items():
         print(f"{fault:30}", ", ".join(f"{count} {what}" for what, count in counts.items()))
     print(f"{time.monotonic() - begun:.0f} seconds; {len(drill.failures)} failures", *drill.failures, sep="\n")

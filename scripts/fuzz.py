@@ -47,7 +47,16 @@ TINY = dict(
     memory_heads=2, memory_head_dim=8, memory_chunk_size=8, num_persistent_tokens=2,
 )  # fmt: skip
 # Where a wrong value is no error but another run, on other machines or for longer, or in another place.
-LEFT_ALONE = {"num_sanity_val_steps", "default_root_dir", "num_nodes", "devices", "accelerator", "strategy", "logger", "profiler"}
+LEFT_ALONE = {
+    "num_sanity_val_steps",
+    "default_root_dir",
+    "num_nodes",
+    "devices",
+    "accelerator",
+    "strategy",
+    "logger",
+    "profiler",
+}
 GENERIC = {"init_args", "class_path", "dict_kwargs", "trainer", "model", "data"}
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 10**6, 10**12, 10**30, 0.5, -0.5, 1e30, 1e-30, float("nan"), float("inf"),

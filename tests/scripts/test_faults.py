@@ -36,6 +36,8 @@ def test_faults_lose_nothing(tmp_path):
     assert not found["failures"]
     assert found["faults"]["SIGKILL"]["kills"] == 2
     assert found["faults"]["SIGKILL"]["resumed to the same bits"] >= 1
+    for strategy in ("DDP", "FSDP2"):
+        assert sum(found["faults"][f"a process of two killed, {strategy}"].values()) >= 2
     assert found["faults"]["damaged checkpoint, read"]["refused"] > 20
     assert found["faults"]["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
 
