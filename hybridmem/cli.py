@@ -51,6 +51,7 @@ COMMANDS = {
     "report": report,
 }
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -158,6 +159,8 @@ class HybridMemCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         self._check_strategy(path)
         at_least(1, **{"trainer.check_val_every_n_epoch": self._get(self.config, "trainer.check_val_every_n_epoch")})
+        limits = {f"trainer.{name}": getattr(self.trainer, name) for name in LIMITS}
+        at_least(0, **{name: value for name, value in limits.items() if isinstance(value, int)})
         for name, part in (("model", self.model), ("data", self.datamodule)):
             if type(part) in (L.LightningModule, L.LightningDataModule):
                 raise ValueError(f"{name} names no class: set {name}.class_path, such as hybridmem.{EXAMPLES[name]}")

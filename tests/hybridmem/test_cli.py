@@ -154,6 +154,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(trainer="\0"), "embedded null byte"),
         (dict(data__init_args__sequence_length=10**30), "sequence_length must be at most"),
         (dict(model__init_args__config__id2label={"a": "b"}), "id2label={'a': 'b'} must have numbers as keys"),
+        (dict(trainer__limit_train_batches=10**30), "trainer.limit_train_batches must be at most"),
         (dict(model={}), "model names no class: set model.class_path, such as hybridmem.training.PretrainModule"),
         (dict(data={}), "data names no class: set data.class_path"),
         (dict(trainer=7), "trainer=7 must hold settings by name"),
