@@ -55,7 +55,7 @@ class DurableModelParallelStrategy(ModelParallelStrategy):
         seal(part, self.global_rank)
         self.barrier("all files of the checkpoint are sealed")
         if self.is_global_zero:
-            _replace(place, part)
+            put_in_place(part, place)
         self.barrier("the checkpoint is in its place")
 
 
@@ -109,12 +109,13 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
 
 
-def _replace(place: Path, part: Path) -> None:
+def put_in_place(part: Path, place: Path) -> None:
     """Put a folder in its place; what stands there is the previous one then."""
     previous = place.with_name(PREVIOUS)
     if place.exists():
         if previous.is_dir():
             shutil.rmtree(previous)
+        previous.unlink(missing_ok=True)
         os.replace(place, previous)
     os.replace(part, place)
     sync(place.parent)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridmem.training.sharded import check_shards, is_sharded, seal
+from hybridmem.training.sharded import check_shards, is_sharded, put_in_place, seal
 
 FILES = ["__0_0.distcp", ".metadata", "meta.pt"]
 
@@ -50,6 +50,20 @@ def test_a_file_that_changed_or_went_is_found(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"its file {name} does not match its checksum"):
         check_shards(folder)
+
+
+def test_what_a_folder_replaces_is_kept(folder):
+    """Whether that is a folder, or a file of a run that was not sharded."""
+    place, previous = folder.with_name("last.ckpt"), folder.with_name("previous.ckpt")
+    place.write_text("first")
+    for expected in ("file", "folder", "folder"):
+        part = folder.with_name("checkpoint.part")
+        shutil.copytree(folder, part)
+        put_in_place(part, place)
+        assert is_sharded(place)
+        assert previous.is_file() == (expected == "file")
+        assert is_sharded(previous) == (expected == "folder")
+        assert not part.exists()
 
 
 def test_processes_share_the_work(folder):
