@@ -341,10 +341,10 @@ def terminate(drill: Drill, times: int) -> None:
                 drill.ends_the_same("SIGTERM", folder)
 
 
-def drop_each(drill: Drill, times: int) -> None:
+def drop_each(drill: Drill, times: int, seed: int) -> None:
     """The same fault in runs of two processes of every kind."""
     for name, strategy in SEVERAL.items():
-        several = Drill(drill.work / name, times, strategy)
+        several = Drill(drill.work / name, seed, strategy)
         several.counts, several.failures = drill.counts, drill.failures
         drop(several, name, times)
 
@@ -533,7 +533,7 @@ def main() -> None:
         drill = Drill(Path(folder), options.seed)
         drills: dict[str, Callable[[], Any]] = {
             "kill": lambda: kill(drill, options.kills),
-            "drop": lambda: drop_each(drill, options.times),
+            "drop": lambda: drop_each(drill, options.times, options.seed),
             "terminate": lambda: terminate(drill, options.times),
             "fill": lambda: fill(drill, options.times),
             "tmpfs": lambda: fill_tmpfs(drill),

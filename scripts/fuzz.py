@@ -64,8 +64,8 @@ VALUES: tuple[Any, ...] = (
     {"class_path": "torch.nn.Linear"}, {"class_path": "no.such.Class", "init_args": {"a": 1}}, [[1, [2]]],
 )  # fmt: skip
 
-# What an error calls such a value.
-CAUSES = {"\0": "null byte", "no.such.Class": "No module named 'no'"}
+# What an error calls a value in whose text this stands.
+CAUSES = {r"\x00": "null byte", "no.such.Class": "No module named 'no'"}
 
 Keys = tuple[Any, ...]
 
@@ -183,7 +183,7 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
     value = repr(at(config, path)) if way != "missing" and way != "unknown" else ""
     if len(value) > 6:
         words.append(value.strip("'"))
-    words += [cause for part, cause in CAUSES.items() if part in str(at(above, (key,)))] if key in above else []
+    words += [cause for part, cause in CAUSES.items() if part in value]
     return f"{way} {dotted(path)} {value}"[:200], words
 
 

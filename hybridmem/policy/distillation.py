@@ -28,7 +28,7 @@ from ..configuration import MEMORY_VARIANTS
 from ..modeling import HybridMemLayer
 from ..settings import one_of
 from .attention_rl import divergence_of
-from .distributions import attention, distribution
+from .distributions import attention, distribution, over_the_same
 from .recorder import AttentionRecorder, LayerRecord, decoder_layers
 
 OVER_TOKENS = ("attention", "memory", "unified")
@@ -136,9 +136,7 @@ class AttentionDistillation:
         if self.target == "attention":
             return attention_jsd(student, teacher, mask)
         length = mask.shape[1]
-        ours, theirs = distribution(student, self.target, length), attention(teacher, length)
-        tokens = max(side.shape[-1] for side in (ours, theirs))  # a window's cache has dropped some
-        ours, theirs = (torch.nn.functional.pad(side, (tokens - side.shape[-1], 0)) for side in (ours, theirs))
+        ours, theirs = over_the_same(distribution(student, self.target, length), attention(teacher, length))
         return mask * divergence_of(ours, theirs, "jsd")
 
     def check_models(self, student: Any, teacher: Any) -> None:

@@ -101,10 +101,14 @@ def unified(record: LayerRecord, queries: int) -> Distribution:
         return memory(record, queries)
     shares = allocation(record, queries)
     of_memory, of_window = shares[..., 1:2], shares[..., 2:3]
-    remembered, seen = memory(record, queries), attention(record, queries)
-    left_window = remembered.shape[-1] - seen.shape[-1]  # tokens whose keys a cache has dropped
-    seen = torch.nn.functional.pad(seen, (left_window, 0))
+    remembered, seen = over_the_same(memory(record, queries), attention(record, queries))
     return _renormalize(of_memory * remembered + of_window * seen, queries)
+
+
+def over_the_same(*sides: Float[Tensor, "batch queries _"]) -> list[Distribution]:
+    """Distributions over as many keys: a window's cache has dropped some that another side still has, and sees none."""
+    keys = max(side.shape[-1] for side in sides)
+    return [torch.nn.functional.pad(side, (keys - side.shape[-1], 0)) for side in sides]
 
 
 def _token_weights(record: AttentionRecord, queries: int) -> Distribution:

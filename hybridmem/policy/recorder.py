@@ -306,8 +306,9 @@ def record_memory(
 def _joined(before: ScanInputs, after: ScanInputs) -> ScanInputs:
     """Inputs one after the other; earlier ones count for each of the rows that go on from them."""
     times = len(after.q) // len(before.q)
-    pairs = zip(before, after, strict=True)
-    return ScanInputs(*(torch.cat((first.repeat_interleave(times, 0), then), dim=2) for first, then in pairs))
+    if times > 1:
+        before = ScanInputs(*(x.repeat_interleave(times, 0) for x in before))
+    return ScanInputs(*(torch.cat(pair, dim=2) for pair in zip(before, after, strict=True)))
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _read(path: Path, map_location: Any | None) -> Any:
 def _seal(file: BinaryIO) -> None:
     """End an archive of torch with a comment that holds the digest of all before it."""
     end = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
-    seal = SEAL + _digest(file, end)
+    seal = SEAL + digest_of(file, end)
     file.seek(end)
     file.write(struct.pack("<H", len(seal)) + seal)
 
@@ -115,7 +115,7 @@ def _compare(path: Path) -> None:
         file.seek(end)
         seal = file.read()
         if seal.startswith(SEAL):
-            if seal != SEAL + _digest(file, end - 2):
+            if seal != SEAL + digest_of(file, end - 2):
                 raise ValueError("it does not match its checksum")
             return
     with zipfile.ZipFile(path) as archive:
@@ -124,7 +124,8 @@ def _compare(path: Path) -> None:
         raise ValueError(f"its record {broken} does not match its checksum")
 
 
-def _digest(file: BinaryIO, size: int) -> bytes:
+def digest_of(file: BinaryIO, size: int) -> bytes:
+    """The digest of a file's first `size` bytes, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
     file.seek(0)
     while size and (part := file.read(min(size, 1 << 20))):

@@ -1,6 +1,5 @@
 """Checkpoints of sharded runs, which are folders, as good as files: written beside, sealed, the one before kept."""
 
-import hashlib
 import os
 import pickle
 import shutil
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from .durable import DIGEST_SIZE, PART, PREVIOUS, sync
+from .durable import PART, PREVIOUS, digest_of, sync
 
 SEALS = "*.b2"  # of each process: digests of the files that it wrote, as `b2sum --length 128` writes and checks them
 # What the description of a sharded checkpoint is made of: torch reads it with pickle.
@@ -106,7 +105,7 @@ class _Description(pickle.Unpickler):
 
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
+        return digest_of(opened, file.stat().st_size).decode()
 
 
 def put_in_place(part: Path, place: Path) -> None:

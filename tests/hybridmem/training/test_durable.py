@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ import torch
 from hybridmem.training import DurableCheckpointIO
 from hybridmem.training.durable import newest_good, read_checkpoint
 from hybridmem.training.errors import StoppedError
+
+from .runs import Touch
 
 FILES = DurableCheckpointIO()
 
@@ -123,16 +124,6 @@ def test_a_missing_file_names_what_is_there(tmp_path):
     ):
         FILES.load_checkpoint(tmp_path / "other.ckpt")
     assert newest_good(tmp_path, but=tmp_path / "last.ckpt") is None
-
-
-class Touch:
-    """What a pickle would run."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):

@@ -3,12 +3,13 @@
 import pickle
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from hybridmem.training.sharded import check_shards, is_sharded, put_in_place, seal
+
+from .runs import Touch
 
 FILES = ["__0_0.distcp", ".metadata", "meta.pt"]
 
@@ -35,9 +36,8 @@ def test_folders_are_taken_sealed_or_not(folder):
 def test_a_shell_can_check_the_seals(folder):
     seal(folder, 0)
     check = ["b2sum", "--length", "128", "--check", "0.b2"]
-    assert subprocess.run(check, cwd=folder, capture_output=True, text=True, check=True).stdout.count("OK") == len(
-        FILES
-    )
+    said = subprocess.run(check, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert said.count("OK") == len(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -76,16 +76,6 @@ def test_processes_share_the_work(folder):
         except ValueError:
             refused.append(rank)
     assert len(refused) == 1
-
-
-class Touch:
-    """What a pickle would run."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_nothing_in_a_description_is_run(folder, tmp_path):
