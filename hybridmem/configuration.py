@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
 
@@ -107,6 +108,8 @@ class HybridMemConfig(PreTrainedConfig):
             self.layer_types = [self.variant] * self.num_hidden_layers
         if not all(str(key).isdigit() for key in self.id2label or ()):
             raise ValueError(f"id2label={self.id2label} must have numbers as keys")
+        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r} is no type of torch, such as bfloat16")
         super().__post_init__(**kwargs)
 
     @property

@@ -106,14 +106,15 @@ def complete(config: Path, folder: Path) -> dict[str, Any]:
             "data.init_args.data_files": folder / "text.jsonl", "data.init_args.val_documents": 5,
         }  # fmt: skip
     if "TaskDataModule" not in text:
-        options |= {"data.init_args.tokenizer": "bytes", "data.init_args.sequence_length": 32}
+        options |= {"data.init_args.sequence_length": 32}
     if "ProductSearch" in text:
         options |= {
             "data.init_args.task.init_args.examples": folder / "examples.jsonl",
             "data.init_args.task.init_args.products": folder / "products.jsonl",
-            "model.init_args.max_completion_length": 16, "data.init_args.tokenizer": "bytes",
+            "model.init_args.max_completion_length": 16,
         }  # fmt: skip
-    options |= {"data.init_args.batch_size": 2, "trainer.default_root_dir": folder / "run"}
+    options |= {"data.init_args.tokenizer": "bytes", "data.init_args.batch_size": 2}
+    options |= {"trainer.default_root_dir": folder / "run"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     sys.argv = ["hybridmem", "fit", "--config", str(config), *arguments, "--print_config"]
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):

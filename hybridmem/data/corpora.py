@@ -45,11 +45,13 @@ def list_documents(
     *,
     pattern: str = "*.py",
     text_column: str = "text",
+    setting: str = "path",
 ) -> list[Document]:
     """The documents of files and folders, each once, without empty ones.
 
     A folder gives its files whose name matches `pattern`, hidden ones and those of __pycache__ and site-packages
-    apart, however deep. A .jsonl file gives one document per line. None stands for the standard library.
+    apart, however deep. A .jsonl file gives one document per line. None stands for the standard library. Errors call
+    `paths` by the name of the `setting` that gave them.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -59,25 +61,25 @@ def list_documents(
         files = standard_library_files()
     else:
         paths = [paths] if isinstance(paths, str | Path) else paths
-        files = [file for path in paths for file in find_files(Path(path), pattern)]
+        files = [file for path in paths for file in find_files(Path(path), pattern, setting)]
     unique = {file.resolve(): file for file in files}.values()
     documents = [document for file in unique for document in _documents_in(file, text_column) if document.size]
     if not documents:
-        raise ValueError(f"path={paths}: all documents are empty")
+        raise ValueError(f"{setting}={paths}: all documents are empty")
     return documents
 
 
-def find_files(path: Path, pattern: str) -> list[Path]:
+def find_files(path: Path, pattern: str, setting: str) -> list[Path]:
     """The file itself, or the files below a folder whose names match `pattern`, sorted."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r} does not exist")
+        raise FileNotFoundError(f"{setting}={str(path)!r} does not exist")
     files = _files_below(path, pattern)
     if not files:
         found = Counter(file.suffix or file.name for file in _files_below(path, "*"))
         endings = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files at all"
-        raise ValueError(f"path={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings})")
+        raise ValueError(f"{setting}={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings})")
     return files
 
 

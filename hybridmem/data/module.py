@@ -120,7 +120,7 @@ class TextDataModule(L.LightningDataModule):
         if settings.val_path is None:
             train, val = split_documents(documents, settings.val_fraction, settings.split_seed)
         else:
-            val = list_documents(settings.val_path, **options)
+            val = list_documents(settings.val_path, setting="val_path", **options)
             held_out = {document.name for document in val}
             train = [document for document in documents if document.name not in held_out]
             if not train:

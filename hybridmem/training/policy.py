@@ -256,10 +256,9 @@ class PolicyModule(L.LightningModule):
             from peft import LoraConfig, get_peft_model
 
             try:
-                lora = LoraConfig(**self.lora)
+                model = get_peft_model(model, LoraConfig(**self.lora))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"lora={self.lora} are no settings of PEFT's LoraConfig: {error}") from error
-            model = get_peft_model(model, lora)
         self.model = model
         if self.device_mesh is not None:
             for whole in (self.model, *self._reference, *self._teacher):
