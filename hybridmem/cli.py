@@ -141,6 +141,8 @@ class HybridMemCLI(LightningCLI):
         except Exception as error:
             if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
                 with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
+                    if self.trainer.overfit_batches and "limit_train_batches" in str(error):  # what Lightning calls it
+                        raise ValueError(str(error).replace("limit_train_batches", "overfit_batches")) from error
                     raise error
             if lost_a_process(error):
                 raise ProcessLost(self._how_to_go_on(error)) from error

@@ -14,6 +14,7 @@ if find_spec("hybridmem_kernels") is None:
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
 MEMORY_VARIANTS = ("mac", "mag", "mal", "lmm")
+MOST_LAYERS = 10_000  # to build a million takes an hour
 MEMORY_STEPS = ("certified", "damped", "raw")
 
 # When transformers' Trainer resumes it reads config.json through its base class, which knows only these layer types.
@@ -104,6 +105,8 @@ class HybridMemConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}")
         if self.layer_types is None:
             self.layer_types = [self.variant] * self.num_hidden_layers
         if not all(str(key).isdigit() for key in self.id2label or ()):

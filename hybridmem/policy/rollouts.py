@@ -276,10 +276,13 @@ def draw(
 
 
 def _multinomial(probabilities: Float[Tensor, "rows vocab"], generator: Generators) -> Int[Tensor, " rows"]:
-    if not isinstance(generator, Sequence):
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    groups = probabilities.chunk(len(generator))
-    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(groups, generator, strict=True)]).squeeze(1)
+    """A number in [0, 1) for each row says which token: torch.multinomial would draw one for each token."""
+    each = generator if isinstance(generator, Sequence) else [generator]
+    options = dict(dtype=torch.float64, device=probabilities.device)
+    groups = zip(probabilities.chunk(len(each)), each, strict=True)
+    numbers = torch.cat([torch.rand(len(rows), 1, generator=own, **options) for rows, own in groups])
+    below = probabilities.double().cumsum(-1)
+    return torch.searchsorted(below, numbers * below[:, -1:], right=True).squeeze(1)
 
 
 def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:

@@ -43,7 +43,7 @@ def named(setting: str) -> Iterator[None]:
     """Put the setting's name in front of what a class that it names has against its own settings."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
         raise ValueError(f"{setting}: {error}") from error
 
 

@@ -94,7 +94,8 @@ class PretrainModule(L.LightningModule):
         """Build the model once; under Lightning's ModelParallelStrategy, sharded layer by layer (FSDP2)."""
         if self.model is not None:
             return
-        model = HybridMemForCausalLM(self.config)
+        with named("config"):  # such as more memory than there is
+            model = HybridMemForCausalLM(self.config)
         model.set_attn_implementation(self.attn_implementation)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()

@@ -223,6 +223,7 @@ def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
         (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
         (dict(trainer__max_steps=-1), "trainer.max_steps must be given"),
         (dict(model__init_args__model="/no/such/folder"), "/no/such/folder"),
+        (dict(model__init_args__model="a: b"), "model: Repo id must use alphanumeric chars"),
         (dict(model__init_args__lora={}), "lora={} are no settings of PEFT's LoraConfig: Please specify"),
     ],
 )
