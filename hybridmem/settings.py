@@ -3,14 +3,17 @@
 import sys
 from collections.abc import Sequence
 
+MOST_ROWS = 2**20  # of a batch
+MOST_WORKERS = 1024  # processes that read
 
-def at_least(least: int, **settings: int | None) -> None:
-    """Refuse settings below `least`, and those that no machine counts to; None is no setting."""
+
+def at_least(least: int, most: int = sys.maxsize, **settings: int | None) -> None:
+    """Refuse settings below `least` or above `most`, by default what no machine counts to; None is no setting."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-        if value is not None and value > sys.maxsize:
-            raise ValueError(f"{name} must be at most {sys.maxsize}, not {value}")
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, not {value}")
 
 
 def between_0_and_1(**settings: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem.settings import at_least
+from hybridmem.settings import MOST_ROWS, MOST_WORKERS, at_least
 
 from .order import EndlessSampler, ResumableLoader, ordered_loader
 from .packing import PackedRows
@@ -72,9 +72,10 @@ class HubDataModule(L.LightningDataModule):
     ):
         super().__init__()
         at_least(1, sequence_length=sequence_length, val_sequence_length=val_sequence_length)
-        at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
+        at_least(1, MOST_ROWS, batch_size=batch_size, val_batch_size=val_batch_size)
         at_least(1, val_documents=val_documents, shuffle_documents=shuffle_documents)
-        at_least(0, num_workers=num_workers, seed=seed)
+        at_least(0, MOST_WORKERS, num_workers=num_workers)
+        at_least(0, seed=seed)
         if dataset in FORMATS and data_files is None:
             raise ValueError(f"data_files must name files: dataset={dataset!r} is a format")
         self.save_hyperparameters(logger=False)

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem.settings import at_least, between_0_and_1, one_of
+from hybridmem.settings import MOST_ROWS, MOST_WORKERS, at_least, between_0_and_1, one_of
 from hybridmem.tasks.needle import NeedleRows
 
 from .corpora import Document, limit_bytes, list_documents, split_documents
@@ -82,11 +82,12 @@ class TextDataModule(L.LightningDataModule):
     ):
         super().__init__()
         at_least(1, sequence_length=sequence_length, val_sequence_length=val_sequence_length)
-        at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
+        at_least(1, MOST_ROWS, batch_size=batch_size, val_batch_size=val_batch_size)
         if len(set(needle_lengths or ())) < len(needle_lengths or ()):
             raise ValueError(f"needle_lengths={needle_lengths} names a length twice: name each once")
         at_least(1, needle_lengths=min(needle_lengths or [1]), needle_keys=needle_keys, num_needles=num_needles)
-        at_least(0, num_workers=num_workers, seed=seed, split_seed=split_seed)
+        at_least(0, MOST_WORKERS, num_workers=num_workers)
+        at_least(0, seed=seed, split_seed=split_seed)
         one_of(("packed", "continuous"), mode=mode)
         one_of(("strict", "replace", "ignore"), encoding_errors=encoding_errors)
         between_0_and_1(val_fraction=val_fraction)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem.settings import at_least, one_of
+from hybridmem.settings import MOST_ROWS, MOST_WORKERS, at_least, one_of
 from hybridmem.tasks.task import Split, Task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
@@ -79,8 +79,10 @@ class TaskDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
-        at_least(1, batch_size=batch_size, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
-        at_least(0, seed=seed, num_workers=num_workers)
+        at_least(1, MOST_ROWS, batch_size=batch_size)
+        at_least(1, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
+        at_least(0, MOST_WORKERS, num_workers=num_workers)
+        at_least(0, seed=seed)
         one_of(("supervised", "prompts"), mode=mode)
         if observation_format.count("{}") != 1:
             raise ValueError(

@@ -52,6 +52,7 @@ class Query:
         min_words: of a description.
         every_line: draw training examples from the other lines of those functions' docstrings too, as if each described
             its function: more text to learn to read and copy from.
+        shuffle: put the words of every other training example in any order: those can be copied, not guessed.
         path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
         val_fraction: share of the descriptions to hold out.
         seed: of the split and of all examples.
@@ -69,6 +70,7 @@ class Query:
         keep: float = 0.8,
         min_words: int = 3,
         every_line: bool = False,
+        shuffle: bool = False,
         path: str | None = None,
         val_fraction: float = 0.1,
         seed: int = 0,
@@ -76,7 +78,8 @@ class Query:
         at_least(1, k=k, max_query_length=max_query_length, min_words=min_words)
         at_least(0, seed=seed)
         between_0_and_1(keep=keep, val_fraction=val_fraction)
-        self.think, self.max_query_length, self.keep, self.seed = think, max_query_length, keep, seed
+        self.think, self.max_query_length, self.seed = think, max_query_length, seed
+        self.keep, self.shuffle = keep, shuffle
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
         self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
@@ -104,9 +107,12 @@ class Query:
         """{"prompt", "answer", "relevance": the names of the functions so described}."""
         rng = example_generator(self.seed, split, index)
         description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
+        text = description
+        if self.shuffle and split == "train" and rng.random() < 0.5:
+            text = " ".join(rng.permutation(description.split()))
         return {
-            "prompt": f"{description}\n",
-            "answer": write_answer(self.target(description, rng), "" if self.think else None),
+            "prompt": f"{text}\n",
+            "answer": write_answer(self.target(text, rng), "" if self.think else None),
             "relevance": self.described[description],
         }
 

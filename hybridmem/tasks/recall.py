@@ -19,6 +19,7 @@ from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 LETTERS = np.array([*ascii_lowercase])
 FILLER = np.array([*ascii_lowercase, *"    "])  # words of six letters or so
+MOST_BYTES = 10**9  # of a prompt; for more NumPy cannot say where the pairs stand
 
 
 class Recall:
@@ -62,6 +63,10 @@ class Recall:
         if not distance:
             raise ValueError("distance names no distance: give at least one")
         at_least(1, distance=min(distance))
+        if max(distance) * window >= MOST_BYTES:
+            raise ValueError(
+                f"distance={max(distance)} windows of window={window} bytes are too far: lower one of them"
+            )
         self.num_pairs, self.key_length, self.value_length = num_pairs, key_length, value_length
         self.hops, self.num_distractors = hops, num_distractors
         self.distance, self.window = list(distance), window

@@ -158,6 +158,8 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__optimizer__init_args__betas=[{}, 0.9]), "optimizer: Boolean value of Tensor"),
         (dict(model__init_args__config__num_hidden_layers=10**6), "num_hidden_layers=1000000 must be at most 10000"),
         (dict(trainer__overfit_batches=1e-30), "Try at least `overfit_batches="),
+        (dict(data__init_args__batch_size=10**12), "batch_size must be at most 1048576"),
+        (dict(data__init_args__num_workers=10**6), "num_workers must be at most 1024"),
         (dict(data__init_args__val_path="nan"), "val_path='nan' does not exist"),
         (dict(trainer__limit_train_batches=10**30), "trainer.limit_train_batches must be at most"),
         (dict(model={}), "model names no class: set model.class_path, such as hybridmem.training.PretrainModule"),

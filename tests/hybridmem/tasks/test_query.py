@@ -1,8 +1,11 @@
 """Descriptions and documents of a small folder of source, and of the standard library."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from hybridmem.data import load_tokenizer
 from hybridmem.policy.ranking import parse_query, write_answer
 from hybridmem.tasks import Query, Task
 from hybridmem.tasks.query import documented_functions, words
@@ -101,6 +104,16 @@ def test_the_target_keeps_words_by_chance(folder):
     assert Query(path=str(folder), keep=0.001).target(description, rng) == "set the longest ssl timeout of a set"
 
 
+def test_words_in_any_order(folder):
+    plain, shuffled = Query(path=str(folder)), Query(path=str(folder), shuffle=True)
+    for split, least in (("train", 1), ("val", 0)):
+        pairs = [(plain.example(split, index), shuffled.example(split, index)) for index in range(50)]
+        moved = [other["prompt"] for one, other in pairs if other["prompt"] != one["prompt"]]
+        assert least * 10 <= len(moved) <= least * 40
+        assert all(sorted(one["prompt"].split()) == sorted(other["prompt"].split()) for one, other in pairs)
+        assert all(set((parse_query(other["answer"], think=False) or "").split()) <= set(words(other["prompt"])) for _, other in pairs)
+
+
 def test_every_line_of_the_training_functions(folder):
     few, many = Query(path=str(folder), val_fraction=0.3), Query(path=str(folder), val_fraction=0.3, every_line=True)
     assert many.descriptions["val"] == few.descriptions["val"]
@@ -164,3 +177,13 @@ def test_the_standard_library_leaves_room_above_the_description():
     telling = score([" ".join(w for w in words(description) if w not in USUAL) for description in descriptions])
     assert 0.2 < drawn < whole < telling < 0.5
     assert score([" ".join(words(names[0])) for names in relevance]) > 0.7
+
+
+def test_the_tokenizer_of_the_configurations_writes_answers_as_they_are():
+    folder = Path(__file__).parents[3] / "configs" / "tokenizers" / "docstrings"
+    task, tokenizer = Query(), load_tokenizer(str(folder))
+    for index in range(100):
+        example = task.example("val", index)
+        tokens = tokenizer(example["answer"])["input_ids"]
+        assert tokenizer.decode(tokens) == example["answer"]
+        assert len(tokens) < len(example["answer"]) / 2

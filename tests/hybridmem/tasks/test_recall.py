@@ -103,6 +103,7 @@ def test_it_is_a_task():
         (dict(num_pairs=0), "num_pairs must be at least 1"),
         (dict(distance=[]), "distance names no distance"),
         (dict(distance=[0, 1]), "distance must be at least 1"),
+        (dict(distance=[10**9]), "windows of window=32 bytes are too far"),
         (dict(hops=2), "set value_length=3 to key_length=2"),
         (dict(num_distractors=6), r"num_pairs=6 must be at least hops \+ num_distractors = 7"),
         (dict(key_length=1, num_pairs=27, window=500), "key_length=1 gives 26 keys"),
