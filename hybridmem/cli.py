@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -51,6 +52,7 @@ COMMANDS = {
     "report": report,
 }
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
+LIMIT = re.compile("limit_(train|val)_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
@@ -141,8 +143,8 @@ class HybridMemCLI(LightningCLI):
         except Exception as error:
             if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
                 with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
-                    if self.trainer.overfit_batches and "limit_train_batches" in str(error):  # what Lightning calls it
-                        raise ValueError(str(error).replace("limit_train_batches", "overfit_batches")) from error
+                    if self.trainer.overfit_batches and LIMIT.search(str(error)):  # it stands for both, and was set
+                        raise ValueError(LIMIT.sub("overfit_batches", str(error))) from error
                     raise error
             if lost_a_process(error):
                 raise ProcessLost(self._how_to_go_on(error)) from error

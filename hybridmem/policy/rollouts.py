@@ -278,11 +278,10 @@ def draw(
 def _multinomial(probabilities: Float[Tensor, "rows vocab"], generator: Generators) -> Int[Tensor, " rows"]:
     """A number in [0, 1) for each row says which token: torch.multinomial would draw one for each token."""
     each = generator if isinstance(generator, Sequence) else [generator]
-    options = dict(dtype=torch.float64, device=probabilities.device)
-    groups = zip(probabilities.chunk(len(each)), each, strict=True)
-    numbers = torch.cat([torch.rand(len(rows), 1, generator=own, **options) for rows, own in groups])
+    device, groups = probabilities.device, zip(probabilities.chunk(len(each)), each, strict=True)
+    numbers = [torch.rand(len(p), 1, dtype=torch.float64, device=device, generator=own) for p, own in groups]
     below = probabilities.double().cumsum(-1)
-    return torch.searchsorted(below, numbers * below[:, -1:], right=True).squeeze(1)
+    return torch.searchsorted(below, torch.cat(numbers) * below[:, -1:], right=True).squeeze(1)
 
 
 def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:

@@ -5,6 +5,7 @@ products   {"product_id": "B01", "product_title": "7-in-1 USB-C hub", …}      
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..policy.ranking import RankingReward, write_answer
@@ -65,6 +66,9 @@ class ProductSearch:
         if "{query}" not in prompt:
             raise ValueError(f"prompt={prompt!r} must have {{query}}, where the query is written")
         between_0_and_1(val_fraction=val_fraction)
+        for name, file in (("examples", examples), ("products", products)):
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"{name}={file!r} is no file")
         self.prompt, self.think, self.seed = prompt, think, seed
         self._max_completion_length = max_completion_length
         self.judged, splits = read_judgements(examples, gains)

@@ -37,7 +37,7 @@ class Query:
 
     The corpus has a document for each function: its name, in words, and its docstring but for the line that is the
     prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
-    held out, the functions' documents are all in the corpus.
+    held out, and validated on one after another; the functions' documents are all in the corpus.
 
     The answer, to warm up with, is a query of the description's words, each there or not by chance: how to write one,
     and that words can be left out. Which ones is for the reward to say.
@@ -106,7 +106,8 @@ class Query:
     def example(self, split: Split, index: int) -> dict[str, Any]:
         """{"prompt", "answer", "relevance": the names of the functions so described}."""
         rng = example_generator(self.seed, split, index)
-        description = self.descriptions[split][rng.integers(len(self.descriptions[split]))]
+        descriptions = self.descriptions[split]
+        description = descriptions[rng.integers(len(descriptions)) if split == "train" else index % len(descriptions)]
         text = description
         if self.shuffle and split == "train" and rng.random() < 0.5:
             text = " ".join(rng.permutation(description.split()))

@@ -101,7 +101,7 @@ class Workspace:
         if num_files > len(NAMES):
             raise ValueError(f"num_files={num_files} must be at most {len(NAMES)}")
         between_0_and_1(val_fraction=val_fraction)
-        self.num_files, self.search, self.max_line_length, self.seed = num_files, search, max_line_length, seed
+        self.num_files, self.search, self.seed = num_files, search, seed
         functions = {name: line for name, line in functions_of(path).items() if len(line) <= max_line_length}
         held_out = number_held_out(val_fraction, len(functions), f"{len(functions)} functions", ", or give more files")
         names = np.random.default_rng((seed,)).permutation(sorted(functions)).tolist()
@@ -112,6 +112,7 @@ class Workspace:
                 f"{num_files} in training and validation: raise it, or give more files"
             )
         self.functions = functions
+        self.longest_line = max(map(len, functions.values()))
 
     @property
     def environment(self) -> type[Folder]:
@@ -142,9 +143,9 @@ class Workspace:
     @property
     def max_completion_length(self) -> int:
         """Tokens of the longest patient look through the folder and a call more, if each byte is a token."""
-        line = self.max_line_length + MARKS
+        line = self.longest_line + MARKS
         if self.search:  # a name is a part of its line
-            looks = 2 * (len("grep ") + self.max_line_length + END_OF_ANSWER + len("a.py:") + line)
+            looks = 2 * (len("grep ") + self.longest_line + END_OF_ANSWER + len("a.py:") + line)
         else:
             listing = len(" ".join(NAMES[: self.num_files])) + MARKS
             looks = LONGEST_CALL + listing + (self.num_files + 1) * (LONGEST_CALL + line)

@@ -111,7 +111,10 @@ def test_words_in_any_order(folder):
         moved = [other["prompt"] for one, other in pairs if other["prompt"] != one["prompt"]]
         assert least * 10 <= len(moved) <= least * 40
         assert all(sorted(one["prompt"].split()) == sorted(other["prompt"].split()) for one, other in pairs)
-        assert all(set((parse_query(other["answer"], think=False) or "").split()) <= set(words(other["prompt"])) for _, other in pairs)
+        assert all(
+            set((parse_query(other["answer"], think=False) or "").split()) <= set(words(other["prompt"]))
+            for _, other in pairs
+        )
 
 
 def test_every_line_of_the_training_functions(folder):
