@@ -66,3 +66,9 @@ def test_binary_gains_and_splits_of_our_own(tmp_path):
 def test_what_cannot_work_is_named(tmp_path, judged, settings, message):
     with pytest.raises(ValueError, match=message):
         ProductSearch(**write(tmp_path, judged), **settings)
+
+
+@pytest.mark.parametrize("name", ["examples", "products"])
+def test_files_that_are_not_there_are_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' is no file"):
+        ProductSearch(**{**write(tmp_path, JUDGED), name: "nowhere"})

@@ -76,3 +76,8 @@ def test_what_is_heard_is_not_learnt(task):
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Workspace(**settings)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_room_is_for_the_lines_that_there_are(search):
+    assert Workspace(search=search, max_line_length=10**6).max_completion_length < 20_000
