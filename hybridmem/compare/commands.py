@@ -1,6 +1,7 @@
 """`hybridmem compare` and `hybridmem report`: a grid from its configuration to its report."""
 
 import json
+import re
 import shlex
 import sys
 from collections import UserDict, UserList
@@ -63,7 +64,7 @@ def compare(
         with held(waiting, output):
             _execute(waiting, tasks, output, parallel)
     if only is None:
-        results = collect(tasks, output, command=shlex.join(["hybridmem", *sys.argv[1:]]))
+        results = collect(tasks, output, command=_command(sys.argv[1:]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
         add_subnetworks(results, output)
         (output / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
@@ -82,6 +83,12 @@ def report(run_dir: Path, other: Path | None = None) -> None:
     for name, task in results["tasks"].items():
         print(f"{name}: {' '.join(answer(task))}")
     print(f"report: {path}")
+
+
+def _command(arguments: list[str]) -> str:
+    """What makes these figures: `report_only` makes none."""
+    line = shlex.join(["hybridmem", *arguments])
+    return re.sub(r" --report_only(=| )\S+", "", line)
 
 
 def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parallel: int | None) -> None:

@@ -28,6 +28,7 @@ COLLAPSE = {
     "collapse/distinct_patterns": "ways of attending in a group",
 }
 STEPS = "batches of prompts"
+LEAST_RANGE = 0.1  # of an axis of shares
 
 
 def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
@@ -111,7 +112,8 @@ def curves(cells: Rows, metrics: dict[str, str], colors: Colors, shares: bool = 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if shares:
             low, high = axes.get_ylim()
-            axes.set_ylim(max(low, 0), min(high, 1.02))  # the line's own width above
+            missing = max(0, LEAST_RANGE - (high - low)) / 2  # curves that do not move, by an axis of thousandths
+            axes.set_ylim(max(low - missing, 0), min(high + missing, 1.02))  # the line's own width above
     _legend(figure, all_axes)
     return figure
 
