@@ -11,10 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hybridmem.data.tokenizer import BOS, EOS, PAD
 from hybridmem.tasks import Query
 
 EXAMPLES = 40_000
-PAD, BOS, EOS = SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=options.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    special = [PAD, BOS, EOS]
+    trainer = trainers.BpeTrainer(vocab_size=options.vocab_size, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator((example["prompt"] + example["answer"] for example in examples), trainer)
     whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left"
