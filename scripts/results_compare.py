@@ -10,14 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tables import Table, write_tables
+
 from hybridmem.compare.answer import percent
 from hybridmem.compare.results import finished_cells, metric_name
 
-PAGE = Path("docs/results.md")
 Rows = list[dict[str, Any]]
 
 
-def main_table(rows: Rows, name: str) -> list[list[str]]:
+def main_table(rows: Rows, name: str) -> Table:
     """The score, what was gained, what it cost and which weights changed."""
     table = [["architecture", "control", "seeds", name, "gain", "pass@1", "weights left", "shared", "seconds"]]
     for row in rows:
@@ -31,7 +32,7 @@ def main_table(rows: Rows, name: str) -> list[list[str]]:
     return table
 
 
-def table_at(rows: Rows) -> list[list[str]]:
+def table_at(rows: Rows) -> Table:
     """Accuracy by a column of the examples; empty where none was logged."""
     rows = [row for row in rows if row["accuracy_at"]]
     names = sorted({name for row in rows for name in row["accuracy_at"]}, key=lambda name: float(name.split("=")[1]))
@@ -42,7 +43,7 @@ def table_at(rows: Rows) -> list[list[str]]:
     return table if rows else []
 
 
-def format_table(task: dict[str, Any]) -> list[list[str]]:
+def format_table(task: dict[str, Any]) -> Table:
     """What FormatWatch and CollapseGuard saw last, means over seeds; empty where they did not look."""
     columns = ["val/pass@1", "val/pass@2", "val/pass@8", "val/maj@8"]
     shares = sorted({n for cell in task["cells"] for n in cell.get("last", ()) if n.startswith("val/format/share/")})
@@ -55,30 +56,17 @@ def format_table(task: dict[str, Any]) -> list[list[str]]:
     return table if shares else []
 
 
-def write_table(table: list[list[str]]) -> str:
-    """Markdown."""
-    head, *rows = table
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
 def main() -> None:
     """Write every task's tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
-    text = PAGE.read_text()
     for name, task in json.loads(arguments.results.read_text())["tasks"].items():
         rows = [row for row in task["summary"] if "score" in row]
         if not rows:
             continue  # nothing is finished yet
         tables = [table for table in (main_table(rows, metric_name(task)), table_at(rows), format_table(task)) if table]
-        place = f"{arguments.results.parent.name}/{name}"
-        start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
-        if start not in text or end not in text:
-            raise SystemExit(f"{PAGE} lacks the markers {start} and {end}: put them where the tables should stand")
-        before, after = text.split(start)[0], text.split(end)[1]
-        text = before + start + "\n" + "\n\n".join(map(write_table, tables)) + "\n" + end + after
-    PAGE.write_text(text)
+        write_tables(f"{arguments.results.parent.name}/{name}", tables)
 
 
 def _mean(values: list[float]) -> str:

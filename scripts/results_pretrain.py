@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from compare_runs import AT_POSITION, last, loss_by_position
+from tables import write_tables
 
 from hybridmem.metrics import mean_interval
 from hybridmem.training.logs import read_log
@@ -209,24 +210,17 @@ def parameters(config: dict[str, Any]) -> int:
 
 
 def write() -> None:
-    """Write the JSON, and the tables between their markers in docs/results.md."""
+    """Write the JSON, and the table in docs/results.md."""
     results = collect()
     Path("docs/results_pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
-    header = "| model | parameters | steps | s/step | bits per byte | first 64 | 64-255 | 256-1023 | 1024-4095 |"
-    lines = [header, "|" + " --- |" + " ---: |" * 8]
+    table = [["model", "parameters", "steps", "s/step", "bits per byte", "first 64", "64-255", "256-1023", "1024-4095"]]
     for name, row in results.items():
         ranges = [interval(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
-        cells = [
-            name, f"{row['parameters'] / 1e3:.0f}k", row["steps"], f"{row['seconds_per_step']:.2f}",
+        table.append([
+            name, f"{row['parameters'] / 1e3:.0f}k", str(row["steps"]), f"{row['seconds_per_step']:.2f}",
             interval(row["bits_per_byte"]), *ranges,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    page = Path("docs/results.md")
-    text = page.read_text()
-    start, end = "<!-- pretraining: written by scripts/results_pretrain.py -->", "<!-- end of pretraining -->"
-    before, after = text.split(start)[0], text.split(end)[1]
-    page.write_text(before + start + "\n" + "\n".join(lines) + "\n" + end + after)
-    print("\n".join(lines))
+        ])  # fmt: skip
+    write_tables("pretraining", [table])
 
 
 def main() -> None:

@@ -1,44 +1,75 @@
-"""Trains the tokenizer of configs/rl/query.yaml: pieces of words of the standard library's docstrings, in lower case.
+"""Trains a tokenizer of configs/tokenizers: pieces of the words that a task's examples are made of.
 
-    python scripts/train_tokenizer.py --output configs/tokenizers/docstrings
+    python scripts/train_tokenizer.py docstrings        for configs/rl/query.yaml, in lower case
+    python scripts/train_tokenizer.py calls             for configs/rl/workspace.yaml; white space and signs stand alone
 
 Bytes that no piece holds stand for themselves, so any text can be written.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hybridmem.data.tokenizer import BOS, EOS, PAD
-from hybridmem.tasks import Query
+from hybridmem.tasks import Query, Workspace
+from hybridmem.tasks.task import Task
 
 EXAMPLES = 40_000
+ROOT = Path("configs/tokenizers")
+
+
+@dataclass
+class Recipe:
+    """Whose examples a tokenizer is learned from, and how words are told apart."""
+
+    task: Callable[[], Task]
+    vocab_size: int
+    lower_case: bool = False
+    words: str | None = None  # a regular expression; without one, GPT-2's
+
+
+# A name is the same pieces wherever it stands, after a space or at a line's start: what is copied looks alike.
+RECIPES = {
+    "docstrings": Recipe(lambda: Query(every_line=True), 2048, lower_case=True),
+    "calls": Recipe(lambda: Workspace(num_files=8, search=True), 1024, words=r"[A-Za-z]+|[^A-Za-z]"),
+}
 
 
 def main() -> None:
     """Learn from training examples alone; what is held out stays unseen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--vocab_size", type=int, default=2048)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    options = parser.parse_args()
+    parser.add_argument("name", choices=RECIPES)
+    name = parser.parse_args().name
+    recipe = RECIPES[name]
 
-    task = Query(every_line=True)
-    examples = (task.example("train", index) for index in range(EXAMPLES))
+    task = recipe.task()
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if recipe.lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=recipe.words is None)
+    split = [] if recipe.words is None else [pre_tokenizers.Split(Regex(recipe.words), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, in_bytes]) if split else in_bytes
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [PAD, BOS, EOS]
-    trainer = trainers.BpeTrainer(vocab_size=options.vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator((example["prompt"] + example["answer"] for example in examples), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=recipe.vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator((text(task.example("train", index)) for index in range(EXAMPLES)), trainer)
     whole = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left"
     )
-    whole.save_pretrained(options.output)
-    print(f"wrote {options.output}: {len(whole):,} tokens")
+    whole.save_pretrained(ROOT / name)
+    print(f"wrote {ROOT / name}: {len(whole):,} tokens")
+
+
+def text(example: dict[str, Any]) -> str:
+    """All that a policy reads and says."""
+    turns = example.get("turns", [(example["answer"], "")])
+    return example["prompt"] + "".join(f"{said}\n{observation}\n" for said, observation in turns)
 
 
 if __name__ == "__main__":

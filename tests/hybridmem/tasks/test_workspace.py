@@ -1,8 +1,10 @@
 """A folder that is really there: the demonstrations find the file, and nothing outside can be read."""
 
+from pathlib import Path
+
 import pytest
 
-from hybridmem.data import TaskDataModule
+from hybridmem.data import TaskDataModule, load_tokenizer
 from hybridmem.policy.environments import act
 from hybridmem.tasks import Workspace
 
@@ -81,3 +83,18 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize("search", [False, True])
 def test_room_is_for_the_lines_that_there_are(search):
     assert Workspace(search=search, max_line_length=10**6).max_completion_length < 20_000
+
+
+def test_the_tokenizer_of_the_configurations_writes_a_name_alike_wherever_it_stands():
+    tokenizer = load_tokenizer(str(Path(__file__).parents[3] / "configs" / "tokenizers" / "calls"))
+    task = Workspace(search=True)
+    for index in range(100):
+        example = task.example("val", index)
+        (grep, told), (submit, _) = example["turns"]
+        name = grep.removeprefix("grep ").removesuffix("(")
+        pieces = " ".join(map(str, tokenizer(name)["input_ids"]))
+        for text in (example["prompt"], grep, told):
+            assert pieces in " ".join(map(str, tokenizer(text)["input_ids"]))
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        asked = sum(len(tokenizer(text)["input_ids"]) for text in (grep, told, submit))
+        assert asked < 0.8 * len(grep + told + submit)

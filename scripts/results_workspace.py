@@ -1,0 +1,129 @@
+"""Run the pipeline of configs/rl/workspace*.yaml over three seeds, and write its table in docs/results.md.
+
+    python scripts/results_workspace.py run             what is not finished yet, two seeds at a time, one thread each
+    python scripts/results_workspace.py write           docs/results_workspace.json and the table
+
+Each stage goes on from the one before. A stage that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tables import write_tables
+
+from hybridmem.compare.answer import percent
+from hybridmem.metrics import mean_interval
+from hybridmem.training.logs import read_log
+
+ROOT = Path("runs/workspace")
+SEEDS = (0, 1, 2)
+FIGURES = {"solved, likeliest": "val/accuracy", "solved, sampled": "val/pass@1", "turns": "val/turns"}
+
+
+@dataclass
+class Stage:
+    """A stage by name, its configuration, the stage it goes on from, and whether it only looks how good that is."""
+
+    name: str
+    config: str
+    after: str | None = None
+    command: str = "fit"
+
+
+STAGES = [
+    Stage("warm-up", "workspace_warmup"),
+    Stage("base", "workspace_rft", after="warm-up", command="validate"),
+    Stage("rejection fine-tuning", "workspace_rft", after="warm-up"),
+    Stage("stage 1", "workspace", after="rejection fine-tuning"),
+    Stage("stage 2 before", "workspace_stage2", after="stage 1", command="validate"),
+    Stage("stage 2", "workspace_stage2", after="stage 1"),
+]
+
+
+def folder(name: str, seed: int) -> Path:
+    """Where a stage lives."""
+    return ROOT / name.replace(" ", "_") / f"seed{seed}"
+
+
+def run_stage(stage: Stage, seed: int) -> None:
+    """Run a stage, its output in a file beside it; nothing if it is finished.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    run = folder(stage.name, seed)
+    if (run / "finished").exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    options = {
+        "config": f"configs/rl/{stage.config}.yaml", "seed_everything": seed, "data.init_args.seed": seed,
+        "trainer.default_root_dir": run, "trainer.enable_progress_bar": "false",
+    }  # fmt: skip
+    if stage.after is not None:
+        options |= {"model.init_args.model": folder(stage.after, seed) / "last.ckpt", "model.init_args.seed": seed}
+    if stage.command == "fit" and (run / "last.ckpt").exists():
+        options["ckpt_path"] = run / "last.ckpt"
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    started = time.perf_counter()
+    with (run / "output.txt").open("a") as output:
+        code = subprocess.run(
+            [str(Path(sys.executable).parent / "hybridmem"), stage.command, *arguments],
+            stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        ).returncode  # fmt: skip
+    print(f"{stage.name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    if code:
+        raise RuntimeError(f"{stage.name}, seed {seed} failed: see {run}/output.txt")
+    (run / "finished").touch()
+
+
+def run_pipeline(seed: int) -> None:
+    """All stages of a seed, one after another."""
+    for stage in STAGES:
+        run_stage(stage, seed)
+
+
+def write() -> None:
+    """Write the JSON, and the table in docs/results.md."""
+    results = {}
+    table = [["stage", "folders of", "seeds", *FIGURES]]
+    for stage in STAGES[1:]:
+        logs = [
+            read_log(folder(stage.name, seed)) for seed in SEEDS if (folder(stage.name, seed) / "finished").exists()
+        ]
+        if not logs:
+            continue
+        figures = {title: [log[key][max(log[key])] for log in logs] for title, key in FIGURES.items()}
+        results[stage.name] = figures
+        files = "8 files" if stage.config.endswith("stage2") else "4 files"
+        solved = [mean_interval(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
+        shares = [percent({"mean": mean, "half": half}) for mean, half in solved]
+        turns, half = mean_interval(figures["turns"])
+        spread = "" if half is None else f" ± {half:.2f}"
+        table.append([stage.name, files, str(len(logs)), *shares, f"{turns:.2f}{spread}"])
+    Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_tables("workspace", [table])
+
+
+def main() -> None:
+    """Run one of the two parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["run", "write"])
+    parser.add_argument("--parallel", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="to run")
+    arguments = parser.parse_args()
+    if arguments.part == "write":
+        write()
+    else:
+        with ThreadPoolExecutor(arguments.parallel) as pool:
+            list(pool.map(run_pipeline, arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

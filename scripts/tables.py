@@ -1,0 +1,22 @@
+"""Tables in docs/results.md, each between its markers `<!-- PLACE -->` and `<!-- end of PLACE -->`."""
+
+from pathlib import Path
+
+PAGE = Path("docs/results.md")
+Table = list[list[str]]
+
+
+def markdown(table: Table) -> str:
+    """A table whose first row is its head."""
+    head, *rows = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def write_tables(place: str, tables: list[Table]) -> None:
+    """Write tables in a place of the page, over those that stand there."""
+    text = PAGE.read_text()
+    start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
+    if start not in text or end not in text:
+        raise SystemExit(f"{PAGE} lacks the markers {start} and {end}: put them where the tables should stand")
+    before, after = text.split(start)[0], text.split(end)[1]
+    PAGE.write_text(before + start + "\n" + "\n\n".join(map(markdown, tables)) + "\n" + end + after)
