@@ -13,14 +13,19 @@ from typing import Any
 from tables import Table, write_tables
 
 from hybridmem.compare.answer import percent
-from hybridmem.compare.results import finished_cells, metric_name
+from hybridmem.compare.results import finished_cells, metric_name, of_prompts
 
 Rows = list[dict[str, Any]]
 
 
-def main_table(rows: Rows, name: str) -> Table:
+def main_table(task: dict[str, Any], rows: Rows) -> Table:
     """The score, what was gained, what it cost and which weights changed."""
-    table = [["architecture", "control", "seeds", name, "gain", "pass@1", "weights left", "shared", "seconds"]]
+    table = [
+        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "weights left", "shared", "seconds"]
+    ]
+    prompts = of_prompts(task)
+    if prompts is not None:
+        table.append(["", "prompts as they stand", "", f"{100 * prompts:.1f}", *[""] * 5])
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
         table.append([
@@ -65,7 +70,7 @@ def main() -> None:
         rows = [row for row in task["summary"] if "score" in row]
         if not rows:
             continue  # nothing is finished yet
-        tables = [table for table in (main_table(rows, metric_name(task)), table_at(rows), format_table(task)) if table]
+        tables = [table for table in (main_table(task, rows), table_at(rows), format_table(task)) if table]
         write_tables(f"{arguments.results.parent.name}/{name}", tables)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..metrics import mean_interval
 from .grid import START
-from .results import metric_name, paired
+from .results import metric_name, of_prompts, paired
 
 Cells = list[dict[str, Any]]
 
@@ -45,6 +45,9 @@ def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict
     name = metric_name(task)
     score = f"{percent(best['score'])} % right" if name == "accuracy" else f"{name} {percent(best['score'])} %"
     text = f"Best is {best['architecture']} with {best['label']}: {score}"
+    prompts = of_prompts(task)
+    if prompts is not None:
+        text += f", where the prompts as they stand are at {100 * prompts:.1f} %"
     rivals = [row for row in trained if row["architecture"] != best["architecture"]]
     if not rivals:
         return text + "."

@@ -8,7 +8,7 @@ from typing import Any
 
 from .answer import answer, percent
 from .figures import draw_all
-from .results import metric_name
+from .results import metric_name, of_prompts
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; }
@@ -82,6 +82,9 @@ def _grid(task: dict[str, Any]) -> str:
         for row in task["summary"]
         if "score" in row
     ]  # fmt: skip
+    prompts = of_prompts(task)
+    if prompts is not None:
+        rows.insert(0, ["", "prompts as they stand", f"{100 * prompts:.1f}", "", "", ""])
     name = metric_name(task)
     meant = "Accuracy is the likeliest answer's, gain" if name == "accuracy" else "Gain"
     note = (

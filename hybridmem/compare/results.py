@@ -46,6 +46,13 @@ def metric_name(task: dict[str, Any]) -> str:
     return str(task["metric"]).removeprefix("val/")
 
 
+def of_prompts(task: dict[str, Any]) -> float | None:
+    """A task's metric of the prompts as they stand, where RankingScores logged it: the same in every cell."""
+    name = f"val/prompt/{metric_name(task)}"
+    found = (cell["last"][name] for cell in task["cells"] if name in cell.get("last", ()))
+    return next(found, None)
+
+
 def summarise(cells: list[dict[str, Any]], metric: str = ACCURACY) -> list[dict[str, Any]]:
     """Mean and interval over seeds, for each architecture and control; gains are against the same seed's start."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

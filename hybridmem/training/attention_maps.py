@@ -148,7 +148,10 @@ def draw(maps: dict[str, Map], labels: list[str], allocation: Shares | None = No
 
 
 def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
-    axes.stackplot(range(len(labels)), allocation.float().cpu().T.numpy(), labels=KINDS, step="mid")
+    ways = allocation.float().cpu().T.numpy()
+    used = [number for number, share in enumerate(ways) if share.any()]  # mag's gate knows no persistent tokens
+    names, colors = [KINDS[number] for number in used], [f"C{number}" for number in used]
+    axes.stackplot(range(len(labels)), ways[used], labels=names, colors=colors, step="mid")
     axes.set(title="allocation", xlabel="generated token", ylabel="share", xlim=(-0.5, len(labels) - 0.5), ylim=(0, 1))
     if len(labels) <= LABELLED:
         axes.set_xticks(range(len(labels)), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)

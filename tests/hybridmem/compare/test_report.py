@@ -67,6 +67,18 @@ def test_the_answer_names_what_won_and_what_attention_adds():
     assert "reward on attention beside token changes accuracy by +0.0 ± 0.0" in second
 
 
+def test_what_prompts_find_as_they_stand_is_said_where_it_was_logged(tmp_path):
+    cells = [
+        found | {"last": {"val/ndcg@10": 0.4, "val/prompt/ndcg@10": 0.346, "val/pass@1": 0.1}, "curves": {}}
+        for found in THREE
+    ]
+    task = {"metric": "val/ndcg@10", "cells": cells, "summary": summarise(cells, "val/ndcg@10"), "warm_ups": []}
+    assert "ndcg@10 40.0 ± 0.0 %, where the prompts as they stand are at 34.6 %" in answer(task)[0]
+    page = write_report({"tasks": {"query": task}, "command": "", "environment": {}}, tmp_path).read_text()
+    assert "prompts as they stand</td><td>34.6</td>" in page
+    assert "as they stand" not in write_report(results(THREE), tmp_path).read_text()
+
+
 def test_controls_that_add_the_same_kind_are_told_apart():
     more = [cell("mag", "weight 10", seed, 0.55 + 0.01 * seed) | {"without": "token"} for seed in range(3)]
     second = answer(results([*THREE, *more])["tasks"]["recall"])[1]

@@ -67,13 +67,16 @@ def test_the_picture_holds_the_distribution_and_the_text():
     figure.canvas.draw()
 
 
-def test_the_ways_to_look_stand_below():
-    found = record(variant="mag")
+@pytest.mark.parametrize(
+    ("variant", "ways"), [("mag", ["memory", "window"]), ("mac", ["persistent", "memory", "window"])]
+)
+def test_the_ways_to_look_stand_below_those_that_there_are(variant, ways):
+    found = record(variant=variant)
     expected = allocation(found, 6)[0]
     torch.testing.assert_close(shares(found, 6), expected)
     figure = draw(attention_maps(found, 6), ["x"] * 20, shares(found, 6))
     below = next(axes for axes in figure.axes if axes.get_title() == "allocation")
-    assert [text.get_text() for text in below.get_legend().get_texts()] == ["persistent", "memory", "window"]
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ways
     tops = below.collections[-1].get_paths()[0].vertices[:, 1].max()
     assert tops == pytest.approx(1.0)
     assert shares(record(variant="swa"), 6) is None
