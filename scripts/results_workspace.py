@@ -42,7 +42,7 @@ STAGES = [
     Stage("base", "workspace_rft", after="warm-up", command="validate"),
     Stage("rejection fine-tuning", "workspace_rft", after="warm-up"),
     Stage("stage 1", "workspace", after="rejection fine-tuning"),
-    Stage("stage 2 before", "workspace_stage2", after="stage 1", command="validate"),
+    Stage("stage 1 in larger folders", "workspace_stage2", after="stage 1", command="validate"),
     Stage("stage 2", "workspace_stage2", after="stage 1"),
 ]
 
