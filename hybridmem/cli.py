@@ -21,7 +21,7 @@ from .compare import compare, report
 from .processes import lost_a_process
 from .settings import at_least
 from .training.allocator import keep_freed_memory
-from .training.callbacks import GracefulStop, RandomState
+from .training.callbacks import FinalCheckpoint, GracefulStop, RandomState
 from .training.checkpoints import check_same_model, consolidate, export, load_checkpoint
 from .training.durable import DurableCheckpointIO
 from .training.errors import (
@@ -242,7 +242,7 @@ def main() -> None:
                 subclass_mode_data=True,
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
+                trainer_defaults={"callbacks": [RandomState(), FinalCheckpoint(), GracefulStop()]},
                 parser_kwargs={"description": "Train and evaluate hybrids of neural memory and attention."},
                 auto_configure_optimizers=False,
                 parser_class=TrainingParser,

@@ -3,7 +3,7 @@
 from .accuracy_by import AccuracyBy
 from .attention_drift import AttentionDrift
 from .attention_maps import AttentionMaps
-from .callbacks import GracefulStop, MemoryMonitor, RandomState
+from .callbacks import FinalCheckpoint, GracefulStop, MemoryMonitor, RandomState
 from .collapse import CollapseGuard
 from .compute_spent import ComputeSpent
 from .durable import DurableCheckpointIO
@@ -26,6 +26,7 @@ __all__ = [
     "CompletionTable",
     "ComputeSpent",
     "DurableCheckpointIO",
+    "FinalCheckpoint",
     "FormatWatch",
     "GracefulStop",
     "MatrixOptimizer",

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..processes import any_of_all, of_all, rank_and_size, unsharded
@@ -61,6 +62,29 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+class FinalCheckpoint(L.Callback):
+    """Lets last.ckpt hold the end of training: ModelCheckpoint alone leaves it where its last interval ended."""
+
+    def __init__(self) -> None:
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a run begins with needs no saving."""
+        self.saved_step = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how far the newest checkpoint goes."""
+        self.saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the steps since then."""
+        if self.saved_step == trainer.global_step:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.last_model_path:
+                trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)
 
 
 class GracefulStop(L.Callback):

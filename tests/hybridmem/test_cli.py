@@ -85,6 +85,19 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, mode):
     assert logged(folders[0], "train/loss") == logged(folders[1], "train/loss")
 
 
+@pytest.mark.parametrize(("interval", "kept"), [(4, ["previous", "step=4"]), (3, ["previous", "step=6"])])
+def test_the_last_checkpoint_holds_the_end_of_training(tmp_path, monkeypatch, interval, kept):
+    keeper = {"filename": "{step}", "save_last": True, "every_n_train_steps": interval}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper}
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, trainer__callbacks=[callback]))
+    run = tmp_path / "run"
+    assert sorted(path.stem for path in run.glob("*.ckpt")) == ["last", *kept]
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
+    before = (run / "last.ckpt").stat().st_mtime_ns
+    hybridmem(monkeypatch, "fit", "--config", tmp_path / "config.yaml", "--ckpt_path", run / "last.ckpt")
+    assert (run / "last.ckpt").stat().st_mtime_ns == before
+
+
 @pytest.mark.slow
 def test_two_sharded_processes_train_and_export(tmp_path):
     """FSDP2 on two CPU processes; the folder that a sharded run writes becomes a model."""
