@@ -272,7 +272,8 @@ class TaskDataModule(L.LightningDataModule):
         if before not in (None, now):
             raise ValueError(
                 f"the checkpoint's training examples were {before}, those of this run are {now}: resume with the task "
-                "and the data settings of the checkpoint, or start a new run from its weights"
+                "and the data settings of the checkpoint, or start a new run from its weights: "
+                "model.init_args.init_from"
             )
 
     def state_dict(self) -> dict[str, Any]:

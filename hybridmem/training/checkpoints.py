@@ -212,6 +212,23 @@ def load_policy(name: str) -> Any:
     return auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
 
 
+def start_from(model: HybridMemForCausalLM, name: str) -> None:
+    """Give a model the weights of what `load_policy` loads.
+
+    Raises:
+        ValueError: its tensors are others; the message names the first.
+    """
+    own, given = model.state_dict(), load_policy(name).state_dict()
+    for tensor in sorted(own.keys() | given.keys()):
+        shapes = [list(weights[tensor].shape) if tensor in weights else "absent" for weights in (own, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name!r} is another model: {tensor} is {shapes[1]} there and {shapes[0]} here; give config what that "
+                "model's has"
+            )
+    model.load_state_dict(given)
+
+
 def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model that `load_policy` loads; None where nothing says which it is."""
     if _is_checkpoint(name):

@@ -23,7 +23,7 @@ from ..patches import embed_with_patches
 from ..processes import of_all, shard, shares
 from ..sequence import PADDING
 from ..state import detach_state
-from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache
+from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache, start_from
 from .errors import named
 from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
@@ -35,10 +35,12 @@ Batch = dict[str, Tensor]
 
 
 class PretrainModule(L.LightningModule):
-    """Trains a HybridMem language model from scratch.
+    """Trains a HybridMem language model, from scratch or from the weights of another.
 
     Args:
         config: the model.
+        init_from: a checkpoint of `hybridmem fit`, or a folder or name of `from_pretrained`, with the same tensors: its
+            weights are where training begins. Optimiser and data start anew; --ckpt_path goes on with a run.
         optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
         matrix_optimizer: a second optimiser for the hidden layers' matrices, such as torch.optim.Muon.
         lr_scheduler: made with the optimiser and the number of optimiser steps of the whole run.
@@ -56,6 +58,7 @@ class PretrainModule(L.LightningModule):
     def __init__(
         self,
         config: HybridMemConfig,
+        init_from: str | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         matrix_optimizer: OptimizerFactory | None = None,
         lr_scheduler: SchedulerFactory = WarmupCosine,
@@ -70,7 +73,7 @@ class PretrainModule(L.LightningModule):
                 "carry_state hands states over through the cache, which activation_checkpointing leaves out: "
                 "set one of the two to false"
             )
-        self.config = config
+        self.config, self.init_from = config, init_from
         self.optimizer, self.matrix_optimizer, self.lr_scheduler = optimizer, matrix_optimizer, lr_scheduler
         self.carry_state, self.activation_checkpointing = carry_state, activation_checkpointing
         self.attn_implementation = attn_implementation
@@ -96,6 +99,9 @@ class PretrainModule(L.LightningModule):
             return
         with named("config"):  # such as more memory than there is
             model = HybridMemForCausalLM(self.config)
+        if self.init_from is not None:
+            with named("init_from"):
+                start_from(model, self.init_from)
         model.set_attn_implementation(self.attn_implementation)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
+from hybridmem.training import PretrainModule
 from hybridmem.training.checkpoints import export, load_policy
 
 from ..data.helpers import byte_level_bpe
@@ -39,3 +40,32 @@ def test_no_path_and_no_user_name(tmp_path, kind):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
     for file in files:
         assert not [secret for secret in secrets if secret in file.read_bytes()], file.name
+
+
+def test_training_starts_from_another_models_weights_with_another_window(tmp_path):
+    model = HybridMemForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path / "start")
+    window = model.config.attention_window + 5
+    module = PretrainModule(tiny_config(attention_window=window), init_from=str(tmp_path / "start"))
+    module.configure_model()
+    assert module.model.config.attention_window == window
+    for name, weight in model.state_dict().items():
+        assert torch.equal(module.model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(intermediate_size=20), r"init_from: .* is another model: model.layers.0.*there and .* here"),
+        (dict(num_hidden_layers=1), r"init_from: .* is another model: model.layers.1.* is .* there and absent here"),
+    ],
+)
+def test_weights_of_another_shape_are_refused_by_name(tmp_path, changes, message):
+    HybridMemForCausalLM(tiny_config()).save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match=message):
+        PretrainModule(tiny_config(**changes), init_from=str(tmp_path / "start")).configure_model()
+
+
+def test_weights_that_are_not_there_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"init_from: .*nowhere"):
+        PretrainModule(tiny_config(), init_from=str(tmp_path / "nowhere")).configure_model()
