@@ -58,6 +58,8 @@ class Comparison:
         warm_up_options: further dotted options of `hybridmem fit` for the warm-ups.
         train_options: the same for the cells.
         options: the same for both, such as the task's settings.
+        init_from: another task of the grid, an easier one: each warm-up begins with the weights of that task's warm-up
+            of the same architecture and seed.
     """
 
     warm_up: Path
@@ -73,6 +75,7 @@ class Comparison:
     warm_up_options: FitOptions = field(default_factory=FitOptions)
     train_options: FitOptions = field(default_factory=FitOptions)
     options: FitOptions = field(default_factory=FitOptions)
+    init_from: str | None = None
 
     @property
     def controls_and_start(self) -> dict[str, Objectives]:
@@ -90,6 +93,7 @@ class Run:
     control: str = ""  # of a cell; a warm-up has none
     target: str = ""  # of AttentionRL, where the control has it
     masked: bool = False  # whether only the weights are trained that the same run without a mask changed
+    init_from: str | None = None  # the task whose warm-up its warm-up begins with
 
     @property
     def is_warm_up(self) -> bool:
@@ -99,13 +103,13 @@ class Run:
     @property
     def warm_up(self) -> "Run":
         """The supervised start that a cell goes on from."""
-        return Run(self.task, self.architecture, self.seed)
+        return Run(self.task, self.architecture, self.seed, init_from=self.init_from)
 
     @property
     def after(self) -> "Run | None":
         """The run that has to be finished before this one."""
         if self.is_warm_up:
-            return None
+            return Run(self.init_from, self.architecture, self.seed) if self.init_from else None
         return replace(self, masked=False) if self.masked else self.warm_up
 
     @property
@@ -156,6 +160,8 @@ def check_grid(tasks: dict[str, Comparison]) -> None:
         unknown = sorted(set(task.targets) - set(TARGETS))
         if unknown:
             raise ValueError(f"tasks.{name}.targets: {unknown[0]!r} is none of {', '.join(TARGETS)}")
+        if task.init_from is not None:
+            _check_init_from(name, task, tasks)
         for architecture in task.architectures:
             for variant in _variants(task, architecture):
                 if variant not in VARIANTS:
@@ -169,11 +175,24 @@ def check_grid(tasks: dict[str, Comparison]) -> None:
             raise ValueError(f"tasks.{name}.masked: {unmade[0]!r} is none of {', '.join(labels)}")
 
 
+def _check_init_from(name: str, task: Comparison, tasks: dict[str, Comparison]) -> None:
+    setting, other = f"tasks.{name}.init_from={task.init_from!r}", tasks.get(str(task.init_from))
+    if other is None or other is task:
+        raise ValueError(f"{setting} is no other task of the grid: {', '.join(tasks)}")
+    if other.init_from is not None:
+        raise ValueError(f"{setting} has an init_from itself: begin with {other.init_from!r}")
+    lacking = [each for each in task.architectures if other.architectures.get(each) != task.architectures[each]]
+    lacking += [f"seed {seed}" for seed in task.seeds if seed not in other.seeds]
+    if lacking:
+        raise ValueError(f"{setting} has no warm-up of the same {lacking[0]}: give both tasks the same ones")
+
+
 def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
     """All warm-ups, and all cells: first seeds first, so that a grid which is stopped early holds whole tables."""
     cells = [cell for name, task in tasks.items() for cell in _cells(name, task)]
     cells.sort(key=lambda cell: tasks[cell.task].seeds.index(cell.seed))
-    return list(dict.fromkeys(cell.warm_up for cell in cells)), cells
+    warm_ups = sorted(dict.fromkeys(cell.warm_up for cell in cells), key=lambda run: run.after is not None)
+    return warm_ups, cells
 
 
 def without_attention(task: Comparison) -> dict[str, str]:
@@ -198,6 +217,8 @@ def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
     }
     if run.is_warm_up:
         architecture = {f"model.init_args.config.{k}": v for k, v in task.architectures[run.architecture].items()}
+        if run.after is not None:
+            common["model.init_args.init_from"] = str(root / run.after.folder / "last.ckpt")
         return _watched({"config": str(task.warm_up), **common, **architecture, **task.warm_up_options})
     options = {
         "config": str(task.train),
@@ -230,7 +251,7 @@ def _cells(name: str, task: Comparison) -> Iterator[Run]:
         possible = task.targets if has_memory else [target for target in task.targets if target == "attention"]
         for control, objectives in task.controls_and_start.items():
             for target in _targets(objectives, possible):
-                runs = [Run(name, architecture, seed, control, target) for seed in task.seeds]
+                runs = [Run(name, architecture, seed, control, target, init_from=task.init_from) for seed in task.seeds]
                 yield from runs
                 if runs[0].label in task.masked:
                     yield from (replace(run, masked=True) for run in runs)

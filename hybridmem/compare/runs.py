@@ -188,10 +188,12 @@ def _failed_before(run: Run, root: Path) -> bool:
 
 
 def _fail_with(run: Run, root: Path) -> None:
-    assert run.after is not None
+    before = run.after
+    assert before is not None
     (root / run.folder).mkdir(parents=True, exist_ok=True)
-    name = "its warm-up" if run.after.is_warm_up else f"the run of {run.after.label!r}"
-    (root / run.folder / FAILED).write_text(f"{name} failed: {reason(root / run.after.folder)}\n")
+    warm_up = "its warm-up" if before.task == run.task else f"the warm-up of {before.task}"
+    name = warm_up if before.is_warm_up else f"the run of {before.label!r}"
+    (root / run.folder / FAILED).write_text(f"{name} failed: {reason(root / before.folder)}\n")
 
 
 def _settings(run: Run, task: Comparison, root: Path) -> dict[str, Any]:

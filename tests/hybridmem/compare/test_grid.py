@@ -44,6 +44,44 @@ def test_every_cell_goes_on_from_its_seeds_warm_up():
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
 
 
+def test_a_warm_up_may_begin_with_the_weights_of_an_easier_tasks():
+    tasks = {"hard": replace(RECALL, init_from="easy"), "easy": replace(RECALL, seeds=[0, 1, 2])}
+    check_grid(tasks)
+    warm_ups, cells = plan(tasks)
+    assert len(warm_ups) == len(set(warm_ups)) == 10
+    for place, run in enumerate(warm_ups):
+        options = fit_options(run, tasks[run.task], Path("runs"))
+        if run.task == "easy":
+            assert run.after is None
+            assert "model.init_args.init_from" not in options
+        else:
+            assert (run.after.task, run.after.architecture, run.after.seed) == ("easy", run.architecture, run.seed)
+            assert run.after in warm_ups[:place]
+            assert options["model.init_args.init_from"] == f"runs/{run.after.folder}/last.ckpt"
+    assert all(cell.after in warm_ups for cell in cells)
+    assert not any("model.init_args.init_from" in fit_options(cell, tasks[cell.task], Path("runs")) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("hard", "message"),
+    [
+        (dict(init_from="nowhere"), "tasks.hard.init_from='nowhere' is no other task of the grid: easy, hard"),
+        (dict(init_from="hard"), "is no other task"),
+        (dict(seeds=[0, 3]), "has no warm-up of the same seed 3"),
+        (dict(architectures={"mag": FitOptions(variant="mag", num_hidden_layers=3)}), "no warm-up of the same mag"),
+    ],
+)
+def test_weights_that_a_grid_does_not_make_are_refused(hard, message):
+    with pytest.raises(ValueError, match=message):
+        check_grid({"easy": RECALL, "hard": replace(RECALL, **{"init_from": "easy"} | hard)})
+
+
+def test_weights_come_from_a_task_that_begins_without_any():
+    chain = {"one": RECALL, "two": replace(RECALL, init_from="one"), "three": replace(RECALL, init_from="two")}
+    with pytest.raises(ValueError, match=r"tasks.three.init_from='two' has an init_from itself: begin with 'one'"):
+        check_grid(chain)
+
+
 def test_cells_differ_in_their_objectives_alone():
     cells = [cell for cell in plan({"recall": RECALL})[1] if cell.architecture == "mag" and cell.seed == 0]
     options = [fit_options(cell, RECALL, Path("runs")) for cell in cells]
