@@ -116,6 +116,7 @@ class HybridMemCLI(LightningCLI):
             trainer.strategy.__class__ = DurableModelParallelStrategy
         if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, NonFiniteGuard())
+        trainer.callbacks.insert(0, FinalCheckpoint())  # before WeightAveraging ends with averages for weights
         return trainer
 
     def _set_seed(self) -> None:
@@ -242,7 +243,7 @@ def main() -> None:
                 subclass_mode_data=True,
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [RandomState(), FinalCheckpoint(), GracefulStop()]},
+                trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
                 parser_kwargs={"description": "Train and evaluate hybrids of neural memory and attention."},
                 auto_configure_optimizers=False,
                 parser_class=TrainingParser,

@@ -25,7 +25,7 @@ def main_table(task: dict[str, Any], rows: Rows) -> Table:
     ]
     prompts = of_prompts(task)
     if prompts is not None:
-        table.append(["", "prompts as they stand", "", f"{100 * prompts:.1f}", *[""] * 5])
+        table.append(["", "prompts as they stand", "", percent(prompts), *[""] * 5])
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
         table.append([

@@ -3,7 +3,7 @@
     python scripts/results_workspace.py run             what is not finished yet, two seeds at a time, one thread each
     python scripts/results_workspace.py write           docs/results_workspace.json and the table
 
-Each stage goes on from the one before. A stage that was stopped goes on from its last checkpoint.
+Each stage goes on from the one before. A stage that was stopped goes on from its newest checkpoint.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from tables import write_tables
 
 from hybridmem.compare.answer import percent
-from hybridmem.metrics import mean_interval
+from hybridmem.compare.results import interval
 from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/workspace")
@@ -68,8 +68,9 @@ def run_stage(stage: Stage, seed: int) -> None:
     }  # fmt: skip
     if stage.after is not None:
         options |= {"model.init_args.model": folder(stage.after, seed) / "last.ckpt", "model.init_args.seed": seed}
-    if stage.command == "fit" and (run / "last.ckpt").exists():
-        options["ckpt_path"] = run / "last.ckpt"
+    saved = [path for path in (run / "last.ckpt", run / "interrupted.ckpt") if path.exists()]
+    if saved:
+        options["ckpt_path"] = max(saved, key=lambda path: path.stat().st_mtime_ns)
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     started = time.perf_counter()
     with (run / "output.txt").open("a") as output:
@@ -94,19 +95,17 @@ def write() -> None:
     results = {}
     table = [["stage", "folders of", "seeds", *FIGURES]]
     for stage in STAGES[1:]:
-        logs = [
-            read_log(folder(stage.name, seed)) for seed in SEEDS if (folder(stage.name, seed) / "finished").exists()
-        ]
-        if not logs:
+        finished = [seed for seed in SEEDS if (folder(stage.name, seed) / "finished").exists()]
+        if not finished:
             continue
-        figures = {title: [log[key][max(log[key])] for log in logs] for title, key in FIGURES.items()}
-        results[stage.name] = figures
+        logs = [read_log(folder(stage.name, seed)) for seed in finished]
+        figures = {title: interval([log[key][max(log[key])] for log in logs]) for title, key in FIGURES.items()}
+        results[stage.name] = {"seeds": finished, **figures}
         files = "8 files" if stage.config.endswith("stage2") else "4 files"
-        solved = [mean_interval(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
-        shares = [percent({"mean": mean, "half": half}) for mean, half in solved]
-        turns, half = mean_interval(figures["turns"])
-        spread = "" if half is None else f" ± {half:.2f}"
-        table.append([stage.name, files, str(len(logs)), *shares, f"{turns:.2f}{spread}"])
+        shares = [percent(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
+        turns = figures["turns"]
+        spread = "" if turns["half"] is None else f" ± {turns['half']:.2f}"
+        table.append([stage.name, files, str(len(finished)), *shares, f"{turns['mean']:.2f}{spread}"])
     Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
     write_tables("workspace", [table])
 
@@ -116,13 +115,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["run", "write"])
     parser.add_argument("--parallel", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="to run")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="to run")
     arguments = parser.parse_args()
     if arguments.part == "write":
         write()
     else:
         with ThreadPoolExecutor(arguments.parallel) as pool:
-            list(pool.map(run_pipeline, arguments.seeds))
+            pipelines = [pool.submit(run_pipeline, seed) for seed in arguments.seeds]
+        for pipeline in pipelines:
+            pipeline.result()  # raises what a seed failed with, once the others are through
 
 
 if __name__ == "__main__":

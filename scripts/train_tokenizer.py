@@ -68,8 +68,9 @@ def main() -> None:
 
 def text(example: dict[str, Any]) -> str:
     """All that a policy reads and says."""
-    turns = example.get("turns", [(example["answer"], "")])
-    return example["prompt"] + "".join(f"{said}\n{observation}\n" for said, observation in turns)
+    if "turns" not in example:
+        return str(example["prompt"] + example["answer"])
+    return str(example["prompt"]) + "".join(f"{said}\n{observation}\n" for said, observation in example["turns"])
 
 
 if __name__ == "__main__":

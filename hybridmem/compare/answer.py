@@ -47,7 +47,7 @@ def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict
     text = f"Best is {best['architecture']} with {best['label']}: {score}"
     prompts = of_prompts(task)
     if prompts is not None:
-        text += f", where the prompts as they stand are at {100 * prompts:.1f} %"
+        text += f", where the prompts as they stand are at {percent(prompts)} %"
     rivals = [row for row in trained if row["architecture"] != best["architecture"]]
     if not rivals:
         return text + "."

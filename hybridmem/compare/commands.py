@@ -49,7 +49,9 @@ def compare(
     warm_ups, cells = plan(tasks)
     runs = [*warm_ups, *cells]
     if list_runs:
-        print("\n".join(f"{number:4} {status(output / run.folder):8} {run}" for number, run in enumerate(runs)))
+        for number, run in enumerate(runs):
+            begins = f", from {run.after.task}" if run.is_warm_up and run.after is not None else ""
+            print(f"{number:4} {status(output / run.folder):8} {run}{begins}")
         return
     if only is not None:
         if report_only:

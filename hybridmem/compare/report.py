@@ -84,7 +84,7 @@ def _grid(task: dict[str, Any]) -> str:
     ]  # fmt: skip
     prompts = of_prompts(task)
     if prompts is not None:
-        rows.insert(0, ["", "prompts as they stand", f"{100 * prompts:.1f}", "", "", ""])
+        rows.insert(0, ["", "prompts as they stand", percent(prompts), "", "", ""])
     name = metric_name(task)
     meant = "Accuracy is the likeliest answer's, gain" if name == "accuracy" else "Gain"
     note = (

@@ -46,11 +46,11 @@ def metric_name(task: dict[str, Any]) -> str:
     return str(task["metric"]).removeprefix("val/")
 
 
-def of_prompts(task: dict[str, Any]) -> float | None:
+def of_prompts(task: dict[str, Any]) -> dict[str, Any] | None:
     """A task's metric of the prompts as they stand, where RankingScores logged it: the same in every cell."""
     name = f"val/prompt/{metric_name(task)}"
     found = (cell["last"][name] for cell in task["cells"] if name in cell.get("last", ()))
-    return next(found, None)
+    return next((interval([score]) for score in found), None)
 
 
 def summarise(cells: list[dict[str, Any]], metric: str = ACCURACY) -> list[dict[str, Any]]:

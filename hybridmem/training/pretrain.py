@@ -99,7 +99,7 @@ class PretrainModule(L.LightningModule):
             return
         with named("config"):  # such as more memory than there is
             model = HybridMemForCausalLM(self.config)
-        if self.init_from is not None:
+        if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
             with named("init_from"):
                 start_from(model, self.init_from)
         model.set_attn_implementation(self.attn_implementation)

@@ -98,6 +98,19 @@ def test_the_last_checkpoint_holds_the_end_of_training(tmp_path, monkeypatch, in
     assert (run / "last.ckpt").stat().st_mtime_ns == before
 
 
+def test_the_last_checkpoint_holds_the_weights_beside_their_average(tmp_path, monkeypatch):
+    keeper = {"filename": "{step}", "save_last": True, "every_n_train_steps": 4}
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper},
+        {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}},
+    ]
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, trainer__callbacks=callbacks))
+    saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    name = "model.lm_head.weight"
+    assert not torch.equal(saved["current_model_state"][name], saved["state_dict"][name])
+
+
 @pytest.mark.slow
 def test_two_sharded_processes_train_and_export(tmp_path):
     """FSDP2 on two CPU processes; the folder that a sharded run writes becomes a model."""
