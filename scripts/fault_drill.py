@@ -30,7 +30,7 @@ import yaml
 
 from hybridmem.cli import main as hybridmem
 from hybridmem.training.checkpoints import load_checkpoint
-from hybridmem.training.durable import PART, newest_good, read_checkpoint
+from hybridmem.training.durable import PART, newest_good, read_checkpoint, to_go_on_from
 
 STEPS = 40
 STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
@@ -193,8 +193,8 @@ class Drill:
 
     def newest(self, folder: Path) -> list[str]:
         """The option to go on, as a script of a scheduler would write it."""
-        found = [folder / name for name in ("last.ckpt", "interrupted.ckpt") if (folder / name).exists()]
-        return ["--ckpt_path", str(max(found, key=lambda path: path.stat().st_mtime_ns))] if found else []
+        checkpoint = to_go_on_from(folder)
+        return [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
 
     def count(self, fault: str, what: str) -> None:
         """Note what came of a fault."""

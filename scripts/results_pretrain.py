@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 from compare_runs import AT_POSITION, last, loss_by_position
-from tables import write_tables
+from tables import mean_and_half, write_tables
 
-from hybridmem.metrics import mean_interval
+from hybridmem.training.durable import to_go_on_from
 from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/results")
@@ -105,8 +105,8 @@ def command(name: str, seed: int) -> list[str]:
     fit = [str(Path(sys.executable).parent / "hybridmem"), "fit", "--config", "configs/quickstart.yaml"]
     for key, value in options.items():
         fit += [f"--{key}", json.dumps(value) if isinstance(value, list | bool | None) else str(value)]
-    checkpoint = run / "last.ckpt"
-    return fit + (["--ckpt_path", str(checkpoint)] if checkpoint.exists() else [])
+    checkpoint = to_go_on_from(run)
+    return fit if checkpoint is None else [*fit, "--ckpt_path", str(checkpoint)]
 
 
 def steps_run(name: str, seed: int) -> int:
@@ -176,12 +176,6 @@ def time_steps(rounds: int = 6) -> None:
         print(f"{name:40} {value:.3f} s  {value / least['swa + conv']:.2f} x swa + conv")
 
 
-def interval(values: list[float], digits: int = 3) -> str:
-    """Mean and half of the 95 % confidence interval."""
-    mean, half = mean_interval(values)
-    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
 def collect() -> dict[str, Any]:
     """Every finished run's figures."""
     seconds = json.loads((ROOT / "seconds_per_step.json").read_text())
@@ -215,10 +209,10 @@ def write() -> None:
     Path("docs/results_pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
     table = [["model", "parameters", "steps", "s/step", "bits per byte", "first 64", "64-255", "256-1023", "1024-4095"]]
     for name, row in results.items():
-        ranges = [interval(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
+        ranges = [mean_and_half(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
         table.append([
             name, f"{row['parameters'] / 1e3:.0f}k", str(row["steps"]), f"{row['seconds_per_step']:.2f}",
-            interval(row["bits_per_byte"]), *ranges,
+            mean_and_half(row["bits_per_byte"]), *ranges,
         ])  # fmt: skip
     write_tables("pretraining", [table])
 

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tables import write_tables
+from tables import mean_and_half, write_tables
 
 from hybridmem.compare.answer import percent
 from hybridmem.compare.results import interval
+from hybridmem.training.durable import to_go_on_from
 from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/workspace")
@@ -68,9 +69,9 @@ def run_stage(stage: Stage, seed: int) -> None:
     }  # fmt: skip
     if stage.after is not None:
         options |= {"model.init_args.model": folder(stage.after, seed) / "last.ckpt", "model.init_args.seed": seed}
-    saved = [path for path in (run / "last.ckpt", run / "interrupted.ckpt") if path.exists()]
-    if saved:
-        options["ckpt_path"] = max(saved, key=lambda path: path.stat().st_mtime_ns)
+    checkpoint = to_go_on_from(run)
+    if checkpoint is not None:
+        options["ckpt_path"] = checkpoint
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     started = time.perf_counter()
     with (run / "output.txt").open("a") as output:
@@ -103,9 +104,8 @@ def write() -> None:
         results[stage.name] = {"seeds": finished, **figures}
         files = "8 files" if stage.config.endswith("stage2") else "4 files"
         shares = [percent(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
-        turns = figures["turns"]
-        spread = "" if turns["half"] is None else f" ± {turns['half']:.2f}"
-        table.append([stage.name, files, str(len(finished)), *shares, f"{turns['mean']:.2f}{spread}"])
+        turns = mean_and_half(figures["turns"]["values"], digits=2)
+        table.append([stage.name, files, str(len(finished)), *shares, turns])
     Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
     write_tables("workspace", [table])
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from hybridmem.metrics import mean_interval
+
 PAGE = Path("docs/results.md")
 Table = list[list[str]]
 
@@ -10,6 +12,12 @@ def markdown(table: Table) -> str:
     """A table whose first row is its head."""
     head, *rows = table
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def mean_and_half(values: list[float], digits: int = 3) -> str:
+    """Mean and half of the 95 % confidence interval."""
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def write_tables(place: str, tables: list[Table]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from ..training.durable import to_go_on_from
 from .changes import write_changes
 from .grid import Comparison, Run, as_arguments, fit_options
 
@@ -95,9 +96,9 @@ def execute(
     (folder / FAILED).unlink(missing_ok=True)
     (folder / SETTINGS).write_text(json.dumps(_settings(run, task, root), indent=1) + "\n")
     command = [sys.executable, "-m", "hybridmem", run.command, *as_arguments(fit_options(run, task, root))]
-    checkpoints = [path for path in (folder / "last.ckpt", folder / "interrupted.ckpt") if path.exists()]
-    if checkpoints:
-        command += ["--ckpt_path", str(max(checkpoints, key=lambda path: path.stat().st_mtime))]
+    checkpoint = to_go_on_from(folder)
+    if checkpoint is not None:
+        command += ["--ckpt_path", str(checkpoint)]
     with (folder / OUTPUT).open("ab") as output:
         start = output.tell()
         # In a session of its own: a terminal's Ctrl-C reaches it once, from _letting_runs_save.

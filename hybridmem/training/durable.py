@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from .errors import StoppedError
 
 PREVIOUS = "previous.ckpt"
+GO_ON_FROM = ("last.ckpt", "interrupted.ckpt")  # ModelCheckpoint's and GracefulStop's
 PART = "checkpoint.part"
 SEAL, DIGEST_SIZE = b"hybridmem blake2b ", 16
 
@@ -132,6 +133,12 @@ def digest_of(file: BinaryIO, size: int) -> bytes:
         digest.update(part)
         size -= len(part)
     return digest.hexdigest().encode()
+
+
+def to_go_on_from(folder: Path) -> Path | None:
+    """Where a stopped run goes on: the newer of last.ckpt and interrupted.ckpt; None where there is neither."""
+    found = [folder / name for name in GO_ON_FROM if (folder / name).exists()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns) if found else None
 
 
 def newest_good(folder: Path, but: Path | None = None) -> Path | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridmem.training import DurableCheckpointIO
-from hybridmem.training.durable import newest_good, read_checkpoint
+from hybridmem.training.durable import newest_good, read_checkpoint, to_go_on_from
 from hybridmem.training.errors import StoppedError
 
 from .runs import Touch
@@ -43,6 +43,16 @@ def test_an_old_file_does_not_take_the_place_of_a_newer_one(tmp_path):
         FILES.save_checkpoint(checkpoint(step), tmp_path / "last.ckpt")
     FILES.save_checkpoint(checkpoint(4), tmp_path / "interrupted.ckpt")
     assert steps(tmp_path) == {"last.ckpt": 3, "interrupted.ckpt": 4, "previous.ckpt": 2}
+
+
+def test_a_stopped_run_goes_on_from_the_newer_of_two(tmp_path):
+    assert to_go_on_from(tmp_path) is None
+    for name, time in (("step=9.ckpt", 9), ("interrupted.ckpt", 2)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+    assert to_go_on_from(tmp_path) == tmp_path / "interrupted.ckpt"
+    (tmp_path / "last.ckpt").touch()
+    assert to_go_on_from(tmp_path) == tmp_path / "last.ckpt"
 
 
 def test_without_hard_links_it_is_kept_too(tmp_path, monkeypatch):
