@@ -36,7 +36,7 @@ class CollapseGuard(L.Callback):
     * collapse/allocation_entropy: entropy of the shares of persistent tokens, memory and window, in nats; of layers
       of variant mag and mac
     * collapse/diversity: mean JSD in nats between the attention of two responses to the same prompt
-    * collapse/distinct_patterns: clusters of a prompt's responses by that JSD, at most 0.1 within one
+    * collapse/distinct_patterns: clusters of a prompt's responses by that JSD, at most `pattern_threshold` within one
 
     A value below its threshold in `patience` looks one after another is a collapse. `warn` says so, once until the
     value is back. `raise_bonus` multiplies AttentionRL's entropy_bonus, again after each further `patience` looks, up
@@ -53,6 +53,8 @@ class CollapseGuard(L.Callback):
         target: the distribution whose span and diversity count: `attention`, or `memory` or `unified` (see
             AttentionRL).
         num_prompts: held-out prompts of a look, each answered as often as in training.
+        pattern_threshold: the JSD in nats up to which two responses look back alike (see DistinctPatterns); a model
+            whose diversity is far below needs a lower one, or every prompt has one pattern.
         bonus_factor: what the bonus is multiplied by.
         max_bonus: the bonus is not raised beyond.
         seed: of the looks' responses.
@@ -73,6 +75,7 @@ class CollapseGuard(L.Callback):
         layers: Sequence[int] = (-1,),
         target: str = "attention",
         num_prompts: int = 4,
+        pattern_threshold: float = 0.1,
         bonus_factor: float = 2.0,
         max_bonus: float = 0.1,
         seed: int = 0,
@@ -80,6 +83,7 @@ class CollapseGuard(L.Callback):
         self.action, self.patience, self.every_n_steps = action, patience, every_n_steps
         self.layers, self.target, self.num_prompts = layers, target, num_prompts
         self.bonus_factor, self.max_bonus, self.seed = bonus_factor, max_bonus, seed
+        self.pattern_threshold = pattern_threshold
         thresholds = {
             "effective_span": min_effective_span,
             "allocation_entropy": min_allocation_entropy,
@@ -101,6 +105,11 @@ class CollapseGuard(L.Callback):
         for name in ("patience", "every_n_steps", "num_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.pattern_threshold < math.log(2):
+            raise ValueError(
+                f"pattern_threshold={self.pattern_threshold} must be at least 0 and below ln 2, the JSD of disjoint "
+                "attention"
+            )
         for name, least in self.thresholds.items():
             low, high = RANGES[name]
             if not low < least < high:
@@ -162,7 +171,7 @@ class CollapseGuard(L.Callback):
             "effective_span": EffectiveSpan().to(module.device),
             "allocation_entropy": AllocationEntropy().to(module.device),
             "diversity": AttentionDiversity().to(module.device),
-            "distinct_patterns": DistinctPatterns().to(module.device),
+            "distinct_patterns": DistinctPatterns(self.pattern_threshold).to(module.device),
         }
         generator = torch.Generator(module.device).manual_seed(self.seed)
         for index in range(self.num_prompts):

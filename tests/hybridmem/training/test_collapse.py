@@ -67,6 +67,14 @@ def test_attention_without_queries_and_gates_without_weights_are_even():
     assert values["effective_span"] == pytest.approx((4 + 5 + 6 + 6 + 6) / 5, rel=1e-5)
 
 
+def test_a_low_threshold_tells_patterns_apart():
+    module = policy()
+    module.sampling = Sampling(max_completion_length=5)
+    same, finest = (CollapseGuard(num_prompts=1, pattern_threshold=at).measure(module) for at in (0.69, 0.0))
+    assert same["distinct_patterns"] == 1 < finest["distinct_patterns"] <= module.num_generations
+    assert same["diversity"] == finest["diversity"] > 0
+
+
 @pytest.mark.parametrize("variant", ["swa", "mac"])
 def test_responses_that_are_alike_have_no_diversity(variant):
     module = policy(variant)
@@ -152,6 +160,7 @@ def test_what_the_policy_cannot_follow_stops_before_training(tmp_path, monkeypat
         (dict(min_diversity=0.7), "min_diversity=0.7 must lie between 0 and 0.6931"),
         (dict(action="stop"), "has nothing to act on"),
         (dict(bonus_factor=1.0), "bonus_factor=1.0 must be above 1"),
+        (dict(pattern_threshold=0.7), "pattern_threshold=0.7 must be at least 0 and below ln 2"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
