@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from .training.nonfinite import NonFiniteGuard
 from .training.policy import PolicyModule
 from .training.pretrain import PretrainModule
 from .training.sharded import DurableModelParallelStrategy, is_sharded
-from .training.subnetwork_command import named_folders, subnetwork
+from .training.subnetwork_command import subnetwork
 
 Trained = PretrainModule | PolicyModule
 COMMANDS = {
@@ -51,6 +52,8 @@ COMMANDS = {
     "compare": compare,
     "report": report,
 }
+# The folders that a command takes without their names, in this order.
+FOLDERS = {"subnetwork": ("before", "after", "other"), "report": ("run_dir", "other")}
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
 LIMIT = re.compile("limit_(train|val)_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
@@ -69,7 +72,7 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   generate   text from an exported folder
   subnetwork which weights training changed, of two or three exported folders
   compare    a grid of architectures and controls, from warm-ups to a report
-  report     a grid's report again
+  report     a grid's report again, or two grids' beside each other
 
 hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
 """
@@ -217,6 +220,23 @@ class HybridMemCLI(LightningCLI):
             )
 
 
+def named_folders(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with the names of the folders that stand first without one.
+
+    Raises:
+        ValueError: more folders than the command takes.
+    """
+    command, *rest = arguments
+    if command not in FOLDERS:
+        return [command, *rest]
+    count = next((n for n, argument in enumerate(rest) if argument.startswith("-")), len(rest))
+    names = FOLDERS[command]
+    if count > len(names):
+        raise ValueError(f"{command} takes {len(names)} folders at most, not {count}: {' '.join(rest[:count])}")
+    named = [part for name, folder in zip(names, rest[:count], strict=False) for part in (f"--{name}", folder)]
+    return [command, *named, *rest[count:]]
+
+
 def main() -> None:
     """Run a command; exits with 2 and one line where the settings are at fault, with 1 where the run cannot go on."""
     arguments = sys.argv[1:]
@@ -229,9 +249,7 @@ def main() -> None:
     try:
         if arguments[0] in COMMANDS:
             with settings_errors():
-                if arguments[0] == "subnetwork":
-                    arguments = named_folders(arguments)
-                auto_cli(COMMANDS, args=arguments, as_positional=False, parser_class=CommandParser)
+                auto_cli(COMMANDS, args=named_folders(arguments), as_positional=False, parser_class=CommandParser)
         elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
             commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
             raise SettingsError(f"there is no command {arguments[0]!r}; choose one of {commands}")

@@ -77,7 +77,7 @@ def report(run_dir: Path, other: Path | None = None) -> None:
     """Write the report of a grid again from its results.json.
 
     Args:
-        run_dir: the output of `hybridmem compare`.
+        run_dir: the output of `hybridmem compare`. The two can be given without their names: hybridmem report A B.
         other: the output of another one, to set beside it.
     """
     results = _read(run_dir, "run_dir")

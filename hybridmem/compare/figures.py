@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from ..metrics import mean_interval
@@ -180,7 +181,8 @@ def _band(axes: Axes, runs: list[dict[int, float]], color: Color, label: str) ->
 def _figure(panels: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
     columns = min(panels, 2)
     lines = -(-panels // columns)
-    figure = Figure(figsize=(4.2 * columns if panels > 1 else 7.5, height * lines), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)  # room between a row's labels and the next one's titles
+    figure = Figure(figsize=(4.2 * columns if panels > 1 else 7.5, height * lines), layout=layout)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for spare in axes[panels:]:
         spare.remove()

@@ -37,7 +37,6 @@ from ..metrics.subnetwork import (
 from ..metrics.weights import StoredWeights, write_masks
 
 FILE_WIDTH = 120  # of tables that go into a file or a pipe, which tell no width
-FOLDERS = ("before", "after", "other")
 
 
 def subnetwork(
@@ -85,20 +84,6 @@ def subnetwork(
     for path in (output, save_mask):
         if path is not None:
             print(f"wrote {path}")
-
-
-def named_folders(arguments: Sequence[str]) -> list[str]:
-    """The command's arguments with the names of the folders that stand first without one.
-
-    Raises:
-        ValueError: more folders than the command takes.
-    """
-    command, *rest = arguments
-    count = next((n for n, argument in enumerate(rest) if argument.startswith("-")), len(rest))
-    if count > len(FOLDERS):
-        raise ValueError(f"subnetwork takes two or three folders, not {count}: {' '.join(rest[:count])}")
-    named = [part for name, folder in zip(FOLDERS, rest, strict=False) for part in (f"--{name}", folder)]
-    return [command, *named[: 2 * count], *rest[count:]]
 
 
 class Comparison:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hybridmem.cli import named_folders
+
 from .data.helpers import byte_level_bpe
 from .training.runs import hybridmem, logged, weights, write_config
 
@@ -251,6 +253,23 @@ def test_text_that_is_not_utf8_needs_bytes(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "bad.txt is not UTF-8" in error
     assert "set encoding_errors to 'replace'" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "names"), [("subnetwork", ["before", "after", "other"]), ("report", ["run_dir", "other"])]
+)
+def test_folders_need_no_names(command, names):
+    named = [part for name in names for part in (f"--{name}", name.upper())]
+    folders = [name.upper() for name in names]
+    assert named_folders([command, *folders, "--rank", "true"]) == [command, *named, "--rank", "true"]
+    assert named_folders([command, folders[0]]) == [command, *named[:2]]
+    assert named_folders([command, *named]) == [command, *named]
+    with pytest.raises(ValueError, match=f"{command} takes {len(names)} folders at most"):
+        named_folders([command, *folders, "one more"])
+
+
+def test_other_commands_are_left_as_they_are():
+    assert named_folders(["compare", "a.yaml"]) == ["compare", "a.yaml"]
 
 
 def test_print_config_and_help(tmp_path, monkeypatch, capsys):

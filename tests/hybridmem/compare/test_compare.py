@@ -77,7 +77,7 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     assert failed.stat().st_mtime_ns == tried
     again = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert again["command"] == results["command"]
-    hybridmem(monkeypatch, "report", "--run_dir", tmp_path / "grid")
+    hybridmem(monkeypatch, "report", tmp_path / "grid")
     hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
     assert output.stat().st_mtime_ns == before
 

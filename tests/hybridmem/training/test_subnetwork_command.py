@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridmem.metrics import StoredWeights, subnetwork_overlap, update_masks, update_rank, update_sparsity
-from hybridmem.training.subnetwork_command import named_folders
 
 from .runs import hybridmem
 
@@ -73,18 +72,11 @@ def test_what_did_not_change_has_no_overlap(folders, tmp_path, monkeypatch, caps
     assert found["overlap"]["total"]["shares"] == [None, 0]
 
 
-def test_folders_have_names_too():
-    named = ["subnetwork", "--before", "A", "--after", "B"]
-    assert named_folders(["subnetwork", "A", "B"]) == named
-    assert named_folders(named) == named
-    assert named_folders(["subnetwork", "A", "B", "C", "--rank", "true"]) == [*named, "--other", "C", "--rank", "true"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["A"], "subnetwork.after"),
-        (["A", "B", "C", "A"], "subnetwork takes two or three folders, not 4: "),
+        (["A", "B", "C", "A"], "subnetwork takes 3 folders at most, not 4: "),
         (["A", "missing"], "missing does not exist: give a Hugging Face folder"),
         (["A", "empty"], "holds neither model.safetensors nor model.safetensors.index.json"),
         (["A", "other.safetensors"], "only "),
