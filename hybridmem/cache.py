@@ -86,8 +86,8 @@ class StreamingLayer(CacheLayerMixin):
         """Follow beam search."""
         self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row, for several continuations of one prompt."""
+    def batch_repeat_interleave(self, repeats: Any) -> None:
+        """Repeat each row, or each as often as its own number, for several continuations of one prompt."""
         self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -30,6 +30,7 @@ from ..settings import one_of
 from .attention_rl import divergence_of
 from .distributions import attention, distribution, over_the_same
 from .recorder import AttentionRecorder, LayerRecord, decoder_layers
+from .rollouts import Times
 
 OVER_TOKENS = ("attention", "memory", "unified")
 # What their layers attend to is not one distribution over the row's earlier tokens.
@@ -45,18 +46,19 @@ class Observation:
 
 
 @contextmanager
-def observed(model: nn.Module, layer: int) -> Iterator[list[Observation]]:
+def observed(model: nn.Module, layer: int, times: int | Times = 1) -> Iterator[list[Observation]]:
     """A context in which `completion_logps` leaves an observation, that of its last pass; the model stays as it was.
 
     Args:
         model: a causal LM of transformers, inside PEFT or not.
         layer: which one, from the end if negative.
+        times: see `completion_logps`.
 
     Raises:
         ValueError: see AttentionRecorder.
     """
     seen: list[Observation] = []
-    with AttentionRecorder(model, [layer]) as recorder:
+    with AttentionRecorder(model, [layer], times) as recorder:
 
         def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             (record,) = recorder.records.values()

@@ -147,18 +147,21 @@ class AttentionRecorder:
     Args:
         model: a causal LM of transformers, ours or not, inside PEFT or not.
         layers: the layers' numbers, from the end if negative.
+        times: how often each row of a cache is repeated between its passes; needed where not all are as often.
 
     Raises:
         ValueError: a layer that is not there or is under activation checkpointing; `eager` attention, which does not
             go through transformers' registry; attention that a softmax of q·k cannot say (soft caps, sinks).
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = (-1,)):
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] = (-1,), times: int | Int[Tensor, " rows"] | None = None
+    ):
         found = decoder_layers(model)
         numbers = [n + len(found) if n < 0 else n for n in layers]
         if not numbers or not all(0 <= n < len(found) for n in numbers) or len(set(numbers)) < len(numbers):
             raise ValueError(f"layers={list(layers)} must name different ones of the model's {len(found)} layers")
-        self.model = model
+        self.model, self.times = model, times
         self.layers = {n: found[n] for n in numbers}
         self.records: dict[int, LayerRecord] = {}
         self._key_mask: Bool[Tensor, "batch tokens"] | None = None
@@ -221,7 +224,7 @@ class AttentionRecorder:
             inputs = record_memory(memory, *arguments)
             before = self.records[number].memory  # mac writes segment by segment; or it is that of an earlier pass
             if before is not None:
-                inputs = _joined(before, inputs)
+                inputs = _joined(before, inputs, self.times)
             self.records[number].memory = inputs
             self.records[number].memory_depth = memory.config.memory_depth
 
@@ -303,11 +306,11 @@ def record_memory(
     )
 
 
-def _joined(before: ScanInputs, after: ScanInputs) -> ScanInputs:
+def _joined(before: ScanInputs, after: ScanInputs, times: int | Int[Tensor, " rows"] | None) -> ScanInputs:
     """Inputs one after the other; earlier ones count for each of the rows that go on from them."""
-    times = len(after.q) // len(before.q)
-    if times > 1:
-        before = ScanInputs(*(x.repeat_interleave(times, 0) for x in before))
+    if len(before.q) < len(after.q):
+        repeats = times.to(after.q.device) if isinstance(times, Tensor) else len(after.q) // len(before.q)
+        before = ScanInputs(*(x.repeat_interleave(repeats, 0) for x in before))
     return ScanInputs(*(torch.cat(pair, dim=2) for pair in zip(before, after, strict=True)))
 
 

@@ -15,6 +15,7 @@ from ..patches import embed_with_patches
 from ..processes import unsharded
 
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one of all prompts, or one for each
+Times = Int[Tensor, " prompts"]  # how many responses each prompt has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PromptBatch(NamedTuple):
     image_grid_thw: Int[Tensor, "prompts 3"] | None = None  # of a vision model; None: patches replace the first tokens
     position_ids: Int[Tensor, "axes prompts time"] | None = None  # of a vision model
 
-    def repeat(self, times: int | Int[Tensor, " prompts"]) -> "PromptBatch":
+    def repeat(self, times: int | Times) -> "PromptBatch":
         """Each prompt `times` times, or as often as its own number, copies next to one another."""
         return self._map(lambda x, rows: x.repeat_interleave(torch.as_tensor(times, device=x.device), dim=rows))
 
@@ -298,8 +299,15 @@ def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[T
     return logps
 
 
+def first_rows(times: int | Times, rows: int) -> Int[Tensor, " prompts"]:
+    """Where each prompt's responses begin, of which there are `times` next to one another."""
+    if isinstance(times, Tensor):
+        return times.cumsum(0) - times
+    return torch.arange(0, rows, times)
+
+
 def completion_logps(
-    model: Any, prompts: PromptBatch, completions: Completions, temperature: float, num_generations: int = 1
+    model: Any, prompts: PromptBatch, completions: Completions, temperature: float, times: int | Times = 1
 ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
     """Log-probabilities of the generated tokens, and the entropy at each.
 
@@ -308,16 +316,19 @@ def completion_logps(
         prompts: of each response, repeated.
         completions: the responses.
         temperature: that the logits are divided by; 0 counts as 1.
-        num_generations: responses, next to one another, that answer one prompt. It is then read once for them all,
-            gradients included, where it has a token before its last one; 1: each response reads its own.
+        times: how many responses, next to one another, answer one prompt; a number each where they are not as many.
+            The prompt is then read once for them all, gradients included, where it has a token before its last one;
+            1: each response reads its own.
     """
     length, cache = completions.ids.shape[1], None
+    shared = isinstance(times, Tensor) or times > 1
     # What stands behind a response's end is seen by no token that counts.
     rows = prompts.followed_by(completions.ids)
-    if num_generations > 1 and prompts.input_ids.shape[1] > 1:
+    if shared and prompts.input_ids.shape[1] > 1:
         cache = DynamicCache(config=model.config.get_text_config())
-        read(model, prompts.select(torch.arange(0, len(completions.ids), num_generations)).without_last(), cache)
-        cache.batch_repeat_interleave(num_generations)
+        read(model, prompts.select(first_rows(times, len(rows.input_ids))).without_last(), cache)
+        repeats: Any = times.to(rows.input_ids.device) if isinstance(times, Tensor) else times  # a cache takes both
+        cache.batch_repeat_interleave(repeats)
         rows = rows.last(length + 1)
     logits = read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
     logps = (logits / (temperature or 1.0)).log_softmax(-1)

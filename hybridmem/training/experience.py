@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data import Prompt
 from ..policy.exploration import Noise
 from ..policy.recorder import LayerRecord
-from ..policy.rollouts import Completions, PromptBatch
+from ..policy.rollouts import Completions, PromptBatch, Times
 from ..tasks.task import Task, exact_match
 
 T = TypeVar("T")
@@ -85,14 +85,21 @@ class Experience:
     """A rollout as the objectives take it."""
 
     prompts: PromptBatch  # of each response
+    group_of: Int[Tensor, " responses"]  # the number of its group, whose responses stand next to one another
     completions: Completions
     advantages: Float[Tensor, " responses"]
     mask: Bool[Tensor, "responses length"]  # the tokens that carry loss
     num_items: Float[Tensor, ""]  # such tokens in the whole rollout, for each step of a pass
-    old: Scores | None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
-    ref_logps: Float[Tensor, "responses length"] | None
-    noise: Noise | None
+    old: Scores | None = None  # of the policy that sampled; None: its first pass gives them, or no objective needs them
+    ref_logps: Float[Tensor, "responses length"] | None = None
+    noise: Noise | None = None
     refined: Bool[Tensor, " responses"] | None = None
+
+    @property
+    def times(self) -> int | Times:
+        """How many responses next to one another share a prompt; a number each where they are not as many."""
+        _, counts = self.group_of.unique_consecutive(return_counts=True)
+        return int(counts[0]) if (counts == counts[0]).all() else counts
 
     def sampled(self) -> Completions:
         """The responses, without the tokens of those that were sampled behind another prompt."""
@@ -105,6 +112,7 @@ class Experience:
         """That of some responses."""
         return Experience(
             self.prompts.select(rows),
+            self.group_of[rows],
             Completions(*(x[rows] for x in self.completions)),
             self.advantages[rows],
             self.mask[rows],

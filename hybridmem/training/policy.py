@@ -37,6 +37,7 @@ from ..policy.rollouts import (
     Generators,
     PromptBatch,
     Sampling,
+    Times,
     completion_logps,
     concatenate,
     evaluating,
@@ -47,7 +48,6 @@ from ..policy.rollouts import (
 )
 from ..processes import (
     Measured,
-    any_of_all,
     dealt,
     gather_groups,
     means,
@@ -470,8 +470,9 @@ class PolicyModule(L.LightningModule):
                 if self.trainer.global_step >= self.trainer.max_steps:
                     break
                 part = experience.select(rows)
-                with self._observing() as seen:
-                    scores = self._score(part.prompts, part.completions, self._readers(len(rows), part.refined))
+                times = self._times(part)
+                with self._observing(times) as seen:
+                    scores = self._score(part.prompts, part.completions, times)
                 old = scores.detach() if part.old is None else part.old
                 if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
                     experience.old = old
@@ -514,25 +515,23 @@ class PolicyModule(L.LightningModule):
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
-        times = self.num_generations if rollout.sizes is None else rollout.sizes
-        prompts = self.prompt_batch(rollout.prompts).repeat(times)
+        sizes = torch.tensor([self.num_generations] * len(rollout.prompts)) if rollout.sizes is None else rollout.sizes
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
-        refined = None if rollout.refined is None else rollout.refined.to(self.device)
-        if isinstance(self.token_objective, CritiqueGRPO) and any_of_all(refined is not None) and refined is None:
-            refined = torch.zeros_like(completions.truncated)  # processes run the model alike
-        readers = self._readers(len(completions.ids), refined)
-        advantages, mask, old = self._advantages(rollout), completions.mask, None
-        if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
-            old = self._score_rollout(prompts, completions, rollout.noise, readers)
+        mask = completions.mask
         if self.token_objective is not None:
             mask = self.token_objective.loss_mask(mask, completions.truncated)
         if rollout.kept is not None:
             mask = mask & rollout.kept.to(self.device)
         items = torch.stack(of_all(mask.sum().cpu())).double().mean().to(self.device)
-        return Experience(
-            prompts, completions, advantages, mask, items / self.steps_per_generation, old,
-            self._reference_logps(prompts, completions, readers), rollout.noise, refined,
+        experience = Experience(
+            self.prompt_batch(rollout.prompts).repeat(sizes), torch.arange(len(sizes)).repeat_interleave(sizes),
+            completions, self._advantages(rollout), mask, items / self.steps_per_generation, noise=rollout.noise,
+            refined=None if rollout.refined is None else rollout.refined.to(self.device),
         )  # fmt: skip
+        if rollout.noise is not None or (self.learns_by_reward and self.steps_per_generation > 1):
+            experience.old = self._score_rollout(experience)
+        experience.ref_logps = self._reference_logps(experience)
+        return experience
 
     def _advantages(self, rollout: Rollout) -> Float[Tensor, " responses"]:
         """Those of the groups; zeros for distillation alone, which needs neither groups nor rewards."""
@@ -598,63 +597,56 @@ class PolicyModule(L.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
 
-    def _score(self, prompts: PromptBatch, completions: Completions, readers: int) -> Scores:
+    def _score(self, prompts: PromptBatch, completions: Completions, times: int | Times) -> Scores:
         """Log-probabilities, token entropies and what AttentionRL's layers attended to."""
         if self.attention_rl is None:
-            return Scores(*completion_logps(self.model, prompts, completions, self.temperature, readers), {})
-        with AttentionRecorder(self.model, self.attention_rl.layers) as recorder:
-            logps, entropy = completion_logps(self.model, prompts, completions, self.temperature, readers)
+            return Scores(*completion_logps(self.model, prompts, completions, self.temperature, times), {})
+        with AttentionRecorder(self.model, self.attention_rl.layers, times) as recorder:
+            logps, entropy = completion_logps(self.model, prompts, completions, self.temperature, times)
             return Scores(logps, entropy, recorder.records)
 
-    def _readers(self, responses: int, refined: Tensor | None) -> int:
+    def _times(self, part: Experience) -> int | Times:
         """How many responses share one reading of their prompt.
 
-        One where mac is recorded, whose segments must be whole, where activation checkpointing forbids a cache, where
-        refinements make groups unequal, where a step holds parts of groups, and in sharded models: gradients that go
-        through a cache go past the places where those gather a layer's weights.
+        One where mac is recorded, whose segments must be whole, where activation checkpointing forbids a cache, and in
+        sharded models: gradients that go through a cache go past the places where those gather a layer's weights.
         """
-        whole = self.device_mesh is None and not self.model.is_activation_checkpointing
-        shared = whole and not self._records_segments and self._in_groups(responses, refined)
-        return self.num_generations if shared else 1
-
-    def _in_groups(self, responses: int, refined: Tensor | None) -> bool:
-        """Whether responses stand in groups of the same size, as they were sampled."""
-        return refined is None and responses % self.num_generations == 0
+        alone = self.device_mesh is not None or self.model.is_activation_checkpointing or self._records_segments
+        return 1 if alone else part.times
 
     @torch.no_grad()
-    def _score_rollout(
-        self, prompts: PromptBatch, completions: Completions, noise: Noise | None, readers: int
-    ) -> Scores:
+    def _score_rollout(self, experience: Experience) -> Scores:
         """The same under the policy that sampled, its exploration included."""
+        prompts, completions, noise = experience.prompts, experience.completions, experience.noise
         if noise is None or self.attention_rl is None:
-            return self._score(prompts, completions, readers)
+            return self._score(prompts, completions, self._times(experience))
         with explored(self.model, self.attention_rl.target, noise):
             return self._score(prompts, completions, 1)  # responses read differently
 
-    def _observing(self) -> AbstractContextManager[list[Observation]]:
+    def _observing(self, times: int | Times) -> AbstractContextManager[list[Observation]]:
         """A context in which the policy's passes leave what distillation compares."""
         if self.distillation is None:
             return nullcontext([])
-        return observed(self.model, self.distillation.student_layer)
+        return observed(self.model, self.distillation.student_layer, times)
 
     @torch.no_grad()
     def _teach(self, distillation: AttentionDistillation, part: Experience) -> Observation:
         """What the teacher makes of the policy's responses: for each step anew, as logits are large."""
         self._teacher = [model.to(self.device) for model in self._teacher]
-        readers = self.num_generations if self._in_groups(len(part.mask), part.refined) else 1
-        with observed(self._teacher[0], distillation.teacher_layer) as seen:
-            completion_logps(self._teacher[0], part.prompts, part.completions, self.temperature, readers)
+        with observed(self._teacher[0], distillation.teacher_layer, part.times) as seen:
+            completion_logps(self._teacher[0], part.prompts, part.completions, self.temperature, part.times)
         return seen[0]
 
     @torch.no_grad()
-    def _reference_logps(self, prompts: PromptBatch, completions: Completions, readers: int) -> Tensor | None:
+    def _reference_logps(self, experience: Experience) -> Tensor | None:
         if self.token_objective is None or not self.token_objective.beta:
             return None
+        read = experience.prompts, experience.completions, self.temperature, self._times(experience)
         if self.lora is not None:
             with self.model.disable_adapter():
-                return completion_logps(self.model, prompts, completions, self.temperature, readers)[0]
+                return completion_logps(self.model, *read)[0]
         self._reference = [model.to(self.device) for model in self._reference]
-        return completion_logps(self._reference[0], prompts, completions, self.temperature, readers)[0]
+        return completion_logps(self._reference[0], *read)[0]
 
     def prompt_batch(self, prompts: list[Prompt]) -> PromptBatch:
         """Prompts as the model reads them."""

@@ -131,16 +131,18 @@ def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
     prompts, completions = prompts.select(pairs[0]), Completions(*(x[pairs[1]] for x in completions))
     objective = AttentionDistillation(teacher="x", target=target)
     found = []
-    for readers in (1, 2):
-        with observed(student, -1) as seen:
-            completion_logps(student, prompts, completions, 1.0, readers)
-        with torch.no_grad(), observed(other, -1) as taught:
-            completion_logps(other, prompts, completions, 1.0, readers)
+    for times in (1, 2, torch.tensor([1, 1, 2])):
+        with observed(student, -1, times) as seen:
+            completion_logps(student, prompts, completions, 1.0, times)
+        with torch.no_grad(), observed(other, -1, times) as taught:
+            completion_logps(other, prompts, completions, 1.0, times)
         loss, metrics = objective.loss(seen[0], taught[0], completions.mask)
         parameters = [p for p in student.parameters() if p.requires_grad]
         found.append([loss, *metrics.values(), *torch.autograd.grad(loss, parameters, allow_unused=True)])
     assert found[0][2] > 0.01
-    torch.testing.assert_close(*([x for x in each if x is not None] for each in found))
+    alone, *shared = ([x for x in each if x is not None] for each in found)
+    for each in shared:
+        torch.testing.assert_close(each, alone)
 
 
 def test_the_logits_are_those_that_the_tokens_were_drawn_from():

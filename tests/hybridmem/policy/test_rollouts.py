@@ -68,10 +68,11 @@ def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts
     repeated, completions = roll_out(model, prompts)
     mask, weight = completions.mask, torch.linspace(-1, 1, completions.ids.numel()).view_as(completions.ids)
     found = []
-    for num_generations in (1, 4):
-        logps, entropy = completion_logps(model, repeated, completions, SAMPLING.temperature, num_generations)
+    for times in (1, 4, torch.tensor([3, 1] + [4] * (len(prompts) - 1))):  # a step may hold parts of a group
+        logps, entropy = completion_logps(model, repeated, completions, SAMPLING.temperature, times)
         found.append((logps[mask], entropy[mask], gradients(model, (logps * weight * mask).sum())))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["generated", "predicting"])
@@ -97,18 +98,19 @@ def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, po
     generator = torch.Generator().manual_seed(0)
     noise = cut_noise(draw_noise(model, target, [1], sigma, 3, 4, time + 2, generator), time) if sigma else None
     found = []
-    for num_generations in (1, 4):
-        readers = 1 if sigma else num_generations  # the rollout's policy reads under noise
-        with torch.no_grad(), AttentionRecorder(before) as recorder:
-            completion_logps(before, prompts, completions, 1.0, readers)
+    for times in (1, 4, torch.tensor([3, 1, 4, 4])):
+        of_rollout = 1 if sigma else times  # the rollout's policy reads under noise
+        with torch.no_grad(), AttentionRecorder(before, times=of_rollout) as recorder:
+            completion_logps(before, prompts, completions, 1.0, of_rollout)
             old = recorder.records
-        with AttentionRecorder(model) as recorder:
-            completion_logps(model, prompts, completions, 1.0, num_generations)
+        with AttentionRecorder(model, times=times) as recorder:
+            completion_logps(model, prompts, completions, 1.0, times)
         noise_of = noise if target == "attention" else None
         loss, metrics = objective.loss(recorder.records, old, torch.ones(12), completions.mask, noise_of)
         found.append((loss, metrics, gradients(model, loss)))
     assert found[0][0].abs() > 1e-5
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_response_ends_with_its_end_of_text_or_is_truncated():

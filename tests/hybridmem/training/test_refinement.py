@@ -158,9 +158,9 @@ def test_trains(objectives, changes, tmp_path, monkeypatch):
 def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch):
     scored, sampled = [], []
 
-    def score(self, prompts, responses, readers, original=PolicyModule._score):
-        scored.append((prompts.input_ids.shape[1], len(responses.ids), readers))
-        return original(self, prompts, responses, readers)
+    def score(self, prompts, responses, times, original=PolicyModule._score):
+        scored.append((prompts.input_ids.shape[1], len(responses.ids), times))
+        return original(self, prompts, responses, times)
 
     def answer(self, prompts, *rest, original=PolicyModule.answer):
         sampled.append(prompts.input_ids.shape[1])
@@ -171,7 +171,7 @@ def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch
     objective = critique(correct_reward=2.0)  # all fail
     config = write_config(tmp_path, model__init_args__objectives=[objective], trainer__max_steps=2)
     hybridmem(monkeypatch, "fit", "--config", config)
-    assert set(scored) == {(4, 2 * (4 + 1), 1)}  # two prompts of four letters, four responses and a refinement each
+    assert set(scored) == {(4, 2 * (4 + 1), 4 + 1)}  # two prompts of four letters, four responses and a refinement each
     assert max(sampled) > 40
 
 
