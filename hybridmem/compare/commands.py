@@ -16,7 +16,7 @@ from ..training.logs import read_log
 from .answer import answer
 from .grid import ACCURACY, Comparison, Run, check_grid, plan
 from .report import write_report
-from .results import collect
+from .results import as_json, collect
 from .runs import Status, check_settings, execute_all, held, reason, status
 from .subnetworks import add_subnetworks
 
@@ -69,7 +69,7 @@ def compare(
         results = collect(tasks, output, command=_command(sys.argv[1:]))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
         add_subnetworks(results, output)
-        (output / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        (output / RESULTS).write_text(as_json(results))
         report(output)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from .runs import reason, status
 PASS_AT_1 = "val/pass@1"
 CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
 PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
+INNERMOST = re.compile(r"\[\n[^\[\]{}]*\]")  # lists that hold no others, over several lines
 Results = dict[str, Any]
 
 
@@ -39,6 +41,12 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
         summary = summarise(runs, task.metric)
         by_task[name] = {"metric": task.metric, "warm_ups": starts, "cells": runs, "summary": summary}
     return {"command": command, "environment": environment(), "tasks": by_task}
+
+
+def as_json(results: Results) -> str:
+    """What results.json holds; a point of a curve is a line."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    return INNERMOST.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n"
 
 
 def metric_name(task: dict[str, Any]) -> str:
