@@ -33,7 +33,7 @@ class Function(NamedTuple):
 
 
 class Query:
-    """A one-line description of a function; the response is a query, rewarded by NDCG@k of what BM25 finds with it.
+    """A one-line description of a function; the response is a query, rewarded by NDCG of what BM25 finds with it.
 
     The corpus has a document for each function: its name, in words, and its docstring but for the line that is the
     prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
@@ -46,6 +46,8 @@ class Query:
 
     Args:
         k: how many documents count.
+        reward_k: how many count for the reward; None: k. Where a query finds what it should too far down for NDCG@k,
+            one further up is not rewarded, and most groups' rewards are all zero.
         think: whether the response must think first; the answers then think nothing.
         max_query_length: bytes of the answers' queries, and with the format what a response has room for.
         keep: the share of a description's words that the answers' queries keep.
@@ -65,6 +67,7 @@ class Query:
     def __init__(
         self,
         k: int = 10,
+        reward_k: int | None = None,
         think: bool = False,
         max_query_length: int = 64,
         keep: float = 0.8,
@@ -75,7 +78,8 @@ class Query:
         val_fraction: float = 0.1,
         seed: int = 0,
     ):
-        at_least(1, k=k, max_query_length=max_query_length, min_words=min_words)
+        reward_k = k if reward_k is None else reward_k
+        at_least(1, k=k, reward_k=reward_k, max_query_length=max_query_length, min_words=min_words)
         at_least(0, seed=seed)
         between_0_and_1(keep=keep, val_fraction=val_fraction)
         self.think, self.max_query_length, self.seed = think, max_query_length, seed
@@ -83,6 +87,7 @@ class Query:
         functions = documented_functions(path)
         documents = {function.name: f"{' '.join(words(function.name))}\n{function.rest}" for function in functions}
         self.ranking = RankingReward("ndcg", k, BM25.of(documents), think)
+        self.rewarded = RankingReward("ndcg", reward_k, self.ranking.retriever, think)
         self.described: dict[str, list[str]] = {}  # functions by description
         for function in functions:
             if len(terms(function.description)) >= min_words:
@@ -118,8 +123,8 @@ class Query:
         }
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """Rec-R1's: 0.1 + NDCG@k above 0, 0 for a query that finds nothing relevant, −2 for none."""
-        rewards: Any = self.ranking(completions, **columns)
+        """Rec-R1's: 0.1 + NDCG@reward_k above 0, 0 for a query that finds nothing relevant, −2 for none."""
+        rewards: Any = self.rewarded(completions, **columns)
         return rewards
 
     @property

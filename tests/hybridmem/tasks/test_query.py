@@ -1,5 +1,6 @@
 """Descriptions and documents of a small folder of source, and of the standard library."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_reward(folder):
     assert rewards == [pytest.approx(1.1), 0, -2]
 
 
+def test_reward_can_reach_further_down_than_the_metric(folder):
+    found = Query(path=str(folder)).ranking.retriever(["waits for ever"], 1000)[0]
+    query, last = write_answer("waits for ever"), found[-1]
+    assert len(found) > 3
+    assert Query(path=str(folder), k=3).reward([""], [query], [""], relevance=[[last]]) == [0]
+    task = Query(path=str(folder), k=3, reward_k=1000)
+    assert task.reward([""], [query], [""], relevance=[[last]]) == [pytest.approx(0.1 + 1 / math.log2(len(found) + 1))]
+    assert task.ranking.k == 3
+
+
 def test_thinking(folder):
     example = Query(path=str(folder), think=True).example("train", 0)
     assert example["answer"].startswith("<think></think><answer>")
@@ -146,6 +157,7 @@ def test_thinking(folder):
     ("settings", "message"),
     [
         ({"k": 0}, "k must be at least 1"),
+        ({"reward_k": 0}, "reward_k must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction must lie"),
         ({"val_fraction": 0.001}, "leaves 0 for validation"),
         ({"keep": 0.0}, "keep must lie between 0 and 1"),
