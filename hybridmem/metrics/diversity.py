@@ -17,6 +17,13 @@ def jensen_shannon(p: Float[Tensor, "*lead keys"], q: Float[Tensor, "*lead keys"
     return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
 
+def check_threshold(**settings: float) -> None:
+    """Refuse divergences that join no two responses, or all."""
+    for name, value in settings.items():
+        if not 0 <= value < math.log(2):
+            raise ValueError(f"{name}={value} must be at least 0 and below ln 2, the JSD of disjoint attention")
+
+
 class AttentionDiversity(RunningMean):
     """Mean JSD in nats over the pairs of a prompt's responses, token by token: 0 when all of them look alike."""
 
@@ -44,8 +51,7 @@ class DistinctPatterns(RunningMean):
 
     def __init__(self, threshold: float = 0.1, **kwargs: Any):
         super().__init__(**kwargs)
-        if not 0 <= threshold < math.log(2):
-            raise ValueError(f"threshold={threshold} must be at least 0 and below ln 2, the JSD of disjoint attention")
+        check_threshold(threshold=threshold)
         self.threshold = threshold
 
     def update(

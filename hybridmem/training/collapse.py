@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..metrics import AllocationEntropy, AttentionDiversity, DistinctPatterns, EffectiveSpan
+from ..metrics.diversity import check_threshold
 from ..policy.distributions import KINDS, TARGETS, allocation, distribution
 from .looks import is_due, record_answers
 from .policy import PolicyModule
@@ -105,11 +106,7 @@ class CollapseGuard(L.Callback):
         for name in ("patience", "every_n_steps", "num_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.pattern_threshold < math.log(2):
-            raise ValueError(
-                f"pattern_threshold={self.pattern_threshold} must be at least 0 and below ln 2, the JSD of disjoint "
-                "attention"
-            )
+        check_threshold(pattern_threshold=self.pattern_threshold)
         for name, least in self.thresholds.items():
             low, high = RANGES[name]
             if not low < least < high:

@@ -515,7 +515,7 @@ class PolicyModule(L.LightningModule):
 
     def _experience(self, rollout: Rollout) -> Experience:
         """What the objectives need of a rollout, but for the policy's own passes."""
-        sizes = torch.tensor([self.num_generations] * len(rollout.prompts)) if rollout.sizes is None else rollout.sizes
+        sizes = self._sizes(rollout)
         completions = Completions(*(x.to(self.device) for x in rollout.completions))
         mask = completions.mask
         if self.token_objective is not None:
@@ -533,14 +533,18 @@ class PolicyModule(L.LightningModule):
         experience.ref_logps = self._reference_logps(experience)
         return experience
 
+    def _sizes(self, rollout: Rollout) -> Times:
+        """How many responses each group has."""
+        even = torch.full((len(rollout.prompts),), self.num_generations)
+        return even if rollout.sizes is None else rollout.sizes
+
     def _advantages(self, rollout: Rollout) -> Float[Tensor, " responses"]:
         """Those of the groups; zeros for distillation alone, which needs neither groups nor rewards."""
         rewards = rollout.rewards
         if not self.learns_by_reward:
             return torch.zeros_like(rewards, device=self.device)
         if isinstance(self.token_objective, CritiqueGRPO):
-            sizes = [self.num_generations] * len(rollout.prompts) if rollout.sizes is None else rollout.sizes.tolist()
-            return self.token_objective.advantages(rewards, sizes).to(self.device)
+            return self.token_objective.advantages(rewards, self._sizes(rollout).tolist()).to(self.device)
         scale = "group" if self.token_objective is None else self.token_objective.scale_rewards
         everyones = gather_groups(rewards, self.num_generations)  # a batch's deviation is that of all processes
         advantages = group_advantages(everyones, self.num_generations, scale)
