@@ -2,6 +2,7 @@
 
     python scripts/train_tokenizer.py docstrings        for configs/rl/query.yaml, in lower case
     python scripts/train_tokenizer.py calls             for configs/rl/workspace.yaml; white space and signs stand alone
+    python scripts/train_tokenizer.py source            for configs/rl/identifier.yaml; an indentation is one piece
 
 Bytes that no piece holds stand for themselves, so any text can be written.
 """
@@ -16,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hybridmem.data.tokenizer import BOS, EOS, PAD
-from hybridmem.tasks import Query, Workspace
+from hybridmem.tasks import Identifier, Query, Workspace
 from hybridmem.tasks.task import Task
 
 EXAMPLES = 40_000
@@ -37,6 +38,7 @@ class Recipe:
 RECIPES = {
     "docstrings": Recipe(lambda: Query(every_line=True), 2048, lower_case=True),
     "calls": Recipe(lambda: Workspace(num_files=8, search=True), 1024, words=r"[A-Za-z]+|[^A-Za-z]"),
+    "source": Recipe(lambda: Identifier(window=128, context_length=448), 2048, words=r"[A-Za-z]+|\s+|[^A-Za-z\s]"),
 }
 
 

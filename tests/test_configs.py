@@ -111,32 +111,37 @@ def goes_on_from(warm_up: Path) -> list[Path]:
     return [path for path in found if "accelerator: cpu" in path.read_text()]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[needs_sandbox] * ("Repair" in path.read_text())) for path in WARM_UPS],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
-def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
-    shape = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+def short_run(warm_up: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """Options of a few steps: of a warm-up, of a tiny model, and of the runs by reward that go on from it."""
+    shape: dict[str, object] = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
     shape["model.init_args.config.hidden_size"] = 64  # a patch of visual_search has 64 pixels
-    if "tokenizer:" in path.read_text():  # whose folder is given from here
+    if "tokenizer:" in warm_up.read_text():  # its pieces are the vocabulary
         del shape["model.init_args.config.vocab_size"]
-    monkeypatch.chdir(ROOT)
-    short = {
+    short: dict[str, object] = {
         "trainer.max_steps": 4,
         "trainer.val_check_interval": 2,
         "data.init_args.batch_size": 2,
         "data.init_args.num_val": 4,
         "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
     }
+    return shape | short, short | {"model.init_args.max_completion_length": 24}  # untrained, it never comes to an end
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[needs_sandbox] * ("Repair" in path.read_text())) for path in WARM_UPS],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options, by_reward = short_run(path)
     run, exported = tmp_path / "start", tmp_path / "exported"
-    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(shape | short | {"trainer.default_root_dir": run}))
-    short["model.init_args.max_completion_length"] = 24  # an untrained model never comes to an end
+    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(options | {"trainer.default_root_dir": run}))
     assert goes_on_from(path)
-    for by_reward in goes_on_from(path):
-        short |= {"trainer.default_root_dir": tmp_path / by_reward.stem, "model.init_args.model": run / "last.ckpt"}
-        hybridmem(monkeypatch, "fit", "--config", by_reward, *as_arguments(short))
-        run = tmp_path / by_reward.stem
+    for config in goes_on_from(path):
+        changes = {"trainer.default_root_dir": tmp_path / config.stem, "model.init_args.model": run / "last.ckpt"}
+        hybridmem(monkeypatch, "fit", "--config", config, *as_arguments(by_reward | changes))
+        run = tmp_path / config.stem
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()
 

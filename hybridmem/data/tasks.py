@@ -54,7 +54,8 @@ class TaskDataModule(L.LightningDataModule):
             one picture, and brings the tokenizer; in "prompts" mode. None: images are patches before the text.
         max_prompt_length: tokens that a prompt may have; a longer one is an error, since cutting it could take away
             what is asked for. None: any number.
-        train_on_prompt: give the prompt's tokens labels too.
+        train_on_prompt: give the prompt's tokens labels too: prompt and answer are then one text, whose end nobody can
+            know, so that the accuracy of answers leaves their end out.
         observation_format: what stands around {}, the answer of an environment, between two turns; for a chat model
             its template's marks.
         num_workers: processes that make examples; 0 makes them in the training process.
@@ -143,14 +144,24 @@ class TaskDataModule(L.LightningDataModule):
         return prompt
 
     def row(self, prompt: list[int], example: Example) -> Row:
-        """Prompt, answer and end of sequence as inputs with their labels; what an environment says has none."""
+        """Prompt, answer and end of sequence as inputs with their labels; what an environment says has none.
+
+        `answer_labels` are those that an answer must have to be right.
+        """
         answer, own = self.answer_and_mask(prompt, example)
         tokens = torch.tensor([*prompt, *answer])
         labels = tokens[1:].clone()
         labels[len(prompt) - 1 :][~torch.tensor(own)] = IGNORED
-        if not self.hparams.train_on_prompt:
-            labels[: len(prompt) - 1] = IGNORED
-        return {"input_ids": tokens[:-1], "shift_labels": labels, "document_ids": torch.zeros_like(labels)}
+        answer_labels = labels.clone()
+        answer_labels[: len(prompt) - 1] = IGNORED
+        if self.hparams.train_on_prompt:
+            answer_labels[-1] = IGNORED
+        return {
+            "input_ids": tokens[:-1],
+            "shift_labels": labels if self.hparams.train_on_prompt else answer_labels,
+            "answer_labels": answer_labels,
+            "document_ids": torch.zeros_like(labels),
+        }
 
     def answer_and_mask(self, prompt: list[int], example: Example) -> tuple[list[int], list[bool]]:
         """The answer's tokens with their end, or the turns and what was answered to them; and which a model says.
@@ -302,7 +313,7 @@ class TaskRows(Dataset[Example]):
 
 def pad(rows: list[dict[str, Int64[Tensor, " _"]]], pad_id: int) -> dict[str, Int64[Tensor, "batch time"]]:
     """Rows of different lengths as one batch, padded on the right."""
-    filling = {"input_ids": pad_id, "shift_labels": IGNORED, "document_ids": PADDING}
+    filling = {"input_ids": pad_id, "shift_labels": IGNORED, "answer_labels": IGNORED, "document_ids": PADDING}
     return {
         name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
         for name, value in filling.items()

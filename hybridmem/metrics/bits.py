@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
+
+from .float64 import Float64Metric
 
 
-class BitsPerByte(Metric):
+class BitsPerByte(Float64Metric):
     """Negative log-likelihood in bits over the bytes that the predicted tokens stand for.
 
     It does not depend on the tokenizer: 8 is no compression at all.
@@ -36,7 +37,7 @@ class BitsPerByte(Metric):
         return self.nats / self.bytes / math.log(2)
 
 
-class LossByPosition(Metric):
+class LossByPosition(Float64Metric):
     """Bits per byte of tokens whose document position lies in [edges[i], edges[i+1]), the last range being open.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
 
+from .float64 import Float64Metric
 from .span import entropy
 
 OTHER = "other"  # what is none of the formats
@@ -17,7 +17,7 @@ Classifier = Callable[[str], str | None]
 Formats = Mapping[str, str] | Classifier
 
 
-class FormatShare(Metric):
+class FormatShare(Float64Metric):
     """The share of each format among texts, the entropy of the shares in nats, and the accuracy of each.
 
     Args:

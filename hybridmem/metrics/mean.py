@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
-from torchmetrics import Metric
+
+from .float64 import Float64Metric
 
 
-class RunningMean(Metric):
-    """A mean of values in float64; what is measured is up to the metrics that are built on it."""
+class RunningMean(Float64Metric):
+    """A mean of values; what is measured is up to the metrics that are built on it."""
 
     full_state_update = False
     total: Tensor

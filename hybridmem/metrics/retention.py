@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics import Metric
 
 from ..settings import at_least
+from .float64 import Float64Metric
 
 
-class RetentionHalfLife(Metric):
+class RetentionHalfLife(Float64Metric):
     """Tokens until forgetting leaves half of a write, by head: ln 2 / −mean ln(1 − alpha).
 
     The mean is over tokens: forgetting is a product of 1 − alpha. A head that never forgets, alpha 0 throughout, has

@@ -108,7 +108,11 @@ class Identifier:
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
         """1 where the identifier that a completion begins with is the answer, else 0."""
-        return [float(_leading(text) == right) for text, right in zip(completions, answer, strict=True)]
+        return [float(right) for right in self.is_right(completions, answer)]
+
+    def is_right(self, completions: list[str], answers: list[str]) -> list[bool]:
+        """Whether the identifier that a completion begins with is the answer."""
+        return [_leading(text) == right for text, right in zip(completions, answers, strict=True)]
 
     @property
     def max_completion_length(self) -> int:

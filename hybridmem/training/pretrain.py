@@ -274,7 +274,7 @@ class PretrainModule(L.LightningModule):
     def _evaluate(self, batch: Batch) -> None:
         logits, nats = self._token_losses(batch)
         if self.answers is not None:
-            self.answers.update(logits, batch["shift_labels"])
+            self.answers.update(logits, batch["answer_labels"])
         num_bytes = self._bytes(batch)
         documents = batch.get("document_ids")
         if documents is None:

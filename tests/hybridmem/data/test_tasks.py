@@ -49,7 +49,8 @@ def read(batch: dict, row: int, tokenizer="bytes") -> tuple[str, str]:
 def test_supervised_rows():
     module = data()
     batch = next(iter(module.val_dataloader()))
-    assert set(batch) == {"input_ids", "shift_labels", "document_ids"}
+    assert set(batch) == {"input_ids", "shift_labels", "answer_labels", "document_ids"}
+    assert torch.equal(batch["answer_labels"], batch["shift_labels"])
     assert all(value.dtype == torch.int64 for value in batch.values())
     for row in range(4):
         example = module.task.example("val", row)
@@ -70,6 +71,8 @@ def test_labels_on_the_prompt():
     batch = next(iter(data(train_on_prompt=True).val_dataloader()))
     inputs, labels = read(batch, 1)
     assert labels == inputs[1:] + "<|eos|>"
+    answer = batch["answer_labels"][1]
+    assert load_tokenizer("bytes").decode(answer[answer != IGNORED]) == Words().example("val", 1)["answer"]
 
 
 @pytest.mark.parametrize("make", [byte_level_bpe, sentencepiece_bpe])

@@ -105,7 +105,7 @@ def test_reward_ends_at_the_first_character_of_no_identifier(standard_library):
     completions = ["name", "name(self)", "name\n", "names", "", " name", "nam"]
     answer = ["name"] * len(completions)
     rewards = standard_library.reward(prompts=[""] * 7, completions=completions, answer=answer, completion_ids=[[]] * 7)
-    assert rewards == [1, 1, 1, 0, 0, 0, 0]
+    assert rewards == standard_library.is_right(completions, answer) == [1, 1, 1, 0, 0, 0, 0]
     assert standard_library.max_completion_length == 33
 
 

@@ -1,0 +1,126 @@
+"""What runs on a CPU runs on a GPU, with the same numbers: models, streams, generation, and training by reward.
+
+    TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py --numprocesses 8
+
+The Triton operators alone are hybridmem_kernels.check's.
+"""
+
+import os
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hybridmem.policy import AttentionRecorder
+from hybridmem.policy.distributions import TARGETS, distribution
+
+from .hybridmem.models import KINDS, tiny_model, tokens
+from .hybridmem.training.runs import hybridmem, logged, weights, write_config
+from .test_configs import ROOT, WARM_UPS, as_arguments, goes_on_from, short_run
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1", reason="needs a GPU, TRITON_INTERPRET=0"
+    ),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+# Float32 in another order of sums, through two layers and a recurrence.
+CLOSE = dict(rtol=1e-3, atol=1e-3)
+
+
+def loss_and_gradients(model, ids):
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: x.grad.double().cpu() for name, x in model.named_parameters() if x.grad is not None}
+    return loss.detach().double().cpu(), gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_a_cpu(kind):
+    ids = tokens(time=150)
+    expected, slopes = loss_and_gradients(tiny_model(**KINDS[kind]), ids)
+    loss, found = loss_and_gradients(tiny_model(torch.float32, **KINDS[kind]).cuda(), ids.cuda())
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    assert found.keys() == slopes.keys()
+    for name, slope in slopes.items():
+        assert (found[name] - slope).norm() <= 1e-3 * slope.norm() + 1e-5, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_give_the_logits_of_one_forward(kind):
+    model, ids = tiny_model(torch.float32, **KINDS[kind]).cuda(), tokens(time=60).cuda()
+    cache = DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([30, 1, 1, 28], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_likeliest_tokens_are_those_of_a_cpu(kind):
+    ids, settings = tokens(time=13), dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = tiny_model(**KINDS[kind]).generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    model = tiny_model(torch.float32, **KINDS[kind]).cuda()
+    found = model.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), **settings)
+    assert torch.equal(found.cpu(), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", ["mag", "mac"])
+def test_what_is_recorded_is_that_of_a_cpu(variant, target):
+    def policy(device, dtype):
+        model = tiny_model(dtype, variant=variant).to(device)
+        with AttentionRecorder(model) as recorder:
+            model(tokens().to(device), use_cache=False)
+        (record,) = recorder.records.values()
+        return distribution(record, target, 12).double().cpu()
+
+    torch.testing.assert_close(policy("cuda", torch.float32), policy("cpu", torch.float64), **CLOSE)
+
+
+@pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_training_by_reward_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    gpu = {"trainer.accelerator": "gpu"}
+    run = tmp_path / "start"
+    options, by_reward = short_run(path)
+    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(options | gpu | {"trainer.default_root_dir": run}))
+    for config in goes_on_from(path):
+        changes = {"trainer.default_root_dir": tmp_path / config.stem, "model.init_args.model": run / "last.ckpt"}
+        hybridmem(monkeypatch, "fit", "--config", config, *as_arguments(by_reward | gpu | changes))
+        run = tmp_path / config.stem
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_training_by_reward_in_16_bits(precision, tmp_path, monkeypatch):
+    warm_up = ROOT / "configs" / "rl" / "recall_warmup.yaml"
+    options, by_reward = short_run(warm_up)
+    gpu = {"trainer.accelerator": "gpu", "trainer.precision": precision}
+    start, run = tmp_path / "start", tmp_path / "run"
+    options |= gpu | {"trainer.default_root_dir": start}
+    by_reward |= gpu | {"trainer.default_root_dir": run, "model.init_args.model": start / "last.ckpt"}
+    hybridmem(monkeypatch, "fit", "--config", warm_up, *as_arguments(options))
+    hybridmem(monkeypatch, "fit", "--config", warm_up.with_name("recall.yaml"), *as_arguments(by_reward))
+    assert all(x.isfinite().all() for x in weights(run / "last.ckpt").values())
+
+
+def test_a_run_goes_on_with_the_numbers_it_would_have_had(tmp_path, monkeypatch):
+    gpu = {"trainer__accelerator": "gpu"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    hybridmem(monkeypatch, "fit", "--config", write_config(whole, **gpu))
+    hybridmem(monkeypatch, "fit", "--config", write_config(stopped, **gpu), "--trainer.max_steps", 3)
+    last = stopped / "run" / "step=3.ckpt"
+    hybridmem(monkeypatch, "fit", "--config", stopped / "config.yaml", "--ckpt_path", last)
+    assert logged(stopped, "train/loss") == pytest.approx(logged(whole, "train/loss"), rel=1e-3)
+
+
+def test_a_gpu_s_checkpoint_is_read_on_a_cpu(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, trainer__accelerator="gpu")
+    hybridmem(monkeypatch, "fit", "--config", config)
+    last = tmp_path / "run" / "step=6.ckpt"
+    hybridmem(monkeypatch, "validate", "--config", config, "--ckpt_path", last, "--trainer.accelerator", "cpu")
+    hybridmem(monkeypatch, "export", "--ckpt_path", last, "--output", tmp_path / "exported")
+    assert (tmp_path / "exported" / "model.safetensors").exists()
