@@ -44,7 +44,7 @@ class HybridMemConfig(PreTrainedConfig):
         attention_window: tokens that a token of mag, mal and swa sees, itself included.
         attention_conv: give attention's q, k and v the short convolution that the memory has.
         attention_dropout: dropout on attention weights.
-        segment_length: tokens per segment of mac.
+        segment_length: tokens per segment of mac; None: attention_window, so that all variants attend as far back.
         num_persistent_tokens: learned tokens that attention always sees.
         memory_depth: 1 is a linear memory, exact; from 2 on an MLP of that many layers.
         memory_heads, memory_head_dim: the memory's heads, each with a state of its own.
@@ -84,7 +84,7 @@ class HybridMemConfig(PreTrainedConfig):
     attention_window: int = 256
     attention_conv: bool = False
     attention_dropout: int | float = 0.0
-    segment_length: int = 256
+    segment_length: int | None = None
     num_persistent_tokens: int = 4
     memory_depth: int = 1
     memory_heads: int = 4
@@ -109,6 +109,8 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}")
         if self.layer_types is None:
             self.layer_types = [self.variant] * self.num_hidden_layers
+        if self.segment_length is None:
+            self.segment_length = self.attention_window
         if not all(str(key).isdigit() for key in self.id2label or ()):
             raise ValueError(f"id2label={self.id2label} must have numbers as keys")
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):

@@ -152,6 +152,7 @@ class ContextMixer(nn.Module):
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
+        assert config.segment_length is not None
         self.segment_length = config.segment_length
         self.attention = ShortRangeAttention(config, layer_idx, window=None)
         self.memory = NeuralMemory(config)

@@ -281,6 +281,11 @@ def test_a_deep_memory_starts_with_gradients_as_tame_as_a_linear_one():
     assert max(norms[2], norms[3]) < 2 * norms[1]
 
 
+def test_mac_attends_as_far_back_as_the_other_variants():
+    assert HybridMemConfig(variant="mac", attention_window=16).segment_length == 16
+    assert HybridMemConfig(variant="mac", attention_window=16, segment_length=4).segment_length == 4
+
+
 def test_whole_numbers_stand_for_real_ones():
     config = tiny_config(rope_theta=10_000, attention_dropout=0, memory_max_grad_norm=1, partial_rotary_factor=1)
     assert config.rope_theta == 10_000
