@@ -52,7 +52,7 @@ CELLS = {
     "full": Cell({"variant": "full"}),
     "full + conv": Cell({"variant": "full"} | CONV),
     "mal": Cell({"variant": "mal"} | CONV),
-    "mac": Cell({"variant": "mac", "segment_length": 64} | CONV),
+    "mac": Cell({"variant": "mac"} | CONV),
     "mag": Cell(MAG),
     "swa + conv, as many parameters as mag": Cell({"variant": "swa", "intermediate_size": 496} | CONV),
     "swa + conv, as long as mag": Cell({"variant": "swa"} | CONV, as_long_as="mag"),
