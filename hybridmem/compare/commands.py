@@ -38,7 +38,7 @@ def compare(
     Args:
         tasks: each task's part of the grid, by name.
         output: the folder of all runs, of results.json and report.html.
-        parallel: runs at a time, one thread each; as many as GPUs, or else cores, if not given.
+        parallel: runs at a time, one thread each; as many as cores if not given, or as GPUs where a run asks for one.
         only: make the run of this number alone, for job arrays; see list_runs. The report is written by a call without.
         list_runs: print the runs with their numbers, and how they stand, and do nothing.
         report_only: run nothing; write the report of what is finished, while others run or before they do.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hybridmem.compare import runs
-from hybridmem.compare.grid import plan
-from hybridmem.compare.runs import FAILED, FINISHED, execute_all, held, status
+from hybridmem.compare.grid import FitOptions, plan
+from hybridmem.compare.runs import FAILED, FINISHED, ON_ONE_THREAD, devices, execute_all, held, status
 
 from .test_grid import RECALL
 
@@ -38,6 +38,24 @@ def execute_plan(root, task=RECALL, parallel=1):
     ended = {}
     execute_all(waiting, {"recall": task}, root, parallel, lambda run, state: ended.update({str(run): state}))
     return ended
+
+
+def test_processes_are_for_gpus_where_a_run_asks_for_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(5))
+
+    def environments(task):
+        warm_ups, cells = plan({"recall": task})
+        return devices([*warm_ups, *cells], {"recall": task})
+
+    on_gpus = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    cpu, gpu = (FitOptions({"trainer.accelerator": kind}) for kind in ("cpu", "gpu"))
+    assert environments(RECALL) == [ON_ONE_THREAD] * 5
+    assert environments(replace(RECALL, options=gpu)) == on_gpus
+    assert environments(replace(RECALL, warm_up_options=gpu)) == on_gpus
+    assert environments(replace(RECALL, options=gpu, warm_up_options=cpu)) == on_gpus
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert environments(replace(RECALL, options=gpu)) == [ON_ONE_THREAD] * 5
 
 
 def test_cells_come_after_their_warm_up(tmp_path, made):
