@@ -127,21 +127,32 @@ def short_run(warm_up: Path) -> tuple[dict[str, object], dict[str, object]]:
     return shape | short, short | {"model.init_args.max_completion_length": 24}  # untrained, it never comes to an end
 
 
-@pytest.mark.parametrize(
+def learn_by_reward(warm_up: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, start: dict, later: dict) -> Path:
+    """A short warm-up and what goes on from it, each with further options; the folder of the last run."""
+    monkeypatch.chdir(ROOT)
+    options, by_reward = short_run(warm_up)
+    run = folder / "start"
+    hybridmem(
+        monkeypatch, "fit", "--config", warm_up, *as_arguments(options | {"trainer.default_root_dir": run} | start)
+    )
+    assert goes_on_from(warm_up)
+    for config in goes_on_from(warm_up):
+        changes = {"trainer.default_root_dir": folder / config.stem, "model.init_args.model": run / "last.ckpt"}
+        hybridmem(monkeypatch, "fit", "--config", config, *as_arguments(by_reward | changes | later))
+        run = folder / config.stem
+    return run
+
+
+for_every_warm_up = pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[needs_sandbox] * ("Repair" in path.read_text())) for path in WARM_UPS],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
+
+
+@for_every_warm_up
 def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    options, by_reward = short_run(path)
-    run, exported = tmp_path / "start", tmp_path / "exported"
-    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(options | {"trainer.default_root_dir": run}))
-    assert goes_on_from(path)
-    for config in goes_on_from(path):
-        changes = {"trainer.default_root_dir": tmp_path / config.stem, "model.init_args.model": run / "last.ckpt"}
-        hybridmem(monkeypatch, "fit", "--config", config, *as_arguments(by_reward | changes))
-        run = tmp_path / config.stem
+    run, exported = learn_by_reward(path, tmp_path, monkeypatch, {}, {}), tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()
 

@@ -16,7 +16,7 @@ from hybridmem.policy.distributions import TARGETS, distribution
 
 from .hybridmem.models import KINDS, tiny_model, tokens
 from .hybridmem.training.runs import hybridmem, logged, weights, write_config
-from .test_configs import ROOT, WARM_UPS, as_arguments, goes_on_from, short_run
+from .test_configs import ROOT, for_every_warm_up, learn_by_reward
 
 pytestmark = [
     pytest.mark.skipif(
@@ -82,29 +82,17 @@ def test_what_is_recorded_is_that_of_a_cpu(variant, target):
     torch.testing.assert_close(policy("cuda", torch.float32), policy("cpu", torch.float64), **CLOSE)
 
 
-@pytest.mark.parametrize("path", WARM_UPS, ids=lambda p: str(p.relative_to(ROOT)))
+@for_every_warm_up
 def test_training_by_reward_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    gpu = {"trainer.accelerator": "gpu"}
-    run = tmp_path / "start"
-    options, by_reward = short_run(path)
-    hybridmem(monkeypatch, "fit", "--config", path, *as_arguments(options | RUN | {"trainer.default_root_dir": run}))
-    for config in goes_on_from(path):
-        changes = {"trainer.default_root_dir": tmp_path / config.stem, "model.init_args.model": run / "last.ckpt"}
-        hybridmem(monkeypatch, "fit", "--config", config, *as_arguments(by_reward | gpu | changes))
-        run = tmp_path / config.stem
+    run = learn_by_reward(path, tmp_path, monkeypatch, RUN, {"trainer.accelerator": "gpu"})
+    assert (run / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_training_by_reward_in_16_bits(precision, tmp_path, monkeypatch):
     warm_up = ROOT / "configs" / "rl" / "recall_warmup.yaml"
-    options, by_reward = short_run(warm_up)
-    precise = {"trainer.accelerator": "gpu", "trainer.precision": precision}
-    start, run = tmp_path / "start", tmp_path / "run"
-    options |= RUN | precise | {"trainer.default_root_dir": start}
-    by_reward |= precise | {"trainer.default_root_dir": run, "model.init_args.model": start / "last.ckpt"}
-    hybridmem(monkeypatch, "fit", "--config", warm_up, *as_arguments(options))
-    hybridmem(monkeypatch, "fit", "--config", warm_up.with_name("recall.yaml"), *as_arguments(by_reward))
+    later = {"trainer.accelerator": "gpu", "trainer.precision": precision}
+    run = learn_by_reward(warm_up, tmp_path, monkeypatch, RUN | later, later)
     assert all(x.isfinite().all() for x in weights(run / "last.ckpt").values())
 
 

@@ -42,19 +42,17 @@ def reason(folder: Path) -> str:
     return (folder / FAILED).read_text().strip()
 
 
-def devices(runs: list[Run], tasks: dict[str, Comparison]) -> list[dict[str, str]]:
+def devices(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> list[dict[str, str]]:
     """The environment of each process that can run at a time: one a core, or one a GPU where a run asks for any."""
     gpus = torch.cuda.device_count()
-    if gpus and not all(_on_cpu(run, tasks[run.task]) for run in runs):
+    if gpus and not all(_on_cpu(_settings(run, tasks[run.task], root)) for run in runs):
         return [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)]
     return [ON_ONE_THREAD] * len(os.sched_getaffinity(0))
 
 
-def _on_cpu(run: Run, task: Comparison) -> bool:
-    options = {**task.options, **(task.warm_up_options if run.is_warm_up else task.train_options)}
-    file = task.warm_up if run.is_warm_up else task.train
-    written = (yaml.safe_load(file.read_text()).get("trainer") or {}).get("accelerator", "auto")
-    return options.get("trainer.accelerator", written) == "cpu"
+def _on_cpu(settings: dict[str, Any]) -> bool:
+    written = (settings["config"].get("trainer") or {}).get("accelerator")
+    return settings["options"].get("trainer.accelerator", written) == "cpu"
 
 
 def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> None:
@@ -139,7 +137,7 @@ def execute_all(
     A run fails with the one that it waits for. Ctrl-C or SIGTERM lets the processes save, and starts no others.
     """
     slots: Queue[dict[str, str]] = Queue()
-    environments = devices(runs, tasks)
+    environments = devices(runs, tasks, root)
     for number in range(parallel or len(environments)):
         slots.put(environments[number % len(environments)])
     stopping = threading.Event()

@@ -46,7 +46,7 @@ def test_processes_are_for_gpus_where_a_run_asks_for_one(monkeypatch):
 
     def environments(task):
         warm_ups, cells = plan({"recall": task})
-        return devices([*warm_ups, *cells], {"recall": task})
+        return devices([*warm_ups, *cells], {"recall": task}, Path("runs"))
 
     on_gpus = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     cpu, gpu = (FitOptions({"trainer.accelerator": kind}) for kind in ("cpu", "gpu"))
