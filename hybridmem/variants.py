@@ -1,5 +1,6 @@
 """The variants: how a decoder layer mixes tokens (Titans, arXiv 2501.00663, section 4)."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -183,12 +184,11 @@ class ContextMixer(nn.Module):
             memory = state.memory
             if part.fresh_rows is not None:
                 memory = self.memory.reset(memory, part.fresh_rows)
-            recalled_from = memory.scan
-            if not segments.in_order:
-                recalled_from = select_rows(segments.begins(n), memory.scan, state.segment_memory)
+            recalled_from, old = memory.scan, None
+            if not segments.begin_alike(n):
+                recalled_from, old = self._gone_on_with(segments, n, recalled_from, state)
             recalled = self.recalled_norm(self.memory.read(x_n, queries_n, recalled_from))
             new = OpenSegment(*self.attention.keys_and_values(recalled, part), k_n, v_n, segments.valid(n))
-            old = None if segments.in_order else state.segment.without(segments.begins(n))
             open_segment, attended, weights_n = self._attend(q_n, new, old)
             written = self.written_norm(x_n + attended)
             remembered, memory = self.memory(written, memory, part)
@@ -202,6 +202,15 @@ class ContextMixer(nn.Module):
         )
         mixed = segments.join(outputs) if outputs else torch.zeros_like(x)  # nothing but padding
         return mixed, state, self._join_weights(segments, weights)
+
+    def _gone_on_with(
+        self, segments: "_Segments", n: int, scan: MemoryState | MemoryMLPState, state: SegmentStates
+    ) -> tuple[MemoryState | MemoryMLPState, OpenSegment]:
+        """The memory as it stood before the n-th segment, and what of that was read, where a row goes on with it."""
+        if segments.alike:
+            return state.segment_memory, state.segment
+        begins = segments.begins(n)
+        return select_rows(begins, scan, state.segment_memory), state.segment.without(begins)
 
     def _attend(
         self, q: Tensor, new: OpenSegment, old: OpenSegment | None
@@ -254,35 +263,38 @@ class _Segments:
 
     def __init__(self, x: Hidden, length: int, filled: Int[Tensor, " batch"] | None, sequence: TokenSequence):
         batch, time, _ = x.shape
-        self.length, self.sequence = length, sequence
+        self.sequence = sequence
         one_document = sequence.document_ids is None and sequence.mask is None
-        # Every row is cut alike, at multiples of the length.
-        self.in_order = one_document and (filled is None or surely(~filled.any()))
-        if self.in_order:
-            self.blocks = even_blocks(batch, time, length, x.device)
+        # Every row is cut alike, with as many tokens in its open segment: nothing has to be looked up.
+        self.alike = one_document and (filled is None or surely((filled == filled[0]).all()))
+        if self.alike:
+            self.open = 0 if filled is None else int(filled[0])
+            self.blocks = even_blocks(batch, time, length, x.device, self.open)
+            bounds = [0, *range(length - self.open, time, length), time]
+            self.sizes = [end - start for start, end in pairwise(bounds)]
         else:
             filled = torch.zeros(batch, dtype=torch.long, device=x.device) if filled is None else filled
             self.blocks = split_blocks(time, length, filled, sequence.document_ids, sequence.mask)
-        self.ragged = not self.in_order and not bool(self.blocks.valid.all())
+        self.ragged = not self.alike and not bool(self.blocks.valid.all())
         self.time, self.filled = time, self.blocks.filled
 
     def cut(self, x: Hidden, *others: Tensor) -> Any:
         """Yield the tensors of each segment; `others` have time in their third axis."""
-        if self.in_order:
-            return zip(x.split(self.length, dim=1), *(y.split(self.length, dim=2) for y in others), strict=True)
+        if self.alike:
+            return zip(x.split(self.sizes, dim=1), *(y.split(self.sizes, dim=2) for y in others), strict=True)
         others = tuple(y.expand(len(x), *y.shape[1:]) for y in others)
         cut = [self.blocks.gather(y) for y in (x.unsqueeze(1), *others)]
         return zip(cut[0].squeeze(2), *cut[1:], strict=True)
 
     def join(self, outputs: list[Tensor]) -> Tensor:
         """Undo `cut` for tensors with time in their second axis."""
-        if self.in_order:
+        if self.alike:
             return torch.cat(outputs, dim=1)
         return self.blocks.scatter(torch.stack(outputs).unsqueeze(2)).squeeze(1)
 
     def part(self, n: int, cos: Tensor, sin: Tensor) -> TokenSequence:
         """What the n-th segment knows about its tokens."""
-        if self.in_order:
+        if self.alike:
             return TokenSequence(cos, sin)
         fresh = self.blocks.new_document[:, n]
         if n == 0 and self.sequence.fresh_rows is not None:
@@ -293,7 +305,7 @@ class _Segments:
     def valid(self, n: int) -> Bool[Tensor, "batch width"]:
         """Which places of the n-th segment hold a token."""
         valid = self.blocks.valid[:, n]
-        return valid[:, : min(self.length, self.time - n * self.length)] if self.in_order else valid
+        return valid[:, : self.sizes[n]] if self.alike else valid
 
     def places(self, n: int, columns: int, past: int) -> Int[Tensor, "batch columns"]:
         """Where each column of the n-th segment stands in [columns that earlier calls left, tokens]; -1: nowhere."""
@@ -305,6 +317,10 @@ class _Segments:
             else new.new_full((columns - valid.shape[1],), -1)
         )
         return torch.cat((old.expand(len(new), -1), new), dim=1)
+
+    def begin_alike(self, n: int) -> bool:
+        """Whether the n-th segment has its first token here in every row, as far as that is known without a look."""
+        return self.alike and (n > 0 or not self.open)
 
     def begins(self, n: int) -> Bool[Tensor, " batch"]:
         """Rows whose n-th segment has its first token here."""

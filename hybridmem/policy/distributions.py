@@ -136,27 +136,30 @@ def _head_average(record: AttentionRecord, seen: Tensor) -> Float[Tensor, "batch
 def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distribution, Distribution, Tensor]:
     """mac's weights over all tokens: persistent mass, on recalled tokens, on earlier tokens, on the token itself.
 
-    Of the segments that hold one of the last `queries` tokens.
+    Of the segments that hold one of the last `queries` tokens. The first one may have been begun by an earlier pass.
     """
     parts = []
-    time = sum(segment.q.shape[2] for segment in record.segments)
+    time = _columns(record.segments[0]) + sum(segment.q.shape[2] for segment in record.segments[1:])
     end = 0
     for segment in record.segments:
-        size, front = segment.q.shape[2], segment.num_persistent
-        start, end = end, end + size
+        size, columns, front = segment.q.shape[2], _columns(segment), segment.num_persistent
+        start, end, past = end, end + columns, columns - size
         if end <= time - queries:
             continue
-        if (segment.k.shape[2] - front) != 2 * size:
-            raise ValueError("mac's segments are recorded in whole: record rows of one length, without a cache")
-        causal = torch.ones(size, size, dtype=torch.bool, device=segment.q.device).tril()
+        causal = torch.ones(size, columns, dtype=torch.bool, device=segment.q.device).tril(past)
         seen = torch.nn.functional.pad(causal.repeat(1, 2), (front, 0), value=True)
-        persistent, recalled, tokens = _head_average(segment, seen).split((front, size, size), dim=-1)
+        persistent, recalled, tokens = _head_average(segment, seen).split((front, columns, columns), dim=-1)
         around = (start, time - end)
-        own = tokens.diagonal(dim1=-2, dim2=-1)
-        recalled, tokens = (torch.nn.functional.pad(x, around) for x in (recalled, tokens.tril(-1)))
+        own = tokens.diagonal(past, dim1=-2, dim2=-1)
+        recalled, tokens = (torch.nn.functional.pad(x, around) for x in (recalled, tokens.tril(past - 1)))
         parts.append((persistent.sum(-1), recalled, tokens, own))
     persistent, recalled, tokens, own = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
     return persistent, recalled, tokens, own
+
+
+def _columns(segment: AttentionRecord) -> int:
+    """Tokens of a segment of mac, each of which stands there twice: as it is recalled, and as it is."""
+    return segment.num_tokens // 2
 
 
 def _surprise(inputs: ScanInputs) -> Float[Tensor, "batch heads time"]:

@@ -205,11 +205,6 @@ class AttentionRecorder:
         self._cache = cache
         mask = arguments.get("attention_mask")
         self._key_mask = None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()
-        if self._key_mask is not None and any(record.variant == "mac" for record in self.records.values()):
-            raise ValueError(
-                "mac cuts padded rows into segments of their own, which cannot be recorded: give prompts of one length "
-                "or record a layer of another variant"
-            )
 
     def _watch_parts(self, number: int, layer: HybridMemLayer) -> None:
         """Projections of our layers are made once more: cheaper than to have every layer hand them out."""
@@ -228,6 +223,8 @@ class AttentionRecorder:
             self.records[number].memory = inputs
             self.records[number].memory_depth = memory.config.memory_depth
 
+        if is_segmented(layer):
+            self._watch(layer.mixer.register_forward_pre_hook(_check_segments))
         for module in layer.mixer.modules():
             if isinstance(module, ShortRangeAttention) and not isinstance(layer.mixer, ContextMixer):
                 self._watch(module.register_forward_hook(note_attention))
@@ -257,6 +254,15 @@ class AttentionRecorder:
     def _tokens_kept(self, keys: int) -> Bool[Tensor, "batch tokens"] | None:
         """The padding mask of the keys: a window's cache keeps the last ones only."""
         return None if self._key_mask is None else self._key_mask[:, self._key_mask.shape[1] - keys :]
+
+
+def _check_segments(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    sequence: TokenSequence = arguments[-1]
+    if sequence.document_ids is not None:
+        raise ValueError(
+            "mac cuts padded rows, and those of several documents, into segments of their own, which cannot be "
+            "recorded: give prompts of one length, a document each, or record a layer of another variant"
+        )
 
 
 def _record_call(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> AttentionRecord:

@@ -30,7 +30,7 @@ from ..policy.objectives import (
     group_advantages,
     groups_with_signal,
 )
-from ..policy.recorder import AttentionRecorder, decoder_layers, is_segmented
+from ..policy.recorder import AttentionRecorder
 from ..policy.rewards import Rewards, RewardSum
 from ..policy.rollouts import (
     Completions,
@@ -166,7 +166,6 @@ class PolicyModule(L.LightningModule):
         self._waiting: list[Rollout] = []  # groups with signal, of all processes, that do not fill a batch yet
         self._measured: Measured = defaultdict(list)
         self._started = False
-        self._records_segments = False  # whether a recorded layer is one of mac's, see configure_model
 
     def _check_settings(self) -> None:
         others = self.learns_by_reward or self.distillation is not None
@@ -246,8 +245,7 @@ class PolicyModule(L.LightningModule):
             model = load_policy(self.model_name)
         model.set_attn_implementation(self.attn_implementation)
         if self.attention_rl is not None:
-            recorded = AttentionRecorder(model, self.attention_rl.layers).layers  # layers that are not there: now
-            self._records_segments |= any(map(is_segmented, recorded.values()))
+            AttentionRecorder(model, self.attention_rl.layers)  # layers that are not there: now
         if self.token_objective is not None and self.token_objective.beta and self.lora is None:
             self._reference = [copy.deepcopy(model).eval().requires_grad_(False)]
         if self.distillation is not None:
@@ -278,7 +276,6 @@ class PolicyModule(L.LightningModule):
             ) from error
         teacher.set_attn_implementation(self.attn_implementation)
         distillation.check_models(student, teacher)
-        self._records_segments |= is_segmented(decoder_layers(student)[distillation.student_layer])
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def setup(self, stage: str) -> None:
@@ -612,10 +609,10 @@ class PolicyModule(L.LightningModule):
     def _times(self, part: Experience) -> int | Times:
         """How many responses share one reading of their prompt.
 
-        One where mac is recorded, whose segments must be whole, where activation checkpointing forbids a cache, and in
-        sharded models: gradients that go through a cache go past the places where those gather a layer's weights.
+        One where activation checkpointing forbids a cache, and in sharded models: gradients that go through a cache go
+        past the places where those gather a layer's weights.
         """
-        alone = self.device_mesh is not None or self.model.is_activation_checkpointing or self._records_segments
+        alone = self.device_mesh is not None or self.model.is_activation_checkpointing
         return 1 if alone else part.times
 
     @torch.no_grad()

@@ -55,8 +55,9 @@ def test_gather_and_scatter_undo_each_other():
     assert torch.equal(blocks.scatter(blocks.gather(x)), x)
 
 
-@pytest.mark.parametrize("time", [1, 5, 6, 7, 12])
-def test_even_blocks_are_those_of_rows_that_begin_one(time):
-    expected = split_blocks(time, 6, torch.zeros(2, dtype=torch.long))
-    for got, wanted in zip(even_blocks(2, time, 6, torch.device("cpu")), expected, strict=True):
+@pytest.mark.parametrize("filled", range(6))
+@pytest.mark.parametrize("time", [1, 2, 5, 6, 7, 12, 15])
+def test_even_blocks_are_those_of_rows_that_are_as_full_each(time, filled):
+    expected = split_blocks(time, 6, torch.full((2,), filled))
+    for got, wanted in zip(even_blocks(2, time, 6, torch.device("cpu"), filled), expected, strict=True):
         assert torch.equal(got, wanted)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from hybridmem.policy import AttentionRecorder
-from hybridmem.policy.distributions import attention
+from hybridmem.policy.distributions import TARGETS, attention, distribution
 
 from ..data.vision_models import vision_model
 from ..models import tiny_model, tokens
@@ -103,6 +103,25 @@ def test_mac_attends_within_its_segment():
     torch.testing.assert_close(attention(recorder.records[1], 13), expected(weights, 13), rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("earlier", [1, 5, 6, 7, 12, 15])
+def test_mac_says_the_same_of_the_last_tokens_where_the_first_were_read_before(earlier, target):
+    model, ids = tiny_model(variant="mac"), tokens(time=20)
+    queries = 20 - earlier
+    with AttentionRecorder(model) as recorder:
+        model(ids, use_cache=False)
+        whole = distribution(recorder.records[1], target, queries)
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :earlier], past_key_values=cache, use_cache=True)
+        model(ids[:, earlier:], past_key_values=cache, use_cache=True)
+        found = distribution(recorder.records[1], target, queries)
+    unread = whole.shape[-1] - found.shape[-1]  # the segments before the one that the earlier pass left open
+    assert unread == (earlier // 6 * 6 if target == "attention" else 0)
+    torch.testing.assert_close(found, whole[..., unread:], rtol=0, atol=1e-10)
+    assert not whole[..., :unread].any()
+
+
 def test_records_carry_gradients_and_a_later_pass_replaces_them():
     model, ids = tiny_model(variant="mag"), tokens(time=9)
     with AttentionRecorder(model) as recorder:
@@ -139,6 +158,9 @@ def test_what_cannot_be_recorded_says_so():
     mask[0, :2] = 0
     with pytest.raises(ValueError, match="give prompts of one length"), AttentionRecorder(mac):
         mac(ids, attention_mask=mask)
+    documents = torch.arange(9).expand(2, -1) // 4
+    with pytest.raises(ValueError, match="a document each"), AttentionRecorder(mac):
+        mac(ids, document_ids=documents)
     other = other_model("llama")
     other.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="set attn_implementation to 'sdpa'"), AttentionRecorder(other):

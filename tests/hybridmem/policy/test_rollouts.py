@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from hybridmem.data.vision import vision_prompt
 from hybridmem.policy.attention_rl import AttentionRL
+from hybridmem.policy.distributions import TARGETS
 from hybridmem.policy.exploration import cut_noise, draw_noise, explored
 from hybridmem.policy.recorder import AttentionRecorder
 from hybridmem.policy.rollouts import Sampling, completion_logps, pad_prompts, sample, vision_positions
@@ -17,6 +18,7 @@ from ..data.vision_models import tiny_processor, write_vision_model
 from ..models import tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1], [8, 2, 8, 1, 8, 2]]
+ALIKE = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [1, 4, 1, 4, 2, 1, 3, 5, 6, 2]]
 SAMPLING = Sampling(max_completion_length=7, temperature=0.8)
 
 
@@ -82,6 +84,8 @@ def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts
     [
         *product(("llama", "swa"), ("attention",), (0.0, 1.5)),
         *product(("mag",), ("allocation", "memory"), (0.0, 1.5)),
+        *product(("mac",), TARGETS, (0.0,)),
+        ("mac", "memory", 1.5),
         ("mag", "unified", 0.0),
         ("swa", "unified", 0.0),
         ("mal", "memory", 0.0),
@@ -94,7 +98,7 @@ def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, po
         for parameter in before.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     objective = AttentionRL(target=target, positions=positions, exploration=sigma, divergence="kl")
-    prompts, completions = roll_out(model, PROMPTS)
+    prompts, completions = roll_out(model, ALIKE if kind == "mac" else PROMPTS)
     time = prompts.input_ids.shape[1] + completions.ids.shape[1]
     generator = torch.Generator().manual_seed(0)
     noise = cut_noise(draw_noise(model, target, [1], sigma, 3, 4, time + 2, generator), time) if sigma else None
