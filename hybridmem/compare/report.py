@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,23 @@ def _beside(task: dict[str, Any], other: dict[str, Any] | None) -> str:
 
 
 def _made(results: dict[str, Any]) -> str:
-    environment = json.dumps(results["environment"], indent=1)
     return (
-        f"<h2>How it was made</h2><pre>{_text(results['command'])}</pre>"
-        "<details><summary>Versions and machine</summary>"
-        f"<pre>{_text(environment)}</pre></details><details><summary>Configuration</summary><pre>"
+        f"<h2>How it was made</h2><pre>{_text(results['command'])}</pre>{_made_with(results)}"
+        "<details><summary>Configuration</summary><pre>"
         f"{_text(json.dumps(results.get('configuration'), indent=1))}</pre></details>"
     )
+
+
+def _made_with(results: dict[str, Any]) -> str:
+    """Versions and machine, of which there are several where a grid was made in parts."""
+    runs = (run for task in results["tasks"].values() for run in [*task["warm_ups"], *task["cells"]])
+    counts = Counter(run["environment"] for run in runs if run["status"] == "finished")
+    text = ""
+    for number, environment in enumerate(results["environments"]):
+        of_runs = f"{counts[number]} runs" if counts[number] > 1 else "1 run"
+        what = "not on record" if environment is None else json.dumps(environment, indent=1)
+        text += f"<details><summary>Versions and machine of {of_runs}</summary><pre>{_text(what)}</pre></details>"
+    return text
 
 
 def _picture(title: str, path: Path, words: str) -> str:

@@ -2,25 +2,18 @@
 
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..metrics import mean_interval
 from ..training.logs import read_log
+from .environment import read_environment
 from .grid import ACCURACY, START, Comparison, Run, plan, without_attention
 from .runs import reason, status
 
 PASS_AT_1 = "val/pass@1"
 CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
-PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
 INNERMOST = re.compile(r"\[\n[^\[\]{}]*\]")  # lists that hold no others, over several lines
 Results = dict[str, Any]
 
@@ -40,7 +33,8 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
         _check_metric(name, task.metric, runs)
         summary = summarise(runs, task.metric)
         by_task[name] = {"metric": task.metric, "warm_ups": starts, "cells": runs, "summary": summary}
-    return {"command": command, "environment": environment(), "tasks": by_task}
+    environments = _numbered([run for task in by_task.values() for run in [*task["warm_ups"], *task["cells"]]])
+    return {"command": command, "environments": environments, "tasks": by_task}
 
 
 def as_json(results: Results) -> str:
@@ -104,19 +98,16 @@ def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: st
     ]
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in PACKAGES},
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-    }
+def _numbered(runs: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """What the finished runs were made with, each once; a run's `environment` becomes its number."""
+    found: list[dict[str, Any] | None] = []
+    for run in runs:
+        if run["status"] == "finished":
+            made_with = run["environment"]
+            if made_with not in found:
+                found.append(made_with)
+            run["environment"] = found.index(made_with)
+    return found
 
 
 def _check_metric(name: str, metric: str, cells: list[dict[str, Any]]) -> None:
@@ -150,7 +141,7 @@ def _run(run: Run, root: Path) -> dict[str, Any]:
         for name, values in log.items()
         if name.startswith(CURVES)
     }
-    return found | read_compute(folder)
+    return found | read_compute(folder) | {"environment": read_environment(folder)}
 
 
 def _numbers(log: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:

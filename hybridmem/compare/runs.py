@@ -18,6 +18,7 @@ import yaml
 
 from ..training.durable import to_go_on_from
 from .changes import write_changes
+from .environment import write_environment
 from .grid import Comparison, Run, as_arguments, fit_options
 
 Status = Literal["finished", "failed", "missing"]
@@ -100,6 +101,7 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     (folder / SETTINGS).write_text(json.dumps(_settings(run, task, root), indent=1) + "\n")
+    write_environment(folder)
     command = [sys.executable, "-m", "hybridmem", run.command, *as_arguments(fit_options(run, task, root))]
     checkpoint = to_go_on_from(folder)
     if checkpoint is not None:

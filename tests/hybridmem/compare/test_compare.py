@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from hybridmem.compare.runs import status
@@ -77,6 +78,20 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     assert failed.stat().st_mtime_ns == tried
     again = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert again["command"] == results["command"]
+
+    assert results["environments"] == again["environments"]
+    assert [environment["packages"]["torch"] for environment in results["environments"]] == [torch.__version__]
+    elsewhere = tmp_path / "grid" / "recall" / "mag" / "start" / "seed0" / "environment.json"
+    elsewhere.write_text(json.dumps({"cores": 64}))
+    (output.parent / "environment.json").unlink()
+    hybridmem(monkeypatch, "compare", "--config", config, "--report_only", "true")
+    mixed = json.loads((tmp_path / "grid" / "results.json").read_text())
+    made_with = {c["label"]: c.get("environment") for c in mixed["tasks"]["recall"]["cells"]}
+    assert made_with == {"start": 1, "supervised": 2, "broken on gaze": None}
+    assert mixed["environments"] == [*results["environments"], {"cores": 64}, None]
+    page = (tmp_path / "grid" / "report.html").read_text()
+    assert page.count("Versions and machine of 1 run<") == 3
+    assert "not on record" in page
     hybridmem(monkeypatch, "report", tmp_path / "grid")
     hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
     assert output.stat().st_mtime_ns == before

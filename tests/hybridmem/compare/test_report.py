@@ -22,13 +22,13 @@ def cell(architecture, label, seed, accuracy, status="finished", reason=None):
         last = {"val/accuracy": accuracy, "val/pass@1": accuracy / 2, "val/accuracy_at/distance=3": accuracy}
         curves = {"val/accuracy": RISE, "val/attention/layer_1/effective_span": RISE}
         compute = dict(seconds=2.0, tokens=100, flops=1e9, steps=10, parameters=1000)
-        found |= {"last": last, "curves": curves, "compute": compute}
+        found |= {"last": last, "curves": curves, "compute": compute, "environment": 0}
     return found
 
 
 def results(cells, warm_ups=()):
     task = {"metric": "val/accuracy", "cells": cells, "summary": summarise(cells), "warm_ups": list(warm_ups)}
-    return {"tasks": {"recall": task}, "command": "hybridmem compare", "environment": {"cores": 2}}
+    return {"tasks": {"recall": task}, "command": "hybridmem compare", "environments": [{"cores": 2}]}
 
 
 THREE = [
@@ -74,7 +74,7 @@ def test_what_prompts_find_as_they_stand_is_said_where_it_was_logged(tmp_path):
     ]
     task = {"metric": "val/ndcg@10", "cells": cells, "summary": summarise(cells, "val/ndcg@10"), "warm_ups": []}
     assert "ndcg@10 40.0 ± 0.0 %, where the prompts as they stand are at 34.6 %" in answer(task)[0]
-    page = write_report({"tasks": {"query": task}, "command": "", "environment": {}}, tmp_path).read_text()
+    page = write_report({"tasks": {"query": task}, "command": "", "environments": [{}]}, tmp_path).read_text()
     assert "prompts as they stand</td><td>34.6</td>" in page
     assert "as they stand" not in write_report(results(THREE), tmp_path).read_text()
 
@@ -155,7 +155,7 @@ def test_hostile_names_and_answers_stay_text(tmp_path):
         for n, text in enumerate(HOSTILE)
     ]
     found = results(cells, [cell(everything, "", 0, 0, status="missing")])
-    found |= {"command": everything, "environment": {everything: everything}, "configuration": [everything]}
+    found |= {"command": everything, "environments": [{everything: everything}], "configuration": [everything]}
     for row in found["tasks"]["recall"]["summary"]:
         share = {"mean": 0.5, "half": None, "values": [0.5]}
         row |= {"sparsity": share, "sparsity_by_kind": {everything: share}, "overlap": None}

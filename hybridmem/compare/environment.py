@@ -1,0 +1,50 @@
+"""What a run was made with: versions, commit and hardware, kept beside it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("hybridmem", "torch", "transformers", "lightning", "numpy")
+NAME = "environment.json"
+
+
+def write_environment(folder: Path) -> None:
+    """Note in a run's folder what this process has."""
+    (folder / NAME).write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def read_environment(folder: Path) -> dict[str, Any] | None:
+    """What a run was made with; None where that was not noted."""
+    path = folder / NAME
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> str:
+    """Its name as Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
