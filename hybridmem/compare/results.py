@@ -25,7 +25,7 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
         ValueError: a task's metric that its cells did not log.
     """
     warm_ups, cells = plan(tasks)
-    by_task = {}
+    by_task: Results = {}
     for name, task in tasks.items():
         starts = [_run(run, root) for run in warm_ups if run.task == name]
         without = without_attention(task)
