@@ -250,6 +250,7 @@ def main() -> None:
         if arguments[0] in COMMANDS:
             with settings_errors():
                 auto_cli(COMMANDS, args=named_folders(arguments), as_positional=False, parser_class=CommandParser)
+                sys.stdout.flush()
         elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
             commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
             raise SettingsError(f"there is no command {arguments[0]!r}; choose one of {commands}")
@@ -275,6 +276,9 @@ def main() -> None:
     except ProcessLost as error:
         print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # not sys.exit: what is left of the group would be waited for
+    except BrokenPipeError:  # as in `hybridmem … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("hybridmem: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

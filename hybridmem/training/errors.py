@@ -34,6 +34,8 @@ def settings_errors() -> Iterator[None]:
     """Turn what the checks of settings and files raise into one line."""
     try:
         yield
+    except BrokenPipeError:  # no setting's fault: nobody reads on
+        raise
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError, MisconfigurationException) as error:
         raise SettingsError(one_line(str(error))) from error
 

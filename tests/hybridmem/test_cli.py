@@ -280,3 +280,12 @@ def test_print_config_and_help(tmp_path, monkeypatch, capsys):
     assert "memory_step: certified" in capsys.readouterr().out
     hybridmem(monkeypatch, "--help")
     assert "generate" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = [PROGRAM, "compare", "--config", "configs/compare/full.yaml", "--list_runs", "true"]
+    folder = Path(__file__).parents[2]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
