@@ -43,8 +43,8 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     metric = {task["metric"]: f"held-out {name}"}
     colors = {label: _color(number) for number, label in enumerate(labels)}  # the same in all pictures
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        ("score", name.capitalize(), lambda: bars(finished, colors, f"held-out {name}")),
-        ("curves", f"{name.capitalize()} over training", lambda: curves(task["cells"], metric, colors, shares=True)),
+        ("score", f"Held-out {name}", lambda: bars(finished, colors, f"held-out {name}")),
+        ("curves", f"Held-out {name} over training", lambda: curves(task["cells"], metric, colors, shares=True)),
         ("by_column", "Accuracy by part of the task", lambda: by_column(finished, colors)),
         ("attention", "Attention over training", lambda: curves(task["cells"], _drift(task["cells"]), colors)),
         (
