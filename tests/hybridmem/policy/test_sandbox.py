@@ -79,8 +79,8 @@ HARMLESS = {
     "interfaces of the network": "return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "address that it would be called by": "return open('/etc/hosts').read()",
     "socket by its number": "return call({'x86_64': 41, 'aarch64': 198}[os.uname().machine], 2, 1, 0)",
-    "segment of shared memory": "return libc.shmget(0, 4096, 0o1600) > 0",
-    "queue of messages": "return libc.msgget(0, 0o1600) > 0",
+    "segment of shared memory": "n = libc.shmget(0, 4096, 0o1600); return n >= 0 and libc.shmctl(n, 0, None) == 0",
+    "queue of messages": "n = libc.msgget(0, 0o1600); return n >= 0 and libc.msgctl(n, 0, None) == 0",
 }  # fmt: skip
 
 # What could do harm outside, or would not work there for everybody either.
