@@ -9,7 +9,7 @@ from typing import Any
 
 from .answer import answer, percent
 from .figures import draw_all
-from .results import metric_name, of_prompts
+from .results import metric_name, of_prompts, runs_of
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; }
@@ -96,7 +96,7 @@ def _grid(task: dict[str, Any]) -> str:
 
 
 def _problems(task: dict[str, Any]) -> str:
-    runs = [*task["warm_ups"], *task["cells"]]
+    runs = runs_of(task)
     failed = [
         f"<li>{_text(_named(run))}: {_text(run['reason'] or '')}</li>" for run in runs if run["status"] == "failed"
     ]
@@ -196,7 +196,7 @@ def _made(results: dict[str, Any]) -> str:
 
 def _made_with(results: dict[str, Any]) -> str:
     """Versions and machine, of which there are several where a grid was made in parts."""
-    runs = (run for task in results["tasks"].values() for run in [*task["warm_ups"], *task["cells"]])
+    runs = (run for task in results["tasks"].values() for run in runs_of(task))
     counts = Counter(run["environment"] for run in runs if run["status"] == "finished")
     text = ""
     for number, environment in enumerate(results["environments"]):

@@ -33,7 +33,7 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
         _check_metric(name, task.metric, runs)
         summary = summarise(runs, task.metric)
         by_task[name] = {"metric": task.metric, "warm_ups": starts, "cells": runs, "summary": summary}
-    environments = _numbered([run for task in by_task.values() for run in [*task["warm_ups"], *task["cells"]]])
+    environments = _numbered([run for task in by_task.values() for run in runs_of(task)])
     return {"command": command, "environments": environments, "tasks": by_task}
 
 
@@ -41,6 +41,11 @@ def as_json(results: Results) -> str:
     """What results.json holds; a point of a curve is a line."""
     text = json.dumps(results, indent=1, allow_nan=False)
     return INNERMOST.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n"
+
+
+def runs_of(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """All runs of a task of results.json."""
+    return [*task["warm_ups"], *task["cells"]]
 
 
 def metric_name(task: dict[str, Any]) -> str:

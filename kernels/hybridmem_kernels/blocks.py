@@ -89,16 +89,15 @@ def even_blocks(batch: int, time: int, size: int, device: torch.device, filled: 
     """`split_blocks` of rows that are one document, unpadded, and as full each: known without a look at the data."""
     clock = torch.arange(time, device=device)
     block, blocks = (filled + clock) // size, -(-(filled + time) // size)
-    begin = (torch.arange(blocks, device=device) * size - filled).clamp(min=0)
-    end = torch.cat((begin[1:], begin.new_tensor([time])))
+    opens = torch.arange(blocks, device=device) * size - filled  # where blocks have their first slot
+    begin, end = opens.clamp(min=0), (opens + size).clamp(max=time)
     width = min(max(size - filled, time - (size - filled)), time, size)
     times = begin[:, None] + torch.arange(width, device=device)
     valid = times < end[:, None]
-    begins = torch.arange(blocks, device=device) * size >= filled
     return Blocks(
         times=times.where(valid, 0).expand(batch, -1, -1),
         valid=valid.expand(batch, -1, -1),
-        begins=begins.expand(batch, -1),
+        begins=(opens >= 0).expand(batch, -1),
         new_document=torch.zeros(batch, blocks, dtype=torch.bool, device=device),
         place=(block * width + clock - begin[block]).expand(batch, -1),
         filled=torch.full((batch,), (filled + time) % size, device=device),
