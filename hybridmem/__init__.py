@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration import HybridMemConfig
-from .modeling import HybridMemForCausalLM, HybridMemModel
+from .model.configuration import HybridMemConfig
+from .model.modeling import HybridMemForCausalLM, HybridMemModel
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """`python -m hybridmem` is the command `hybridmem`."""
 
-from .cli import main
+from hybridmem.cli.main import main
 
 main()

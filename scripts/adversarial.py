@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridmem.memory import write_bound
+from hybridmem.model.memory import write_bound
 from hybridmem_kernels import memory_mlp_scan, memory_scan
 
 DIM, PIECE = 8, 2_000

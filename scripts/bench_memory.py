@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.attention import ShortRangeAttention
-from hybridmem.memory import NeuralMemory
-from hybridmem.sequence import TokenSequence, rotary_angles
+from hybridmem.model.attention import ShortRangeAttention
+from hybridmem.model.memory import NeuralMemory
+from hybridmem.model.sequence import TokenSequence, rotary_angles
 from hybridmem.training.allocator import keep_freed_memory
 from hybridmem_kernels import attention_divergence, memory_mlp_scan, memory_scan
 

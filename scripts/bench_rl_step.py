@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from hybridmem.data import TaskDataModule, load_tokenizer
-from hybridmem.policy import GRPO, AttentionRL
+from hybridmem.rl import GRPO, AttentionRL
 from hybridmem.tasks.task import Split
 from hybridmem.training import PolicyModule, WarmupCosine
 

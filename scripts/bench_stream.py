@@ -19,7 +19,7 @@ from bench_measure import resident_megabytes
 from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.cache import state_bytes
+from hybridmem.model.cache import state_bytes
 from hybridmem.training.allocator import keep_freed_memory
 
 PIECE = 1_000

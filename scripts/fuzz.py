@@ -34,7 +34,7 @@ import yaml
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.cli import main as hybridmem
+from hybridmem.cli.main import main as hybridmem
 from hybridmem.data import HubDataModule, TaskDataModule, TextDataModule
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.tasks import ProductSearch

@@ -23,7 +23,7 @@ import yaml
 from compare_runs import AT_POSITION, last, loss_by_position
 from tables import mean_and_half, write_tables
 
-from hybridmem.training.durable import to_go_on_from
+from hybridmem.training.checkpoints.durable import to_go_on_from
 from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/results")

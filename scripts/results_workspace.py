@@ -20,7 +20,7 @@ from tables import mean_and_half, write_tables
 
 from hybridmem.compare.answer import percent
 from hybridmem.compare.results import interval
-from hybridmem.training.durable import to_go_on_from
+from hybridmem.training.checkpoints.durable import to_go_on_from
 from hybridmem.training.logs import read_log
 
 ROOT = Path("runs/workspace")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridmem.cli import main
+from hybridmem.cli.main import main
 
 SECONDS = 120  # before processes that wait for one another are ended
 

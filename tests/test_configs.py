@@ -7,11 +7,10 @@ import pytest
 import torch
 import yaml
 
-from hybridmem.training.checkpoints import load_policy
-
-from .hybridmem.data.vision_models import tiny_processor, write_vision_model
-from .hybridmem.policy.isolation import needs_sandbox
-from .hybridmem.training.runs import hybridmem, write_text
+from hybridmem.training.checkpoints.contents import load_policy
+from tests.hybridmem.data.vision_models import tiny_processor, write_vision_model
+from tests.hybridmem.sandbox.isolation import needs_sandbox
+from tests.hybridmem.training.runs import hybridmem, write_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -158,7 +157,7 @@ def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeyp
 
 
 def test_a_vision_language_model_learns_by_reward(tmp_path, monkeypatch):
-    monkeypatch.setattr("hybridmem.data.tasks.load_processor", tiny_processor)
+    monkeypatch.setattr("hybridmem.data.task_module.load_processor", tiny_processor)
     small = {
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",

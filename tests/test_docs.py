@@ -13,12 +13,11 @@ import yaml
 
 import hybridmem_kernels
 from hybridmem.data import byte_tokenizer
-
-from .hybridmem.models import tiny_model
+from tests.hybridmem.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PUBLIC = ("hybridmem", "hybridmem.data", "hybridmem.metrics", "hybridmem.policy", "hybridmem.tasks",
+PUBLIC = ("hybridmem", "hybridmem.data", "hybridmem.metrics", "hybridmem.rl", "hybridmem.tasks",
           "hybridmem.training", "hybridmem_kernels")  # fmt: skip
 
 

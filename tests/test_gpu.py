@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hybridmem.policy import AttentionRecorder
-from hybridmem.policy.distributions import TARGETS, distribution
+from hybridmem.rl import AttentionRecorder
+from hybridmem.rl.attention.distributions import TARGETS, distribution
+from tests.hybridmem.models import KINDS, tiny_model, tokens
+from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 
-from .hybridmem.models import KINDS, tiny_model, tokens
-from .hybridmem.training.runs import hybridmem, logged, weights, write_config
 from .test_configs import ROOT, for_every_warm_up, learn_by_reward
 
 pytestmark = [

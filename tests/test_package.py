@@ -41,7 +41,7 @@ def test_the_wheel_carries_both_packages(tmp_path):
     (about,) = (name.removesuffix("/METADATA") for name in held if name.endswith("/METADATA"))
     assert about == f"hybridmem-{hybridmem.__version__}.dist-info"
     assert f"{about}/licenses/LICENSE" in held
-    assert "hybridmem = hybridmem.cli:main" in archive.read(f"{about}/entry_points.txt").decode()
+    assert "hybridmem = hybridmem.cli.main:main" in archive.read(f"{about}/entry_points.txt").decode()
 
 
 def test_importing_the_kernels_needs_nothing_of_hybridmem():
@@ -56,7 +56,7 @@ def test_public_names_exist():
         "hybridmem_kernels",
         "hybridmem.data",
         "hybridmem.metrics",
-        "hybridmem.policy",
+        "hybridmem.rl",
         "hybridmem.tasks",
         "hybridmem.training",
     ):

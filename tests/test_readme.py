@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .hybridmem.training.runs import hybridmem
+from tests.hybridmem.training.runs import hybridmem
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     subcommand, options = command[1], command[2:]
     if subcommand in ("export", "consolidate", "generate", "subnetwork", "report"):
-        monkeypatch.setattr("hybridmem.cli.COMMANDS", {subcommand: lambda **_: None})
+        monkeypatch.setattr("hybridmem.cli.main.COMMANDS", {subcommand: lambda **_: None})
         with pytest.raises(SystemExit) as stopped:
             hybridmem(monkeypatch, subcommand, "--help")
         assert stopped.value.code == 0

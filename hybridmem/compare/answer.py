@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..metrics import mean_interval
+from hybridmem.metrics.interval import mean_interval
+
 from .grid import START
 from .results import metric_name, of_prompts, paired
 

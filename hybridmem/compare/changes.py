@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..metrics import update_masks, update_sparsity
-from ..metrics.weights import shapes_of, write_masks
-from ..training.checkpoints import load_checkpoint
+from hybridmem.metrics.subnetwork import update_masks, update_sparsity
+from hybridmem.metrics.weights import shapes_of, write_masks
+from hybridmem.training.checkpoints.contents import load_checkpoint
+
 from .grid import MASK
 
 CHANGES = "changes.json"

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..training.logs import read_log
+from hybridmem.training.logs import read_log
+
 from .answer import answer
 from .grid import ACCURACY, Comparison, Run, check_grid, plan
 from .report import write_report

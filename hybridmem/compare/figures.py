@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from ..metrics import mean_interval
+from hybridmem.metrics.interval import mean_interval
+
 from .grid import START
 from .results import metric_name
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from jsonargparse.typing import register_type
 
-from ..configuration import MEMORY_VARIANTS, VARIANTS
-from ..policy.distributions import TARGETS
+from hybridmem.model.configuration import MEMORY_VARIANTS, VARIANTS
+from hybridmem.rl.attention.distributions import TARGETS
 
 
 class FitOptions(UserDict[str, Any]):
@@ -26,9 +26,9 @@ class Objectives(UserList[dict[str, Any]]):
 register_type(FitOptions, serializer=dict, deserializer=FitOptions)
 register_type(Objectives, serializer=list, deserializer=Objectives)
 
-SUPERVISED = Objectives([{"class_path": "hybridmem.policy.SFT"}])
-TOKEN = Objectives([{"class_path": "hybridmem.policy.DrGRPO"}])
-ATTENTION = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"weight": 1.0}}])
+SUPERVISED = Objectives([{"class_path": "hybridmem.rl.SFT"}])
+TOKEN = Objectives([{"class_path": "hybridmem.rl.DrGRPO"}])
+ATTENTION = Objectives([{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"weight": 1.0}}])
 CONTROLS = {
     "supervised": SUPERVISED,
     "token": TOKEN,

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..metrics import mean_interval
-from ..training.logs import read_log
+from hybridmem.metrics.interval import mean_interval
+from hybridmem.training.logs import read_log
+
 from .environment import read_environment
 from .grid import ACCURACY, START, Comparison, Run, plan, without_attention
 from .runs import reason, status

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ..training.durable import to_go_on_from
+from hybridmem.training.checkpoints.durable import to_go_on_from
+
 from .changes import write_changes
 from .environment import write_environment
 from .grid import Comparison, Run, as_arguments, fit_options

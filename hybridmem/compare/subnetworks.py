@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from ..metrics import subnetwork_overlap
-from ..metrics.weights import StoredWeights
+from hybridmem.metrics.subnetwork import subnetwork_overlap
+from hybridmem.metrics.weights import StoredWeights
+
 from .changes import CHANGES
 from .grid import MASK
 from .results import Results, finished_cells, interval

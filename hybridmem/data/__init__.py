@@ -2,10 +2,10 @@
 
 from .corpora import Document, list_documents, standard_library_files
 from .hub import HubDataModule
-from .module import TextDataModule
 from .order import EndlessSampler
 from .packing import ContinuousRows, PackedRows
-from .tasks import TaskDataModule
+from .task_module import TaskDataModule
+from .text_module import TextDataModule
 from .tokenizer import byte_tokenizer, load_tokenizer, token_byte_lengths
 from .tokens import Corpus, tokenize
 from .vision import Prompt, load_processor

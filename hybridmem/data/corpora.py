@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridmem.settings import number_held_out
+from hybridmem.checks import number_held_out
 
 from .order import permutation
 

@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from hybridmem.settings import MOST_ROWS, MOST_WORKERS, at_least
+from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least
 
 from .order import EndlessSampler, ResumableLoader, ordered_loader
 from .packing import PackedRows
 from .streaming import RowStream, StreamLoader, digest, read_records, texts_of, tokenize_texts
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import Corpus, document_marks
-from .trainer import batches_trained, is_training, share_of
+from .trainer_state import batches_trained, is_training, share_of
 
 # What `datasets` reads by format: without files it would look for some in all folders below the current one.
 FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml"}

@@ -1,16 +1,15 @@
 """What is measured: torchmetrics and functions that work on their own as well."""
 
-from .allocation import AllocationEntropy
 from .bits import BitsPerByte, LossByPosition, document_positions
 from .distance import BeyondWindow, MeanDistance
 from .diversity import AttentionDiversity, DistinctPatterns, jensen_shannon
+from .entropy import AllocationEntropy, EffectiveSpan, entropy
 from .formats import FormatShare
 from .interval import mean_interval
 from .needle import NeedleAccuracy
 from .pass_at_k import MajAtK, PassAtK, maj_at_k, pass_at_k
 from .ranking import mrr, ndcg, recall
 from .retention import RetentionHalfLife, retention_half_life
-from .span import EffectiveSpan, entropy
 from .subnetwork import subnetwork_overlap, update_masks, update_rank, update_sparsity
 from .weights import StoredWeights
 

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..settings import at_least
+from hybridmem.checks import at_least
+
 from .mean import RunningMean
 
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .entropy import entropy
 from .mean import RunningMean
-from .span import entropy
 
 
 def jensen_shannon(p: Float[Tensor, "*lead keys"], q: Float[Tensor, "*lead keys"]) -> Float[Tensor, "*lead"]:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .entropy import entropy
 from .float64 import Float64Metric
-from .span import entropy
 
 OTHER = "other"  # what is none of the formats
 Classifier = Callable[[str], str | None]

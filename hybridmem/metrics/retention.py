@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..settings import at_least
+from hybridmem.checks import at_least
+
 from .float64 import Float64Metric
 
 

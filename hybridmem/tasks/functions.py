@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..policy.calls import RAISED, UNFINISHED, run_calls
-from ..policy.sandbox import Limits
+from hybridmem.sandbox.calls import RAISED, UNFINISHED, run_calls
+from hybridmem.sandbox.run import Limits
+
 from .bugs import bugs_of
 from .identifier import source_files
 from .query import TESTS

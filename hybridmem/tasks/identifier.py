@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+
 from .task import END_OF_ANSWER, Split, example_generator
 
 # Words of source, in bytes. What is not ASCII counts as part of a word, so that no half of a word is one.

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..policy.ranking import RankingReward, write_answer
-from ..policy.retrievers import BM25, read_jsonl
-from ..settings import at_least, between_0_and_1
+from hybridmem.checks import at_least, between_0_and_1
+from hybridmem.rl.rewards.ranking import RankingReward, write_answer
+from hybridmem.rl.rewards.retrievers import BM25, read_jsonl
+
 from .query import split_texts
 from .task import Split, example_generator
 

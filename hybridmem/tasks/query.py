@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..policy.ranking import RankingReward, write_answer
-from ..policy.retrievers import BM25, terms
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+from hybridmem.rl.rewards.ranking import RankingReward, write_answer
+from hybridmem.rl.rewards.retrievers import BM25, terms
+
 from .identifier import source_files
 from .task import END_OF_ANSWER, Split, example_generator
 

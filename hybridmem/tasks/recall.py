@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..settings import at_least
+from hybridmem.checks import at_least
+
 from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 LETTERS = np.array([*ascii_lowercase])

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..policy.calls import results_of
-from ..policy.environments import act
-from ..policy.folders import Files, with_line
-from ..settings import at_least, between_0_and_1, number_held_out, one_of
+from hybridmem.checks import at_least, between_0_and_1, number_held_out, one_of
+from hybridmem.rl.environments.folders import Files, with_line
+from hybridmem.rl.environments.tools import act
+from hybridmem.sandbox.calls import results_of
+
 from .bugs import KINDS
 from .functions import LONGEST_REPR, MOST_CALLS, BrokenFunction, broken_functions
 from .task import END_OF_ANSWER, Split, example_generator
@@ -28,7 +29,7 @@ Call = list[str]  # a call as Python writes it, and what it returns, as a repr
 class CodeFolder(Files):
     """An environment by TRL's conventions: a real folder of code that is read, changed and tested, until `submit`.
 
-    Code runs in a sandbox alone (hybridmem.policy.sandbox), on a copy of the folder.
+    Code runs in a sandbox alone (hybridmem.sandbox.run), on a copy of the folder.
     """
 
     def __init__(self) -> None:

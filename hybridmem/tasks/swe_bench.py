@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..policy.containers import DIRECTORY, Container
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+from hybridmem.rl.environments.docker import DIRECTORY, Container
+
 from .task import Split, example_generator
 
 IMAGE = "swebench/sweb.eval.x86_64.{instance}:latest"

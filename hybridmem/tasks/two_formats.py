@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int64
 
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+
 from .task import END_OF_ANSWER, Split, example_generator
 
 MOST_DIGITS = 3  # all pairs of numbers are listed, to split them

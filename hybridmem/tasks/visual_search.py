@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int
 
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+
 from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 Question = Literal["where", "count"]

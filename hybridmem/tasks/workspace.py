@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..policy.environments import act
-from ..policy.folders import Files
-from ..settings import at_least, between_0_and_1, number_held_out
+from hybridmem.checks import at_least, between_0_and_1, number_held_out
+from hybridmem.rl.environments.folders import Files
+from hybridmem.rl.environments.tools import act
+
 from .identifier import source_files
 from .task import END_OF_ANSWER, Split, example_generator
 

@@ -1,22 +1,24 @@
 """Lightning modules and callbacks."""
 
-from .accuracy_by import AccuracyBy
-from .attention_drift import AttentionDrift
-from .attention_maps import AttentionMaps
-from .callbacks import FinalCheckpoint, GracefulStop, MemoryMonitor, RandomState
-from .collapse import CollapseGuard
-from .compute_spent import ComputeSpent
-from .durable import DurableCheckpointIO
-from .format_watch import FormatWatch
-from .nonfinite import NonFiniteGuard
+from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
+
+from .callbacks.accuracy_by import AccuracyBy
+from .callbacks.attention_drift import AttentionDrift
+from .callbacks.attention_maps import AttentionMaps
+from .callbacks.collapse import CollapseGuard
+from .callbacks.completion_table import CompletionTable
+from .callbacks.compute_spent import ComputeSpent
+from .callbacks.format_watch import FormatWatch
+from .callbacks.lifecycle import FinalCheckpoint, GracefulStop, RandomState
+from .callbacks.memory_probe import MemoryMonitor
+from .callbacks.non_finite_guard import NonFiniteGuard
+from .callbacks.ranking_scores import RankingScores
+from .callbacks.subnetwork_mask import SubnetworkMask
+from .checkpoints.durable import DurableCheckpointIO
 from .optimizers import MatrixOptimizer, decay_groups
-from .policy import PolicyModule
+from .policy.module import PolicyModule
 from .pretrain import PretrainModule
-from .ranking_scores import RankingScores
-from .samples import CompletionTable
 from .schedules import WarmupCosine, WarmupStableDecay
-from .served import ServedRollouts
-from .subnetwork import SubnetworkMask
 
 __all__ = [
     "AccuracyBy",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..convolution import ShortConvolution
+from hybridmem.model.convolution import ShortConvolution
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -16,16 +16,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import DynamicCache
 
-from ..configuration import HybridMemConfig
-from ..metrics import BitsPerByte, LossByPosition, NeedleAccuracy, document_positions
-from ..modeling import HybridMemForCausalLM
-from ..patches import embed_with_patches
-from ..processes import of_all, shard, shares
-from ..sequence import PADDING
-from ..state import detach_state
-from .checkpoints import check_same_model, name_optimizer_states, own_cache, restore_cache, save_cache, start_from
+from hybridmem.distributed import all_gather_object, global_mean_weights, shard
+from hybridmem.metrics.bits import BitsPerByte, LossByPosition, document_positions
+from hybridmem.metrics.needle import NeedleAccuracy
+from hybridmem.model.configuration import HybridMemConfig
+from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.model.patches import embed_with_patches
+from hybridmem.model.sequence import PADDING
+from hybridmem.model.state import detach_state
+from hybridmem.training.checkpoints.contents import (
+    check_same_model,
+    name_optimizer_states,
+    own_cache,
+    restore_cache,
+    save_cache,
+    start_from,
+)
+from hybridmem.training.checkpoints.model_card import training_facts
+
 from .errors import named
-from .model_card import training_facts
 from .optimizers import MatrixOptimizer, decay_groups
 from .schedules import WarmupCosine, check_schedule, scheduled_steps
 
@@ -154,7 +163,7 @@ class PretrainModule(L.LightningModule):
             for layer in cache.layers:
                 layer.state = detach_state(layer.state)
         predicted = (batch["shift_labels"] != -100).sum()
-        (share,) = shares(predicted)  # processes may predict unequally many tokens
+        (share,) = global_mean_weights(predicted)  # processes may predict unequally many tokens
         loss = nats.sum() / predicted.clamp(min=1) * share.to(nats.dtype)
         bits = BitsPerByte().to(self.device)
         bits.update(nats.detach(), self._bytes(batch))
@@ -223,7 +232,7 @@ class PretrainModule(L.LightningModule):
         checkpoint["hybridmem_config"] = self.config.to_dict()
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
-        checkpoint["carried"] = of_all(save_cache(self.carried))
+        checkpoint["carried"] = all_gather_object(save_cache(self.carried))
         if self.device_mesh is None:
             name_optimizer_states(checkpoint, self, self.trainer.optimizers)
         checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hybridmem_kernels import MemoryState, attention_divergence, memory_mlp_scan, memory_scan, use_backend
 from hybridmem_kernels.memory_mlp_scan.reference import initial_state
+from tests.unchecked import passes_without_shape_checks, with_shape_checks, without_shape_checks
 
-from ..unchecked import passes_without_shape_checks, with_shape_checks, without_shape_checks
 from .inputs import ScanInputs, scan_inputs
 from .test_memory_mlp_scan import mlp_inputs
 

@@ -5,8 +5,7 @@ import torch
 
 from hybridmem_kernels import memory_scan
 from hybridmem_kernels.memory_scan.over_ranks import memory_scan_over_ranks
-
-from ..several import as_processes
+from tests.several import as_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -5,7 +5,7 @@ import torch
 from accelerate import disk_offload
 from transformers import AutoModelForCausalLM
 
-from ..hybridmem.models import VARIANTS, tiny_model
+from tests.hybridmem.models import VARIANTS, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridmem.policy.distillation import generalized_jsd
+from hybridmem.rl.objectives.distillation import generalized_jsd
 
 
 @pytest.mark.filterwarnings("ignore")

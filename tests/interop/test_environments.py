@@ -10,9 +10,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from hybridmem.data.tokenizer import byte_tokenizer
-from hybridmem.policy.environments import act, parse_calls, tools_of
+from hybridmem.rl.environments.tools import act, parse_calls, tools_of
 from hybridmem.tasks import Repair, Workspace
-from tests.hybridmem.policy.isolation import needs_sandbox
+from tests.hybridmem.sandbox.isolation import needs_sandbox
 from tests.hybridmem.tasks.test_repair import SOURCE
 
 pytestmark = [needs_sandbox, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]

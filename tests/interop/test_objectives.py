@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 from hybridmem.data.tokenizer import byte_tokenizer
-from hybridmem.policy import (
+from hybridmem.rl import (
     CISPO,
     DAPO,
     GRPO,

@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from ..hybridmem.models import VARIANTS
+from tests.hybridmem.models import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

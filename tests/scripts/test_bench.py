@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ..unchecked import ROOT
+from tests.unchecked import ROOT
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from itertools import chain
 
 import pytest
 
-from ..unchecked import ROOT
+from tests.unchecked import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,10 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.cache import state_bytes
-from hybridmem.training.compute_spent import UNCOUNTED
-
-from ..unchecked import ROOT
+from hybridmem.model.cache import state_bytes
+from hybridmem.training.callbacks.compute_spent import UNCOUNTED
+from tests.unchecked import ROOT
 
 TIME = 512
 

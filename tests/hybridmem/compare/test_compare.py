@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from hybridmem.compare.runs import status
+from tests.hybridmem.training.runs import hybridmem
 
-from ..training.runs import hybridmem
 from .test_grid import CONFIGS
 
 pytestmark = [
@@ -36,8 +36,8 @@ def write_grid(folder, **changes):
                 "train": str(CONFIGS / "recall.yaml"),
                 "architectures": {"mag": {"variant": "mag", **TINY}},
                 "controls": {
-                    "supervised": [{"class_path": "hybridmem.policy.SFT"}],
-                    "broken": [{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "gaze"}}],
+                    "supervised": [{"class_path": "hybridmem.rl.SFT"}],
+                    "broken": [{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"target": "gaze"}}],
                 },
                 "seeds": [0],
                 "warm_up_options": {"model.init_args.lr_scheduler.init_args.warmup_steps": 1},

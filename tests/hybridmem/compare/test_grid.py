@@ -114,14 +114,14 @@ def test_a_control_is_run_again_with_the_mask_of_its_first_run():
 
 def test_reward_on_attention_is_held_against_the_same_without_it():
     assert without_attention(RECALL) == {"attention": START, "token + attention": "token"}
-    both = Objectives([{"class_path": "hybridmem.policy.GRPO"}, {"class_path": "hybridmem.policy.AttentionRL"}])
+    both = Objectives([{"class_path": "hybridmem.rl.GRPO"}, {"class_path": "hybridmem.rl.AttentionRL"}])
     assert without_attention(replace(RECALL, controls={"mine": both})) == {}
     mine = {"plain": Objectives(both[:1]), "mine": both}
     assert without_attention(replace(RECALL, controls=mine)) == {"mine": "plain"}
 
 
 def test_a_control_may_have_a_target_of_its_own():
-    mine = Objectives([{"class_path": "hybridmem.policy.AttentionRL", "init_args": {"target": "allocation"}}])
+    mine = Objectives([{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"target": "allocation"}}])
     task = replace(RECALL, targets=["attention", "memory"], controls={"gate": mine})
     assert labels(task, "mag") == [START, "gate on allocation"]
 

@@ -45,7 +45,7 @@ def test_a_question_without_a_picture():
 
 
 def test_the_data_module_asks_through_the_processor(monkeypatch):
-    monkeypatch.setattr("hybridmem.data.tasks.load_processor", tiny_processor)
+    monkeypatch.setattr("hybridmem.data.task_module.load_processor", tiny_processor)
     data = TaskDataModule(VisualSearch(grid=2), mode="prompts", processor="somewhere")
     data.setup("fit")
     assert data.vocab_size == len(tiny_tokenizer())

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from hybridmem.data import Document, byte_tokenizer, tokenize
 from hybridmem.tasks import NeedleRows
-
-from ..data.helpers import byte_level_bpe, sentencepiece_bpe
+from tests.hybridmem.data.helpers import byte_level_bpe, sentencepiece_bpe
 
 TEXT = "".join(f"line {index} of the text\n    and some more of it\n" for index in range(200))
 TOKENIZERS = {"bytes": byte_tokenizer(), "byte-level": byte_level_bpe(), "sentencepiece": sentencepiece_bpe()}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hybridmem.policy.ranking import write_answer
+from hybridmem.rl.rewards.ranking import write_answer
 from hybridmem.tasks import ProductSearch, Task
 
 PRODUCTS = [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybridmem.data import load_tokenizer
-from hybridmem.policy.ranking import parse_query, write_answer
+from hybridmem.rl.rewards.ranking import parse_query, write_answer
 from hybridmem.tasks import Query, Task
 from hybridmem.tasks.query import documented_functions, words
 

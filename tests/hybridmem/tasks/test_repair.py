@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from hybridmem.policy.calls import run_calls
-from hybridmem.policy.environments import act, tools_of
+from hybridmem.rl.environments.tools import act, tools_of
+from hybridmem.sandbox.calls import run_calls
 from hybridmem.tasks import Repair, Task
 from hybridmem.tasks.functions import EVERYTHING, alone, broken_functions, calls_to_try
 from hybridmem.tasks.repair import CodeFolder
-from tests.hybridmem.policy.isolation import needs_sandbox
+from tests.hybridmem.sandbox.isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 

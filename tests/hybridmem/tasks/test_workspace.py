@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hybridmem.data import TaskDataModule, load_tokenizer
-from hybridmem.policy.environments import act
+from hybridmem.rl.environments.tools import act
 from hybridmem.tasks import Workspace
 
 SPLITS = ("train", "val")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from hybridmem.cli import main
+from hybridmem.cli.main import main
 
 
 def write_text(folder: Path, documents: int = 12) -> Path:
@@ -94,7 +94,7 @@ def write_config(folder: Path, **changes) -> Path:
 def hybridmem(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Run `hybridmem` in this process."""
     monkeypatch.setattr(sys, "argv", ["hybridmem", *map(str, arguments)])
-    monkeypatch.setattr("hybridmem.cli.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("hybridmem.cli.main.keep_freed_memory", lambda: False)
     main()
 
 

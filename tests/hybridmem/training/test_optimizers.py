@@ -7,8 +7,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 from hybridmem.training import MatrixOptimizer, WarmupCosine, decay_groups
-
-from ..models import tiny_model, tokens
+from tests.hybridmem.models import tiny_model, tokens
 
 
 def test_matrices_decay_and_the_rest_does_not():

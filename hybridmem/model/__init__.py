@@ -1,0 +1,1 @@
+"""The Hugging Face model; flat, because an exported folder carries these files."""

@@ -1,0 +1,320 @@
+"""The language model: decoder layers of any variant, and what transformers expects around them."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import ShortRangeAttention
+from .cache import StreamingLayer
+from .configuration import HybridMemConfig
+from .convolution import ShortConvolution
+from .memory import NeuralMemory, RMSNorm
+from .mixers import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
+from .sequence import (
+    PADDING,
+    LastDocument,
+    TokenSequence,
+    known_true,
+    number_documents,
+    read_documents,
+    rotary_angles,
+    rows_starting_afresh,
+)
+
+MIXERS = {
+    "mac": ContextMixer,
+    "mag": GateMixer,
+    "mal": LayerMixer,
+    "lmm": MemoryMixer,
+    "swa": AttentionMixer,
+    "full": AttentionMixer,
+}
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: HybridMemConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
+        """Transform each token."""
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HybridMemLayer(GradientCheckpointingLayer):
+    """A decoder layer: the variant's mixer and a feed-forward layer, pre-norm, each with a residual."""
+
+    def __init__(self, config: HybridMemConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.variant = layer_idx, config.layer_type(layer_idx)
+        # mac works with its parts' weights and a deep memory with a list of them: accelerate's hooks, which bring a
+        # module's weights when it is called, miss both.
+        self.needs_all_weights = self.variant == "mac" or config.memory_depth > 1
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MIXERS[self.variant](config, layer_idx)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch time hidden"],
+        sequence: TokenSequence,
+        past_key_values: Cache | None = None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Mix tokens, then transform each; takes the layer's state from the cache and puts the new one in."""
+        if self.needs_all_weights and not hidden_states.is_meta and any(w.is_meta for w in self.mixer.parameters()):
+            raise ValueError(
+                f"layer {self.layer_idx} ({self.variant}) is offloaded weight by weight and needs them together: place "
+                "it on a device, or offload it as a whole with accelerate's preload_module_classes=['HybridMemLayer']"
+            )
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        mixed, state, _ = self.mixer(self.mixer_norm(hidden_states), None if cache is None else cache.state, sequence)
+        if cache is not None:
+            cache.store(state, hidden_states.shape[1], sequence)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+
+
+class HybridMemPreTrainedModel(PreTrainedModel):
+    """Weights' start, and what transformers may do with the model."""
+
+    config: HybridMemConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("HybridMemLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True  # assisted generation would have to unread tokens
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": HybridMemLayer,
+        "attentions": [OutputRecorder(mixer, index=2) for mixer in set(MIXERS.values())],
+    }
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save, with code in the folder for AutoModel and AutoModelForCausalLM, whichever of the two this is."""
+        classes = HybridMemModel, HybridMemForCausalLM
+        self.config.auto_map = {cls._auto_class: f"{__name__.split('.')[-1]}.{cls.__name__}" for cls in classes}
+        super().save_pretrained(*args, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code that is not its own, transformers passes over modules that hold no parameter themselves, as if they
+        # had been loaded. Ours start what their children hold; what was loaded is left alone tensor by tensor.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, ShortRangeAttention):
+            if module.persistent_tokens is not None:
+                init.normal_(module.persistent_tokens, std=std)
+            if module.convolution is not None:
+                widths = (module.heads * module.head_dim, module.kv_heads * module.head_dim)
+                self._init_look_back(module.qkv_proj.weight, module.convolution, widths, module.head_dim)
+        elif isinstance(module, GateMixer):
+            init.zeros_(module.allocation_gate.weight)
+            # At 1 the normalised branches would drown the embeddings, which start small too.
+            init.constant_(module.attention_norm.weight, 0.2)
+            init.constant_(module.memory_norm.weight, 0.2)
+        elif isinstance(module, NeuralMemory):
+            self._init_memory(module)
+
+    def _init_look_back(
+        self, qkv: Tensor, convolution: ShortConvolution, widths: tuple[int, int], head_dim: int
+    ) -> None:
+        """Start as a look-up of what followed the same context earlier.
+
+        A channel of a query is one of the last tokens, that of a key the token before it, a value the current token;
+        queries and keys share their projection. So a query meets the keys of those earlier tokens whose predecessors
+        were like its own, and reads what stood there: the next token, if the text repeats itself.
+        """
+        queries, keys = widths
+        kernel = convolution.weight.shape[1]
+        if not getattr(qkv, "_is_hf_initialized", False):
+            shared = qkv[queries : queries + keys].unflatten(0, (-1, head_dim))
+            qkv[:queries] = shared.repeat_interleave(queries // keys, dim=0).flatten(0, 1)
+        back = torch.arange(len(qkv)) % head_dim % max(1, kernel - 1)
+        back[queries : queries + keys] += 1
+        back[queries + keys :] = 0
+        taps = torch.randn(convolution.weight.shape, device=convolution.weight.device) * 0.1
+        taps[torch.arange(len(qkv)), kernel - 1 - back] += 1
+        init.copy_(convolution.weight, taps)
+
+    def _init_memory(self, memory: NeuralMemory) -> None:
+        """Write gently, forget slowly: heads start with half-lives from some tens to some thousands of tokens."""
+        heads = memory.heads
+        alpha = -torch.linspace(4, 8, heads) if heads > 1 else torch.tensor([-6.0])
+        # A deep memory's chunk moves the weights from one point: its tokens share a single token's step.
+        gentle = math.log(self.config.memory_chunk_size) if self.config.memory_depth > 1 else 0.0
+        write = torch.full((heads,), -gentle)
+        eta = torch.zeros(heads) if memory.momentum_depends_on_token else torch.zeros(0)
+        init.normal_(memory.gate_proj.weight, std=self.config.initializer_range)
+        init.copy_(memory.gate_proj.bias, torch.cat((alpha, write, eta)))
+        if memory.momentum_logit is not None:
+            init.zeros_(memory.momentum_logit)
+        for weight in memory.initial_weights:
+            init.normal_(weight, std=weight.shape[1] ** -0.5 * 0.5)
+        if memory.convolution is not None:
+            self._init_look_back(memory.qkv_proj.weight, memory.convolution, (memory.inner, memory.inner), memory.dim)
+
+
+class HybridMemModel(HybridMemPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: HybridMemConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HybridMemLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "rows time"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
+        use_cache: bool | None = None,
+        document_ids: Int[Tensor, "batch time"] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens, going on from `past_key_values` if there is one.
+
+        Args:
+            input_ids, inputs_embeds: one of the two.
+            attention_mask: 0 for padding, over these tokens or over all read so far; padding is not read.
+            position_ids: rotary positions; by default they count all tokens from the first one read. Only their
+                distances matter. Without a cache and a mask, a jump starts a document, as in transformers.
+            past_key_values: the streaming state, which this call advances.
+            document_ids: a token of another document than the one before it starts from an empty state; with a
+                cache the ids go on from call to call. -1 is padding.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not inputs_embeds.shape[1]:
+            raise ValueError("input_ids holds no token: give at least one, such as the tokenizer's bos")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        sequence = self._sequence(inputs_embeds, attention_mask, position_ids, past_key_values, document_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, sequence, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _sequence(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        document_ids: Tensor | None,
+    ) -> TokenSequence:
+        """Work out documents, padding and positions, once for all layers."""
+        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
+        past = 0
+        last: LastDocument | None = None
+        if past_key_values is not None:
+            first = past_key_values.layers[0] if past_key_values.layers else None
+            if not isinstance(first, StreamingLayer):
+                raise TypeError(
+                    "past_key_values holds no streaming layers; build it with DynamicCache(config=model.config)"
+                )
+            past, last = first.seen_tokens, first.last_document
+        # With a cache, positions say where tokens stand; only without one do jumps in them start documents.
+        jumps = None if past else position_ids
+        documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
+        mask = fresh_rows = None
+        if documents is not None and past_key_values is None and known_true((documents == documents[:, :1]).all()):
+            documents = None  # each row is one document, and none goes on: nothing to keep apart
+        if documents is not None:
+            if past and last is None:  # what was read without a word about documents is document 0
+                last = LastDocument(torch.zeros_like(documents[:, 0]), torch.zeros_like(documents[:, 0]))
+            mask = documents != PADDING
+            mask = None if known_true(mask.all()) else mask
+            fresh_rows = rows_starting_afresh(documents, last)
+            documents, last = number_documents(documents, mask, fresh_rows, last)
+        if position_ids is None:
+            position_ids = past + torch.arange(shape[1], device=inputs_embeds.device)[None]
+        cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta, inputs_embeds.dtype)
+        return TokenSequence(cos, sin, documents, mask, fresh_rows, last)
+
+
+class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
+    """The decoder with a language model's head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridMemConfig):
+        super().__init__(config)
+        self.model = HybridMemModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "rows time"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch time hidden"] | None = None,
+        labels: Int[Tensor, "batch time"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        document_ids: Int[Tensor, "batch time"] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss where `labels` (or `shift_labels`, already moved by one) are given."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+HybridMemModel.register_for_auto_class("AutoModel")
+HybridMemForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,154 @@
+"""What one forward pass knows about its tokens: where they stand, and which document they belong to."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hybridmem_kernels.documents import document_starts
+
+PADDING = -1  # the document of tokens that do not count
+NOWHERE = -2  # the document of places that hold no token
+
+
+class LastDocument(NamedTuple):
+    """The document that each row was in when a call ended."""
+
+    id: Int[Tensor, " batch"]  # what the caller called it; PADDING: no token of the row was read yet
+    number: Int[Tensor, " batch"]  # how many documents the row had before it
+
+
+def known_true(condition: Bool[Tensor, ""]) -> bool:
+    """Whether a shortcut may be taken, because `condition` holds.
+
+    A compiled graph cannot look at data without breaking in two: while one is made the answer is no, and it does what
+    is right in any case.
+    """
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
+@dataclass
+class TokenSequence:
+    """The tokens of a forward pass, seen by every layer alike.
+
+    Args:
+        cos, sin: rotary angles of every token; None where no attention needs them.
+        document_ids: each document's number in its row, PADDING (-1) for tokens that do not count; None: one
+            document, no padding.
+        mask: which tokens count; None: all.
+        fresh_rows: rows whose first token does not continue what the cache holds; None: no row.
+        last_document: where the call ends; None: in the one document that there is.
+        memo: what layers work out from the above and share.
+    """
+
+    cos: Float[Tensor, "rows 1 time half"] | None = None
+    sin: Float[Tensor, "rows 1 time half"] | None = None
+    document_ids: Int[Tensor, "batch time"] | None = None
+    mask: Bool[Tensor, "batch time"] | None = None
+    fresh_rows: Bool[Tensor, " batch"] | None = None
+    last_document: LastDocument | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), where attention needs them."""
+        assert self.cos is not None
+        assert self.sin is not None
+        return self.cos, self.sin
+
+
+def read_documents(
+    shape: tuple[int, int],
+    document_ids: Int[Tensor, "batch time"] | None,
+    attention_mask: Tensor | None,
+    position_ids: Int[Tensor, "batch time"] | None,
+    last_document: Int[Tensor, " batch"] | None,
+) -> Int[Tensor, "batch time"] | None:
+    """The document of every token, PADDING for padding; None if there is one document and no padding.
+
+    `attention_mask` marks padding, over this call's tokens or over all that was ever read (as transformers
+    passes it). Without a mask and a cache, positions that do not go up by one start a document, as in
+    transformers. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
+    """
+    batch, time = shape
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < time
+    ):
+        raise ValueError(
+            f"attention_mask must be (batch, length), 0 for padding, over these {time} tokens of {batch} rows or over "
+            f"all read so far, got {tuple(attention_mask.shape)}"
+        )
+    if document_ids is not None and document_ids.shape != shape:
+        raise ValueError(f"document_ids must be (batch, time) = {shape}, got {tuple(document_ids.shape)}")
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, attention_mask.shape[1] - time :] == 0
+        if known_true(~padding.any()):
+            padding = None
+    if document_ids is None:
+        if last_document is not None:
+            document_ids = last_document.clamp(min=0)[:, None].expand(batch, time)
+        elif attention_mask is None and position_ids is not None and time > 1:
+            jumps = position_ids.diff(dim=1) != 1
+            if not known_true(~jumps.any()):
+                counts = torch.nn.functional.pad(jumps.long(), (1, 0)).cumsum(1)
+                document_ids = counts.expand(batch, time)
+    if padding is not None:
+        document_ids = torch.zeros_like(padding, dtype=torch.long) if document_ids is None else document_ids
+        document_ids = document_ids.masked_fill(padding, PADDING)
+    return document_ids
+
+
+def rows_starting_afresh(
+    document_ids: Int[Tensor, "batch time"], last_document: LastDocument | None
+) -> Bool[Tensor, " batch"] | None:
+    """Rows whose first valid token belongs to another document than the cache; None if there is none."""
+    if last_document is None:
+        return None
+    before = last_document.id
+    first = (document_ids != PADDING).long().argmax(1, keepdim=True)
+    now = document_ids.gather(1, first)[:, 0]
+    fresh = (now != PADDING) & (before != PADDING) & (now != before)
+    return None if known_true(~fresh.any()) else fresh
+
+
+def number_documents(
+    document_ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"] | None,
+    fresh_rows: Bool[Tensor, " batch"] | None,
+    last_document: LastDocument | None,
+) -> tuple[Int[Tensor, "batch time"], LastDocument]:
+    """Count each row's documents, over all calls: an id that comes back later is another document.
+
+    Returns the number of every token's document, PADDING for padding, and where the call ends.
+    """
+    numbers = document_starts(document_ids, mask).long().cumsum(1)
+    if fresh_rows is not None:
+        numbers = numbers + fresh_rows[:, None]
+    if last_document is not None:
+        numbers = numbers + last_document.number[:, None]
+    if mask is None:
+        return numbers, LastDocument(document_ids[:, -1], numbers[:, -1])
+    time = torch.arange(mask.shape[1], device=mask.device)
+    end = torch.where(mask, time, -1).amax(1)
+    ids, last_numbers = (x.gather(1, end.clamp(min=0)[:, None])[:, 0] for x in (document_ids, numbers))
+    if last_document is None:  # a row of padding holds no document yet: its id is PADDING
+        last_document = LastDocument(torch.full_like(ids, PADDING), torch.zeros_like(ids))
+    last = LastDocument(
+        torch.where(end >= 0, ids, last_document.id), torch.where(end >= 0, last_numbers, last_document.number)
+    )
+    return numbers.where(mask, PADDING), last
+
+
+def rotary_angles(
+    position_ids: Int[Tensor, "rows time"], dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows 1 time half"], Float[Tensor, "rows 1 time half"]]:
+    """Cosine and sine of the angles by which `dim` channels turn at every position, taken in float64.
+
+    In float32 the angle at position 2,000,000 is wrong by a quarter of a radian.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device) / dim
+    angles = position_ids.to(torch.float64)[:, None, :, None] * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)

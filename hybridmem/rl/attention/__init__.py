@@ -1,0 +1,1 @@
+"""Attention as the policy: records, distributions and exploration."""

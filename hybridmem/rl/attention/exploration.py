@@ -1,0 +1,157 @@
+"""Attention as a stochastic policy: seeded noise on where each response looks, during its rollout.
+
+Without it a response attends differently from its siblings only once its tokens differ. With it p_old is the
+distribution that was really used, and rewarded ways to attend are told from the others from the first token on.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hybridmem.model.attention import ShortRangeAttention
+from hybridmem.model.mixers import ContextMixer, GateMixer
+from hybridmem.model.modeling import HybridMemLayer
+
+from .recorder import AttentionRecord, decoder_layers
+
+IMPLEMENTATION = "hybridmem_explored"
+Noise = dict[int, Tensor]  # layer: (responses, heads, time) for attention, (responses, channels) for gates
+
+AttentionMaskInterface.register(
+    IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+)
+
+
+def draw_noise(
+    model: nn.Module,
+    target: str,
+    layers: list[int],
+    sigma: float,
+    num_prompts: int,
+    num_generations: int,
+    time: int,
+    generator: torch.Generator | Sequence[torch.Generator],
+) -> Noise:
+    """Gaussian noise of deviation `sigma` for every response, reused at all its query positions.
+
+    For `attention` on the logits of every head and key, for `allocation` on the gate's logits, for `memory` on the
+    logits of the memory's gates. Responses come in antithetic pairs: what one tries, the next one of its group tries
+    reversed, so that the baseline is at their middle. `generator` is one, or one for each prompt.
+
+    Raises:
+        ValueError: a target that the layer's variant has not, or whose noise is not defined.
+    """
+    found = decoder_layers(model)
+    noise = {}
+    for number in layers:
+        shape = _noise_shape(found[number], target, time)
+        half = -(-num_generations // 2)
+        each = list(generator) if isinstance(generator, Sequence) else [generator]
+        count = num_prompts // len(each)
+        drawn = sigma * torch.cat([torch.randn(count, half, *shape, generator=g, device=g.device) for g in each])
+        pairs = torch.stack((drawn, -drawn), dim=2).flatten(1, 2)[:, :num_generations]
+        noise[number] = pairs.flatten(0, 1)
+    return noise
+
+
+def cut_noise(noise: Noise, time: int) -> Noise:
+    """The noise of the first `time` tokens: all that were read in the end."""
+    return {number: eps[..., :time] if eps.dim() == 3 else eps for number, eps in noise.items()}
+
+
+def _noise_shape(layer: Any, target: str, time: int) -> tuple[int, ...]:
+    own = isinstance(layer, HybridMemLayer)
+    mixer: Any = layer.mixer if own else None
+    if target == "attention" and (not own or (hasattr(mixer, "attention") and not isinstance(mixer, ContextMixer))):
+        return (mixer.attention.heads if own else layer.config.num_attention_heads, time)
+    if target == "allocation" and isinstance(mixer, GateMixer):
+        return (mixer.allocation_gate.out_features,)
+    if target == "memory" and hasattr(mixer, "memory"):
+        return (mixer.memory.gate_proj.out_features,)
+    kind = layer.variant if own else type(layer).__name__
+    raise ValueError(
+        f"exploration of target={target!r} is not defined in a layer of {kind}: use attention (any but mac and lmm), "
+        "allocation (mag) or memory (mag, mac, mal, lmm), or exploration=0"
+    )
+
+
+@contextmanager
+def explored(model: Any, target: str, noise: Noise) -> Iterator[None]:
+    """Run a model with noise in chosen layers, one row a response; afterwards it is as it was."""
+    found = decoder_layers(model)
+    with ExitStack() as stack:
+        if target == "attention":
+            stack.enter_context(_noisy_attention(model, {_attention(found[n]): eps for n, eps in noise.items()}))
+        else:
+            for number, eps in noise.items():
+                mixer = found[number].mixer
+                gate = mixer.allocation_gate if target == "allocation" else mixer.memory.gate_proj
+                stack.callback(gate.register_forward_hook(_adding(eps)).remove)
+        yield
+
+
+def with_noise(record: AttentionRecord, noise: Float[Tensor, "batch heads time"]) -> AttentionRecord:
+    """The record of a noisy layer, noise included: one channel more, in which q · k is the noise.
+
+    The noise of the last token is that of the last key: a window's cache keeps no others than the last ones.
+    """
+    q, front = record.q, record.num_persistent
+    k = record.k.repeat_interleave(q.shape[1] // record.k.shape[1], dim=1)
+    noise = torch.nn.functional.pad(noise[..., noise.shape[-1] - (k.shape[2] - front) :], (front, 0)).to(k.dtype)
+    k = torch.cat((k, noise.unsqueeze(-1)), dim=-1)
+    q = torch.cat((q, q.new_full((*q.shape[:3], 1), 1 / record.scale)), dim=-1)
+    return replace(record, q=q, k=k)
+
+
+def _attention(layer: Any) -> Any:
+    return layer.mixer.attention if isinstance(layer, HybridMemLayer) else layer
+
+
+def _adding(noise: Float[Tensor, "batch channels"]) -> Any:
+    def add(_: nn.Module, __: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return logits + noise[:, None].to(logits.dtype)
+
+    return add
+
+
+@contextmanager
+def _noisy_attention(model: Any, noise: dict[nn.Module, Float[Tensor, "batch heads time"]]) -> Iterator[None]:
+    """Switch to an attention function that adds the noise to the logits of the chosen modules."""
+    read = 0  # tokens read when the pass that runs will be over
+
+    def begin(_: nn.Module, positional: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        nonlocal read
+        named = [arguments.get("input_ids"), arguments.get("inputs_embeds")]
+        new = next(tokens for tokens in (*positional, *named) if tokens is not None)
+        cache = arguments.get("past_key_values")
+        read = new.shape[1] + (0 if cache is None else cache.get_seq_length())
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
+        if module in noise:
+            front = module.num_persistent if isinstance(module, ShortRangeAttention) else 0
+            kept = key.shape[2] - front
+            bias = noise[module][:, :, None, read - kept : read]
+            bias = torch.nn.functional.pad(bias, (front, 0)).to(query.dtype)
+            attention_mask = bias if attention_mask is None else bias.where(attention_mask, torch.finfo(bias.dtype).min)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    implementation = model.config._attn_implementation
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
+        hook.remove()

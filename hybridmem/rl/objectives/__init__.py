@@ -1,0 +1,1 @@
+"""Training objectives, each a dataclass with hooks."""

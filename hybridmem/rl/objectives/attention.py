@@ -1,0 +1,126 @@
+"""Attention as the policy: hold the patterns that won, leave those that lost (RAL, arXiv 2602.04884)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hybridmem.rl.attention.distributions import TARGETS, Distribution, distribution
+from hybridmem.rl.attention.exploration import Noise, with_noise
+from hybridmem.rl.attention.recorder import LayerRecord
+
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+POSITIONS = ("generated", "predicting")
+FLOOR = 1e-8  # of the probability that a KL divides by, as in the operator
+TINY = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRL:
+    """weight · mean over generated t of A_t · divergence(p_θ,t ‖ p_old,t): RAL's objective by default.
+
+    Args:
+        target: the distribution that is the policy: `attention`, `allocation`, `memory` or `unified`.
+        weight: λ, beside the token objective.
+        layers: the layers whose distributions count, from the end if negative; their mean.
+        divergence: `jsd`, `kl` (p_θ covers p_old) or `reverse_kl`.
+        positions: queries at the `generated` tokens, as in RAL, or those `predicting` one: the prompt's last token
+            first, the last generated one left out.
+        entropy_bonus: weight of the distribution's entropy, in nats, which is subtracted from the loss.
+        min_span: least effective span exp(entropy) in tokens; what is missing, in nats, is added to the loss.
+        exploration: deviation of the noise on the logits during the rollout; 0 is RAL.
+
+    Raises:
+        ValueError: a setting that cannot work.
+    """
+
+    target: str = "attention"
+    weight: float = 1.0
+    layers: Sequence[int] = (-1,)
+    divergence: str = "jsd"
+    positions: str = "generated"
+    entropy_bonus: float = 0.0
+    min_span: int | float | None = None
+    exploration: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("target", TARGETS), ("divergence", DIVERGENCES), ("positions", POSITIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
+        if self.target == "unified" and self.exploration:
+            raise ValueError("exploration is defined for target attention, allocation or memory; set exploration=0")
+        for name in ("weight", "entropy_bonus", "exploration"):
+            value = getattr(self, name)
+            if value is None or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be 0 or a positive number")
+        if self.min_span is not None and not self.min_span >= 1:
+            raise ValueError(f"min_span={self.min_span} must be at least 1, the span of a single token")
+
+    def loss(
+        self,
+        records: dict[int, LayerRecord],
+        old_records: dict[int, LayerRecord],
+        advantages: Float[Tensor, " responses"],
+        mask: Bool[Tensor, "responses length"],
+        noise: Noise | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss of some responses, and its metrics.
+
+        Args:
+            records: what the policy's pass over prompts and responses left, by layer.
+            old_records: the same of the rollout's policy.
+            advantages: of each response.
+            mask: the generated tokens that count; the last `length` tokens of the rows.
+            noise: what was added to the attention logits in the rollout, up to the rows' last token; old_records do
+                not hold it.
+
+        Returns:
+            The loss, and without gradient the means over tokens of `divergence`, `entropy` and `effective_span`.
+        """
+        divergences, entropies = zip(
+            *(self._compare(records[n], old_records[n], mask, None if noise is None else noise[n]) for n in records),
+            strict=True,
+        )
+        divergence, entropy = torch.stack(divergences).mean(0), torch.stack(entropies).mean(0)
+        token_loss = self.weight * advantages[:, None] * divergence - self.entropy_bonus * entropy
+        if self.min_span is not None:
+            token_loss = token_loss + torch.relu(math.log(self.min_span) - entropy)
+        count = mask.sum().clamp(min=1)
+        metrics = {"divergence": divergence, "entropy": entropy, "effective_span": entropy.exp()}
+        return (token_loss * mask).sum() / count, {
+            name: ((value * mask).sum() / count).detach() for name, value in metrics.items()
+        }
+
+    def _compare(
+        self,
+        record: LayerRecord,
+        old: LayerRecord,
+        mask: Bool[Tensor, "responses length"],
+        noise: Float[Tensor, "responses heads *time"] | None,
+    ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
+        """Divergence and entropy at the tokens that count, one layer."""
+        length, shift = mask.shape[1], int(self.positions == "predicting")
+        if self.target == "attention" and record.attention is not None and old.attention is not None:
+            then = old.attention if noise is None else with_noise(old.attention, noise)
+            then = then.over_tokens(record.attention.num_tokens)
+            now, then = (side.last_queries(length, shift) for side in (record.attention, then))
+            stats = now.compare(then, mask, self.divergence)
+            return stats.jsd, stats.entropy
+        p, p_old = (distribution(side, self.target, length + shift)[:, :length] for side in (record, old))
+        return divergence_of(p, p_old, self.divergence), -(p * p.clamp(min=TINY).log()).sum(-1)
+
+
+def divergence_of(p: Distribution, p_ref: Distribution, kind: str) -> Float[Tensor, "batch queries"]:
+    """A divergence between rows, in nats; rows of zeros have none."""
+    if kind == "jsd":
+        middle = 0.5 * (p + p_ref)
+        return 0.5 * (_kl(p, middle, TINY) + _kl(p_ref, middle, TINY))
+    return _kl(p_ref, p, FLOOR) if kind == "kl" else _kl(p, p_ref, FLOOR)
+
+
+def _kl(p: Distribution, q: Distribution, floor: float) -> Float[Tensor, "batch queries"]:
+    # The logarithm's gradient at 0 is infinite; its floor takes it away where p adds nothing.
+    return (p * (p.clamp(min=TINY).log() - q.clamp(min=floor).log())).sum(-1)

@@ -1,0 +1,1 @@
+"""Sampling of responses, and the data that training takes from them."""

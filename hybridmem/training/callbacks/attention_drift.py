@@ -1,0 +1,88 @@
+"""How far a policy's attention has moved from that of the model it started as, and where it goes."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hybridmem.checks import at_least
+from hybridmem.metrics.distance import BeyondWindow, MeanDistance
+from hybridmem.metrics.entropy import entropy
+from hybridmem.rl.attention.distributions import KINDS, allocation, distribution
+from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord
+from hybridmem.rl.objectives.attention import divergence_of
+from hybridmem.rl.rollouts.sampling import evaluating, read
+from hybridmem.training.checkpoints.contents import load_policy
+from hybridmem.training.policy.module import PolicyModule
+
+QUERIES = 1  # a prompt's last token, which predicts the response's first
+
+
+class AttentionDrift(L.Callback):
+    """Logs, at every validation, attention at the last token of held-out prompts, beside the initial model's.
+
+    Under `val/attention/layer_N/`: `divergence_from_start`, Jensen–Shannon in nats; `entropy`, in nats;
+    `effective_span` and `mean_distance`, in tokens; `beyond_window`, the share on tokens further back; and the shares
+    `allocation/persistent`, `memory` and `window` where it has a memory.
+
+    Args:
+        layers: whose attention, from the end if negative.
+        target: `attention`, `allocation`, `memory` or `unified`.
+        num_prompts: held-out prompts to look at.
+        window: how far back a window reaches, for `beyond_window`, which is not logged without.
+
+    Raises:
+        ValueError: a module that is no PolicyModule; layers that cannot be recorded or have no such distribution.
+    """
+
+    def __init__(
+        self, layers: Sequence[int] = (-1,), target: str = "attention", num_prompts: int = 32, window: int | None = None
+    ):
+        at_least(1, num_prompts=num_prompts)
+        if target == "allocation" and window is not None:
+            raise ValueError(f"window={window} goes with a target that looks at tokens: set it to null for allocation")
+        self.layers, self.target, self.num_prompts = layers, target, num_prompts
+        self.how_far: dict[str, MeanDistance | BeyondWindow] = {}
+        if target != "allocation":
+            self.how_far["mean_distance"] = MeanDistance()
+        if window is not None:
+            self.how_far["beyond_window"] = BeyondWindow(window)
+        self._start: dict[int, Float[Tensor, "prompts _ choices"]] | None = None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look, and log."""
+        if not isinstance(pl_module, PolicyModule):
+            raise ValueError(f"AttentionDrift looks at PolicyModule, not {type(pl_module).__name__}: remove it")
+        if self._start is None:  # loaded again rather than kept: a run that is resumed has the same start
+            initial = load_policy(pl_module.model_name).to(pl_module.device)
+            initial.set_attn_implementation(pl_module.attn_implementation)
+            self._start = {n: self._distribution(record) for n, record in self._look(pl_module, initial).items()}
+        for number, record in self._look(pl_module, pl_module.model).items():
+            p = self._distribution(record)
+            nats = entropy(p)
+            measured = {
+                "divergence_from_start": divergence_of(p, self._start[number], "jsd").mean(),
+                "entropy": nats.mean(),
+                "effective_span": nats.exp().mean(),
+            }
+            for name, metric in self.how_far.items():
+                metric.to(p.device).reset()
+                metric.update(p, p.sum(-1) > 0)
+                measured[name] = metric.compute().float()
+            if record.memory is not None:
+                shares = allocation(record, QUERIES).mean((0, 1))
+                measured |= {f"allocation/{kind}": share for kind, share in zip(KINDS, shares, strict=True)}
+            pl_module.log_dict({f"val/attention/layer_{number}/{name}": value for name, value in measured.items()})
+
+    def _distribution(self, record: LayerRecord) -> Float[Tensor, "prompts _ choices"]:
+        return distribution(record, self.target, QUERIES)
+
+    @torch.no_grad()
+    def _look(self, module: PolicyModule, model: torch.nn.Module) -> dict[int, LayerRecord]:
+        examples = [module.data.task.example("val", number) for number in range(self.num_prompts)]
+        prompts = module.prompt_batch([module.data.prompt(example) for example in examples])
+        with evaluating(model), AttentionRecorder(model, self.layers) as recorder:
+            read(model, prompts, None)
+        return recorder.records

@@ -1,0 +1,164 @@
+"""Pictures of where a policy looks while it answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hybridmem.rl.attention.distributions import KINDS, distribution
+from hybridmem.rl.attention.recorder import LayerRecord
+from hybridmem.rl.rollouts.sampling import Sampling
+from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.policy.validation import SOLVED
+
+from .policy_probe import Answers, is_due, record_answers
+
+LABELLED = 128  # tokens that an axis has room to write out
+TRIED = 16  # held-out examples, to find one that is solved
+Map = Float[Tensor, "queries keys"]
+Shares = Float[Tensor, "queries 3"]  # of hybridmem.rl.attention.distributions.KINDS
+
+
+class AttentionMaps(L.Callback):
+    """Draws the attention to earlier tokens with which the policy answers one held-out prompt.
+
+    As attention_maps/layer_N_step_M.png in trainer.default_root_dir, and in TensorBoard where that is a logger.
+
+    The answer is the greedy one. Rows are its tokens, columns all tokens, image patches by number; attention is the
+    head average, below it memory-implied attention where the layer has a memory of depth 1, and below that
+    the shares of the ways to look. The first picture is from before training.
+
+    Where the policy acts in environments the answer is a whole trajectory, what it reads included, of the first of 16
+    examples that it solves; of the first one, if it solves none.
+
+    Args:
+        every_n_steps: optimiser steps between two pictures.
+        layers: a picture for each, from the end if negative.
+        example: number of the prompt among the held-out ones.
+
+    Raises:
+        ValueError: a setting that cannot work; before the first batch, a layer with nothing to draw.
+    """
+
+    def __init__(self, every_n_steps: int = 50, layers: Sequence[int] = (-1,), example: int = 0):
+        if every_n_steps < 1 or example < 0:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1 and example={example} at least 0")
+        self.every_n_steps, self.layers, self.example = every_n_steps, layers, example
+        self.previous_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the policy that a new run starts from."""
+        if not isinstance(pl_module, PolicyModule):
+            raise ValueError(f"AttentionMaps draws PolicyModule, not {type(pl_module).__name__}: remove it")
+        self.previous_step = trainer.global_step
+        if trainer.global_step == 0:
+            self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: object) -> None:
+        """Draw every `every_n_steps` optimiser steps."""
+        step, previous = trainer.global_step, self.previous_step
+        self.previous_step = step
+        if is_due(step, previous, self.every_n_steps):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "attention_maps"
+        folder.mkdir(parents=True, exist_ok=True)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        example, answers = self._answered(module)
+        patches = 0 if module.data.processor is not None else len(example.get("images", ()))
+        labels = [f"#{n}" for n in range(patches)]
+        labels += [token_label(module.data.tokenizer.decode([token])) for token in answers.ids[0, patches:].tolist()]
+        for number, record in answers.records.items():
+            length = answers.completions.ids.shape[1]
+            figure = draw(attention_maps(record, length), labels, shares(record, length))
+            if answers.earned is not None:
+                figure.suptitle("solved" if answers.earned[0] >= SOLVED else "not solved")
+            figure.savefig(folder / f"layer_{number}_step_{trainer.global_step}.png")
+            for board in boards:
+                board.experiment.add_figure(f"attention_maps/layer_{number}", figure, trainer.global_step)
+
+    def _answered(self, module: PolicyModule) -> tuple[dict[str, Any], Answers]:
+        greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
+        found: list[tuple[dict[str, Any], Answers]] = []
+        for number in range(self.example, self.example + TRIED):
+            example = module.data.task.example("val", number)
+            found.append((example, record_answers(module, example, 1, greedy, self.layers)))
+            earned = found[-1][1].earned
+            if earned is None or earned[0] >= SOLVED:
+                return found[-1]
+        return found[0]
+
+
+def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
+    """The first row's distributions of the last `queries` tokens: attention and memory, as far as the layer has them.
+
+    Raises:
+        ValueError: a layer that has neither.
+    """
+    maps = {}
+    if record.attention is not None or record.segments:
+        maps["attention"] = distribution(record, "attention", queries)[0]
+    if record.memory is not None and record.memory_depth == 1:
+        maps["memory"] = distribution(record, "memory", queries)[0]
+    if not maps:
+        raise ValueError(
+            f"a layer of variant {record.variant} with memory_depth={record.memory_depth} has no distribution over "
+            "earlier tokens to draw: choose other layers"
+        )
+    return maps
+
+
+def shares(record: LayerRecord, queries: int) -> Shares | None:
+    """The first row's shares of the ways to look at the last `queries` tokens; None where there is one way alone."""
+    if record.gate is None and not record.segments:
+        return None
+    return distribution(record, "allocation", queries)[0]
+
+
+def draw(maps: dict[str, Map], labels: list[str], allocation: Shares | None = None) -> Figure:
+    """A heat map below the other for each distribution, and what the ways to look have of the whole.
+
+    `labels` are those of all tokens, the queries' the last.
+    """
+    queries, keys = next(iter(maps.values())).shape
+    panels = len(maps) + (allocation is not None)
+    size = (min(2.5 + 0.16 * keys, 22), len(maps) * min(1.6 + 0.18 * queries, 10) + 2.2 * (panels - len(maps)))
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    heights = [*(max(queries, 8) for _ in maps), *([8] * (panels - len(maps)))]
+    all_axes = figure.subplots(panels, squeeze=False, height_ratios=heights)[:, 0]
+    if allocation is not None:
+        _draw_shares(all_axes[-1], allocation, labels[keys - queries :])
+    for axes, (name, values) in zip(all_axes, maps.items(), strict=False):
+        image = axes.imshow(values.float().cpu(), vmin=0, aspect="auto", cmap="magma", interpolation="nearest")
+        axes.set(title=name, xlabel="token", ylabel="generated token")
+        if keys <= LABELLED:
+            axes.set_xticks(range(keys), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)
+        if queries <= LABELLED:
+            axes.set_yticks(range(queries), labels[keys - queries :], family="monospace", parse_math=False, fontsize=8)
+        figure.colorbar(image, ax=axes, label="share")
+    return figure
+
+
+def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
+    ways = allocation.float().cpu().T.numpy()
+    used = [number for number, share in enumerate(ways) if share.any()]  # mag's gate knows no persistent tokens
+    names, colors = [KINDS[number] for number in used], [f"C{number}" for number in used]
+    axes.stackplot(range(len(labels)), ways[used], labels=names, colors=colors, step="mid")
+    axes.set(title="allocation", xlabel="generated token", ylabel="share", xlim=(-0.5, len(labels) - 0.5), ylim=(0, 1))
+    if len(labels) <= LABELLED:
+        axes.set_xticks(range(len(labels)), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def token_label(text: str) -> str:
+    """A token's text on an axis; what cannot be seen, or may be missing from the font, is written out."""
+    return ascii(text)[1:-1].replace(" ", "·").replace("\\ufffd", "�")

@@ -1,0 +1,76 @@
+"""What the policy wrote and what it earned, as a table."""
+
+import html
+import json
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from hybridmem.training.policy.module import PolicyModule
+
+from .policy_probe import is_due
+
+Sample = tuple[str, str, float]  # prompt, completion, reward
+MARKDOWN = "\\`*_{}[]()#+-.!|~$"
+
+
+class CompletionTable(L.Callback):
+    """Shows the last rollout's completions every few steps, as TRL's log_completions does.
+
+    TensorBoard gets the first ones as a table, with ↵ for a line break. completions.jsonl in trainer.default_root_dir
+    gets all of them, a line each: step, prompt, completion, reward. A resumed run adds the steps that it repeats once
+    more. With several processes, the first one's are shown.
+
+    Args:
+        every_n_steps: optimiser steps between two tables.
+        num_rows: completions in TensorBoard's table.
+
+    Raises:
+        ValueError: a setting below 1; before the first batch, a module that samples nothing.
+    """
+
+    def __init__(self, every_n_steps: int = 50, num_rows: int = 16):
+        if every_n_steps < 1 or num_rows < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} and num_rows={num_rows} must be at least 1")
+        self.every_n_steps, self.num_rows = every_n_steps, num_rows
+        self.previous_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where the run stands."""
+        if not isinstance(pl_module, PolicyModule):
+            raise ValueError(
+                f"CompletionTable shows what PolicyModule samples, not {type(pl_module).__name__}: remove it"
+            )
+        self.previous_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: object) -> None:
+        """Write every `every_n_steps` optimiser steps."""
+        step, previous = trainer.global_step, self.previous_step
+        self.previous_step = step
+        if not is_due(step, previous, self.every_n_steps) or not trainer.is_global_zero:
+            return
+        append_jsonl(Path(trainer.default_root_dir) / "completions.jsonl", step, pl_module.samples)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("completions", markdown_table(pl_module.samples[: self.num_rows]), step)
+
+
+def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:
+    """Add a line for each sample."""
+    rows = [dict(step=step, prompt=p, completion=c, reward=r) for p, c, r in samples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def markdown_table(samples: list[Sample]) -> str:
+    """Samples as a table in markdown, whatever characters they hold."""
+    rows = [f"| {_cell(prompt)} | {_cell(completion)} | {reward:.4g} |" for prompt, completion, reward in samples]
+    return "\n".join(["| prompt | completion | reward |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """Text that is neither markup nor the end of its cell."""
+    shown = html.escape(text).replace("\r", "").replace("\n", "↵")
+    return "".join(f"&#{ord(letter)};" if letter in MARKDOWN else letter for letter in shown)

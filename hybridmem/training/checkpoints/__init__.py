@@ -1,0 +1,1 @@
+"""Checkpoint contents and atomic, checksummed checkpoint files."""

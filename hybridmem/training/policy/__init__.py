@@ -1,0 +1,1 @@
+"""Reinforcement learning as a Lightning module."""

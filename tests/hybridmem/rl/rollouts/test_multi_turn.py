@@ -1,0 +1,87 @@
+"""Trajectories: what the sampler read piece by piece is what the training path reads at once."""
+
+import pytest
+import torch
+
+from hybridmem.rl.rollouts.multi_turn import Reply, sample_turns
+from hybridmem.rl.rollouts.sampling import Sampling, completion_logps, pad_prompts
+
+from .test_sampling import PROMPTS, model_of
+
+ENDS, PAD, TIMES = [7, 11], 0, 3
+
+
+def answer(number, turn):
+    """Something of its own for every trajectory and turn; at times nothing, an end, or a complaint."""
+    seed = 31 * number + sum(turn) + len(turn)
+    return Reply([(seed + n) % 37 for n in range(seed % 5)], failed=seed % 3 == 0, ended=seed % 7 == 0)
+
+
+def act(model, respond=answer, max_turns=4, length=30, prompts=PROMPTS):
+    batch = pad_prompts(prompts, PAD, torch.device("cpu"))
+    sampling = Sampling(max_completion_length=length, temperature=0.8)
+    generator = torch.Generator().manual_seed(0)
+    return batch.repeat(TIMES), sample_turns(
+        model, batch, TIMES, sampling, max_turns, respond, ENDS, PAD, generator
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "mag", "mac", "mal", "lmm", "swa"])
+def test_the_training_path_gives_the_samplers_log_probabilities(kind):
+    model = model_of(kind)
+    prompts, found = act(model)
+    logps, _ = completion_logps(model, prompts, found.completions, 0.8)
+    mask = found.completions.mask
+    torch.testing.assert_close(logps[mask], found.completions.sampled_logps[mask], rtol=0, atol=1e-4)
+    assert not found.completions.sampled_logps[~mask].any()
+    assert 1 < found.turns.max() <= 4
+
+
+def test_turns_and_observations_stand_in_the_order_that_they_came():
+    heard = {}
+
+    def respond(number, turn):
+        reply = answer(number, turn)
+        heard.setdefault(number, []).append((turn, reply))
+        return reply
+
+    _, found = act(model_of("mag"), respond)
+    completions = found.completions
+    for number, turns in heard.items():
+        assert int(found.turns[number]) == len(turns)
+        place = 0
+        for turn, reply in turns:
+            said = completions.ids[number, place : place + len(turn) + 1].tolist()
+            assert said[:-1] == turn
+            assert said[-1] in ENDS
+            own = slice(place, place + len(turn) + 1)
+            assert completions.mask[number, own].all()
+            assert (found.faulty[number, own] == reply.failed).all()
+            place += len(turn) + 1
+            if reply.ended or (turn, reply) == turns[-1]:
+                break
+            assert completions.ids[number, place : place + len(reply.tokens)].tolist() == reply.tokens
+            assert not completions.mask[number, place : place + len(reply.tokens)].any()
+            place += len(reply.tokens)
+
+
+def test_what_needs_more_turns_or_tokens_is_truncated():
+    never = lambda number, turn: Reply([], failed=False, ended=False)  # noqa: E731
+    _, found = act(model_of("mag"), never, max_turns=1, length=200)
+    assert found.completions.truncated.all()
+    assert (found.turns == 1).all()
+    _, found = act(model_of("mag"), never, max_turns=100, length=5)
+    assert found.completions.truncated.all()
+    assert found.completions.ids.shape[1] == 5
+    at_once = lambda number, turn: Reply([1, 2], failed=False, ended=True)  # noqa: E731
+    _, found = act(model_of("mag"), at_once, length=200)
+    assert not found.completions.truncated.any()
+    assert found.completions.mask.sum(1).max() == found.completions.ids.shape[1]  # the last answer is not read
+
+
+def test_what_everyone_is_told_is_read_at_once():
+    model, calls = model_of("mag"), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    turn = lambda number, turn: Reply([5] * 20, failed=False, ended=False)  # noqa: E731
+    _, found = act(model, turn, max_turns=3, length=400, prompts=PROMPTS[:1])
+    assert len(calls) < found.completions.ids.shape[1]

@@ -1,0 +1,183 @@
+"""Refinements join the groups that failed and are learned behind the original prompt; a failing critic ends nothing."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hybridmem.data.vision import Prompt
+from hybridmem.rl import CritiqueGRPO, CritiqueGRPOReleased, IndicativeCritic
+from hybridmem.rl.rollouts.experience import Rollout
+from hybridmem.rl.rollouts.sampling import Completions
+from hybridmem.training import PolicyModule
+from hybridmem.training.policy.refinement import best_of_groups, joined, with_refinements
+from tests.hybridmem.training.runs import hybridmem, logged
+
+from .test_module import ATTENTION, Letters, write_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+P, Q = Prompt([1]), Prompt([2])
+CRITIC = {"class_path": "hybridmem.rl.IndicativeCritic"}
+
+
+def critique(critic=CRITIC, name="CritiqueGRPO", **settings):
+    """The objective as a configuration has it."""
+    return {"class_path": f"hybridmem.rl.{name}", "init_args": {"critic": critic, **settings}}
+
+
+def completions(*rows: list[int]) -> Completions:
+    """Responses of these tokens, padded with 9."""
+    length = max(map(len, rows))
+    mask = torch.tensor([[n < len(row) for n in range(length)] for row in rows])
+    ids = torch.tensor([[*row, *[9] * (length - len(row))] for row in rows])
+    return Completions(ids, mask, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), length))
+
+
+def test_best_of_groups():
+    rewards = torch.tensor([0.0, 0.5, 0.5, 1.0, 0.0, 0.2])
+    groups = torch.tensor([0, 0, 0, 2, 2, 2])
+    assert best_of_groups(rewards, groups, 1).tolist() == [1, 3]
+    assert best_of_groups(rewards, groups, 2).tolist() == [1, 2, 3, 5]
+    assert best_of_groups(rewards, groups, 9).tolist() == [1, 2, 0, 3, 5, 4]
+
+
+@pytest.mark.parametrize("join", ["union", "replace"])
+def test_joined(join):
+    initial = completions([1], [2], [3], [4], [5], [6])
+    rollout = Rollout([P, Q, P], initial, torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5]))
+    objective = CritiqueGRPO(critic=IndicativeCritic(), join=join)
+    whole = joined(rollout, completions([7, 7], [8]), torch.tensor([1.0, 0.9]), torch.tensor([0, 2]), objective, 2, 9)
+    if join == "union":
+        assert whole.completions.ids[:, 0].tolist() == [1, 2, 7, 3, 4, 5, 6, 8]
+        assert whole.refined.tolist() == [False, False, True, False, False, False, False, True]
+        assert whole.sizes.tolist() == [3, 2, 3]
+        assert whole.rewards.tolist() == pytest.approx([0.0, 0.1, 1.0, 0.2, 0.3, 0.4, 0.5, 0.9])
+    else:
+        assert whole.completions.ids[:, 0].tolist() == [2, 7, 3, 4, 6, 8]
+        assert whole.sizes.tolist() == [2, 2, 2]
+        assert whole.refined.tolist() == [False, True, False, False, False, True]
+    assert whole.completions.mask.sum().item() == len(whole.refined) + 1
+
+
+def module(answers, rewards):
+    """What of a PolicyModule a refinement needs; it notes what it was asked."""
+    asked: list[str] = []
+    logs: dict[str, Any] = {}
+
+    def prompt(example):
+        if len(example["prompt"]) > 40:
+            raise ValueError("max_prompt_length=40 is too short")
+        asked.append(example["prompt"])
+        return example["prompt"]
+
+    return SimpleNamespace(
+        num_generations=2, sampling=None, generators=lambda *_: None, asked=asked, logs=logs,
+        measure=lambda name, value, weight=1: logs.__setitem__(name, value),
+        data=SimpleNamespace(prompt=prompt, pad_id=9), prompt_batch=list, answer=lambda *_: answers,
+        reward=lambda examples, _: ([], SimpleNamespace(total=torch.tensor(rewards))),
+    )  # fmt: skip
+
+
+def test_only_groups_that_failed_are_refined():
+    examples = [{"prompt": "P", "answer": "x"}, {"prompt": "Q", "answer": "y"}]
+    rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    fake = module(completions([5], [6]), [0.0, 1.0])
+    objective = CritiqueGRPO(critic=IndicativeCritic(wrong="no"), template="{prompt}|{response}|{critique}")
+    whole = with_refinements(fake, objective, examples, ["a", "b", "c", "d"], rollout)
+    assert fake.asked == ["Q|c|no", "Q|d|no"]
+    assert whole.completions.ids[:, 0].tolist() == [1, 2, 3, 4, 6]
+    assert whole.sizes.tolist() == [2, 3]
+    assert whole.prompts == [P, Q]
+    assert fake.logs["critique/refined_groups"] == 0.5
+    assert fake.logs["critique/rescued_groups"] == 1
+    assert fake.logs["critique/sampled"] == 2
+    assert fake.logs["critique/unrefined"] == 0
+
+
+def test_no_critique_and_no_room_are_no_refinement(caplog):
+    examples = [{"prompt": "P"}, {"prompt": "Q" * 40}]
+    rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.zeros(4))
+    fake = module(None, None)
+
+    def critic(prompts, **_):
+        return [None, None, "no", "no"]
+
+    with caplog.at_level(logging.WARNING):
+        assert with_refinements(fake, CritiqueGRPO(critic=critic), examples, ["", "", "", ""], rollout) is rollout
+    assert fake.logs["critique/unrefined"] == 4
+    assert fake.logs["critique/sampled"] == 0
+    assert "max_prompt_length=40" in caplog.text
+    with pytest.raises(ValueError, match="gave 1 critiques for 4 responses"):
+        with_refinements(fake, CritiqueGRPO(critic=lambda **_: [None]), examples, [""] * 4, rollout)
+
+
+def test_the_released_code_replaces_the_first_response_of_every_group():
+    examples = [{"prompt": "P"}, {"prompt": "Q"}]
+    rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    fake = module(completions([5], [6], [7], [8]), [1.0, 0.0, 0.0, 0.0])
+    objective = CritiqueGRPOReleased(critic=IndicativeCritic(), template="{prompt} {critique}")
+    whole = with_refinements(fake, objective, examples, ["a", "b", "c", "d"], rollout)
+    assert sorted(whole.completions.ids[:, 0].tolist()) == [2, 4, 5, 7]
+    assert whole.sizes.tolist() == [2, 2]
+
+
+class Hard(Letters):
+    """Only two letters before c are right."""
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """1 or 0."""
+        return [float(len(text) == 2 and max(text) < "c") for text in completions]
+
+
+def down(prompts, **columns):
+    """A critic that never answers."""
+    return [None] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changes"),
+    [
+        ([critique()], {}),
+        ([critique()], {"model__init_args__steps_per_generation": 2}),
+        ([critique(), ATTENTION], {}),
+        ([critique(beta=0.04)], {}),
+        ([critique(name="CritiqueGRPOReleased")], {}),
+        ([critique(critic=f"{__name__}.down")], {}),
+    ],
+)
+def test_trains(objectives, changes, tmp_path, monkeypatch):
+    config = write_config(
+        tmp_path, data__init_args__task=f"{__name__}.Hard", model__init_args__objectives=objectives, **changes
+    )
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert logged(tmp_path, "critique/refined_groups")
+
+
+def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch):
+    scored, sampled = [], []
+
+    def score(self, prompts, responses, times, original=PolicyModule._score):
+        scored.append((prompts.input_ids.shape[1], len(responses.ids), times))
+        return original(self, prompts, responses, times)
+
+    def answer(self, prompts, *rest, original=PolicyModule.answer):
+        sampled.append(prompts.input_ids.shape[1])
+        return original(self, prompts, *rest)
+
+    monkeypatch.setattr(PolicyModule, "_score", score)
+    monkeypatch.setattr(PolicyModule, "answer", answer)
+    objective = critique(correct_reward=2.0)  # all fail
+    config = write_config(tmp_path, model__init_args__objectives=[objective], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert set(scored) == {(4, 2 * (4 + 1), 4 + 1)}  # two prompts of four letters, four responses and a refinement each
+    assert max(sampled) > 40
+
+
+def test_exploration_is_refused(tmp_path, monkeypatch, capsys):
+    explored = {"class_path": "hybridmem.rl.AttentionRL", "init_args": {"exploration": 1.0}}
+    config = write_config(tmp_path, model__init_args__objectives=[critique(), explored])
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert "exploration does not go with CritiqueGRPO" in capsys.readouterr().err
