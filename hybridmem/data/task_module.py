@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
+from hybridmem.rl.rollouts.prompts import Prompt
 from hybridmem.tasks.task import Split, Task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
@@ -19,7 +20,7 @@ from .packing import IGNORED, PADDING, Row
 from .tokenizer import load_tokenizer, token_byte_lengths
 from .tokens import document_marks
 from .trainer_state import batches_trained, is_training, share_of
-from .vision import Prompt, load_processor, vision_prompt
+from .vision import load_processor, vision_prompt
 
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
 Example = dict[str, Any]
