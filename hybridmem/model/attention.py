@@ -105,6 +105,7 @@ class ShortRangeAttention(nn.Module):
     def __init__(self, config: HybridMemConfig, layer_idx: int, window: int | None):
         super().__init__()
         self.config, self.layer_idx, self.window = config, layer_idx, window
+        self.attention_dropout = config.attention_dropout
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -274,7 +275,7 @@ class ShortRangeAttention(nn.Module):
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         out, weights = function(self, q, keys, values, mask, dropout=dropout, scaling=self.scaling, **options)
         return out, weights
 

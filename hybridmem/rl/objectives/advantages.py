@@ -4,13 +4,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SCALES = ("group", "batch", "none")
-STD_EPS = 1e-4  # TRL's; equal rewards have advantages of 0, not 0 / 0
+STD_EPS = 1e-4  # as in TRL
 
 
 def group_advantages(
     rewards: Float[Tensor, " responses"], num_generations: int, scale_rewards: str = "group"
 ) -> Float[Tensor, " responses"]:
-    """A = (R − mean of the group) / (std + 1e-4), the std (of n − 1) being the group's, the batch's or none.
+    """Return A = (R − mean of the group) / (std + 1e-4), exactly 0 in groups whose rewards are all equal.
+
+    The standard deviation (of n − 1) is the group's, the batch's or none.
 
     Args:
         rewards: of the generation batch of all processes, groups next to one another.
@@ -22,7 +24,9 @@ def group_advantages(
     """
     check_choice("scale_rewards", scale_rewards, SCALES)
     groups = grouped(rewards, num_generations)
-    advantages = groups - groups.mean(1, keepdim=True)
+    # A rounded mean differs from equal rewards by an ulp, which an optimiser like Adam turns into full-sized steps.
+    signal = groups_with_signal(rewards, num_generations)[:, None]
+    advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(~signal, 0)
     if scale_rewards == "group":
         advantages = advantages / (groups.std(1, keepdim=True) + STD_EPS)
     elif scale_rewards == "batch":
@@ -31,7 +35,7 @@ def group_advantages(
 
 
 def groups_with_signal(rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " groups"]:
-    """Which groups have rewards that differ; in the others every advantage is 0, and dynamic sampling replaces them.
+    """Return which groups have rewards that differ; all advantages of the others are 0.
 
     Raises:
         ValueError: a group of one, or rewards that are not whole groups.

@@ -30,6 +30,7 @@ from .objective import LossAndMetrics, ModelLoader, Normaliser, Objective
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+MAX_LOG_RATIO = 20.0  # nats, as in verl; exp overflows at 89, and a clipped token's gradient is then 0 · inf
 NORMALISERS: dict[str, Normaliser] = {
     "grpo": "responses",
     "dr_grpo": "responses",
@@ -352,14 +353,14 @@ def importance_ratio(
     log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return log_ratio.exp()
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def kl_estimate(
     logps: Float[Tensor, "responses length"], ref_logps: Float[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
     """The k3 estimate of KL(π_θ ‖ π_ref) from one token, in nats: π_ref/π_θ − log(π_ref/π_θ) − 1, never negative."""
-    log_ratio = ref_logps - logps
+    log_ratio = (ref_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .completions import Completions
 from .prompts import PromptBatch
 from .random_streams import Generators
-from .sampling import Sampling, draw, prefill, read
+from .sampling import Sampling, draw_next, prefill, read
 
 
 class Reply(NamedTuple):
@@ -78,7 +78,7 @@ def sample_turns(
     cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # by the number of turns
     ids, masks, logps, length = [], [], [], 0
     while True:
-        drawn, chosen = draw(logits, sampling, generator)
+        drawn, chosen = draw_next(logits, sampling, generator, model, text)
         size = min(_shared(rows), sampling.max_completion_length - length)
         tokens, own = _next(rows, drawn.tolist(), size, pad_token_id)
         ids.append(torch.tensor(tokens, device=logits.device))

@@ -42,6 +42,21 @@ class PromptData(Protocol):
         ...
 
 
+def disable_dropout(model: Any) -> None:
+    """Switch dropout off for good, that of adapters included.
+
+    With dropout a pass that scores responses is not of the policy that sampled them, and importance ratios differ from
+    1 before the first step.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    model.train(model.is_activation_checkpointing)  # layers are checkpointed in training mode only
+
+
 class Policy:
     """A causal LM of transformers, and everything that sampling and scoring need besides.
 

@@ -14,6 +14,7 @@ from hybridmem.distributed import unsharded
 from hybridmem.model.patches import embed_with_patches
 
 from .completions import Completions
+from .non_finite import NonFiniteLogits, first_non_finite_layer
 from .prompts import PromptBatch
 from .random_streams import Generators
 
@@ -94,7 +95,7 @@ def sample(
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
     while True:
-        tokens, chosen = draw(logits, sampling, generator)
+        tokens, chosen = draw_next(logits, sampling, generator, model, rows)
         ids.append(torch.where(finished, pad_token_id, tokens))
         masks.append(~finished)
         logps.append(chosen.masked_fill(finished, 0))
@@ -114,6 +115,22 @@ def prefill(model: Any, prompts: PromptBatch, fan_out: int) -> tuple[Float[Tenso
         cache.batch_repeat_interleave(fan_out)
         logits = logits.repeat_interleave(fan_out, dim=0)
     return logits, cache
+
+
+def draw_next(
+    logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: Generators, model: Any, read_so_far: PromptBatch
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Draw a token for each row (see `draw`).
+
+    Raises:
+        NonFiniteLogits: names the first layer of the model whose output is not finite; it reads the rows once more.
+    """
+    try:
+        return draw(logits, sampling, generator)
+    except NonFiniteLogits as error:
+        layer = first_non_finite_layer(model, lambda: read(model, read_so_far, None))
+        source = "the layers' outputs are finite" if layer is None else f"first in the output of {layer}"
+        raise NonFiniteLogits(f"{error} ({source})") from error
 
 
 def read(
@@ -149,7 +166,15 @@ def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
 def draw(
     logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: Generators
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """A token for each row, and its log-probability."""
+    """Draw a token for each row; return it and its log-probability.
+
+    A vocabulary may be masked with −inf, as long as a finite logit remains.
+
+    Raises:
+        NonFiniteLogits: a row has no distribution over next tokens.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise NonFiniteLogits("the policy's logits are not finite")
     if sampling.temperature == 0:
         logps = logits.log_softmax(-1)
         tokens = logits.argmax(-1)

@@ -43,6 +43,7 @@ def check_settings(
     max_turns: int,
     call_format: str,
     max_observation_length: int,
+    max_empty_rollouts: int,
 ) -> None:
     """Raise a ValueError for settings that cannot go together or that could change nothing."""
     for name, value in dict(
@@ -51,6 +52,7 @@ def check_settings(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     at_least(1, max_turns=max_turns, max_observation_length=max_observation_length)
+    at_least(1, max_empty_rollouts=max_empty_rollouts)
     one_of(CALL_FORMATS, call_format=call_format)
     if num_generations < 2 and any(objective.learns_by_reward for objective in objectives.values()):
         raise ValueError(

@@ -14,12 +14,13 @@ from hybridmem.rl.environments.tools import tools_of
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rewards.functions import RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy
+from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
 from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
 from hybridmem.training.checkpoints.model_card import training_facts
 from hybridmem.training.errors import named
+from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.optimizers import OptimizerFactory, decay_groups
 from hybridmem.training.schedules import SchedulerFactory, WarmupCosine, scheduled_steps
 
@@ -33,7 +34,7 @@ from .checks import (
     check_strategy,
     single_turn_features,
 )
-from .group_buffer import GroupBuffer
+from .group_buffer import GroupBuffer, SignalWatch
 from .learner import Learner, OptimizerStep
 from .rollout_worker import LocalSampler, RolloutWorker
 from .validation import Answered, validate
@@ -74,6 +75,8 @@ class PolicyModule(L.LightningModule):
         attn_implementation: `sdpa`, or another that goes through transformers' registry.
         rollouts: who samples training responses; None: the policy itself (see ServedRollouts).
         seed: of the rollouts.
+        max_empty_rollouts: rollouts in a row in which no group has rewards that differ before a warning; ten times as
+            many end a run with dynamic sampling, which would never fill a batch.
 
     Raises:
         ValueError: settings that cannot go together or that could change nothing, before training starts.
@@ -104,13 +107,14 @@ class PolicyModule(L.LightningModule):
         attn_implementation: str = "sdpa",
         rollouts: ServedRollouts | None = None,
         seed: int = 0,
+        max_empty_rollouts: int = 10,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.objectives = by_family(objectives)
         check_settings(
             self.objectives, num_generations, num_iterations, steps_per_generation, max_turns, call_format,
-            max_observation_length,
+            max_observation_length, max_empty_rollouts,
         )  # fmt: skip
         self.model_name, self.num_generations = model, num_generations
         self.max_completion_length = max_completion_length
@@ -121,7 +125,7 @@ class PolicyModule(L.LightningModule):
         self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
         self.lora, self.attn_implementation = lora, attn_implementation
-        self.rollouts, self.seed = rollouts, seed
+        self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
         self.worker: RolloutWorker
         self.learner: Learner
@@ -167,6 +171,7 @@ class PolicyModule(L.LightningModule):
             objective.prepare(policy, self._load_frozen)
         if self.lora is not None:
             policy.model = _with_adapters(model, self.lora)
+        disable_dropout(policy.model)
         self.model = policy.model
         if self.device_mesh is not None:
             for whole in (self.model, *policy.frozen.values()):
@@ -178,6 +183,9 @@ class PolicyModule(L.LightningModule):
         self.check_data(self.data)
         self.worker = self._worker(policy)
         self.groups = GroupBuffer(self.num_generations, self.data.pad_id)
+        self.signal = SignalWatch(
+            self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
+        )
 
     def _load_frozen(self, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
         model = load_policy(name)
@@ -212,17 +220,28 @@ class PolicyModule(L.LightningModule):
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
         """Roll out and learn; or, if no objective samples, learn from the answers."""
         self.has_started = True
+        with stopping_at_non_finite_logits(self.trainer):
+            self._learn_from(batch)
+        for name, value in self.meter.pop_means().items():
+            self.log(name, value, prog_bar=name in SHOWN)
+
+    def _learn_from(self, batch: list[Example]) -> None:
         if not all(objective.samples for objective in self.objectives.values()):
             self.learner.imitate(batch)
         else:
             rollout = self.worker.roll_out(batch)
+            if self.learns_by_reward:
+                self.signal.look(self.worker.last_rewards)
             full = self.groups.fill(rollout) if self.dynamic_sampling else rollout
             if full is not None:
                 self.learner.learn(full)
             else:
                 self.meter.measure("dynamic_sampling/waiting", float(self.groups.num_waiting))
-        for name, value in self.meter.pop_means().items():
-            self.log(name, value, prog_bar=name in SHOWN)
+
+    @property
+    def learns_by_reward(self) -> bool:
+        """Whether an objective reads advantages; distillation does not."""
+        return any(objective.learns_by_reward for objective in self.objectives.values())
 
     @property
     def dynamic_sampling(self) -> bool:
@@ -233,7 +252,8 @@ class PolicyModule(L.LightningModule):
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
         """Answer held-out prompts; callbacks get the answers as the step's output."""
         first = batch_idx * self.data.hparams.batch_size
-        answered, values = validate(self.worker, self.data.task, batch, first)
+        with stopping_at_non_finite_logits(self.trainer):
+            answered, values = validate(self.worker, self.data.task, batch, first)
         for name, value in values.items():
             shown = name in SHOWN_IN_VALIDATION
             self.log(f"val/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
@@ -247,22 +267,28 @@ class PolicyModule(L.LightningModule):
             return [optimizer], [self.lr_scheduler(optimizer, scheduled_steps(self.trainer, self.trainer.max_steps))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's configuration and the number of rollouts, from which their random numbers follow."""
+        """Add the model's configuration and the state of the rollouts, whose random numbers follow from their count."""
         model = self.model if self.lora is None else self.model.get_base_model()
         own = isinstance(model, HybridMemForCausalLM)
         checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
-        checkpoint["num_rollouts"] = self.worker.num_rollouts
+        checkpoint["rollouts"] = {
+            "count": self.worker.num_rollouts,
+            "empty": self.signal.num_empty,
+            "waiting": self.groups.state_dict(),
+        }
         if self.device_mesh is None:
             name_optimizer_states(checkpoint, self, self.trainer.optimizers)
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the random numbers that come next."""
-        self.worker.num_rollouts = checkpoint["num_rollouts"]
+        """Continue with the random numbers that come next, and the groups that wait for a full batch."""
+        rollouts = checkpoint["rollouts"]
+        self.worker.num_rollouts, self.signal.num_empty = rollouts["count"], rollouts["empty"]
+        self.groups.load_state_dict(rollouts["waiting"])
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:

@@ -86,6 +86,7 @@ class RolloutWorker:
         self.num_generations, self.sampling, self.seed, self.meter = num_generations, sampling, seed, meter
         self.num_rollouts = 0  # since the run's first start
         self.last_responses: list[tuple[str, str, float]] = []  # prompt, response and reward of the last rollout
+        self.last_rewards: Float[Tensor, " responses"]  # of all ranks' sampled responses in the last rollout
 
     def generators(self, stream: RandomStream, places: Sequence[tuple[int, ...]]) -> list[torch.Generator]:
         """Return the random numbers of prompts in this rank's batch; they do not depend on the number of ranks.
@@ -174,6 +175,7 @@ class RolloutWorker:
         repeated = [example for example in examples for _ in range(self.num_generations)]
         texts, rewards = self.reward(repeated, completions, environments)
         everyones = Rewards(*(gather_groups(x, self.num_generations) for x in rewards))
+        self.last_rewards = everyones.total.cpu()
         if self.num_generations > 1:
             signal = groups_with_signal(everyones.total, self.num_generations)
             self.measure("frac_reward_zero_std", (~signal).float().mean())

@@ -276,3 +276,21 @@ def test_what_was_not_solved_is_rejected():
 def test_impossible_settings_of_swe_dapo(settings, message):
     with pytest.raises(ValueError, match=message):
         SWEDapo(**settings)
+
+
+@pytest.mark.parametrize("nats", [100.0, -100.0, 1e4])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize(
+    "objective", [GRPO(), DrGRPO(beta=0.1), DAPO(), GSPO(beta=0.1), CISPO(), GRPO(delta=2.0)], ids=repr
+)
+def test_ratios_far_apart_stay_finite(objective, advantage, nats):
+    logps = torch.tensor([[-1.0, -1.0, -2.0]], requires_grad=True)
+    old, mask = torch.tensor([[-1.0 - nats, -1.0, -2.0]]), torch.tensor([[True, True, False]])
+    reference = torch.tensor([[-1.0 + nats, -1.0, -2.0]])
+    loss, metrics = objective.compute_loss(
+        logps, old, torch.tensor([advantage]), mask, ref_logps=reference, num_items=2, max_completion_length=3
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert logps.grad.isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())
