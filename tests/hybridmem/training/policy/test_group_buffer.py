@@ -121,8 +121,9 @@ def test_a_checkpoint_of_a_validation_resumes_with_the_waiting_groups(tmp_path, 
         "init_args": {"filename": "val{step}", "save_top_k": -1, "monitor": "val/reward"},
     }
     settings = dict(
-        data__init_args__task=f"{__name__}.Rare", model__init_args__objectives=DAPO, trainer__max_steps=8,
-        model__init_args__num_generations=2, trainer__val_check_interval=3, model__init_args__num_iterations=1, data__init_args__batch_size=4,
+        data__init_args__task=f"{__name__}.Rare", data__init_args__batch_size=4, trainer__max_steps=8,
+        trainer__val_check_interval=3, model__init_args__objectives=DAPO, model__init_args__num_generations=2,
+        model__init_args__num_iterations=1,
     )  # fmt: skip
     config = write_config(tmp_path, trainer__callbacks=[save], **settings)
     hybridmem(monkeypatch, "fit", "--config", config)
