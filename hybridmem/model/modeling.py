@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,7 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ShortRangeAttention
-from .cache import StreamingLayer
+from .cache import check_layers
 from .configuration import HybridMemConfig
 from .convolution import ShortConvolution
 from .memory import NeuralMemory, RMSNorm
@@ -247,11 +247,8 @@ class HybridMemModel(HybridMemPreTrainedModel):
         past = 0
         last: LastDocument | None = None
         if past_key_values is not None:
-            first = past_key_values.layers[0] if past_key_values.layers else None
-            if not isinstance(first, StreamingLayer):
-                raise TypeError(
-                    "past_key_values holds no streaming layers; build it with DynamicCache(config=model.config)"
-                )
+            check_layers(past_key_values, self.config.layer_types or [])
+            first: Any = past_key_values.layers[0]
             past, last = first.seen_tokens, first.last_document
         documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
         mask = fresh_rows = compaction = None
@@ -284,6 +281,25 @@ class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                "cache_implementation='quantized' quantizes keys and values, and a HybridMem cache also holds memory "
+                "states: leave cache_implementation unset"
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: continuous batching (`generate_batch`) pages keys and values, and a memory's state has no pages.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "cache_implementation='paged' (continuous batching, generate_batch) pages keys and values, and a HybridMem "
+            "cache also holds memory states: leave cache_implementation unset and call generate on a left-padded batch"
+        )
 
     @can_return_tuple
     def forward(
