@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
 from .functional import linear_rows, rotate
-from .sequence import NOWHERE, TokenSequence
+from .sequence import NOWHERE, TokenSequence, splits_tokens
 from .state import map_state
 
 
@@ -269,7 +269,15 @@ class ShortRangeAttention(nn.Module):
                 "flash_attention_2 takes rows of one document without persistent tokens here: use "
                 "attn_implementation='sdpa' or 'flex_attention' for packed documents"
             )
-        mask = None if documents is None else (documents >= 0).long()
+        valid = None if documents is None else documents >= 0
+        beyond = self.window is not None and keys.shape[2] > self.window
+        if valid is not None and beyond and splits_tokens(valid):
+            raise ValueError(
+                f"flash_attention_2 drops padding before it counts attention_window={self.window}, and a row has "
+                "padding between its tokens: pad on the left or right, or set attn_implementation to 'sdpa' or "
+                "'flex_attention'"
+            )
+        mask = None if valid is None else valid.long()
         keys, values = self.with_persistent(keys, values)
         return self._call(q, keys, values, mask, sliding_window=self.window)
 
