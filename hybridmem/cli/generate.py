@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
+from hybridmem.data.tokenizer import vocabulary_size
+
 
 def generate(
     model: Path,
@@ -34,6 +36,11 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 or more and top_p={top_p} in (0, 1]")
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
+    if (size := vocabulary_size(tokenizer)) > network.config.vocab_size:
+        raise ValueError(
+            f"model={model}: the tokenizer's largest id is {size - 1} but the model's vocab_size is "
+            f"{network.config.vocab_size}: put the tokenizer there that the model was trained with"
+        )
     set_seed(seed)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]])

@@ -16,7 +16,7 @@ from hybridmem.tasks.task import Split, Task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
 from .packing import IGNORED, PADDING, Row
-from .tokenizer import load_tokenizer, token_byte_lengths
+from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import document_marks
 from .trainer_state import batches_trained, is_training, share_of
 from .vision import Prompt, load_processor, vision_prompt
@@ -40,7 +40,7 @@ class TaskDataModule(L.LightningDataModule):
     goes on with the very example that would have been next. Validation is always the same. Several processes share
     each batch, with `batch_size` examples each.
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, the bytes that each id stands for.
+    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
 
     Args:
         task: where the examples come from, and who rewards answers.
@@ -106,7 +106,7 @@ class TaskDataModule(L.LightningDataModule):
         else:
             self.processor = load_processor(self.hparams.processor)
             self.tokenizer = self.processor.tokenizer
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
         for split in splits:

@@ -347,8 +347,8 @@ class PolicyModule(L.LightningModule):
             vocab_size = self.model.config.get_text_config().vocab_size
             if data.vocab_size > vocab_size:
                 raise ValueError(
-                    f"the tokenizer has {data.vocab_size} tokens but the model's vocab_size is {vocab_size}: set "
-                    "data.init_args.tokenizer to the model's own"
+                    f"the tokenizer's largest id is {data.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
+                    "set data.init_args.tokenizer to the model's own"
                 )
         if self.distillation is not None and self._teacher_tokenizer is not None:
             self.distillation.check_tokenizers(data.tokenizer, self._teacher_tokenizer)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridmem.cli.main import named_folders
-from tests.hybridmem.data.helpers import byte_level_bpe
+from tests.hybridmem.data.helpers import byte_level_bpe, gapped_tokenizer
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 
 PROGRAM = str(Path(sys.executable).with_name("hybridmem"))
@@ -252,6 +252,27 @@ def test_text_that_is_not_utf8_needs_bytes(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "bad.txt is not UTF-8" in error
     assert "set encoding_errors to 'replace'" in error
+
+
+def test_a_vocabulary_with_gaps_needs_a_row_for_its_largest_id(tmp_path, monkeypatch, capsys):
+    gapped_tokenizer(400).save_pretrained(tmp_path / "tokenizer")
+    changes = dict(data__init_args__tokenizer=str(tmp_path / "tokenizer"), model__init_args__config__vocab_size=450)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the tokenizer's largest id is 450 but config.vocab_size=450" in error
+    assert "set model.init_args.config.vocab_size to 451 or more" in error
+    changes |= dict(model__init_args__config__vocab_size=451, data__init_args__sequence_length=8)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", exported)
+    options = ["--prompt", "word1 word11", "--max_new_tokens", 3]
+    hybridmem(monkeypatch, "generate", "--model", exported, *options)
+    assert "word1" in capsys.readouterr().out
+    gapped_tokenizer(500).save_pretrained(exported)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "generate", "--model", exported, *options)
+    assert "tokenizer's largest id is 550 but the model's vocab_size is 451" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

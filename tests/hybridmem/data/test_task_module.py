@@ -11,7 +11,7 @@ from hybridmem.data import TaskDataModule, load_tokenizer
 from hybridmem.tasks import Recall, Task, VisualSearch
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 
-from .helpers import LIGHTNING_WARNINGS, byte_level_bpe, sentencepiece_bpe, trainer
+from .helpers import LIGHTNING_WARNINGS, byte_level_bpe, gapped_tokenizer, sentencepiece_bpe, trainer
 
 IGNORED, PADDING = -100, -1
 EOS = 258
@@ -89,6 +89,15 @@ def test_any_tokenizer(tmp_path, make):
         assert labels == example["answer"] + tokenizer.eos_token
         prompt = tokenizer(example["prompt"])["input_ids"]
         assert batch["input_ids"][row, : len(prompt)].tolist() == prompt
+
+
+def test_a_vocabulary_with_gaps(tmp_path):
+    gapped_tokenizer().save_pretrained(tmp_path)
+    module = data(tokenizer=str(tmp_path))
+    assert module.vocab_size == len(module.token_byte_lengths) == 70_051
+    batch = next(iter(module.val_dataloader()))
+    assert batch["input_ids"].max() < 70_051
+    assert module.pad_id == module.end_id == 70_050
 
 
 def test_names_of_special_tokens_are_text():
