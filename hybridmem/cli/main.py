@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from hybridmem.training.errors import (
 )
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.pretrain import PretrainModule
+from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 
 from .generate import generate
 from .subnetwork import subnetwork
@@ -141,8 +143,16 @@ class HybridMemCLI(LightningCLI):
         """Take no settings from a checkpoint: the configuration says them, and `_check` compares."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with settings_errors():
-            self._check(subcommand)
+        with ExitStack() as stack:
+            with settings_errors():
+                root = Path(self.trainer.default_root_dir)
+                make_writable(root)
+                if subcommand == "fit" and self.trainer.is_global_zero:  # the others of its processes belong to it
+                    stack.enter_context(held_folder(root))
+                self._check(subcommand)
+            self._run_checked(subcommand)
+
+    def _run_checked(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
@@ -173,7 +183,8 @@ class HybridMemCLI(LightningCLI):
         for name, part in (("model", self.model), ("data", self.datamodule)):
             if type(part) in (L.LightningModule, L.LightningDataModule):
                 raise ValueError(f"{name} names no class: set {name}.class_path, such as hybridmem.{EXAMPLES[name]}")
-        self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
+        if subcommand == "fit" and not path:
+            self._check_fresh(Path(self.trainer.default_root_dir))
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, Trained):
             return
@@ -204,21 +215,47 @@ class HybridMemCLI(LightningCLI):
                 f"file of it first (hybridmem consolidate --ckpt_path {ckpt_path} --output whole.ckpt)"
             )
 
-    def _check_folder(self, root: Path, fresh: bool) -> None:
-        """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            writable = os.access(root, os.W_OK)
-        except OSError:  # a file of that name, or a file system that takes no folders
-            writable = False
-        if not writable:
-            raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+    def _check_fresh(self, root: Path) -> None:
+        """Raise when a new run would write over another one's checkpoints."""
         held = max(root.glob("*.ckpt"), key=lambda path: path.lstat().st_mtime_ns, default=None)
-        if fresh and held is not None:
+        if held is not None:
             raise ValueError(
                 f"trainer.default_root_dir={root} holds {held.name} of an earlier run: go on with it "
                 f"(--ckpt_path {held}), choose another folder, or remove this one"
             )
+
+
+def make_writable(root: Path) -> None:
+    """Make a run's folder.
+
+    Raises:
+        PermissionError: the run cannot write there.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        writable = os.access(root, os.W_OK)
+    except OSError:  # a file of that name, or a file system that takes no folders
+        writable = False
+    if not writable:
+        raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+
+
+@contextmanager
+def held_folder(root: Path) -> Iterator[None]:
+    """A context in which no other run can train in this folder.
+
+    Raises:
+        ValueError: another run does.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(root / RUN_LOCK))
+        except LockedError as error:
+            raise ValueError(
+                f"trainer.default_root_dir={root} is in use by another run ({error.holder}): wait for its end, stop "
+                f"it (kill {error.holder.pid}), or choose another folder"
+            ) from error
+        yield
 
 
 def named_folders(arguments: Sequence[str]) -> list[str]:
