@@ -34,7 +34,7 @@ class TextDataModule(L.LightningDataModule):
             `val_fraction` of the files is held out.
         tokenizer: "bytes", a folder with a tokenizer, or the name of a model on the Hugging Face hub.
         text_column: the column of .jsonl files that holds the text; each line is a document.
-        pattern: which files of a folder to read, such as "*.txt"; hidden ones are left out.
+        pattern: which files of a folder to read, such as "*.txt" or "*.jsonl.gz"; hidden ones are left out.
         sequence_length: tokens of a training row.
         val_sequence_length: tokens of a validation row; as in training if not given.
         batch_size: training rows per process and step.
