@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
-from hybridmem.tasks.task import Split, Task
+from hybridmem.tasks.task import Split, Task, check_example, check_task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
 from .packing import IGNORED, PADDING, Row
@@ -80,6 +80,7 @@ class TaskDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
+        check_task(task)
         at_least(1, MOST_ROWS, batch_size=batch_size)
         at_least(1, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
         at_least(0, MOST_WORKERS, num_workers=num_workers)
@@ -110,7 +111,9 @@ class TaskDataModule(L.LightningDataModule):
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
         for split in splits:
-            self.batch([self.rows(split)[0]])
+            example = self.task.example(split, 0)
+            check_example(self.task, example, with_answer=self.hparams.mode == "supervised")
+            self.batch([example])
 
     def rows(self, split: Split) -> "TaskRows":
         """The examples of a split."""
