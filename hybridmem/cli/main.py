@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -60,6 +60,11 @@ FOLDERS = {"subnetwork": ("before", "after", "other"), "report": ("run_dir", "ot
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
 LIMIT = re.compile("limit_(train|val)_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+# Settings that are off in the trainer's barebones mode, which has an error for each alone.
+NOT_BAREBONES = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",
+    "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler",
+)  # fmt: skip
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -110,7 +115,10 @@ class HybridMemCLI(LightningCLI):
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
         """Build the trainer; what it writes goes below default_root_dir unless the configuration says otherwise."""
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
-        if self._get(self.config_init, "trainer.logger") in (None, True):
+        barebones = self._get(self.config_init, "trainer.barebones")
+        if barebones:
+            check_barebones(self._get(self.config_init, "trainer"))
+        elif self._get(self.config_init, "trainer.logger") in (None, True):
             settings["logger"] = [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
         trainer = super().instantiate_trainer(**settings)
         for callback in trainer.checkpoint_callbacks:
@@ -223,6 +231,24 @@ class HybridMemCLI(LightningCLI):
                 f"trainer.default_root_dir={root} holds {held.name} of an earlier run: go on with it "
                 f"(--ckpt_path {held}), choose another folder, or remove this one"
             )
+
+
+def check_barebones(trainer: Mapping[str, Any]) -> None:
+    """Check that nothing is switched on that the trainer's barebones mode leaves out.
+
+    Raises:
+        ValueError: naming all such settings.
+    """
+    callbacks = trainer.get("callbacks") or []
+    given = [f"{name}={trainer[name]!r}" for name in NOT_BAREBONES if trainer.get(name)]
+    given += [
+        type(callback).__name__ for callback in callbacks if isinstance(callback, Checkpoint | LearningRateMonitor)
+    ]
+    if given:
+        raise ValueError(
+            "trainer.barebones=true trains without checkpoints, logs and checks, to time steps alone: remove "
+            f"{', '.join(given)} from trainer, or set barebones to false"
+        )
 
 
 def make_writable(root: Path) -> None:

@@ -222,6 +222,46 @@ def test_a_fast_dev_run_is_no_shorter_than_the_warm_up(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
+def test_barebones_trains_and_writes_nothing(tmp_path, monkeypatch):
+    bare = dict(trainer__barebones=True, trainer__callbacks=[], trainer__log_every_n_steps=None)
+    config = write_config(tmp_path, **bare)
+    for command in ("fit", "predict"):
+        checkpoint = ["--ckpt_path", tmp_path / "kept.ckpt"] if command == "predict" else []
+        if checkpoint:
+            keep = write_config(tmp_path, trainer__default_root_dir=str(tmp_path / "other"))
+            hybridmem(monkeypatch, "fit", "--config", keep)
+            (tmp_path / "other" / "step=6.ckpt").rename(tmp_path / "kept.ckpt")
+            config = write_config(tmp_path, **bare)
+        hybridmem(monkeypatch, command, "--config", config, *checkpoint)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "predictions.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(), "remove log_every_n_steps=1, ModelCheckpoint from trainer, or set barebones to false"),
+        (dict(trainer__logger=True, trainer__log_every_n_steps=0), "remove logger=True, ModelCheckpoint from"),
+        (dict(trainer__callbacks=[], trainer__fast_dev_run=2), "remove log_every_n_steps=1, fast_dev_run=2 from"),
+        (
+            dict(
+                trainer__callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+                trainer__log_every_n_steps=None,
+                trainer__num_sanity_val_steps=2,
+            ),
+            "remove num_sanity_val_steps=2, LearningRateMonitor from trainer",
+        ),
+    ],
+)
+def test_barebones_names_all_that_it_leaves_out(tmp_path, monkeypatch, capsys, changes, named):
+    config = write_config(tmp_path, trainer__barebones=True, **changes)
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hybridmem: error: trainer.barebones=true trains without checkpoints, logs and checks")
+    assert named in last
+
+
 def test_a_new_run_keeps_out_of_another_ones_folder(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     hybridmem(monkeypatch, "fit", "--config", config, "--trainer.max_steps", 3)
