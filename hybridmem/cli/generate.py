@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
+from hybridmem.checks import refuse_adapter
 from hybridmem.data.tokenizer import vocabulary_size
 
 
@@ -28,6 +29,7 @@ def generate(
         seed: of the sampling.
         stream: print the text as it comes rather than at the end.
     """
+    refuse_adapter(model)
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model={model} is no exported folder: it has no config.json (see hybridmem export)")
     if max_new_tokens < 1:
