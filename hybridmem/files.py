@@ -34,7 +34,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def is_jsonl(file: Path) -> bool:
-    """Whether a file is named as JSON lines, compressed or not."""
+    """Return whether a file is named as JSON lines, compressed or not."""
     plain = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
     return plain.suffix.lower() == ".jsonl"
 

@@ -87,7 +87,7 @@ def find_files(path: Path, pattern: str, setting: str) -> list[Path]:
 
 
 def _matches(path: Path, pattern: str) -> bool:
-    """Whether a path matches a pattern, whatever the case of the endings of both."""
+    """Match a path with a pattern, ignoring the case of both endings."""
     return path.match(pattern) or _with_lower_ending(path).match(str(_with_lower_ending(Path(pattern))))
 
 

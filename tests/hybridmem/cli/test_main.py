@@ -157,6 +157,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     assert f"--ckpt_path {saved}" in output
     assert "nothing is lost" in output
     assert process.returncode == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "run.lock").exists()
     assert torch.load(saved, weights_only=True)["global_step"] > 0
 
 
