@@ -137,7 +137,7 @@ class PretrainModule(L.LightningModule):
         """Raise a ValueError when the data cannot be read by this model."""
         if data.vocab_size > self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {data.vocab_size} tokens but config.vocab_size={self.config.vocab_size}; "
+                f"the tokenizer's largest id is {data.vocab_size - 1} but config.vocab_size={self.config.vocab_size}; "
                 f"set model.init_args.config.vocab_size to {data.vocab_size} or more"
             )
         if self.carry_state and data.hparams.get("mode") != "continuous":

@@ -112,8 +112,8 @@ def check_prompts(data: Any, model: Any) -> None:
     vocab_size = model.config.get_text_config().vocab_size
     if data.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer has {data.vocab_size} tokens but the model's vocab_size is {vocab_size}: set "
-            "data.init_args.tokenizer to the model's own"
+            f"the tokenizer's largest id is {data.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
+            "set data.init_args.tokenizer to the model's own"
         )
 
 
