@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.training.checkpoints.contents import export
+from hybridmem.cli.export import export
 
 
 @pytest.fixture(scope="session")
