@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MEASURED = """
 import torch, triton, triton.language as tl
-from hybridmem_kernels.aot import TARGETS, measure
+from hybridmem_kernels.tools.aot import TARGETS, measure
 from hybridmem_kernels.builds import Build
 
 @triton.jit
@@ -59,15 +59,15 @@ def test_registers_spills_and_tensor_cores_are_seen(tmp_path):
     ],
 )
 def test_kernels_stay_within_the_committed_table(target, match):
-    """Some of them, of the operators and targets in turn; `python -m hybridmem_kernels.aot` builds all."""
+    """Some of them, of the operators and targets in turn; `python -m hybridmem_kernels.tools.aot` builds all."""
     options = ["--dtypes", "bf16", "--configs", "configs/pretrain/170m.yaml", "--jobs", "1"]
-    done = run("-m", "hybridmem_kernels.aot", "--targets", target, "--match", match, *options)
+    done = run("-m", "hybridmem_kernels.tools.aot", "--targets", target, "--match", match, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no spill" in done.stdout
     assert f"{target:8}" in done.stdout
 
 
 def test_asking_for_no_kernel_is_an_error():
-    done = run("-m", "hybridmem_kernels.aot", "--match", "no such kernel")
+    done = run("-m", "hybridmem_kernels.tools.aot", "--match", "no such kernel")
     assert done.returncode == 2
     assert "no kernel is asked for" in done.stderr

@@ -1,4 +1,4 @@
-"""What an operator launches, written down instead of being run: no GPU, no memory, only shapes."""
+"""Kernel launches of an operator, recorded instead of run: shapes alone, without a GPU or memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

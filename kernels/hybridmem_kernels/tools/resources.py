@@ -1,4 +1,4 @@
-"""What built kernels take of a GPU, what is too much, and the table of it that is committed (resources.json).
+"""Resources of built kernels, their limits, and the committed table of them (resources.json).
 
 The table is kept per version of Triton, each of which allots registers in its own way: growth is only seen within one.
 """

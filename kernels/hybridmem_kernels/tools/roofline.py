@@ -1,6 +1,6 @@
-"""What a call of a Triton operator costs: launches, bytes and operations, and what GPUs would make of them at best.
+"""The cost of a call of a Triton operator: launches, bytes and operations, and a lower bound of its time on GPUs.
 
-    python -m hybridmem_kernels.roofline [--write docs/kernels.md]
+    python -m hybridmem_kernels.tools.roofline [--write docs/kernels.md]
 
 Launches and bytes are written down from the operators themselves (recording.py): each tensor that a kernel is given
 counts once, as if the caches held what is read again. Operations are those of the matrix products, by the formulas
@@ -22,15 +22,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from .attention_divergence.reference import AttentionPolicy
-from .attention_divergence.triton_op import attention_divergence_triton
-from .memory_mlp_scan.reference import initial_state
-from .memory_mlp_scan.triton_op import memory_mlp_scan_triton
-from .memory_scan.reference import empty_state
-from .memory_scan.triton_op import memory_scan_triton
+from ..attention_divergence.reference import AttentionPolicy
+from ..attention_divergence.triton_op import attention_divergence_triton
+from ..memory_mlp_scan.reference import initial_state
+from ..memory_mlp_scan.triton_op import memory_mlp_scan_triton
+from ..memory_scan.reference import empty_state
+from ..memory_scan.triton_op import memory_scan_triton
 from .recording import Launch, recorded
 
-CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "170m.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "pretrain" / "170m.yaml"
 MARKS = ("<!-- roofline -->\n", "<!-- end of roofline -->\n")
 LAUNCH = 4e-6  # seconds until the next kernel starts
 
@@ -281,7 +281,7 @@ def rewritten(page: str, lines: str) -> str:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Print the table, or write it into a page."""
-    parser = argparse.ArgumentParser(prog="python -m hybridmem_kernels.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hybridmem_kernels.tools.roofline", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--write", type=Path, help="a page that holds the table between its two marks")

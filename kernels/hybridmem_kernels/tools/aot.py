@@ -1,8 +1,8 @@
-"""Every Triton kernel built ahead of time, for GPUs that need not be there, and what it takes of them.
+"""Ahead-of-time builds of every Triton kernel, for GPUs that need not be there, and the resources they use.
 
-    python -m hybridmem_kernels.aot                       # build, print the table, compare it with resources.json
-    python -m hybridmem_kernels.aot --write               # accept the table
-    python -m hybridmem_kernels.aot --targets sm90 --dtypes bf16 --match memory_scan
+    python -m hybridmem_kernels.tools.aot                       # build, print the table, compare it with resources.json
+    python -m hybridmem_kernels.tools.aot --write               # accept the table
+    python -m hybridmem_kernels.tools.aot --targets sm90 --dtypes bf16 --match memory_scan
 
 The shapes are those of the model configurations in configs/pretrain. A kernel that spills registers, needs more shared
 memory than the target has, multiplies matrices without tensor cores, or takes more than the committed table says, is
@@ -32,13 +32,13 @@ import yaml
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attention_divergence import triton_op as attention_divergence
-from .builds import DTYPES, Build
-from .memory_mlp_scan import triton_op as memory_mlp_scan
-from .memory_scan import triton_op as memory_scan
+from ..attention_divergence import triton_op as attention_divergence
+from ..builds import DTYPES, Build
+from ..memory_mlp_scan import triton_op as memory_mlp_scan
+from ..memory_scan import triton_op as memory_scan
 from .resources import Resources, Row, Table, problems, read_tables, write_tables
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
+CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
 NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -176,7 +176,7 @@ def measure_all(arguments: tuple[Any, ...], jobs: int) -> list[Row]:
 def main(command_line: Sequence[str] | None = None) -> int:
     """Build, print, compare; 1 if something is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m hybridmem_kernels.aot",
+        prog="python -m hybridmem_kernels.tools.aot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
