@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dispatch import choose_backend
-from . import operator  # noqa: F401  compiled graphs find it by its name
+from . import library  # noqa: F401  compiled graphs find it by its name
 from .chunked import attention_divergence_chunked
 from .reference import AttentionPolicy, AttentionStats, attention_divergence_reference
 
@@ -77,7 +77,7 @@ def attention_divergence(
     if backend == "reference":
         return attention_divergence_reference(*arguments)
     if backend == "triton":
-        from .triton_op import attention_divergence_triton
+        from .triton_autograd import attention_divergence_triton
 
         return attention_divergence_triton(*arguments)
     return attention_divergence_chunked(*arguments)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
 from ..memory_scan.reference import state_dtype
-from . import operator, triton_operator  # noqa: F401  compiled graphs find them by name
+from . import library, triton_library  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_mlp_scan_chunked
 from .reference import MemoryMLPState, initial_state, memory_mlp, memory_mlp_scan_reference
 
@@ -76,7 +76,7 @@ def memory_mlp_scan(
     if backend == "reference":
         return memory_mlp_scan_reference(*arguments)
     if backend == "triton":
-        from .triton_op import memory_mlp_scan_triton
+        from .triton_autograd import memory_mlp_scan_triton
 
         return memory_mlp_scan_triton(*arguments, even)
     return memory_mlp_scan_chunked(*arguments, even)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import Blocks, even_blocks, split_blocks
 from ..decays import decay_rows, decay_rows_backward
 from ..memory_scan.reference import state_dtype
-from .chunk import ChunkInputs, LaneWeights, chunk_backward, chunk_forward
+from .one_chunk import ChunkInputs, LaneWeights, chunk_backward, chunk_forward
 from .reference import MemoryMLPState
 
 

@@ -32,10 +32,10 @@ import yaml
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..attention_divergence import triton_op as attention_divergence
+from ..attention_divergence import triton_autograd as attention_divergence
 from ..builds import DTYPES, Build
-from ..memory_mlp_scan import triton_op as memory_mlp_scan
-from ..memory_scan import triton_op as memory_scan
+from ..memory_mlp_scan import triton_autograd as memory_mlp_scan
+from ..memory_scan import triton_autograd as memory_scan
 from .resources import Resources, Row, Table, problems, read_tables, write_tables
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"

@@ -23,11 +23,11 @@ import yaml
 from torch import Tensor
 
 from ..attention_divergence.reference import AttentionPolicy
-from ..attention_divergence.triton_op import attention_divergence_triton
+from ..attention_divergence.triton_autograd import attention_divergence_triton
 from ..memory_mlp_scan.reference import initial_state
-from ..memory_mlp_scan.triton_op import memory_mlp_scan_triton
+from ..memory_mlp_scan.triton_autograd import memory_mlp_scan_triton
 from ..memory_scan.reference import empty_state
-from ..memory_scan.triton_op import memory_scan_triton
+from ..memory_scan.triton_autograd import memory_scan_triton
 from .recording import Launch, recorded
 
 CONFIG = Path(__file__).parents[3] / "configs" / "pretrain" / "170m.yaml"

@@ -1,4 +1,4 @@
-"""The scan in chunks as an operator of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in chunks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import own_memory
+from ..library import own_memory
 from .chunked import Chunks, scan_backward, scan_forward
 
-RESULTS = 3  # out, weight, momentum; behind them what the backward needs
+RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
 
 
 @torch.library.custom_op(
@@ -21,7 +21,7 @@ RESULTS = 3  # out, weight, momentum; behind them what the backward needs
     ),
 )
 def memory_scan_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_forward`, its results and then the chunks, flat."""
+    """Run `scan_forward`; return its results, then the chunks, flat."""
     results, chunks = scan_forward(*inputs)
     return own_memory((*results, *chunks), inputs[:-1])
 
@@ -69,7 +69,7 @@ def memory_scan_backward_operator(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
-    """`scan_backward`."""
+    """Run `scan_backward`."""
     grads = (grad_out, grad_weight, grad_moment)
     return own_memory(scan_backward(Chunks._make(chunks), grads, shape, dtypes), (*chunks, *grads))
 

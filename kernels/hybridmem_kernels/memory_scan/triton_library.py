@@ -1,22 +1,16 @@
-"""The scan in Triton, and its step of one token, as operators of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in Triton, and its step of one token."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import own_memory
+from ..library import own_memory, triton_module
 from .reference import MemoryState
 
 TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor momentum, Tensor theta, Tensor? active, Tensor? continues"
-RESULTS = 3  # out, weight, momentum; behind them what the backward needs
-
-
-def _triton(module: str = "triton_op") -> Any:
-    """What imports Triton, which not every machine has."""
-    return import_module(f".{module}", __package__)
+RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
 
 
 @torch.library.custom_op(
@@ -25,15 +19,15 @@ def _triton(module: str = "triton_op") -> Any:
     schema=f"({TOKENS}, Tensor weight, Tensor moment, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_forward`, its results and then what it keeps."""
-    results, kept = _triton().scan_forward(*inputs)
+    """Run `scan_forward`; return its results, then the tensors that it keeps."""
+    results, kept = triton_module(__package__).scan_forward(*inputs)
     return own_memory((*results, *kept), inputs[:-1])
 
 
 @memory_scan_triton_operator.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     q, v, weight, chunk_size = inputs[0], inputs[2], inputs[8], inputs[-1]
-    kept = (weight.new_empty(shape) for shape in _triton().kept_shapes(q, v, chunk_size))
+    kept = (weight.new_empty(shape) for shape in triton_module(__package__).kept_shapes(q, v, chunk_size))
     return [v.new_empty(v.shape), *(weight.new_empty(weight.shape) for _ in range(2)), *kept]
 
 
@@ -43,9 +37,9 @@ def _(*inputs: Any) -> list[Tensor]:
     schema=f"({TOKENS}, Tensor[] kept, Tensor?[] grads, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_backward_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_backward`."""
+    """Run `scan_backward`."""
     *tokens, kept, grads, chunk_size = inputs
-    found = _triton().scan_backward(*tokens, kept=kept, grads=grads, chunk_size=chunk_size)
+    found = triton_module(__package__).scan_backward(*tokens, kept=kept, grads=grads, chunk_size=chunk_size)
     return own_memory(found, (*tokens, *kept, *grads))
 
 
@@ -83,9 +77,9 @@ memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
     ),
 )
 def memory_step_triton_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`memory_step_triton`: out and the state after it."""
+    """Run `memory_step_triton`; return out and the state after it."""
     *tokens, weight, moment, mask = inputs
-    step = _triton("triton_decode").memory_step_triton
+    step = triton_module(__package__, "triton_decode").memory_step_triton
     out, (weight, moment) = step(*tokens, MemoryState(weight, moment), mask)
     return out, weight, moment
 
