@@ -154,8 +154,8 @@ def scan_arguments(case: str) -> tuple:
     if inputs.mask is not None:
         active = inputs.mask[:, None].expand(shape).float()
         continues = torch.ones(shape)
-    weight, moment = inputs.state or (torch.zeros(*shape[:2], 16, 24) for _ in range(2))
-    return (*inputs.tensors.values(), active, continues, weight, moment, 16)
+    weight, momentum = inputs.state or (torch.zeros(*shape[:2], 16, 24) for _ in range(2))
+    return (*inputs.tensors.values(), active, continues, weight, momentum, 16)
 
 
 def mlp_arguments(case: str) -> tuple:

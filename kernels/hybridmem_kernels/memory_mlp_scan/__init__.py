@@ -36,7 +36,7 @@ def memory_mlp_scan(
     Args:
         q, k: queries and keys, L2-normalised by the caller.
         v: the values to store, of the keys' dimension: the MLP has a residual around it.
-        alpha, eta, theta: forgetting, momentum and step size, as in `memory_scan`.
+        alpha, eta, theta: forgetting, decay of the momentum and step size, as in `memory_scan`.
         weights: the learned start of each layer, first to last; a document starts from them.
         state: what earlier tokens left; it belongs to the first document of the row.
         chunk_size: tokens that take their gradient at the same weights. Part of the model here, not a speed

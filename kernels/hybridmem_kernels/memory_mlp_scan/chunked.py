@@ -135,10 +135,10 @@ class _MemoryMLPScan(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """keep, momentum and theta in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
+    """Gates in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
 
     keep: Float[Tensor, "blocks lanes width"]
-    momentum: Float[Tensor, "blocks lanes width"]
+    eta: Float[Tensor, "blocks lanes width"]
     theta: Float[Tensor, "blocks lanes width"]
     active: Float[Tensor, "blocks lanes width"]
 
@@ -147,9 +147,9 @@ class _Gates(NamedTuple):
         """Gather them."""
         valid = blocks.valid.movedim(1, 0)[:, :, None]  # (blocks, batch, 1, width)
         gates = ((1 - inputs.alpha.to(inputs.dtype), 1), (inputs.eta, 1), (inputs.theta, 0))
-        keep, momentum, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
+        keep, eta, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
         active = valid.to(inputs.dtype).expand_as(keep)
-        return cls(*(x.flatten(1, 2) for x in (keep, momentum, theta, active)))
+        return cls(*(x.flatten(1, 2) for x in (keep, eta, theta, active)))
 
 
 def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
@@ -160,9 +160,7 @@ def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
     fresh, weights, momenta, anchors = inputs.lanes()
     gates = _Gates.of(inputs, blocks)
     # The step sizes stay apart: they also carry the bound on the gradient, known only inside the chunk.
-    rows = decay_rows(
-        *(x.flatten(0, 1) for x in (gates.keep, gates.momentum, torch.ones_like(gates.theta), gates.active))
-    )
+    rows = decay_rows(*(x.flatten(0, 1) for x in (gates.keep, gates.eta, torch.ones_like(gates.theta), gates.active)))
     weight_rows, momentum_rows = (x.unflatten(0, (count, batch * heads)) for x in rows)
     kept_count = count if keep else 0
     kept = Kept(
@@ -229,9 +227,9 @@ def scan_backward(
             starts = _lanes(blocks.new_document[:, n], heads)
             grad_fresh = [a.add_(b) for a, b in zip(grad_fresh, _select(starts, grad_weights, zeros), strict=True)]
             grad_weights, grad_momenta = (_select(starts, zeros, layers) for layers in (grad_weights, grad_momenta))
-    lanes = (x.flatten(0, 1) for x in (gates.keep, gates.momentum, gates.active, *kept[:2], *into[4:]))
-    grad_keep, grad_moment, _ = decay_rows_backward(*lanes)
-    gate_grads = (grad_keep.neg().view_as(into.theta), grad_moment.view_as(into.theta), into.theta)
+    lanes = (x.flatten(0, 1) for x in (gates.keep, gates.eta, gates.active, *kept[:2], *into[4:]))
+    grad_keep, grad_eta, _ = decay_rows_backward(*lanes)
+    gate_grads = (grad_keep.neg().view_as(into.theta), grad_eta.view_as(into.theta), into.theta)
     tokens_grads = [_to_time(x, blocks, inputs) for x in (*into[:3], *gate_grads)]
     states = [w.unflatten(0, (batch, heads)) for layers in (grad_weights, grad_momenta, grad_anchors) for w in layers]
     learned = [w.unflatten(0, (batch, heads)).sum(0) for w in grad_fresh]

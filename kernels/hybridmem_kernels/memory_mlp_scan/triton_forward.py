@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
-    MOMENT,
+    MOMENTUM_KEPT,
     OF_MOMENTUM,
     OF_WEIGHT,
     RATE,
@@ -63,25 +63,25 @@ def _write(
     last = slots - 1
     of_weight = tl.load(vectors_ptr + OF_WEIGHT * slots + last)
     of_momentum = tl.load(vectors_ptr + OF_MOMENTUM * slots + last)
-    moment_kept = tl.load(vectors_ptr + MOMENT * slots + last)
+    momentum_kept = tl.load(vectors_ptr + MOMENTUM_KEPT * slots + last)
     stride = output_width(layer, shape)
     momenta = matrix_start(layer, shape) + state_size(shape)
     for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             weight = tl.load(tile(start_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile))
-            moment = tl.load(tile(start_ptr + momenta, row, column, stride, CUT.tile, CUT.tile))
-            weight = weight * of_weight + moment * of_momentum
-            moment = moment * moment_kept
+            momentum = tl.load(tile(start_ptr + momenta, row, column, stride, CUT.tile, CUT.tile))
+            weight = weight * of_weight + momentum * of_momentum
+            momentum = momentum * momentum_kept
             weight = _add_writes(z_ptr, u_ptr, vectors_ptr, decays_ptr, weight, last, row, column, layer, shape, CUT)
-            moment = _add_writes(
-                z_ptr, u_ptr, vectors_ptr, decays_ptr, moment, slots + last, row, column, layer, shape, CUT
+            momentum = _add_writes(
+                z_ptr, u_ptr, vectors_ptr, decays_ptr, momentum, slots + last, row, column, layer, shape, CUT
             )
             fresh_at = tile(fresh_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile)
             fresh = tl.load(fresh_at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
             weight = tl.where(new_document, fresh, weight)
-            moment = tl.where(new_document, 0.0, moment)
+            momentum = tl.where(new_document, 0.0, momentum)
             tl.store(tile(end_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile), weight)
-            tl.store(tile(end_ptr + momenta, row, column, stride, CUT.tile, CUT.tile), moment)
+            tl.store(tile(end_ptr + momenta, row, column, stride, CUT.tile, CUT.tile), momentum)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "depth", "width", "hidden", "slots"])

@@ -152,11 +152,11 @@ def _queries_backward(
         grad_of_weight, grad_of_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
             by_weight = _back_through(grad_y, state, row, column, layer, shape, CUT)
-            by_moment = _back_through(grad_y, state + state_size(shape), row, column, layer, shape, CUT)
+            by_momentum = _back_through(grad_y, state + state_size(shape), row, column, layer, shape, CUT)
             x = load_input(y, row, column, layer, shape, CUT)
             grad_of_weight += tl.sum(x * by_weight, 1)
-            grad_of_momentum += tl.sum(x * by_moment, 1)
-            grad_x = by_weight * of_weight + by_moment * of_momentum
+            grad_of_momentum += tl.sum(x * by_momentum, 1)
+            grad_x = by_weight * of_weight + by_momentum * of_momentum
             for source in tl.range(0, slots, CUT.rows, disable_licm=True):
                 pair = tl.load(tile(pairs + slots * slots, row, source, slots, CUT.rows, CUT.rows))
                 a = load_input(z, source, column, layer, shape, CUT)

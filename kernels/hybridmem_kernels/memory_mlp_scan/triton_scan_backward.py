@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .triton_tiles import (
     LAST_MOMENTA,
-    MOMENT,
+    MOMENTUM_KEPT,
     OF_MOMENTUM,
     OF_WEIGHT,
     RATE,
@@ -62,7 +62,7 @@ def _write_backward(
     grad_state,
     row,
     to_weight,
-    to_moment,
+    to_momentum,
     layer,
     shape,
     CUT: tl.constexpr,
@@ -72,22 +72,22 @@ def _write_backward(
     Returns every token's a^T grad_W delta and a^T grad_S delta.
     """
     _, _, hidden, _ = shape
-    along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
+    along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         by_weight = errors_through(z, u, grad_state, row, column, layer, shape, CUT)
-        by_moment = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
+        by_momentum = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
         a = load_input(z, row, column, layer, shape, CUT)
         along_weight += tl.sum(a * by_weight, 1)
-        along_moment += tl.sum(a * by_moment, 1)
+        along_momentum += tl.sum(a * by_momentum, 1)
         target = input_tile(grad_a, row, input_column(layer, shape) + column, shape, CUT)
-        tl.store(target, tl.load(target) - by_weight * to_weight[:, None] - by_moment * to_moment[:, None])
+        tl.store(target, tl.load(target) - by_weight * to_weight[:, None] - by_momentum * to_momentum[:, None])
     for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         target = input_tile(grad_error, row, layer * hidden + column, shape, CUT)
         total = tl.load(target)
         total = _inputs_through(z, grad_state, total, to_weight, row, column, layer, shape, CUT)
-        total = _inputs_through(z, grad_state + state_size(shape), total, to_moment, row, column, layer, shape, CUT)
+        total = _inputs_through(z, grad_state + state_size(shape), total, to_momentum, row, column, layer, shape, CUT)
         tl.store(target, total)
-    return along_weight, along_moment
+    return along_weight, along_momentum
 
 
 @triton.jit
@@ -137,18 +137,18 @@ def _rates_backward(
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         rate = tl.load(vector(vectors, RATE, row, shape, CUT))
         decay = tl.load(vector(decays, slots - 1, row, shape, CUT))
-        moment_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
-        along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
+        momentum_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
+        along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for layer in tl.range(0, depth, disable_licm=True):
-            by_weight, by_moment = _write_backward(
-                z, u, grad_a, grad_error, grad_state, row, rate * decay, rate * moment_decay, layer, shape, CUT
+            by_weight, by_momentum = _write_backward(
+                z, u, grad_a, grad_error, grad_state, row, rate * decay, rate * momentum_decay, layer, shape, CUT
             )
             along_weight += by_weight
-            along_moment += by_moment
+            along_momentum += by_momentum
         store_sum(vector(grad_decays, slots - 1, row, shape, CUT), -rate * along_weight)
-        tl.store(vector(grad_vectors, LAST_MOMENTA, row, shape, CUT), -rate * along_moment)
+        tl.store(vector(grad_vectors, LAST_MOMENTA, row, shape, CUT), -rate * along_momentum)
         grad_rate = tl.load(vector(grad_vectors, RATE, row, shape, CUT))
-        grad_rate -= decay * along_weight + moment_decay * along_moment
+        grad_rate -= decay * along_weight + momentum_decay * along_momentum
         tl.debug_barrier()
         norm = gradient_norm(z, u, row, shape, CUT)
         least = max_grad_norm * max_grad_norm
@@ -292,27 +292,28 @@ def _state_backward(
 ):
     """A layer's gradients from the chunk's end to its start, in place.
 
-    Returns those of how much of the first weights and momenta is left at the end: (of weight, of momentum, moment).
+    Returns the gradients of the shares of the first weights and momenta that are left at the end: of the weights in
+    the weights, of the momenta in the weights, of the momenta in the momenta.
     """
     _, _, _, slots = shape
     last = slots - 1
     of_weight = tl.load(vectors + OF_WEIGHT * slots + last)
     of_momentum = tl.load(vectors + OF_MOMENTUM * slots + last)
-    moment_kept = tl.load(vectors + MOMENT * slots + last)
+    momentum_kept = tl.load(vectors + MOMENTUM_KEPT * slots + last)
     grad_of_weight, grad_of_momentum = zero_vector(CUT.tile), zero_vector(CUT.tile)
-    grad_moment_kept = zero_vector(CUT.tile)
+    grad_momentum_kept = zero_vector(CUT.tile)
     stride = output_width(layer, shape)
     for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             at = tile(tl.cast(matrix_start(layer, shape), tl.int32), row, column, stride, CUT.tile, CUT.tile)
-            grad_weight, grad_moment = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
-            weight, moment = tl.load(state + at), tl.load(state + state_size(shape) + at)
+            grad_weight, grad_momentum = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
+            weight, momentum = tl.load(state + at), tl.load(state + state_size(shape) + at)
             grad_of_weight += tl.sum(grad_weight * weight, 0)
-            grad_of_momentum += tl.sum(grad_weight * moment, 0)
-            grad_moment_kept += tl.sum(grad_moment * moment, 0)
-            grad_moment = grad_moment * moment_kept + grad_weight * of_momentum
-            grad_moment = _of_queries(y, grad_y, vectors, grad_moment, OF_MOMENTUM, row, column, layer, shape, CUT)
-            tl.store(grad_state + state_size(shape) + at, tl.where(new_document, 0.0, grad_moment))
+            grad_of_momentum += tl.sum(grad_weight * momentum, 0)
+            grad_momentum_kept += tl.sum(grad_momentum * momentum, 0)
+            grad_momentum = grad_momentum * momentum_kept + grad_weight * of_momentum
+            grad_momentum = _of_queries(y, grad_y, vectors, grad_momentum, OF_MOMENTUM, row, column, layer, shape, CUT)
+            tl.store(grad_state + state_size(shape) + at, tl.where(new_document, 0.0, grad_momentum))
             grad_weight = _of_queries(
                 y, grad_y, vectors, grad_weight * of_weight, OF_WEIGHT, row, column, layer, shape, CUT
             )
@@ -323,7 +324,7 @@ def _state_backward(
             grad_before = tl.load(grad_fresh + at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
             tl.store(grad_fresh + at, grad_before + grad_weight, mask=tile_mask(new_document, CUT.tile, CUT.tile))
             tl.store(grad_state + at, tl.where(new_document, 0.0, grad_weight))
-    return tl.sum(grad_of_weight, 0), tl.sum(grad_of_momentum, 0), tl.sum(grad_moment_kept, 0)
+    return tl.sum(grad_of_weight, 0), tl.sum(grad_of_momentum, 0), tl.sum(grad_momentum_kept, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "depth", "width", "hidden", "slots"])
@@ -404,9 +405,9 @@ def scan_backward_kernel(
         for back in tl.range(1, depth + 1, disable_licm=True):
             _descend(z, u, grad_a, grad_error, anchor, depth - back, shape, CUT)
             tl.debug_barrier()
-        grad_of_weight, grad_of_momentum, grad_moment_kept = 0.0, 0.0, 0.0
+        grad_of_weight, grad_of_momentum, grad_momentum_kept = 0.0, 0.0, 0.0
         for layer in tl.range(0, depth, disable_licm=True):
-            of_weight, of_momentum, moment_kept = _state_backward(
+            of_weight, of_momentum, momentum_kept = _state_backward(
                 y,
                 z,
                 u,
@@ -428,9 +429,9 @@ def scan_backward_kernel(
             )
             grad_of_weight += of_weight
             grad_of_momentum += of_momentum
-            grad_moment_kept += moment_kept
+            grad_momentum_kept += momentum_kept
         last = slots - 1
         store_sum(grad_vectors + OF_WEIGHT * slots + last, grad_of_weight)
         store_sum(grad_vectors + OF_MOMENTUM * slots + last, grad_of_momentum)
-        tl.store(grad_vectors + MOMENT * slots + last, grad_moment_kept)
+        tl.store(grad_vectors + MOMENTUM_KEPT * slots + last, grad_momentum_kept)
         tl.debug_barrier()

@@ -32,13 +32,13 @@ class Cut(NamedTuple):
 
 # The vectors of a chunk; their gradients have the same places.
 KEEP = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
+ETA = tl.constexpr(1)
 ACTIVE = tl.constexpr(2)
 THETA = tl.constexpr(3)
 RATE = tl.constexpr(4)  # theta with the bound on the gradient in it
-OF_WEIGHT = tl.constexpr(5)  # what a token's weights keep of the chunk's first weights,
-OF_MOMENTUM = tl.constexpr(6)  # and of its first momenta
-MOMENT = tl.constexpr(7)  # what a token's momenta keep of the chunk's first momenta
+OF_WEIGHT = tl.constexpr(5)  # share of the chunk's first weights in a token's weights
+OF_MOMENTUM = tl.constexpr(6)  # share of its first momenta in a token's weights
+MOMENTUM_KEPT = tl.constexpr(7)  # share of its first momenta in a token's momenta
 LAST_MOMENTA = tl.constexpr(8)  # gradient of the last row of the momenta's decays
 VECTORS = tl.constexpr(9)
 

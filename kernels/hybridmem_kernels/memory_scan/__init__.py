@@ -32,7 +32,7 @@ def memory_scan(
         q, k: queries and keys, L2-normalised by the caller.
         v: the values to store.
         alpha: forgetting, in [0, 1]: the share of the weights that a token wipes.
-        eta: momentum of the surprise, in [0, 1].
+        eta: decay of the momentum, in [0, 1]: the share of it that a token keeps.
         theta: step size of a write, >= 0.
         state: what earlier tokens left; None starts at zero. It belongs to the first document of the row.
         chunk_size: a speed knob; every value gives the same numbers.

@@ -10,11 +10,11 @@ from .triton_tiles import (
     COLUMNS,
     CONTINUES,
     COUNTS,
+    ETA,
     KEEP,
-    MOMENT_FOUND,
-    MOMENT_KEPT,
-    MOMENT_LEFT,
-    MOMENTUM,
+    MOMENTUM_FOUND,
+    MOMENTUM_KEPT,
+    MOMENTUM_LEFT,
     THETA,
     WEIGHT_FOUND,
     WEIGHT_LEFT,
@@ -73,9 +73,9 @@ def restore_kernel(
         errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
         left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
         moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
-        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
-        weight = weight_left * weight + moment_left * momentum - dot(k, left, PRECISION)
-        momentum = moment_kept * momentum - dot(k, moving, PRECISION)
+        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
+        weight = weight_left * weight + momentum_left * momentum - dot(k, left, PRECISION)
+        momentum = momentum_kept * momentum - dot(k, moving, PRECISION)
         store_tile(z_ptr + 2 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
         store_tile(z_ptr + 3 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
 
@@ -119,7 +119,7 @@ def seed_kernel(
     grad_errors = -dot(tl.trans(load_square(mix_ptr, unit, SIZE)), grad_out, PRECISION)
     store_tile(grad_residuals_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, grad_errors)
     from_weight = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * grad_out
-    from_momentum = load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * grad_out
+    from_momentum = load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * grad_out
     q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
     end_ptr = grad_ends_ptr + (unit - 1) * 2 * STATE
     weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, end_ptr)
@@ -201,16 +201,16 @@ def adjoint_kernel(
         store_tile(row_ptr, i, values, VALUE_DIM, SIZE, VALUE_DIM, residual)
         store_tile(grad_v_ptr, i, values, value_time, tokens, VALUE_DIM, -residual)
 
-        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
         found_weight = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * residual
-        found_momentum = load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * residual
+        found_momentum = load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * residual
         next_weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, z_ptr - 2 * STATE)
         next_momentum_ptr = tl.where(chunk == 0, grad_momentum_ptr + lane * STATE, z_ptr - STATE)
         for low in range(0, KEY_DIM, KEY_BLOCK):
             k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
             weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
             momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            momentum = moment_left * weight + moment_kept * momentum + dot(k, found_momentum, PRECISION)
+            momentum = momentum_left * weight + momentum_kept * momentum + dot(k, found_momentum, PRECISION)
             momentum += load_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
             store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
             weight = weight_left * weight + dot(k, found_weight, PRECISION)
@@ -384,8 +384,8 @@ def token_gradient_kernel(
         grad_out_ptr, value_time, tokens_left, z_ptr + STATE, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
     )  # fmt: skip
-    tl.store(sums_ptr + MOMENT_LEFT * SIZE, tl.sum(q * product, axis=1))
-    grad_q += load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * product
+    tl.store(sums_ptr + MOMENTUM_LEFT * SIZE, tl.sum(q * product, axis=1))
+    grad_q += load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * product
     store_tile(grad_q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_q)
 
     product = contract(
@@ -398,8 +398,8 @@ def token_gradient_kernel(
         grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr + STATE, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
     )  # fmt: skip
-    tl.store(sums_ptr + MOMENT_FOUND * SIZE, tl.sum(k * product, axis=1))
-    grad_k += load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * product
+    tl.store(sums_ptr + MOMENTUM_FOUND * SIZE, tl.sum(k * product, axis=1))
+    grad_k += load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * product
     product = contract(
         errors_ptr + row, VALUE_DIM, SIZE, end_ptr, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
@@ -415,19 +415,19 @@ def token_gradient_kernel(
     store_tile(grad_k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_k)
 
     weight_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
-    moment_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
-    moment_kept = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
+    momentum_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
+    momentum_kept = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
     for low in range(0, VALUE_DIM, VALUE_BLOCK):
         values = low + tl.arange(0, VALUE_BLOCK)
         grad_weight = load_tile(end_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
         momentum = load_tile(z_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
         weight_left += grad_weight * load_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        moment_left += grad_weight * momentum
-        moment_kept += load_tile(end_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM) * momentum
+        momentum_left += grad_weight * momentum
+        momentum_kept += load_tile(end_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM) * momentum
     carry_ptr = grad_carry_ptr + partial * 3
     tl.store(carry_ptr, tl.sum(tl.sum(weight_left, axis=1), axis=0))
-    tl.store(carry_ptr + 1, tl.sum(tl.sum(moment_left, axis=1), axis=0))
-    tl.store(carry_ptr + 2, tl.sum(tl.sum(moment_kept, axis=1), axis=0))
+    tl.store(carry_ptr + 1, tl.sum(tl.sum(momentum_left, axis=1), axis=0))
+    tl.store(carry_ptr + 2, tl.sum(tl.sum(momentum_kept, axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -447,7 +447,7 @@ def gate_gradient_kernel(
     chunks,
     SIZE: tl.constexpr,
 ):
-    """The gradients of keep, momentum and theta: the recurrences of `decay_kernel` backwards.
+    """The gradients of keep, eta and theta: the recurrences of `decay_kernel` backwards.
 
     Nothing reads a write that comes later: there the gradients of rows mean nothing, and meet zeros.
     """
@@ -463,39 +463,39 @@ def gate_gradient_kernel(
     grad_left = load_column(grad_columns_ptr, unit, WRITE_LEFT, SIZE)
     grad_moving = load_column(grad_columns_ptr, unit, WRITE_MOVING, SIZE)
     grad_weight = tl.load(grad_carry_ptr + unit * 3)
-    grad_moment = tl.load(grad_carry_ptr + unit * 3 + 1)
+    grad_momentum = tl.load(grad_carry_ptr + unit * 3 + 1)
     grad_kept = tl.load(grad_carry_ptr + unit * 3 + 2)
     grad_keep = tl.zeros((SIZE,), tl.float32)
-    grad_momentum, grad_theta, weights, moments, kepts = grad_keep, grad_keep, grad_keep, grad_keep, grad_keep
+    grad_eta, grad_theta, weights, momenta, kepts = grad_keep, grad_keep, grad_keep, grad_keep, grad_keep
     for step in range(SIZE):
         i = SIZE - 1 - step
         inside = start + i < time
         keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
-        momentum = tl.load(gate_ptr + MOMENTUM * gate + i, mask=inside, other=1.0)
+        eta = tl.load(gate_ptr + ETA * gate + i, mask=inside, other=1.0)
         active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
         continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
         grad_left += tl.where(j <= i, tl.load(grad_after_ptr + i * SIZE), 0.0)
         grad_moving += active * grad_left
         grad_keep = tl.where(j == i, tl.sum(grad_left * tl.load(rows_ptr + i * SIZE), axis=0), grad_keep)
         moved = tl.sum(grad_moving * tl.load(moving_ptr + i * SIZE), axis=0)
-        grad_momentum = tl.where(j == i, moved, grad_momentum)
+        grad_eta = tl.where(j == i, moved, grad_eta)
         grad_theta = tl.where(j == i, grad_moving, grad_theta)
         grad_left = keep * grad_left + tl.where(j < i, tl.load(grad_before_ptr + i * SIZE), 0.0)
-        grad_moving = momentum * grad_moving
+        grad_moving = eta * grad_moving
         grad_weight += tl.load(column_ptr + WEIGHT_LEFT * SIZE + i)
-        grad_moment += tl.load(column_ptr + MOMENT_LEFT * SIZE + i)
-        grad_kept += active * grad_moment
+        grad_momentum += tl.load(column_ptr + MOMENTUM_LEFT * SIZE + i)
+        grad_kept += active * grad_momentum
         weights = tl.where(j == i, grad_weight, weights)
-        moments = tl.where(j == i, grad_moment, moments)
+        momenta = tl.where(j == i, grad_momentum, momenta)
         kepts = tl.where(j == i, grad_kept, kepts)
         grad_weight = keep * grad_weight + continues * tl.load(column_ptr + WEIGHT_FOUND * SIZE + i)
-        grad_moment = keep * grad_moment + continues * tl.load(column_ptr + MOMENT_FOUND * SIZE + i)
-        grad_kept = momentum * grad_kept
+        grad_momentum = keep * grad_momentum + continues * tl.load(column_ptr + MOMENTUM_FOUND * SIZE + i)
+        grad_kept = eta * grad_kept
     before_ptr = columns_ptr + unit * COLUMNS * SIZE + j - 1
     grad_keep += weights * tl.load(before_ptr + WEIGHT_LEFT * SIZE, mask=j > 0, other=1.0)
-    grad_keep += moments * tl.load(before_ptr + MOMENT_LEFT * SIZE, mask=j > 0, other=0.0)
-    grad_momentum += kepts * tl.load(before_ptr + MOMENT_KEPT * SIZE, mask=j > 0, other=1.0)
+    grad_keep += momenta * tl.load(before_ptr + MOMENTUM_LEFT * SIZE, mask=j > 0, other=0.0)
+    grad_eta += kepts * tl.load(before_ptr + MOMENTUM_KEPT * SIZE, mask=j > 0, other=1.0)
     grad_ptr, inside = grad_gates_ptr + lane * time + start + j, start + j < time
     tl.store(grad_ptr + KEEP * gate, grad_keep, mask=inside)
-    tl.store(grad_ptr + MOMENTUM * gate, grad_momentum, mask=inside)
+    tl.store(grad_ptr + ETA * gate, grad_eta, mask=inside)
     tl.store(grad_ptr + THETA * gate, grad_theta, mask=inside)

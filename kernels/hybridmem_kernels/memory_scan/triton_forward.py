@@ -9,11 +9,11 @@ from .triton_tiles import (
     ACTIVE,
     CONTINUES,
     COUNTS,
+    ETA,
     KEEP,
-    MOMENT_FOUND,
-    MOMENT_KEPT,
-    MOMENT_LEFT,
-    MOMENTUM,
+    MOMENTUM_FOUND,
+    MOMENTUM_KEPT,
+    MOMENTUM_LEFT,
     THETA,
     WEIGHT_FOUND,
     WEIGHT_LEFT,
@@ -58,9 +58,9 @@ def decay_kernel(
     moving_ptr += unit * (SIZE + 1) * SIZE + j
     moving = tl.zeros((SIZE,), tl.float32)
     left = tl.zeros((SIZE,), tl.float32)
-    weight_found, moment_found = left, left
-    weight_left, moment_left, moment_kept = left, left, left
-    from_weight, from_moment, kept = (
+    weight_found, momentum_found = left, left
+    weight_left, momentum_left, momentum_kept = left, left, left
+    from_weight, from_momentum, kept = (
         tl.full((), 1.0, tl.float32),
         tl.full((), 0.0, tl.float32),
         tl.full((), 1.0, tl.float32),
@@ -72,26 +72,26 @@ def decay_kernel(
         # Behind the row's end stand tokens that change nothing.
         inside = start + i < time
         keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
-        momentum = tl.load(gate_ptr + MOMENTUM * gate + i, mask=inside, other=1.0)
+        eta = tl.load(gate_ptr + ETA * gate + i, mask=inside, other=1.0)
         theta = tl.load(gate_ptr + THETA * gate + i, mask=inside, other=0.0)
         active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
         continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
         weight_found = tl.where(j == i, continues * from_weight, weight_found)
-        moment_found = tl.where(j == i, continues * from_moment, moment_found)
-        moving = tl.where(j == i, theta, momentum * moving)
+        momentum_found = tl.where(j == i, continues * from_momentum, momentum_found)
+        moving = tl.where(j == i, theta, eta * moving)
         left = keep * left + active * moving
-        kept = momentum * kept
+        kept = eta * kept
         from_weight = keep * from_weight
-        from_moment = keep * from_moment + active * kept
+        from_momentum = keep * from_momentum + active * kept
         weight_left = tl.where(j == i, from_weight, weight_left)
-        moment_left = tl.where(j == i, from_moment, moment_left)
-        moment_kept = tl.where(j == i, kept, moment_kept)
+        momentum_left = tl.where(j == i, from_momentum, momentum_left)
+        momentum_kept = tl.where(j == i, kept, momentum_kept)
     tl.store(rows_ptr + SIZE * SIZE, left)
     store_column(columns_ptr, unit, WEIGHT_LEFT, weight_left, SIZE)
-    store_column(columns_ptr, unit, MOMENT_LEFT, moment_left, SIZE)
-    store_column(columns_ptr, unit, MOMENT_KEPT, moment_kept, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_LEFT, momentum_left, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_KEPT, momentum_kept, SIZE)
     store_column(columns_ptr, unit, WEIGHT_FOUND, weight_found, SIZE)
-    store_column(columns_ptr, unit, MOMENT_FOUND, moment_found, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_FOUND, momentum_found, SIZE)
     store_column(columns_ptr, unit, WRITE_LEFT, left, SIZE)
     store_column(columns_ptr, unit, WRITE_MOVING, moving, SIZE)
 
@@ -199,12 +199,12 @@ def scan_kernel(
             momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
             from_momentum += dot(k, momentum, PRECISION)
         residual = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * from_weight
-        residual += load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * from_momentum
+        residual += load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * from_momentum
         residual -= load_tile(v_ptr, i, values, value_time, tokens, VALUE_DIM)
         errors = dot(load_square(inverse_ptr, unit, SIZE), residual, PRECISION)
         store_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, errors)
 
-        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
         left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
         moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
         is_last = chunk + 1 == chunks
@@ -214,9 +214,9 @@ def scan_kernel(
             k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
             weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
             momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            weight = weight_left * weight + moment_left * momentum - dot(k, left, PRECISION)
+            weight = weight_left * weight + momentum_left * momentum - dot(k, left, PRECISION)
             store_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-            momentum = moment_kept * momentum - dot(k, moving, PRECISION)
+            momentum = momentum_kept * momentum - dot(k, moving, PRECISION)
             store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
         tl.debug_barrier()
         z_ptr += 2 * STATE
@@ -266,7 +266,7 @@ def output_kernel(
         momentum = load_tile(z_ptr + KEY_DIM * VALUE_DIM, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
         from_momentum += dot(q, momentum, PRECISION)
     out = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * from_weight
-    out += load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * from_momentum
+    out += load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * from_momentum
     errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
     out -= dot(load_square(mix_ptr, unit, SIZE), errors, PRECISION)
     out_ptr = lane_start(out_ptr, lane, heads, value_batch, value_head) + start * value_time

@@ -133,7 +133,7 @@ def _restore(
 
 
 class Grads(NamedTuple):
-    """Of q, k, v, of (keep, momentum, theta) and of the state."""
+    """Gradients of q, k, v, of (keep, eta, theta) and of the state."""
 
     q: Float[Tensor, "batch heads time key_dim"]
     k: Float[Tensor, "batch heads time key_dim"]

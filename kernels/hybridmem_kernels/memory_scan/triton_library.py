@@ -9,14 +9,14 @@ from torch import Tensor
 from ..library import own_memory, triton_module
 from .reference import MemoryState
 
-TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor momentum, Tensor theta, Tensor? active, Tensor? continues"
+TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor eta, Tensor theta, Tensor? active, Tensor? continues"
 RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
 
 
 @torch.library.custom_op(
     "hybridmem::memory_scan_triton",
     mutates_args=(),
-    schema=f"({TOKENS}, Tensor weight, Tensor moment, SymInt chunk_size) -> Tensor[]",
+    schema=f"({TOKENS}, Tensor weight, Tensor momentum, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_operator(*inputs: Any) -> list[Tensor]:
     """Run `scan_forward`; return its results, then the tensors that it keeps."""
@@ -59,10 +59,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     tokens, kept = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-    *of_tokens, weight, moment = memory_scan_triton_backward_operator(
+    *of_tokens, weight, momentum = memory_scan_triton_backward_operator(
         *tokens, kept, list(grads[:RESULTS]), ctx.chunk_size
     )
-    return *of_tokens, None, None, weight, moment, None
+    return *of_tokens, None, None, weight, momentum, None
 
 
 memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
@@ -72,19 +72,19 @@ memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
     "hybridmem::memory_step_triton",
     mutates_args=(),
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, Tensor weight, Tensor moment, "
+        "(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, Tensor weight, Tensor momentum, "
         "Tensor? mask) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def memory_step_triton_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run `memory_step_triton`; return out and the state after it."""
-    *tokens, weight, moment, mask = inputs
+    *tokens, weight, momentum, mask = inputs
     step = triton_module(__package__, "triton_decode").memory_step_triton
-    out, (weight, moment) = step(*tokens, MemoryState(weight, moment), mask)
-    return out, weight, moment
+    out, (weight, momentum) = step(*tokens, MemoryState(weight, momentum), mask)
+    return out, weight, momentum
 
 
 @memory_step_triton_operator.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    v, weight, moment = inputs[2], inputs[6], inputs[7]
-    return v.new_empty(v.shape), weight.new_empty(weight.shape), moment.new_empty(moment.shape)
+    v, weight, momentum = inputs[2], inputs[6], inputs[7]
+    return v.new_empty(v.shape), weight.new_empty(weight.shape), momentum.new_empty(momentum.shape)

@@ -12,7 +12,7 @@ import triton.language as tl
 COUNTS = ("lanes", "heads", "time", "chunks", "checkpoints")  # a kernel is not compiled again for other ones
 
 KEEP = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
+ETA = tl.constexpr(1)
 THETA = tl.constexpr(2)
 ACTIVE = tl.constexpr(3)
 CONTINUES = tl.constexpr(4)
@@ -20,10 +20,10 @@ CONTINUES = tl.constexpr(4)
 # The rows of `columns_ptr`, a vector over the chunk's tokens each: how much of W_0 and of S_0 is in W_i, of S_0 in S_i,
 # of W_0 and S_0 in what token i's error is taken at; and how much of token j's write is left in W_C and in S_C.
 WEIGHT_LEFT = tl.constexpr(0)
-MOMENT_LEFT = tl.constexpr(1)
-MOMENT_KEPT = tl.constexpr(2)
+MOMENTUM_LEFT = tl.constexpr(1)
+MOMENTUM_KEPT = tl.constexpr(2)
 WEIGHT_FOUND = tl.constexpr(3)
-MOMENT_FOUND = tl.constexpr(4)
+MOMENTUM_FOUND = tl.constexpr(4)
 WRITE_LEFT = tl.constexpr(5)
 WRITE_MOVING = tl.constexpr(6)
 COLUMNS = tl.constexpr(7)
@@ -112,8 +112,8 @@ def load_carry(columns_ptr, unit, SIZE: tl.constexpr):
     last_ptr = columns_ptr + unit * COLUMNS * SIZE + SIZE - 1
     return (
         tl.load(last_ptr + WEIGHT_LEFT * SIZE),
-        tl.load(last_ptr + MOMENT_LEFT * SIZE),
-        tl.load(last_ptr + MOMENT_KEPT * SIZE),
+        tl.load(last_ptr + MOMENTUM_LEFT * SIZE),
+        tl.load(last_ptr + MOMENTUM_KEPT * SIZE),
     )
 
 
