@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hybridmem_kernels.attention_divergence import DIVERGENCES, FLOOR
+
 from .distributions import TARGETS, Distribution, distribution
 from .exploration import Noise, with_noise
 from .recorder import LayerRecord
 
-DIVERGENCES = ("jsd", "kl", "reverse_kl")
 POSITIONS = ("generated", "predicting")
-FLOOR = 1e-8  # of the probability that a KL divides by, as in the operator
 TINY = 1e-30
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from hybridmem_kernels import attention_divergence
 
 chunked = importlib.import_module("hybridmem_kernels.attention_divergence.chunked")
+chunked_blocks = importlib.import_module("hybridmem_kernels.attention_divergence.chunked_blocks")
 
 CASES = {
     "plain": dict(),
@@ -90,7 +91,7 @@ def assert_equal_to_the_definition(inputs):
 @pytest.mark.parametrize("divergence", ["jsd", "kl", "reverse_kl"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition_in_every_output_and_gradient(name, divergence, exclude_self, tile, monkeypatch):
-    monkeypatch.setattr(chunked, "CPU_TILE", tile)
+    monkeypatch.setattr(chunked_blocks, "CPU_TILE", tile)
     assert_equal_to_the_definition(random_inputs(**CASES[name], divergence=divergence, exclude_self=exclude_self))
 
 
@@ -106,10 +107,10 @@ def test_equals_the_definition_in_every_output_and_gradient(name, divergence, ex
 )
 def test_runs_of_a_window_that_are_worked_on_at_once(options, monkeypatch):
     """Most blocks of a long row hold several runs, each with a band of its own."""
-    parts, blocks = [], chunked._blocks
-    monkeypatch.setattr(chunked, "LEAST_REACH", 3)
-    monkeypatch.setattr(chunked, "CPU_TILE", 2000)
-    monkeypatch.setattr(chunked, "_blocks", lambda *x: (parts.append(block.parts) or block for block in blocks(*x)))
+    parts, blocks = [], chunked.cut_blocks
+    monkeypatch.setattr(chunked_blocks, "LEAST_REACH", 3)
+    monkeypatch.setattr(chunked_blocks, "CPU_TILE", 2000)
+    monkeypatch.setattr(chunked, "cut_blocks", lambda *x: (parts.append(block.parts) or block for block in blocks(*x)))
     assert_equal_to_the_definition(random_inputs(queries=60, keys=67, **options))
     assert max(parts) > 1
 
@@ -126,8 +127,8 @@ def test_any_shape_equals_the_definition(data, keys, kv_heads, padded):
         divergence=data.draw(st.sampled_from(["jsd", "kl", "reverse_kl"])), seed=data.draw(st.integers(0, 99)),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_TILE", data.draw(st.sampled_from([1, 300, 2000, 2**18])))
-        patch.setattr(chunked, "LEAST_REACH", data.draw(st.sampled_from([1, 10, 128])))
+        patch.setattr(chunked_blocks, "CPU_TILE", data.draw(st.sampled_from([1, 300, 2000, 2**18])))
+        patch.setattr(chunked_blocks, "LEAST_REACH", data.draw(st.sampled_from([1, 10, 128])))
         assert_equal_to_the_definition(inputs)
 
 

@@ -7,11 +7,9 @@ from torch import Tensor
 from ..dispatch import choose_backend
 from . import library  # noqa: F401  compiled graphs find it by its name
 from .chunked import attention_divergence_chunked
-from .reference import AttentionPolicy, AttentionStats, attention_divergence_reference
+from .reference import DIVERGENCES, FLOOR, AttentionPolicy, AttentionStats, attention_divergence_reference
 
-__all__ = ["AttentionStats", "attention_divergence"]
-
-DIVERGENCES = ("jsd", "kl", "reverse_kl")
+__all__ = ["DIVERGENCES", "FLOOR", "AttentionStats", "attention_divergence"]
 
 
 def attention_divergence(

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..library import own_memory, triton_module
 from ..memory_scan.reference import state_dtype
-from .chunked import Settings, compare_backward, compare_forward, needed_queries
+from .autograd import Settings
+from .chunked import compare_backward, compare_forward
+from .chunked_blocks import needed_queries
 
 TENSORS = "Tensor q, Tensor k, Tensor q_ref, Tensor k_ref, Tensor? query_mask, Tensor? key_mask"
 SETTINGS = (

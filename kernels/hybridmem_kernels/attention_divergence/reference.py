@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..memory_scan.reference import state_dtype
 
-FLOOR = 1e-8  # the least probability that a KL divides by
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+FLOOR = 1e-8  # the smallest probability that a KL divides by
 
 
 class AttentionPolicy(NamedTuple):

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..builds import DTYPES, Build
-from .chunked import Settings
+from .autograd import Settings, compare_policies
 from .reference import AttentionPolicy, AttentionStats
 from .triton_backward import grad_keys_kernel, grad_queries_kernel, slopes_kernel
 from .triton_forward import compare_kernel, log_sums_kernel
@@ -41,11 +40,8 @@ def attention_divergence_triton(
     """
     for side in (policy, policy_ref):
         _check(side)
-    tensors = (policy.q, policy.k, policy_ref.q, policy_ref.k, query_mask, key_mask)
-    settings = (*policy[2:], *policy_ref[2:], exclude_self, divergence)
-    compiling = torch.compiler.is_compiling()
-    compare = torch.ops.hybridmem.attention_divergence_triton if compiling else _AttentionDivergence.apply
-    return AttentionStats(*compare(*tensors, *settings)[:4])
+    functions = ("attention_divergence_triton", compare_forward, compare_backward)
+    return compare_policies(*functions, policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
 
 
 def builds(
@@ -157,26 +153,6 @@ class _Kept(NamedTuple):
     def arguments(self) -> dict[str, Tensor]:
         """Its part of a kernel's arguments."""
         return {f"{name}_ptr": x for name, x in self._asdict().items()}
-
-
-class _AttentionDivergence(torch.autograd.Function):
-    """The stats; saves inputs, L of every head and query, and four numbers per query."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        tensors, settings = arguments[:6], Settings(*arguments[6:])
-        stats, kept = compare_forward(*tensors, settings=settings)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats[2])
-        return stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        return *compare_backward(*tensors, kept=kept, grads=grads, settings=ctx.settings), *(None,) * 12
 
 
 def compare_forward(*tensors: Any, settings: Settings) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
