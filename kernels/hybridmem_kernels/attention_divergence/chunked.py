@@ -122,7 +122,7 @@ def _prepare(
     key_mask: Tensor | None,
     settings: Settings,
 ) -> tuple[Queries, Side, Side]:
-    """Which queries are needed, and both policies there."""
+    """Return the needed queries, and both policies at them."""
     policy, policy_ref = AttentionPolicy(q, k, *settings[:3]), AttentionPolicy(q_ref, k_ref, *settings[3:6])
     queries = Queries.of(q, k.shape[2] - policy.num_persistent, query_mask, key_mask, settings.exclude_self)
     side, side_ref = (Side.of(x, queries.needed, state_dtype(q.dtype)) for x in (policy, policy_ref))

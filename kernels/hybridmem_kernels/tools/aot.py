@@ -59,7 +59,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """What kernels are compiled for, of a model's configuration."""
+    """Sizes in a model's configuration that kernels are compiled for."""
 
     head_dim: int
     memory_head_dim: int
@@ -123,11 +123,17 @@ def measure(target: Target, build: Build) -> Resources:
     return Resources(registers, spills, kernel.metadata.shared, len(re.findall(target.tensor_core, assembly)))
 
 
-def _alignments(build: Build) -> dict[tuple[int], list[list[Any]]]:
-    """What a launch finds out by itself: tensors, and the strides between their rows, are multiples of 16 bytes."""
+def _alignments(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Return what a launch finds out by itself: tensors, and strides of their rows, are multiples of 16 bytes."""
     aligned = ("_ptr", "_batch", "_head", "_time")
-    names = [name for name, kind in build.signature.items() if kind != "constexpr" and name.endswith(aligned)]
-    return {(build.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+    places: list[tuple[int, ...]] = []
+    for n, name in enumerate(build.kernel.arg_names):
+        kind = build.signature[name]
+        if fields := getattr(kind, "_fields", ()):
+            places += [(n, m) for m, field in enumerate(fields) if field.endswith(aligned)]
+        elif kind != "constexpr" and name.endswith(aligned):
+            places.append((n,))
+    return {place: [["tt.divisibility", 16]] for place in places}
 
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:

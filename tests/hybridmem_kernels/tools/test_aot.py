@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 MEASURED = """
 import torch, triton, triton.language as tl
-from hybridmem_kernels.tools.aot import TARGETS, measure
+from hybridmem_kernels.attention_divergence.triton_autograd import builds
 from hybridmem_kernels.builds import Build
+from hybridmem_kernels.tools.aot import TARGETS, _alignments, measure
 
 @triton.jit
 def product(a_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
@@ -24,6 +25,10 @@ def product(a_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 def resources(target, size, precision, num_warps):
     signature = dict(a_ptr="*fp32", out_ptr="*fp32", SIZE="constexpr", PRECISION="constexpr")
     return measure(TARGETS[target], Build("", product, signature, dict(SIZE=size, PRECISION=precision), num_warps, 1))
+
+for build in builds(64, 64, torch.bfloat16):  # pointers and strides in tuples are aligned as others are
+    places = [build.kernel.arg_names.index(name) for name in ("vectors", "strides")]
+    assert {(places[0], 0), (places[0], 1), (places[1], 0), (places[1], 5)} <= set(_alignments(build)), build.name
 
 for target in TARGETS:
     fast = resources(target, 32, "ieee" if target == "gfx942" else "tf32", 4)
