@@ -54,7 +54,7 @@ def memory_mlp_scan_chunked(
 
 
 class Inputs(NamedTuple):
-    """What a scan is given."""
+    """Inputs of a scan."""
 
     q: Float[Tensor, "batch heads time dim"]
     k: Float[Tensor, "batch heads time dim"]
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of states and sums."""
+        """The dtype of states and sums."""
         return state_dtype(self.q.dtype)
 
     def blocks(self) -> Blocks:
@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward needs beside the inputs: the decays, and each layer's state before every chunk."""
+    """Tensors for the backward besides the inputs: the decays, and each layer's state before every chunk."""
 
     weight_rows: Float[Tensor, "blocks lanes rows columns"]
     momentum_rows: Float[Tensor, "blocks lanes rows columns"]
@@ -106,7 +106,7 @@ class Kept(NamedTuple):
         return cls(tensors[0], tensors[1], tuple(tensors[2 : 2 + depth]), tuple(tensors[2 + depth :]))
 
     def flatten(self) -> list[Tensor]:
-        """As one list."""
+        """Return all tensors as one list."""
         return [self.weight_rows, self.momentum_rows, *self.weights, *self.momenta]
 
 

@@ -37,7 +37,7 @@ class ChunkInputs(NamedTuple):
 
 
 class _Surprise(NamedTuple):
-    """The MLP over the keys at the anchors, and what it says about the step size."""
+    """The MLP over the keys at the anchors, and the bound that it puts on the step size."""
 
     inputs: list[Float[Tensor, "lanes width _"]]  # a_n
     errors: list[Float[Tensor, "lanes width _"]]  # e_n
@@ -52,15 +52,13 @@ def chunk_forward(
 ) -> tuple[Float[Tensor, "lanes width dim"], list[Tensor], list[Tensor]]:
     """Read and write one chunk: (out, weights, momenta) after it."""
     surprise = _surprise(inputs, anchors, max_grad_norm)
-    after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
+    reach = inputs.after[..., 2:] * surprise.theta[:, None]
     x, new_weights, new_momenta = inputs.q, [], []
     for n, (weight, momentum) in enumerate(zip(weights, momenta, strict=True)):
         if n:
             x = F.silu(x)
         a, error = surprise.inputs[n], surprise.errors[n]
-        read = torch.bmm(x, weight).mul_(after[..., 0, None])
-        read.addcmul_(torch.bmm(x, momentum), after[..., 1, None])
-        x = read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
+        x = _answer(inputs, x, weight, momentum, a, error, reach)
         moved, written = (_end(inputs, surprise, part)[..., None] * a for part in range(2))
         of_weight, of_momentum = _carry(inputs)
         new_weight = (of_weight[0] * weight).addcmul_(of_weight[1], momentum)
@@ -158,14 +156,21 @@ def _surprise(inputs: ChunkInputs, anchors: LaneWeights, max_grad_norm: float | 
 def _answers(
     inputs: ChunkInputs, surprise: _Surprise, weights: LaneWeights, momenta: LaneWeights, reach: Tensor
 ) -> list[Tensor]:
-    """What each layer is given for the queries, before its SiLU."""
+    """Return the input of each layer for the queries, before its SiLU."""
     answers = [inputs.q]
     for n, (weight, momentum) in enumerate(zip(weights[:-1], momenta[:-1], strict=True)):
         x = F.silu(answers[-1]) if n else answers[-1]
-        read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
-        read.addcmul_(torch.bmm(x, momentum), inputs.after[..., 1, None])
-        answers.append(read.baddbmm_(torch.bmm(x, surprise.inputs[n].mT).mul_(reach), surprise.errors[n], alpha=-1))
+        answers.append(_answer(inputs, x, weight, momentum, surprise.inputs[n], surprise.errors[n], reach))
     return answers
+
+
+def _answer(
+    inputs: ChunkInputs, x: Tensor, weight: Tensor, momentum: Tensor, a: Tensor, error: Tensor, reach: Tensor
+) -> Float[Tensor, "lanes width _"]:
+    """Return the output of one layer for `x`, the first line above."""
+    read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
+    read.addcmul_(torch.bmm(x, momentum), inputs.after[..., 1, None])
+    return read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
 
 
 def _bound_backward(
@@ -217,7 +222,7 @@ def _surprise_backward(
 
 
 def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """How the state passes the chunk: (weights from weights, weights from momenta), momenta from momenta."""
+    """Return the state's decays over the chunk: (weights from weights, weights from momenta), momenta from momenta."""
     end_of_weight, end_of_momentum = (
         inputs.weight_rows[:, -1, :2, None, None],
         inputs.momentum_rows[:, -1, 1, None, None],
@@ -226,7 +231,7 @@ def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 def _end(inputs: ChunkInputs, surprise: _Surprise, part: int) -> Float[Tensor, "lanes width"]:
-    """How much of each write is left at the chunk's end, in the weights (part 0) or the momenta (1)."""
+    """Return the share of each write at the chunk's end, in the weights (part 0) or the momenta (1)."""
     return inputs[4 + part][:, -1, 2:] * surprise.theta
 
 

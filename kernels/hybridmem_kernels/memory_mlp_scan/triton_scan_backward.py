@@ -1,7 +1,8 @@
 """The backward of the walk over chunks, the last one first: through the writes and the inner gradient.
 
-The delta of a layer comes from the layer above and from its own z. So grad_error climbs the layers, and then everything
-comes down again. Gradients stand where triton_read_backward.py has put the answers' share of them.
+The error δ of a layer comes from the layer above and from its own z. So grad_error climbs the layers, and then all
+gradients come down again. triton_read_backward.py has already written the answers' share of them. Equations are those
+of README.md.
 """
 
 from typing import no_type_check
@@ -67,9 +68,9 @@ def _write_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Add to a layer's gradients what the chunk's end gives; `to_*` is how far a write reaches it, times its rate.
+    """Add the gradients of a layer's a and δ through the chunk's end (8); `to_*` are the decays of writes times rates.
 
-    Returns every token's a^T grad_W delta and a^T grad_S delta.
+    Returns every token's aᵀ dW_C δ and aᵀ dS_C δ.
     """
     _, _, hidden, _ = shape
     along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
@@ -103,7 +104,7 @@ def _bound_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Add what a layer's gradients get through the square of the token's gradient, ‖a‖² ‖delta‖²."""
+    """Add the gradients of a layer's a and δ through ‖a‖² ‖δ‖² of (6)."""
     _, _, hidden, _ = shape
     of_input, of_error = squares(z, u, row, layer, shape, CUT)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -132,9 +133,10 @@ def _rates_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """From the chunk's end to a, delta, theta and the last rows of the decays."""
+    """From the chunk's end to a, δ, theta and the last rows of the decays: (8), then (6), backwards."""
     depth, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
+        # (8) backwards: a, δ, rates and decays
         rate = tl.load(vector(vectors, RATE, row, shape, CUT))
         decay = tl.load(vector(decays, slots - 1, row, shape, CUT))
         momentum_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
@@ -150,6 +152,7 @@ def _rates_backward(
         grad_rate = tl.load(vector(grad_vectors, RATE, row, shape, CUT))
         grad_rate -= decay * along_weight + momentum_decay * along_momentum
         tl.debug_barrier()
+        # (6) backwards: theta, and a and δ through the bound
         norm = gradient_norm(z, u, row, shape, CUT)
         least = max_grad_norm * max_grad_norm
         scale = max_grad_norm / tl.sqrt(tl.maximum(norm, least))
@@ -172,7 +175,7 @@ def _climb(
     shape,
     CUT: tl.constexpr,
 ):
-    """grad_error of the layer below, through u = delta W^T, to the delta of layer."""
+    """Add the gradient of a layer's δ through u of the layer below (9)."""
     _, _, hidden, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
@@ -196,7 +199,7 @@ def _load_grad_output(
     shape,
     CUT: tl.constexpr,
 ):
-    """The gradient of a layer's output over the keys: the last one's is its delta's, as delta = k + output - v."""
+    """Load dz, the gradient of a layer's output over the keys; at the last layer it is dδ, as δ = k + z - v."""
     depth, _, hidden, _ = shape
     at = layer * hidden + column
     if layer == depth - 1:
@@ -218,7 +221,7 @@ def _descend(
     shape,
     CUT: tl.constexpr,
 ):
-    """From a layer's output to its input, and through SiLU and SiLU's slope in delta to the output before it."""
+    """From dz of a layer to da, and to dz of the layer below, through SiLU and through SiLU's slope in δ (10)."""
     _, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -240,7 +243,7 @@ def _descend(
 @triton.jit
 @no_type_check
 def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, layer, shape, CUT: tl.constexpr):
-    """Add a tile of what the chunk's queries give the matrix that they read by `WHICH`."""
+    """Add a tile of the gradient that the chunk's queries give W_0 or S_0 through (7); `WHICH` is its decay."""
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         x = tl.trans(load_input(y, source, row, layer, shape, CUT))
@@ -253,7 +256,7 @@ def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, lay
 @triton.jit
 @no_type_check
 def _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of what the chunk's keys give the anchor: through the output, and through u = delta W^T."""
+    """A tile of the anchor's gradient (11): through the output, and through u."""
     _, _, _, slots = shape
     total = zero_tile(CUT.tile, CUT.tile)
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -308,6 +311,7 @@ def _state_backward(
             at = tile(tl.cast(matrix_start(layer, shape), tl.int32), row, column, stride, CUT.tile, CUT.tile)
             grad_weight, grad_momentum = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
             weight, momentum = tl.load(state + at), tl.load(state + state_size(shape) + at)
+            # (8) backwards: the shares of the first state, then W_0 and S_0, which queries read too (7)
             grad_of_weight += tl.sum(grad_weight * weight, 0)
             grad_of_momentum += tl.sum(grad_weight * momentum, 0)
             grad_momentum_kept += tl.sum(grad_momentum * momentum, 0)
@@ -317,6 +321,7 @@ def _state_backward(
             grad_weight = _of_queries(
                 y, grad_y, vectors, grad_weight * of_weight, OF_WEIGHT, row, column, layer, shape, CUT
             )
+            # (11): the anchor's gradient, to W_0 or to the anchors given; a document's start takes all
             grad_gradients = _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT)
             tl.store(grad_anchor + at, grad_gradients, mask=tile_mask(begins == 0, CUT.tile, CUT.tile))
             grad_weight += tl.where(begins, grad_gradients, 0.0)
@@ -399,12 +404,14 @@ def scan_backward_kernel(
             CUT,
         )
         tl.debug_barrier()
+        # (9), then (10)
         for layer in tl.range(1, depth, disable_licm=True):
             _climb(z, grad_error, anchor, layer, shape, CUT)
             tl.debug_barrier()
         for back in tl.range(1, depth + 1, disable_licm=True):
             _descend(z, u, grad_a, grad_error, anchor, depth - back, shape, CUT)
             tl.debug_barrier()
+        # (8) and (11): the state before the chunk, and the anchor
         grad_of_weight, grad_of_momentum, grad_momentum_kept = 0.0, 0.0, 0.0
         for layer in tl.range(0, depth, disable_licm=True):
             of_weight, of_momentum, momentum_kept = _state_backward(

@@ -130,7 +130,7 @@ def gather_kernel(
 @triton.jit
 @no_type_check
 def decays_kernel(vectors_ptr, decays_ptr, SLOTS: tl.constexpr):
-    """The rows of decays.py for one chunk, one after the other."""
+    """The rows of decays.py, R_s and R_w, for one chunk, one after the other."""
     program = tl.program_id(0).to(tl.int64)
     vectors_ptr += program * (VECTORS * SLOTS)
     decays_ptr += program * (2 * SLOTS * SLOTS)
@@ -141,6 +141,7 @@ def decays_kernel(vectors_ptr, decays_ptr, SLOTS: tl.constexpr):
         keep = tl.load(vectors_ptr + KEEP * SLOTS + i)
         eta = tl.load(vectors_ptr + ETA * SLOTS + i)
         active = tl.load(vectors_ptr + ACTIVE * SLOTS + i)
+        # R_s, R_w: columns of the writes, then of the chunk's first state
         momentum_row = momentum_row * eta + tl.where(slots == i, 1.0, 0.0)
         weight_row = weight_row * keep + momentum_row * active
         momentum_kept *= eta
@@ -175,6 +176,7 @@ def decays_backward_kernel(vectors_ptr, decays_ptr, grad_vectors_ptr, grad_decay
         keep = tl.load(vectors_ptr + KEEP * SLOTS + i)
         eta = tl.load(vectors_ptr + ETA * SLOTS + i)
         active = tl.load(vectors_ptr + ACTIVE * SLOTS + i)
+        # R_w backwards, then R_s
         grad_weight_row += tl.load(grad_decays_ptr + i * SLOTS + slots)
         grad_of_weight += tl.load(grad_vectors_ptr + OF_WEIGHT * SLOTS + i)
         grad_of_momentum += tl.load(grad_vectors_ptr + OF_MOMENTUM * SLOTS + i)

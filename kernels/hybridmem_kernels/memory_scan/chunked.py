@@ -75,7 +75,7 @@ def _gate_to_chunks(gate: Float[Tensor, "batch heads time"], size: int) -> Float
 def _scaled_pair(
     x: Float[Tensor, "n size dim"], left: Float[Tensor, "n size"], right: Float[Tensor, "n size"]
 ) -> Float[Tensor, "n size pair"]:
-    """[x * left | x * right]: what meets the weights beside what meets the momentum."""
+    """Return [x * left | x * right], the factors of the weights and of the momentum."""
     pair = x.new_empty(*x.shape[:2], 2 * x.shape[-1])
     torch.mul(x, left.unsqueeze(-1), out=pair[..., : x.shape[-1]])
     torch.mul(x, right.unsqueeze(-1), out=pair[..., x.shape[-1] :])
@@ -99,7 +99,7 @@ def _pair_dots(x: Float[Tensor, "n size dim"], grad_pair: Float[Tensor, "n size 
 
 
 class Chunks(NamedTuple):
-    """What the forward works out and the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
+    """Results of the forward that the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
 
     queries: Float[Tensor, "n size key_dim"]
     keys: Float[Tensor, "n size key_dim"]

@@ -121,7 +121,7 @@ def scan_backward(
 
 
 def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of the checkpoints and the errors."""
+    """Return the shapes of the checkpoints and the errors."""
     plan = make_plan(q, q, v, chunk_size, hip=False, interpreted=False)
     lanes, chunks = q.shape[0] * q.shape[1], -(-q.shape[2] // plan.size)
     checkpoints = lanes * -(-chunks // plan.spacing)
@@ -129,7 +129,7 @@ def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...],
 
 
 def _checkpoints(states: Tensor, plan: Plan, tokens: Tokens) -> Tensor:
-    """Those of the states before every chunk that the backward starts from."""
+    """Select the states that the backward starts from."""
     if plan.spacing == 1:
         return states
     return states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1).contiguous()

@@ -1,4 +1,7 @@
-"""The linear memory's backward kernels: states from checkpoints, their adjoints, the gradients of tokens and gates."""
+"""The backward kernels of one chunk: gradients of its products, of its tokens and of their gates.
+
+Equations are those of README.md.
+"""
 
 from typing import no_type_check
 
@@ -22,7 +25,6 @@ from .triton_tiles import (
     WRITE_MOVING,
     dot,
     lane_start,
-    load_carry,
     load_column,
     load_rows,
     load_square,
@@ -30,196 +32,6 @@ from .triton_tiles import (
     store_square,
     store_tile,
 )
-
-
-@triton.jit(do_not_specialize=COUNTS)
-@no_type_check
-def restore_kernel(
-    k_ptr,
-    columns_ptr,
-    checkpoints_ptr,
-    errors_ptr,
-    states_ptr,
-    heads,
-    time,
-    chunks,
-    checkpoints,
-    key_batch,
-    key_head,
-    key_time,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A block of the states of two chunks from the checkpoint before them."""
-    pair = tl.program_id(0).to(tl.int64)
-    lane, chunk = pair // checkpoints, pair % checkpoints * 2
-    unit, start = lane * chunks + chunk, chunk * SIZE
-    i = tl.arange(0, SIZE)
-    dims = tl.program_id(1) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
-    values = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
-    checkpoint_ptr, z_ptr = checkpoints_ptr + pair * 2 * STATE, states_ptr + unit * 2 * STATE
-    weight = load_tile(checkpoint_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-    momentum = load_tile(checkpoint_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-    store_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-    store_tile(z_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-    if chunk + 1 < chunks:
-        k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
-        k = tl.trans(load_tile(k_ptr, i, dims, key_time, time - start, KEY_DIM))
-        errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
-        left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
-        moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
-        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
-        weight = weight_left * weight + momentum_left * momentum - dot(k, left, PRECISION)
-        momentum = momentum_kept * momentum - dot(k, moving, PRECISION)
-        store_tile(z_ptr + 2 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-        store_tile(z_ptr + 3 * STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-@no_type_check
-def seed_kernel(
-    q_ptr,
-    mix_ptr,
-    columns_ptr,
-    grad_out_ptr,
-    grad_ends_ptr,
-    grad_residuals_ptr,
-    grad_weight_ptr,
-    grad_momentum_ptr,
-    heads,
-    time,
-    chunks,
-    key_batch,
-    key_head,
-    key_time,
-    value_batch,
-    value_head,
-    value_time,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What a chunk's outputs alone give to the gradients of its errors and of the state before it."""
-    unit = tl.program_id(0).to(tl.int64)
-    lane, chunk = unit // chunks, unit % chunks
-    start = chunk * SIZE
-    i = tl.arange(0, SIZE)
-    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
-    grad_out_ptr = lane_start(grad_out_ptr, lane, heads, value_batch, value_head) + start * value_time
-    grad_out = load_tile(grad_out_ptr, i, values, value_time, time - start, VALUE_DIM)
-    grad_errors = -dot(tl.trans(load_square(mix_ptr, unit, SIZE)), grad_out, PRECISION)
-    store_tile(grad_residuals_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, grad_errors)
-    from_weight = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * grad_out
-    from_momentum = load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * grad_out
-    q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
-    end_ptr = grad_ends_ptr + (unit - 1) * 2 * STATE
-    weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, end_ptr)
-    momentum_ptr = tl.where(chunk == 0, grad_momentum_ptr + lane * STATE, end_ptr + STATE)
-    for low in range(0, KEY_DIM, KEY_BLOCK):
-        dims = low + tl.arange(0, KEY_BLOCK)
-        q = tl.trans(load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM))
-        weight = dot(q, from_weight, PRECISION)
-        store_tile(weight_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-        momentum = dot(q, from_momentum, PRECISION)
-        store_tile(momentum_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-@no_type_check
-def adjoint_kernel(
-    k_ptr,
-    inverse_ptr,
-    columns_ptr,
-    grad_last_weight_ptr,
-    grad_last_momentum_ptr,
-    grad_ends_ptr,
-    grad_residuals_ptr,
-    grad_v_ptr,
-    grad_weight_ptr,
-    grad_momentum_ptr,
-    heads,
-    time,
-    chunks,
-    key_batch,
-    key_head,
-    key_time,
-    value_batch,
-    value_head,
-    value_time,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients of the state after every chunk, of K_ z - V in it, and of the first state: the scan backwards.
-
-    It adds to what `seed_kernel` left. The barriers order a program's own stores and loads, as in the forward.
-    """
-    lane = tl.program_id(0).to(tl.int64)
-    i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
-    values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    STATE: tl.constexpr = KEY_DIM * VALUE_DIM
-    last = tl.cast(chunks - 1, tl.int64) * SIZE
-    k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + last * key_time
-    grad_v_ptr = lane_start(grad_v_ptr, lane, heads, value_batch, value_head) + last * value_time
-    z_ptr = grad_ends_ptr + (lane * chunks + chunks - 1) * 2 * STATE
-    for low in range(0, KEY_DIM, KEY_BLOCK):
-        weight = load_tile(grad_last_weight_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        store_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-        momentum = load_tile(grad_last_momentum_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        store_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-    tl.debug_barrier()
-
-    for step in range(chunks):
-        chunk = chunks - 1 - step
-        unit = lane * chunks + chunk
-        tokens = time - chunk * SIZE
-        to_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-        to_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-        for low in range(0, KEY_DIM, KEY_BLOCK):
-            k = load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM)
-            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            to_weight += dot(k, weight, PRECISION)
-            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            to_momentum += dot(k, momentum, PRECISION)
-        row_ptr = grad_residuals_ptr + unit * SIZE * VALUE_DIM
-        grad_errors = load_tile(row_ptr, i, values, VALUE_DIM, SIZE, VALUE_DIM)
-        grad_errors -= load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * to_weight
-        grad_errors -= load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * to_momentum
-        residual = dot(tl.trans(load_square(inverse_ptr, unit, SIZE)), grad_errors, PRECISION)
-        store_tile(row_ptr, i, values, VALUE_DIM, SIZE, VALUE_DIM, residual)
-        store_tile(grad_v_ptr, i, values, value_time, tokens, VALUE_DIM, -residual)
-
-        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
-        found_weight = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * residual
-        found_momentum = load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * residual
-        next_weight_ptr = tl.where(chunk == 0, grad_weight_ptr + lane * STATE, z_ptr - 2 * STATE)
-        next_momentum_ptr = tl.where(chunk == 0, grad_momentum_ptr + lane * STATE, z_ptr - STATE)
-        for low in range(0, KEY_DIM, KEY_BLOCK):
-            k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
-            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            momentum = momentum_left * weight + momentum_kept * momentum + dot(k, found_momentum, PRECISION)
-            momentum += load_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-            weight = weight_left * weight + dot(k, found_weight, PRECISION)
-            weight += load_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            store_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-        tl.debug_barrier()
-        z_ptr -= 2 * STATE
-        k_ptr -= tl.cast(key_time, tl.int64) * SIZE
-        grad_v_ptr -= tl.cast(value_time, tl.int64) * SIZE
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -253,9 +65,9 @@ def mix_gradient_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of N and of D * Q K^T, times their decays and times their products of keys and queries.
+    """The gradients of N and of D ⊙ Q Kᵀ, times their decays and times their products of keys and queries.
 
-    Key products are symmetric: their gradient goes to both keys, so N's is added to its transpose.
+    Key products are symmetric: their gradient goes to both keys, so the gradient of N is added to its transpose.
     """
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
@@ -264,6 +76,7 @@ def mix_gradient_kernel(
     grad_out_ptr = lane_start(grad_out_ptr, lane, heads, value_batch, value_head) + start * value_time
     q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
     k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
+    # (13): dN = -dR Δᵀ, to key products and to the rows D_{i-1} of (6)
     grad_strict = tl.zeros((SIZE, SIZE), tl.float32)
     for low in range(0, VALUE_DIM, VALUE_BLOCK):
         values = low + tl.arange(0, VALUE_BLOCK)
@@ -280,6 +93,7 @@ def mix_gradient_kernel(
         products += dot(k, tl.trans(k), PRECISION)
     store_square(grad_before_ptr, unit, grad_strict * products, SIZE)
 
+    # (13): d(D ⊙ Q Kᵀ) = -dO Δᵀ, to products of queries and keys and to the rows D_i
     grad_mix = tl.zeros((SIZE, SIZE), tl.float32)
     for low in range(0, VALUE_DIM, VALUE_BLOCK):
         values = low + tl.arange(0, VALUE_BLOCK)
@@ -312,7 +126,7 @@ def contract(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows over the values times some rows of a (key_dim, value_dim) matrix, transposed."""
+    """A chunk's rows over the values times some rows of a transposed (key_dim, value_dim) matrix."""
     product = tl.zeros((SIZE, KEY_BLOCK), tl.float32)
     for low in range(0, VALUE_DIM, VALUE_BLOCK):
         values = low + tl.arange(0, VALUE_BLOCK)
@@ -355,7 +169,7 @@ def token_gradient_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of some dimensions of a chunk's queries and keys, and those dimensions' part of its columns'."""
+    """The gradients of some dimensions of a chunk's queries and keys, and their share in the columns' gradients."""
     unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)
@@ -369,11 +183,13 @@ def token_gradient_kernel(
     partial = unit * tl.num_programs(1) + part
     sums_ptr = grad_columns_ptr + partial * COLUMNS * SIZE + i
 
+    # (13): products of keys and queries
     q = load_tile(q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM)
     k = load_tile(k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM)
     mix = load_square(mix_ptr, unit, SIZE)
     grad_q = dot(mix, k, PRECISION)
     grad_k = dot(tl.trans(mix), q, PRECISION) + dot(load_square(strict_ptr, unit, SIZE), k, PRECISION)
+    # (14): dQ̄ = dO zᵀ, to queries and to a_i, p_i
     product = contract(
         grad_out_ptr, value_time, tokens_left, z_ptr, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
@@ -388,6 +204,7 @@ def token_gradient_kernel(
     grad_q += load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * product
     store_tile(grad_q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_q)
 
+    # (14): dK̄ = dR zᵀ, to keys and to a_{i-1}, p_{i-1}
     product = contract(
         grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
@@ -400,6 +217,7 @@ def token_gradient_kernel(
     )  # fmt: skip
     tl.store(sums_ptr + MOMENTUM_FOUND * SIZE, tl.sum(k * product, axis=1))
     grad_k += load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * product
+    # (14): dK̂ = -Δ dz'ᵀ, to keys and to D_C, R_s[C]
     product = contract(
         errors_ptr + row, VALUE_DIM, SIZE, end_ptr, i, dims,
         KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
@@ -414,6 +232,7 @@ def token_gradient_kernel(
     grad_k -= load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * product
     store_tile(grad_k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_k)
 
+    # (15): dF = dz' zᵀ
     weight_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
     momentum_left = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
     momentum_kept = tl.zeros((KEY_BLOCK, VALUE_BLOCK), tl.float32)
@@ -447,9 +266,9 @@ def gate_gradient_kernel(
     chunks,
     SIZE: tl.constexpr,
 ):
-    """The gradients of keep, eta and theta: the recurrences of `decay_kernel` backwards.
+    """The gradients of keep, eta and theta (16): the recurrences of `decay_kernel` backwards.
 
-    Nothing reads a write that comes later: there the gradients of rows mean nothing, and meet zeros.
+    No token reads a later write: there the gradients of rows are meaningless, and meet zeros.
     """
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
@@ -474,6 +293,7 @@ def gate_gradient_kernel(
         eta = tl.load(gate_ptr + ETA * gate + i, mask=inside, other=1.0)
         active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
         continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
+        # (5), (4) backwards: columns of the writes
         grad_left += tl.where(j <= i, tl.load(grad_after_ptr + i * SIZE), 0.0)
         grad_moving += active * grad_left
         grad_keep = tl.where(j == i, tl.sum(grad_left * tl.load(rows_ptr + i * SIZE), axis=0), grad_keep)
@@ -482,6 +302,7 @@ def gate_gradient_kernel(
         grad_theta = tl.where(j == i, grad_moving, grad_theta)
         grad_left = keep * grad_left + tl.where(j < i, tl.load(grad_before_ptr + i * SIZE), 0.0)
         grad_moving = eta * grad_moving
+        # (5), (4) backwards: columns of the chunk's first state
         grad_weight += tl.load(column_ptr + WEIGHT_LEFT * SIZE + i)
         grad_momentum += tl.load(column_ptr + MOMENTUM_LEFT * SIZE + i)
         grad_kept += active * grad_momentum
