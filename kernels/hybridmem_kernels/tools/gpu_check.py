@@ -258,7 +258,7 @@ def compare_all(time: int, bench_time: int, jobs: int) -> list[Comparison]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the machine that the figures belong to."""
     import triton
 
     gpu = torch.cuda.get_device_properties(0)

@@ -65,7 +65,7 @@ class Shapes:
 
     @classmethod
     def of(cls, path: Path) -> "Shapes":
-        """Those of a training configuration, at depth 2 for a deep memory."""
+        """Read the sizes of a training configuration, at depth 2 for a deep memory."""
         settings = yaml.safe_load(path.read_text())
         config, data = settings["model"]["init_args"]["config"], settings["data"]["init_args"]
         dim = config["memory_head_dim"]
@@ -81,7 +81,7 @@ class Shapes:
 
     @property
     def chunks(self) -> int:
-        """Of all rows and heads."""
+        """Number of chunks in all rows and heads."""
         return self.batch * self.heads * -(-self.time // self.chunk)
 
     @property
@@ -167,7 +167,7 @@ class ScanInputs(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes) -> "ScanInputs":
-        """Without memory."""
+        """Make tensors without memory."""
         lead = (shapes.batch, shapes.heads, shapes.time)
         tokens = [torch.empty(*lead, shapes.dim, dtype=torch.bfloat16, device="meta") for _ in range(3)]
         gates = [torch.empty(lead, device="meta") for _ in range(3)]
@@ -250,7 +250,7 @@ def _by_kernel(operator: str, backward: bool, launches: Sequence[Launch], operat
 
 
 def table(found: Sequence[Cost]) -> str:
-    """As Markdown, with a sum after every pass."""
+    """Format costs as Markdown, with a sum after every pass."""
     names = ["operator", "pass", "kernel", "launches", "programs", "MB", "GFLOP", *(f"{gpu}, µs" for gpu in GPUS)]
     lines = [_row(names), _row(["---"] * len(names))]
     for (operator, backward), group in groupby(found, key=lambda cost: (cost.operator, cost.backward)):

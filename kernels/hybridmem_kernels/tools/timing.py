@@ -33,7 +33,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: `run` takes a backend; `leaves` get gradients, none of them: the forward alone."""
+    """One timed call: `run` takes a backend; `leaves` get gradients, without leaves the forward alone is timed."""
 
     operator: str
     heads: int
