@@ -19,7 +19,7 @@ import yaml
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem_kernels import use_backend
-from hybridmem_kernels.check import machine
+from hybridmem_kernels.tools.gpu_check import machine
 
 CONFIG = yaml.safe_load(Path("configs/pretrain/170m.yaml").read_text())["model"]["init_args"]["config"]
 BATCH, LENGTH = 4, 4096

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem_kernels.roofline import GPUS, Shapes, memory_scan_operations
+from hybridmem_kernels.tools.roofline import GPUS, Shapes, memory_scan_operations
 
 ROOT = Path(__file__).parents[1]
 SEQUENCE = 4096  # tokens of a training row

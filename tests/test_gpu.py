@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py --numprocesses 8
 
-The Triton operators alone are hybridmem_kernels.check's.
+hybridmem_kernels.tools.gpu_check checks the Triton operators alone.
 """
 
 import os

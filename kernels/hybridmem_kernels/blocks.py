@@ -15,7 +15,7 @@ from .documents import document_starts
 
 
 class Blocks(NamedTuple):
-    """Which tokens of a row make up its n-th block, and what the block begins."""
+    """Tokens of a row's n-th block, and flags of the blocks that begin something."""
 
     times: Int[Tensor, "batch blocks width"]  # time of the block's w-th token, 0 where there is none
     valid: Bool[Tensor, "batch blocks width"]

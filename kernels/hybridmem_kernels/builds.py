@@ -1,4 +1,4 @@
-"""What a Triton kernel is built as, so that it can be built ahead of time for a GPU that is not there."""
+"""Descriptions of Triton kernels, from which they are built ahead of time for a GPU that need not be there."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ class Build:
     Args:
         name: kernel and shapes in words, the row's name in the resource report.
         kernel: the function under `triton.jit`.
-        signature: argument name: Triton's type (`*fp32`, `*bf16`, `i32`, `fp32`), or `constexpr`.
+        signature: argument name: Triton's type (`*fp32`, `*bf16`, `i32`, `fp32`), a named tuple of types, or
+            `constexpr`.
         constexprs: argument name: value, of those.
         num_warps, num_stages: as it is launched.
         has_dots: whether it multiplies matrices, which must then be on tensor cores.
@@ -24,7 +25,7 @@ class Build:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2

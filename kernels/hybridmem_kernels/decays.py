@@ -1,18 +1,18 @@
-"""How far every write of a chunk, and the state it started from, reaches.
+"""Decay rows: the share of each write, and of the chunk's first state, that is left at every token of a chunk.
 
-Inside a chunk the state is linear in what enters it. With x = [W_0, S_0, u_1 .. u_C], where u_j is the
-momentum that token j adds (-theta_j k_j delta_j^T, its theta kept apart below),
+Inside a chunk the state is linear in its inputs x = [W_0, S_0, u_1 .. u_C], where u_j = -k_j delta_j^T is the write of
+token j without its step size:
 
     W_i = sum_x weight_rows[i, x] x          S_i = sum_x momentum_rows[i, x] x
 
-and the rows obey the recurrence itself, run on unit inputs:
+The rows obey the recurrence itself, run on unit inputs:
 
-    momentum_rows[i] = momentum_i momentum_rows[i-1] + theta_i e_i
+    momentum_rows[i] = eta_i momentum_rows[i-1] + theta_i e_i
     weight_rows[i]   = keep_i weight_rows[i-1] + active_i momentum_rows[i]
 
-Column 0 of `weight_rows` is memory.md's A, column 1 its P, the others D theta; column 1 of `momentum_rows`
-is E, the others L_eta theta. Products of numbers in [0, 1] neither overflow nor need a logarithm, and a
-reset (keep = momentum = 0) is exact, as are its gradients.
+These are R_s and R_w of memory_scan/README.md, equations 4 and 5; a, p and D there are columns 0, 1 and 2 .. C + 1 of
+R_w. Products of numbers in [0, 1] neither overflow nor need a logarithm, and a reset (keep = eta = 0) is exact, as are
+its gradients.
 """
 
 import torch
@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 
 def decay_rows(
     keep: Float[Tensor, "chunks size"],
-    momentum: Float[Tensor, "chunks size"],
+    eta: Float[Tensor, "chunks size"],
     theta: Float[Tensor, "chunks size"],
     active: Float[Tensor, "chunks size"] | None = None,
 ) -> tuple[Float[Tensor, "chunks size+1 size+2"], Float[Tensor, "chunks size+1 size+2"]]:
-    """Return (weight_rows, momentum_rows); row 0 is the chunk's start, row i stands after token i."""
+    """Return (weight_rows, momentum_rows); row 0 is the chunk's start, row i follows token i."""
     chunks, size = keep.shape
     momentum_rows = keep.new_zeros(chunks, size + 1, size + 2)
     momentum_rows[:, 0, 1] = 1
@@ -35,9 +35,9 @@ def decay_rows(
     weight_rows = torch.empty_like(momentum_rows)
     weight_rows[:, 0] = 0
     weight_rows[:, 0, 0] = 1
-    keep, momentum = keep.unsqueeze(-1), momentum.unsqueeze(-1)
+    keep, eta = keep.unsqueeze(-1), eta.unsqueeze(-1)
     for i in range(size):
-        row = momentum_rows[:, i + 1].addcmul_(momentum[:, i], momentum_rows[:, i])
+        row = momentum_rows[:, i + 1].addcmul_(eta[:, i], momentum_rows[:, i])
         if active is not None:
             row = row * active[:, i, None]
         torch.addcmul(row, keep[:, i], weight_rows[:, i], out=weight_rows[:, i + 1])
@@ -46,15 +46,15 @@ def decay_rows(
 
 def decay_rows_backward(
     keep: Float[Tensor, "chunks size"],
-    momentum: Float[Tensor, "chunks size"],
+    eta: Float[Tensor, "chunks size"],
     active: Float[Tensor, "chunks size"] | None,
     weight_rows: Float[Tensor, "chunks size+1 size+2"],
     momentum_rows: Float[Tensor, "chunks size+1 size+2"],
     grad_weight_rows: Float[Tensor, "chunks size+1 size+2"],
     grad_momentum_rows: Float[Tensor, "chunks size+1 size+2"],
 ) -> tuple[Float[Tensor, "chunks size"], Float[Tensor, "chunks size"], Float[Tensor, "chunks size"]]:
-    """Return the gradients of (keep, momentum, theta). Overwrites the two gradients it is given."""
-    keep_, momentum_ = keep.unsqueeze(-1), momentum.unsqueeze(-1)
+    """Return the gradients of (keep, eta, theta). Overwrites the two gradients it is given."""
+    keep_, eta_ = keep.unsqueeze(-1), eta.unsqueeze(-1)
     for i in reversed(range(keep.shape[1])):
         grad_row = grad_weight_rows[:, i + 1]
         if active is None:
@@ -62,25 +62,25 @@ def decay_rows_backward(
         else:
             grad_momentum_rows[:, i + 1].addcmul_(active[:, i, None], grad_row)
         grad_weight_rows[:, i].addcmul_(keep_[:, i], grad_row)
-        grad_momentum_rows[:, i].addcmul_(momentum_[:, i], grad_momentum_rows[:, i + 1])
+        grad_momentum_rows[:, i].addcmul_(eta_[:, i], grad_momentum_rows[:, i + 1])
     grad_keep = torch.linalg.vecdot(grad_weight_rows[:, 1:], weight_rows[:, :-1])
-    grad_momentum = torch.linalg.vecdot(grad_momentum_rows[:, 1:], momentum_rows[:, :-1])
+    grad_eta = torch.linalg.vecdot(grad_momentum_rows[:, 1:], momentum_rows[:, :-1])
     grad_theta = grad_momentum_rows[:, 1:, 2:].diagonal(dim1=1, dim2=2)
-    return grad_keep, grad_momentum, grad_theta
+    return grad_keep, grad_eta, grad_theta
 
 
 class DecayRows(torch.autograd.Function):
     """`decay_rows` with its backward: two recurrences instead of an autograd node per row."""
 
     @staticmethod
-    def forward(ctx, keep, momentum, theta, active):  # noqa: D102
-        weight_rows, momentum_rows = decay_rows(keep, momentum, theta, active)
-        ctx.save_for_backward(keep, momentum, active, weight_rows, momentum_rows)
+    def forward(ctx, keep, eta, theta, active):  # noqa: D102
+        weight_rows, momentum_rows = decay_rows(keep, eta, theta, active)
+        ctx.save_for_backward(keep, eta, active, weight_rows, momentum_rows)
         return weight_rows, momentum_rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_weight_rows, grad_momentum_rows):  # noqa: D102
-        keep, momentum, active, *rows = ctx.saved_tensors
+        keep, eta, active, *rows = ctx.saved_tensors
         grads = (grad_weight_rows.clone(), grad_momentum_rows.clone())
-        return *decay_rows_backward(keep, momentum, active, rows[0], rows[1], *grads), None
+        return *decay_rows_backward(keep, eta, active, rows[0], rows[1], *grads), None

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why."""
+"""Choice of the implementation that an operator runs with."""
 
 import logging
 import os

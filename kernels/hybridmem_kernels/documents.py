@@ -1,4 +1,4 @@
-"""Where documents start in packed, padded rows, and what that does to the gates."""
+"""Document starts in packed, padded rows, and their effect on the gates."""
 
 from typing import NamedTuple
 
@@ -26,15 +26,17 @@ def document_starts(
 
 
 class Gates(NamedTuple):
-    """What the recurrence multiplies with, once resets and padding are in.
+    """Factors of the recurrence, with resets and padding applied.
 
-    W_t = keep_t W_{t-1} + active_t S_t, S_t = momentum_t S_{t-1} - theta_t G_t, G_t taken at continues_t W_{t-1}.
-    A document's first token keeps nothing (keep = momentum = continues = 0). A masked one changes nothing
-    (keep = momentum = 1, theta = active = 0).
+    W_t = keep_t W_{t-1} + active_t S_t, S_t = eta_t S_{t-1} - theta_t G_t, G_t taken at continues_t W_{t-1}. S is the
+    momentum, and eta the share of it that a token keeps.
+
+    A document's first token keeps nothing (keep = eta = continues = 0). A masked one changes nothing
+    (keep = eta = 1, theta = active = 0).
     """
 
     keep: Float[Tensor, "batch heads time"]
-    momentum: Float[Tensor, "batch heads time"]
+    eta: Float[Tensor, "batch heads time"]
     theta: Float[Tensor, "batch heads time"]
     active: Float[Tensor, "batch heads time"] | None  # None: every token is
     continues: Float[Tensor, "batch heads time"] | None  # None: one document
@@ -49,14 +51,14 @@ def effective_gates(
     dtype: torch.dtype,
 ) -> Gates:
     """Write document boundaries and padding into the gates, in `dtype`."""
-    keep, momentum, theta = 1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)
+    keep, eta, theta = 1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)
     active = continues = None
     if mask is not None:
         valid = mask[:, None]
-        keep, momentum = keep.where(valid, 1), momentum.where(valid, 1)
+        keep, eta = keep.where(valid, 1), eta.where(valid, 1)
         theta, active = theta.where(valid, 0), valid.to(dtype).expand_as(theta)
     if document_ids is not None:
         same = ~document_starts(document_ids, mask)[:, None]
-        keep, momentum = keep.where(same, 0), momentum.where(same, 0)
+        keep, eta = keep.where(same, 0), eta.where(same, 0)
         continues = same.to(dtype).expand_as(theta)
-    return Gates(keep, momentum, theta, active, continues)
+    return Gates(keep, eta, theta, active, continues)

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybridmem_kernels.attention_divergence import triton_op
+from hybridmem_kernels.attention_divergence import triton_autograd
 from hybridmem_kernels.attention_divergence.reference import AttentionPolicy, attention_divergence_reference
 from hybridmem_kernels.attention_divergence.triton_plan import Plan, Tiles
 
@@ -38,7 +38,7 @@ def policy(
 
 def compare(one, other, divergence="jsd", exclude_self=True, query_mask=None, key_mask=None):
     other = other._replace(q=other.q.detach(), k=other.k.detach())
-    return triton_op.attention_divergence_triton(one, other, query_mask, key_mask, exclude_self, divergence)
+    return triton_autograd.attention_divergence_triton(one, other, query_mask, key_mask, exclude_self, divergence)
 
 
 def define(one, other, divergence="jsd", exclude_self=True, query_mask=None, key_mask=None):
@@ -99,7 +99,7 @@ def test_rows_of_many_tiles(name, small_tiles):
 
 def test_all_at_once(small_tiles, monkeypatch):
     """Two rows, grouped queries, slabs of one block; the second row's mask leaves whole blocks out."""
-    monkeypatch.setattr(triton_op, "SLAB", 0)
+    monkeypatch.setattr(triton_autograd, "SLAB", 0)
     shape = dict(batch=2, queries=35, keys=37)
     query_mask, key_mask = mask(2, 35), mask(2, 37, seed=1)
     query_mask[1, :17] = False
@@ -220,7 +220,7 @@ def test_one_output_alone_can_have_a_gradient(part):
 
 def test_the_reference_is_a_constant():
     one, other = policy(), policy(seed=1)
-    stats = triton_op.attention_divergence_triton(one, other, None, None, True, "jsd")
+    stats = triton_autograd.attention_divergence_triton(one, other, None, None, True, "jsd")
     assert not stats.entropy_ref.requires_grad
     stats.divergence.sum().backward()
     assert one.q.grad is not None
@@ -241,10 +241,10 @@ def test_what_is_kept_grows_with_queries_and_heads_alone():
 @pytest.mark.parametrize("past", [0, 70])
 def test_slabs_hold_every_tile_that_is_seen_and_no_map(queries, window, past):
     tiles, heads, keys = Tiles(64, 32, 32, 4, 1), 4, queries + past
-    side = triton_op._Side.of(torch.empty(1, heads, queries, 1), torch.empty(1, 1, keys, 1), 1.0, window, 0)
-    slots, slabs = triton_op._slabs(side, tiles)
+    side = triton_autograd._Side.of(torch.empty(1, heads, queries, 1), torch.empty(1, 1, keys, 1), 1.0, window, 0)
+    slots, slabs = triton_autograd._slabs(side, tiles)
     held = slots * tiles.rows * tiles.columns * max(slab.blocks for slab in slabs)
-    assert held <= max(triton_op.SLAB * heads * queries, slots * tiles.rows * tiles.columns)
+    assert held <= max(triton_autograd.SLAB * heads * queries, slots * tiles.rows * tiles.columns)
     blocks = [range(slab.first_block, slab.first_block + slab.blocks) for slab in slabs]
     assert list(itertools.chain(*blocks)) == list(range(-(-queries // tiles.rows)))
     for slab in slabs:
@@ -274,7 +274,7 @@ def test_what_has_no_kernel_is_named(change, message, reference):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_builds_have_the_arguments_of_their_kernels(masked):
-    builds = triton_op.builds(64, 80, torch.bfloat16, masked=masked)
+    builds = triton_autograd.builds(64, 80, torch.bfloat16, masked=masked)
     assert len({build.name for build in builds}) == 6
     for build in builds:
         assert list(build.signature) == build.kernel.arg_names

@@ -11,8 +11,8 @@ from hybridmem_kernels.memory_mlp_scan.reference import MemoryMLPState, initial_
 from .inputs import ScanInputs, scan_inputs
 
 pytest.importorskip("triton")
-from hybridmem_kernels.memory_mlp_scan import triton_op
-from hybridmem_kernels.memory_mlp_scan.triton_op import builds, memory_mlp_scan_triton
+from hybridmem_kernels.memory_mlp_scan import triton_autograd
+from hybridmem_kernels.memory_mlp_scan.triton_autograd import builds, memory_mlp_scan_triton
 
 CASES = {
     "one token": dict(time=1, dim=16),
@@ -172,14 +172,14 @@ def test_one_state_a_chunk_is_kept_for_the_backward():
 @pytest.mark.parametrize("dim", [16, 64])  # narrow tiles and wide ones
 def test_every_launch_is_among_the_builds(monkeypatch, dim):
     launched = []
-    launch = triton_op._launch
+    launch = triton_autograd._launch
 
     def record(kernel, grid, work, call):
-        made = (f(kernel, call.shape, call.half, "cuda") for f in (triton_op.constexprs, triton_op.options))
+        made = (f(kernel, call.shape, call.half, "cuda") for f in (triton_autograd.constexprs, triton_autograd.options))
         launched.append((kernel, *made))
         launch(kernel, grid, work, call)
 
-    monkeypatch.setattr(triton_op, "_launch", record)
+    monkeypatch.setattr(triton_autograd, "_launch", record)
     inputs, weights, state, settings = mlp_case(time=3, dim=dim, dtype=torch.bfloat16)
     out, _ = memory_mlp_scan_triton(*inputs.tensors.values(), weights, state, None, None, *settings)
     out.sum().backward()

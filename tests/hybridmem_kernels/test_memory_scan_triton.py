@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybridmem_kernels.memory_scan import triton_decode, triton_op
+from hybridmem_kernels.memory_scan import triton_autograd, triton_decode
 from hybridmem_kernels.memory_scan.reference import MemoryState, memory_scan_reference
 
 from .inputs import ScanInputs, scan_inputs
@@ -54,7 +54,7 @@ def doubled(inputs: ScanInputs) -> ScanInputs:
 
 
 def scan(inputs, *chunk_size):
-    run = triton_op.memory_scan_triton if chunk_size else memory_scan_reference
+    run = triton_autograd.memory_scan_triton if chunk_size else memory_scan_reference
     out, state = run(*inputs.tensors.values(), inputs.state, inputs.document_ids, inputs.mask, *chunk_size)
     return out * inputs.valid(), *state  # what masked tokens give means nothing
 
@@ -154,8 +154,8 @@ def test_a_decoding_step_equals_the_definition(padded, dtype):
 
 def test_steps_go_on_where_a_scan_ends(monkeypatch):
     calls = []
-    step = triton_op.memory_step_triton
-    monkeypatch.setattr(triton_op, "memory_step_triton", lambda *x: calls.append(1) or step(*x))
+    step = triton_autograd.memory_step_triton
+    monkeypatch.setattr(triton_autograd, "memory_step_triton", lambda *x: calls.append(1) or step(*x))
     inputs = inputs_of(time=19, heads=2)
     with torch.no_grad():
         whole = scan(inputs, 16)
@@ -174,7 +174,7 @@ def test_steps_go_on_where_a_scan_ends(monkeypatch):
 
 
 def test_one_token_with_gradients_is_a_scan(monkeypatch):
-    monkeypatch.setattr(triton_op, "memory_step_triton", None)
+    monkeypatch.setattr(triton_autograd, "memory_step_triton", None)
     assert scan(inputs_of(time=1), 16)[0].requires_grad
 
 
@@ -213,7 +213,7 @@ def test_a_step_takes_one_token():
 
 @pytest.mark.parametrize(("chunk_size", "restores"), [(16, 0), (64, 0), (128, 1)])
 def test_builds_name_every_argument(chunk_size, restores):
-    listed = triton_op.builds(8, 12, 4096, 64, 64, torch.bfloat16, chunk_size)
+    listed = triton_autograd.builds(8, 12, 4096, 64, 64, torch.bfloat16, chunk_size)
     names = [build.name for build in listed]
     assert len(set(names)) == len(names)
     assert sum(name.startswith("restore_kernel") for name in names) == restores
@@ -224,10 +224,10 @@ def test_builds_name_every_argument(chunk_size, restores):
 
 def test_what_is_launched_is_what_is_built(monkeypatch):
     launches = []
-    run = triton_op.Launch.run
-    monkeypatch.setattr(triton_op.Launch, "run", lambda launch: launches.append(launch) or run(launch))
+    run = triton_autograd.Launch.run
+    monkeypatch.setattr(triton_autograd.Launch, "run", lambda launch: launches.append(launch) or run(launch))
     scan(inputs_of(time=17), 16)[0].sum().backward()
-    listed = triton_op.builds(1, 1, 17, 16, 16, torch.float32, 16)
+    listed = triton_autograd.builds(1, 1, 17, 16, 16, torch.float32, 16)
 
     def compiled_as(x):
         constants = {name: value for name, value in x.constexprs.items() if name not in ("PRECISION", "EXACT")}

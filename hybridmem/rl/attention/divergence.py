@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from hybridmem_kernels.attention_divergence import FLOOR
+
 from .distributions import Distribution
 
-DIVERGENCES = ("jsd", "kl", "reverse_kl")
-FLOOR = 1e-8  # of the probability that a KL divides by, as in the operator
 TINY = 1e-30
 
 

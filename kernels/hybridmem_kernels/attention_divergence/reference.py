@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..memory_scan.reference import state_dtype
 
-FLOOR = 1e-8  # the least probability that a KL divides by
+DIVERGENCES = ("jsd", "kl", "reverse_kl")
+FLOOR = 1e-8  # the smallest probability that a KL divides by
 
 
 class AttentionPolicy(NamedTuple):
-    """Whose attention it is: queries, keys with persistent ones in front, and how they meet."""
+    """One policy: queries, keys with persistent ones in front, and the settings of its scores."""
 
     q: Float[Tensor, "batch heads queries dim"]
     k: Float[Tensor, "batch kv_heads columns dim"]
@@ -30,7 +31,7 @@ class AttentionPolicy(NamedTuple):
 
 
 class AttentionStats(NamedTuple):
-    """What two attention policies are to each other, per query; 0 where there is nothing to compare."""
+    """Comparison of two attention policies, per query; 0 where there is nothing to compare."""
 
     divergence: Float[Tensor, "batch queries"]
     entropy: Float[Tensor, "batch queries"]  # nats

@@ -1,7 +1,7 @@
-"""The backward's three passes over a slab of queries: v once for all heads, then per head c and dq, then dk.
+"""The backward's three passes over a slab of queries: v for all heads, then c and dq per head, then dk.
 
-The heads meet in v alone. So v of a slab is written down, as tiles, and every head can go its own way from there, with
-its sums in registers and nothing added up by atomics.
+The heads meet in v alone. It is written down for a slab, as tiles, so every head can continue alone, with its sums in
+registers and no atomics. Equations are those of README.md.
 """
 
 from typing import no_type_check
@@ -10,25 +10,28 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    distribution,
     divergence_slope,
+    head_vectors,
     load_vectors,
     log,
-    mixture,
     multiply,
+    query_rows,
+    query_scores,
+    row_vectors,
     score,
     see,
     visible_tiles,
     weight_exponents,
+    zero_tile,
 )
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "persistent", "persistent_ref", "window", "window_ref", "slots"])
 @no_type_check
 def slopes_kernel(
-    q_ptr,
-    k_ptr,
-    q_ref_ptr,
-    k_ref_ptr,
+    vectors,
+    vectors_ref,
     key_mask_ptr,
     normaliser_ptr,
     normaliser_ref_ptr,
@@ -40,18 +43,8 @@ def slopes_kernel(
     grad_entropy_ptr,
     grad_mass_ptr,
     slopes_ptr,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
-    q_ref_batch,
-    q_ref_head,
-    q_ref_time,
-    k_ref_batch,
-    k_ref_head,
-    k_ref_time,
+    strides,
+    strides_ref,
     log_scale,
     log_scale_ref,
     heads,
@@ -67,17 +60,11 @@ def slopes_kernel(
     first_block,
     blocks,
     slots,
-    DIM: tl.constexpr,
-    DIM_REF: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_REF: tl.constexpr,
+    CUT: tl.constexpr,
+    CUT_REF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    OPERAND: tl.constexpr,
-    CHUNK_REF: tl.constexpr,
-    OPERAND_REF: tl.constexpr,
     PRECISION: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
@@ -90,10 +77,7 @@ def slopes_kernel(
     if tile >= stop:
         return
     begin_ref, _ = visible_tiles(block, queries, keys, window_ref, BLOCK_M, BLOCK_N)
-    first_row, first_column = block * BLOCK_M, tile * BLOCK_N
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows, columns = first_row + m, first_column + n
-    times, inside = rows + keys - queries, rows < queries
+    rows, times, inside = query_rows(block, queries, keys, BLOCK_M)
     normaliser_ptr += batch * heads * queries
     normaliser_ref_ptr += batch * heads_ref * queries
     if key_mask_ptr is not None:
@@ -103,26 +87,23 @@ def slopes_kernel(
     log_mass_ref = tl.load(log_mass_ref_ptr + place, mask=inside, other=0.0)
     counts = tl.load(normaliser_ptr + rows, mask=inside, other=float("inf")) < float("inf")
     compared = counts & (tl.load(normaliser_ref_ptr + rows, mask=inside, other=float("inf")) < float("inf"))
-    some = tl.max(counts.to(tl.int32), 0)  # a block that nobody asks for still gets its v, without the work
+    some = tl.max(counts.to(tl.int32), 0)  # a block without a query that counts still gets its v, without the work
 
-    p = mixture(
-        q_ptr + batch * q_batch, q_head, q_time, k_ptr + batch * k_batch, k_head, k_time, normaliser_ptr, log_mass,
-        log_scale, tl.where(some > 0, heads, 0), group, first_row, queries,
-        persistent + first_column, persistent + keys,
-        DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CHUNK, OPERAND, PRECISION,
+    # (6): p and p_ref of the tile
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = distribution(
+        row_vectors(vectors, strides, batch), strides, log_scale, tl.where(some > 0, heads, 0), group,
+        normaliser_ptr, log_mass, key_mask_ptr, times, columns, block, tile, queries, keys, persistent, window,
+        CUT, BLOCK_M, BLOCK_N, EXCLUDE_SELF, PRECISION,
     )  # fmt: skip
-    support, _ = see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF)
-    p = tl.where(support, p, 0.0)
-    p_ref = mixture(
-        q_ref_ptr + batch * q_ref_batch, q_ref_head, q_ref_time, k_ref_ptr + batch * k_ref_batch, k_ref_head,
-        k_ref_time, normaliser_ref_ptr, log_mass_ref, log_scale_ref,
-        tl.where((some > 0) & (tile >= begin_ref), heads_ref, 0), group_ref, first_row, queries,
-        persistent_ref + first_column, persistent_ref + keys,
-        DIM_REF, BLOCK_DIM_REF, BLOCK_M, BLOCK_N, CHUNK_REF, OPERAND_REF, PRECISION,
+    p_ref = distribution(
+        row_vectors(vectors_ref, strides_ref, batch), strides_ref, log_scale_ref,
+        tl.where((some > 0) & (tile >= begin_ref), heads_ref, 0), group_ref,
+        normaliser_ref_ptr, log_mass_ref, key_mask_ptr, times, columns, block, tile, queries, keys, persistent_ref,
+        window_ref, CUT_REF, BLOCK_M, BLOCK_N, EXCLUDE_SELF, PRECISION,
     )  # fmt: skip
-    support, _ = see(times, columns, key_mask_ptr, keys, window_ref, EXCLUDE_SELF)
-    p_ref = tl.where(support, p_ref, 0.0)
 
+    # (10): v = G - Ḡ + mass g, with G of (9) for divergence and entropy
     mean_slope = tl.load(mean_slope_ptr + place, mask=inside, other=0.0)
     entropy = tl.load(entropy_ptr + place, mask=inside, other=0.0)
     grad_divergence = tl.where(compared, tl.load(grad_divergence_ptr + place, mask=inside, other=0.0), 0.0)
@@ -131,6 +112,7 @@ def slopes_kernel(
     slopes = (divergence_slope(p, p_ref, DIVERGENCE) - mean_slope[:, None]) * grad_divergence[:, None]
     slopes -= (log(p) + entropy[:, None]) * grad_entropy[:, None]
     slopes += (tl.exp2(log_mass) / heads * grad_mass)[:, None]
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     place = ((batch * blocks + block_of_slab) * slots + slot) * (BLOCK_M * BLOCK_N)
     tl.store(slopes_ptr + place + m[:, None] * BLOCK_N + n[None, :], slopes)
 
@@ -138,7 +120,7 @@ def slopes_kernel(
 @triton.jit
 @no_type_check
 def _grad_scores(scores, slopes, normaliser, log_mass, pulled, support, seen):
-    """ds = w (v - exp(C) c) on the support, -exp(s - L) c on what else is seen; the last three broadcast."""
+    """ds (12) on the support, do (13) on the other keys that are seen; normaliser, log_mass and pulled broadcast."""
     factor = tl.where(support, slopes - tl.exp2(log_mass) * pulled, -pulled)
     exponents = weight_exponents(scores, normaliser, tl.where(support, log_mass, 0.0))
     return tl.where(seen, tl.exp2(exponents) * factor, 0.0)
@@ -147,20 +129,14 @@ def _grad_scores(scores, slopes, normaliser, log_mass, pulled, support, seen):
 @triton.jit(do_not_specialize=["queries", "keys", "persistent", "window", "slots"])
 @no_type_check
 def grad_queries_kernel(
-    q_ptr,
-    k_ptr,
+    vectors,
     key_mask_ptr,
     normaliser_ptr,
     log_mass_ptr,
     slopes_ptr,
     pulled_ptr,
     grad_q_ptr,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
+    strides,
     scale,
     log_scale,
     heads,
@@ -172,27 +148,23 @@ def grad_queries_kernel(
     first_block,
     blocks,
     slots,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    OPERAND: tl.constexpr,
     GRAD_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """c and dq of one head and block of queries: a sweep over its tiles for either."""
-    batch, head = tl.cast(tl.program_id(1) // heads, tl.int64), tl.cast(tl.program_id(1) % heads, tl.int64)
+    program = tl.program_id(1)
+    batch, head = tl.cast(program // heads, tl.int64), tl.cast(program % heads, tl.int64)
     block_of_slab = tl.program_id(0)
     block = first_block + block_of_slab
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows = block * BLOCK_M + m
-    times, inside = rows + keys - queries, rows < queries
+    rows, times, inside = query_rows(block, queries, keys, BLOCK_M)
     if key_mask_ptr is not None:
         key_mask_ptr += batch * keys
-    q_ptr += batch * q_batch + head * q_head
-    k_ptr += batch * k_batch + head // group * k_head
+    q_ptr, k_ptr = head_vectors(vectors, strides, group, batch, head)
     lane = batch * heads + head
     normaliser = tl.load(normaliser_ptr + lane * queries + rows, mask=inside, other=float("inf"))
     log_mass = tl.load(log_mass_ptr + batch * queries + rows, mask=inside, other=0.0)
@@ -202,11 +174,12 @@ def grad_queries_kernel(
     v_place = (batch * blocks + block_of_slab) * slots * (BLOCK_M * BLOCK_N)
     v_ptr = slopes_ptr + v_place + m[:, None] * BLOCK_N + n[None, :]
 
+    # (11): c = Σ w v over the support
     pulled = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(first, stop):
-        scores = log_scale * score(
-            q_ptr, block * BLOCK_M, q_time, queries, k_ptr, persistent + tile * BLOCK_N, k_time, persistent + keys,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
+        scores = query_scores(
+            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
+            CUT, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         support, _ = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         weights = tl.exp2(weight_exponents(scores, normaliser[:, None], log_mass[:, None]))
@@ -214,39 +187,42 @@ def grad_queries_kernel(
         pulled += tl.sum(tl.where(support, weights * slopes, 0.0), 1)
     tl.store(pulled_ptr + lane * queries + rows, pulled, mask=inside)
 
-    grad = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    # (12), (13), (14): dq from the keys; the query's own, when excluded, is outside of the support
+    grad = zero_tile(BLOCK_M, CUT.width)
     for tile in range(first, stop):
-        scores = log_scale * score(
-            q_ptr, block * BLOCK_M, q_time, queries, k_ptr, persistent + tile * BLOCK_N, k_time, persistent + keys,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
+        scores = query_scores(
+            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
+            CUT, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         support, seen = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         slopes = tl.load(v_ptr + (tile - first) * (BLOCK_M * BLOCK_N))
         grad_scores = _grad_scores(
             scores, slopes, normaliser[:, None], log_mass[:, None], pulled[:, None], support, seen
         )
-        k = load_vectors(k_ptr, persistent + tile * BLOCK_N, n, k_time, persistent + keys, 0, DIM, BLOCK_DIM)
-        grad += multiply(grad_scores, k, GRAD_OPERAND, PRECISION)
-    for start in range(0, tl.where(some, persistent, 0), BLOCK_N):
-        scores = log_scale * score(
-            q_ptr, block * BLOCK_M, q_time, queries, k_ptr, start, k_time, persistent,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
-        )  # fmt: skip
-        grad_scores = tl.exp2(scores - normaliser[:, None]) * -pulled[:, None]
-        grad_scores = tl.where((start + n < persistent)[None, :], grad_scores, 0.0)
-        k = load_vectors(k_ptr, start, n, k_time, persistent, 0, DIM, BLOCK_DIM)
+        k = load_vectors(
+            k_ptr, persistent + tile * BLOCK_N, n, strides.k_time, persistent + keys, 0, CUT.dim, CUT.width
+        )
         grad += multiply(grad_scores, k, GRAD_OPERAND, PRECISION)
 
-    dims = tl.arange(0, BLOCK_DIM)
-    target = grad_q_ptr + (lane * queries + rows)[:, None] * DIM + dims[None, :]
-    tl.store(target, (grad * scale).to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (dims < DIM)[None, :])
+    # (13), (14): dq from persistent keys
+    for start in range(0, tl.where(some, persistent, 0), BLOCK_N):
+        scores = query_scores(
+            q_ptr, k_ptr, strides, log_scale, block, queries, start, persistent, CUT, BLOCK_M, BLOCK_N, PRECISION
+        )
+        grad_scores = tl.exp2(scores - normaliser[:, None]) * -pulled[:, None]
+        grad_scores = tl.where((start + n < persistent)[None, :], grad_scores, 0.0)
+        k = load_vectors(k_ptr, start, n, strides.k_time, persistent, 0, CUT.dim, CUT.width)
+        grad += multiply(grad_scores, k, GRAD_OPERAND, PRECISION)
+
+    dims = tl.arange(0, CUT.width)
+    target = grad_q_ptr + (lane * queries + rows)[:, None] * CUT.dim + dims[None, :]
+    tl.store(target, (grad * scale).to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (dims < CUT.dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "persistent", "window", "slots", "first_tile", "persistent_tiles"])
 @no_type_check
 def grad_keys_kernel(
-    q_ptr,
-    k_ptr,
+    vectors,
     key_mask_ptr,
     needed_blocks_ptr,
     normaliser_ptr,
@@ -254,12 +230,7 @@ def grad_keys_kernel(
     slopes_ptr,
     pulled_ptr,
     grad_k_ptr,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
+    strides,
     scale,
     log_scale,
     heads,
@@ -273,29 +244,26 @@ def grad_keys_kernel(
     slots,
     first_tile,
     persistent_tiles,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    OPERAND: tl.constexpr,
     GRAD_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a slab's queries add to dk of one tile of keys, or of persistent keys; tiles are written upside down."""
+    """The share of a slab's queries in dk of one tile of keys, or of persistent keys; tiles are transposed."""
     kv_heads = heads // group
     batch = tl.cast(tl.program_id(1) // kv_heads, tl.int64)
     kv_head = tl.program_id(1) % kv_heads
-    outside = tl.program_id(0) < persistent_tiles  # persistent keys: everybody sees them, no distribution has them
+    outside = tl.program_id(0) < persistent_tiles  # every query sees persistent keys, no distribution holds them
     tile = tl.where(outside, tl.program_id(0), first_tile + tl.program_id(0) - persistent_tiles)
-    m, n, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DIM)
+    m, n, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, CUT.width)
     first_column = tl.where(outside, 0, persistent) + tile * BLOCK_N
     bound = tl.where(outside, persistent, persistent + keys)
     if key_mask_ptr is not None:
         key_mask_ptr += batch * keys
-    q_ptr += batch * q_batch
-    k_ptr += batch * k_batch + tl.cast(kv_head, tl.int64) * k_head
+    q_ptr = vectors.q_ptr + batch * strides.q_batch
+    k_ptr = vectors.k_ptr + (batch * strides.k_batch + tl.cast(kv_head, tl.int64) * strides.k_head)
     normaliser_ptr += batch * heads * queries
     pulled_ptr += batch * heads * queries
     log_mass_ptr += batch * queries
@@ -313,13 +281,14 @@ def grad_keys_kernel(
         stop = tl.minimum(stop, tl.load(needed_blocks_ptr + batch * 2 + 1))
     steps = tl.maximum(stop - begin, 0)
 
-    grad = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
+    # (12), (13), (15): dk from every block of queries and every head that shares the key
+    grad = zero_tile(BLOCK_N, CUT.width)
     for step in range(0, steps * group):
         block = begin + step % tl.maximum(steps, 1)
         head = tl.cast(kv_head * group + step // tl.maximum(steps, 1), tl.int64)
         rows = block * BLOCK_M + m
         inside = rows < queries
-        q_base = q_ptr + head * q_head
+        q_base = q_ptr + head * strides.q_head
         normaliser = tl.load(normaliser_ptr + head * queries + rows, mask=inside, other=float("inf"))
         pulled = tl.load(pulled_ptr + head * queries + rows, mask=inside, other=0.0)
         log_mass = tl.load(log_mass_ptr + rows, mask=inside, other=0.0)
@@ -328,8 +297,8 @@ def grad_keys_kernel(
         v_place = tl.cast((block - first_block) * slots + slot, tl.int64) * (BLOCK_M * BLOCK_N)
         v_ptr = slopes_ptr + v_place + m[None, :] * BLOCK_N + n[:, None]
         scores = log_scale * score(
-            k_ptr, first_column, k_time, bound, q_base, block * BLOCK_M, q_time, queries,
-            BLOCK_N, BLOCK_M, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
+            k_ptr, first_column, strides.k_time, bound, q_base, block * BLOCK_M, strides.q_time, queries,
+            BLOCK_N, BLOCK_M, CUT, PRECISION,
         )  # fmt: skip
         support, seen = see_from_keys(
             rows + offset, tile * BLOCK_N + n, key_mask_ptr, keys, window, outside, EXCLUDE_SELF
@@ -338,21 +307,22 @@ def grad_keys_kernel(
         grad_scores = _grad_scores(
             scores, slopes, normaliser[None, :], log_mass[None, :], pulled[None, :], support, seen
         )
-        q = load_vectors(q_base, block * BLOCK_M, m, q_time, queries, 0, DIM, BLOCK_DIM)
+        q = load_vectors(q_base, block * BLOCK_M, m, strides.q_time, queries, 0, CUT.dim, CUT.width)
         grad += multiply(grad_scores, q, GRAD_OPERAND, PRECISION)
 
+    # Slabs are added in the order of launches
     if steps > 0:
         column = tl.cast(first_column, tl.int64) + n
         head_start = (batch * kv_heads + kv_head) * (persistent + keys)
-        target = grad_k_ptr + (head_start + column)[:, None] * DIM + dims[None, :]
-        mask = (column < bound)[:, None] & (dims < DIM)[None, :]
+        target = grad_k_ptr + (head_start + column)[:, None] * CUT.dim + dims[None, :]
+        mask = (column < bound)[:, None] & (dims < CUT.dim)[None, :]
         tl.store(target, tl.load(target, mask=mask, other=0.0) + grad * scale, mask=mask)
 
 
 @triton.jit
 @no_type_check
 def see_from_keys(times, columns, key_mask_ptr, keys, window, outside, EXCLUDE_SELF: tl.constexpr):
-    """`see`, keys down and queries across; with `outside` every query sees all and none is on the support."""
+    """`see` transposed: keys down, queries across. With `outside` all is seen and nothing is on the support."""
     distance = times[None, :] - columns[:, None]
     seen = (distance >= 0) & (distance < window)
     if key_mask_ptr is not None:

@@ -1,4 +1,7 @@
-"""The forward's two passes: log-sum-exps of every head and query, then the policies tile by tile."""
+"""The forward's two passes: log-sum-exps of every head and query, then the policies tile by tile.
+
+Equations are those of README.md.
+"""
 
 from typing import no_type_check
 
@@ -7,11 +10,14 @@ import triton.language as tl
 
 from .triton_tiles import (
     LOWEST,
+    distribution,
     divergence_slope,
     divergence_terms,
+    head_vectors,
     log,
-    mixture,
-    score,
+    query_rows,
+    query_scores,
+    row_vectors,
     see,
     visible_tiles,
 )
@@ -28,18 +34,12 @@ def _sum_up(top, total, scores):
 @triton.jit(do_not_specialize=["queries", "keys", "persistent", "window"])
 @no_type_check
 def log_sums_kernel(
-    q_ptr,
-    k_ptr,
+    vectors,
     query_mask_ptr,
     key_mask_ptr,
     normaliser_ptr,
     log_share_ptr,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
+    strides,
     log_scale,
     heads,
     group,
@@ -47,13 +47,10 @@ def log_sums_kernel(
     keys,
     persistent,
     window,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Pass 1 of one policy: L of every head and query, and the logarithm of the head's share on the support.
@@ -62,56 +59,55 @@ def log_sums_kernel(
     """
     block, batch = tl.program_id(0), tl.cast(tl.program_id(1) // heads, tl.int64)
     head = tl.cast(tl.program_id(1) % heads, tl.int64)
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows = block * BLOCK_M + m
-    times = rows + keys - queries
-    counts = rows < queries
+    rows, times, inside = query_rows(block, queries, keys, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    counts = inside
     if query_mask_ptr is not None:
         counts = counts & (tl.load(query_mask_ptr + batch * queries + rows, mask=counts, other=0) != 0)
     if key_mask_ptr is not None:
         key_mask_ptr += batch * keys
-    q_ptr += batch * q_batch + head * q_head
-    k_ptr += batch * k_batch + head // group * k_head
+    q_ptr, k_ptr = head_vectors(vectors, strides, group, batch, head)
     some = tl.max(counts.to(tl.int32), 0)
     first, stop = visible_tiles(block, queries, keys, window, BLOCK_M, BLOCK_N)
 
+    # Sums of (3) over the support
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     own = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for tile in range(first, tl.where(some > 0, stop, first)):
-        columns = tile * BLOCK_N + n
-        scores = log_scale * score(
-            q_ptr, block * BLOCK_M, q_time, queries, k_ptr, persistent + tile * BLOCK_N, k_time, persistent + keys,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
+        scores = query_scores(
+            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
+            CUT, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        support, seen = see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF)
+        support, seen = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         top, total = _sum_up(top, total, tl.where(support, scores, float("-inf")))
         if EXCLUDE_SELF:
             own = tl.maximum(own, tl.max(tl.where(seen & (support == 0), scores, float("-inf")), 1))
-    # Outside has a running sum of its own: next to it the support may be too small for float32.
+
+    # Sums of (3) outside of it, kept apart: next to them the support may be too small for float32
     top_outside = tl.maximum(own, LOWEST)
     total_outside = tl.exp2(own - top_outside)
     for start in range(0, tl.where(some > 0, persistent, 0), BLOCK_N):
-        scores = log_scale * score(
-            q_ptr, block * BLOCK_M, q_time, queries, k_ptr, start, k_time, persistent,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
-        )  # fmt: skip
+        scores = query_scores(
+            q_ptr, k_ptr, strides, log_scale, block, queries, start, persistent, CUT, BLOCK_M, BLOCK_N, PRECISION
+        )
         scores = tl.where((start + n < persistent)[None, :], scores, float("-inf"))
         top_outside, total_outside = _sum_up(top_outside, total_outside, scores)
 
+    # (3): L, and lse_S s - L, the head's term in (4)
     higher = tl.maximum(top, top_outside)
     log_sum = tl.log2(total * tl.exp2(top - higher) + total_outside * tl.exp2(top_outside - higher))
     log_share = (top - higher) + tl.log2(total) - log_sum
     counts = counts & (total > 0)
     place = (batch * heads + head) * queries + rows
-    tl.store(normaliser_ptr + place, tl.where(counts, higher + log_sum, float("inf")), mask=rows < queries)
-    tl.store(log_share_ptr + place, tl.where(counts, log_share, 0.0), mask=rows < queries)
+    tl.store(normaliser_ptr + place, tl.where(counts, higher + log_sum, float("inf")), mask=inside)
+    tl.store(log_share_ptr + place, tl.where(counts, log_share, 0.0), mask=inside)
 
 
 @triton.jit
 @no_type_check
 def _log_mass(normaliser_ptr, log_share_ptr, rows, heads, queries, BLOCK_M: tl.constexpr):
-    """(C, whether there is a distribution); C is 0 where there is none."""
+    """(C by equation (4), whether there is a distribution); C is 0 where there is none."""
     inside = rows < queries
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -128,10 +124,8 @@ def _log_mass(normaliser_ptr, log_share_ptr, rows, heads, queries, BLOCK_M: tl.c
 @triton.jit(do_not_specialize=["queries", "keys", "persistent", "persistent_ref", "window", "window_ref"])
 @no_type_check
 def compare_kernel(
-    q_ptr,
-    k_ptr,
-    q_ref_ptr,
-    k_ref_ptr,
+    vectors,
+    vectors_ref,
     key_mask_ptr,
     normaliser_ptr,
     normaliser_ref_ptr,
@@ -144,18 +138,8 @@ def compare_kernel(
     entropy_ref_ptr,
     mass_ptr,
     mean_slope_ptr,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
-    q_ref_batch,
-    q_ref_head,
-    q_ref_time,
-    k_ref_batch,
-    k_ref_head,
-    k_ref_time,
+    strides,
+    strides_ref,
     log_scale,
     log_scale_ref,
     heads,
@@ -168,35 +152,26 @@ def compare_kernel(
     persistent_ref,
     window,
     window_ref,
-    DIM: tl.constexpr,
-    DIM_REF: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_REF: tl.constexpr,
+    CUT: tl.constexpr,
+    CUT_REF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
-    OPERAND: tl.constexpr,
-    CHUNK_REF: tl.constexpr,
-    OPERAND_REF: tl.constexpr,
     PRECISION: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Pass 2: both policies tile by tile, and what is summed over them; also Σ p · slope, which the backward needs."""
+    """Pass 2: both policies tile by tile, and the sums over them; also Σ p · slope, which the backward needs."""
     block, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
-    first_row = block * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)
-    times = rows + keys - queries
-    q_ptr += batch * q_batch
-    k_ptr += batch * k_batch
-    q_ref_ptr += batch * q_ref_batch
-    k_ref_ptr += batch * k_ref_batch
+    rows, times, inside = query_rows(block, queries, keys, BLOCK_M)
+    row, row_ref = row_vectors(vectors, strides, batch), row_vectors(vectors_ref, strides_ref, batch)
     if key_mask_ptr is not None:
         key_mask_ptr += batch * keys
     normaliser_ptr += batch * heads * queries
     normaliser_ref_ptr += batch * heads_ref * queries
     log_share_ptr += batch * heads * queries
     log_share_ref_ptr += batch * heads_ref * queries
+
+    # (4): C
     log_mass, counts = _log_mass(normaliser_ptr, log_share_ptr, rows, heads, queries, BLOCK_M)
     log_mass_ref, counts_ref = _log_mass(normaliser_ref_ptr, log_share_ref_ptr, rows, heads_ref, queries, BLOCK_M)
 
@@ -209,29 +184,26 @@ def compare_kernel(
     entropy_ref = tl.zeros([BLOCK_M], tl.float32)
     mean_slope = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(first, tl.where(some > 0, stop, first)):
-        first_column = tile * BLOCK_N
-        columns = first_column + tl.arange(0, BLOCK_N)
-        p = mixture(
-            q_ptr, q_head, q_time, k_ptr, k_head, k_time, normaliser_ptr, log_mass, log_scale,
-            tl.where(tile >= begin, heads, 0), group, first_row, queries, persistent + first_column, persistent + keys,
-            DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CHUNK, OPERAND, PRECISION,
+        # (6): p and p_ref of the tile
+        columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        p = distribution(
+            row, strides, log_scale, tl.where(tile >= begin, heads, 0), group, normaliser_ptr, log_mass,
+            key_mask_ptr, times, columns, block, tile, queries, keys, persistent, window,
+            CUT, BLOCK_M, BLOCK_N, EXCLUDE_SELF, PRECISION,
         )  # fmt: skip
-        support, _ = see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF)
-        p = tl.where(support, p, 0.0)
-        p_ref = mixture(
-            q_ref_ptr, q_ref_head, q_ref_time, k_ref_ptr, k_ref_head, k_ref_time, normaliser_ref_ptr, log_mass_ref,
-            log_scale_ref, tl.where(tile >= begin_ref, heads_ref, 0), group_ref, first_row, queries,
-            persistent_ref + first_column, persistent_ref + keys,
-            DIM_REF, BLOCK_DIM_REF, BLOCK_M, BLOCK_N, CHUNK_REF, OPERAND_REF, PRECISION,
+        p_ref = distribution(
+            row_ref, strides_ref, log_scale_ref, tl.where(tile >= begin_ref, heads_ref, 0), group_ref,
+            normaliser_ref_ptr, log_mass_ref, key_mask_ptr, times, columns, block, tile, queries, keys,
+            persistent_ref, window_ref, CUT_REF, BLOCK_M, BLOCK_N, EXCLUDE_SELF, PRECISION,
         )  # fmt: skip
-        support, _ = see(times, columns, key_mask_ptr, keys, window_ref, EXCLUDE_SELF)
-        p_ref = tl.where(support, p_ref, 0.0)
+        # (8), the entropies, and Σ p G with G of (9)
         divergence += tl.sum(divergence_terms(p, p_ref, DIVERGENCE), 1)
         entropy -= tl.sum(p * log(p), 1)
         entropy_ref -= tl.sum(p_ref * log(p_ref), 1)
         mean_slope += tl.sum(p * divergence_slope(p, p_ref, DIVERGENCE), 1)
 
-    place, inside = batch * queries + rows, rows < queries
+    # (7): mass = exp(C) / H
+    place = batch * queries + rows
     tl.store(log_mass_ptr + place, log_mass, mask=inside)
     tl.store(log_mass_ref_ptr + place, log_mass_ref, mask=inside)
     tl.store(divergence_ptr + place, tl.where(counts & counts_ref, divergence, 0.0), mask=inside)

@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled as, for launching them and for building them ahead of time."""
+"""Tile sizes and compile-time constants of the Triton kernels, for launches and for ahead-of-time builds."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,11 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_tiles import Cut
+
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tiles(NamedTuple):
-    """How the work is cut, the same in all kernels of a plan: the backward finds v again by its tile."""
+    """Tile sizes, the same in all kernels of a plan: the backward finds v again by its tile."""
 
     rows: int  # queries
     columns: int  # keys
@@ -50,42 +52,40 @@ class Plan:
 
     @property
     def tiles(self) -> Tiles:
-        """Those of the wider head and the wider dtype."""
+        """Tile sizes for the wider head and the wider dtype."""
         dtype = max(self.dtype, self.dtype_ref, key=list(CUDA_TILES).index)
         width = max(_padded(self.dim), _padded(self.dim_ref))
         return HIP_TILES[width] if self.hip else CUDA_TILES[dtype][width]
 
     @property
     def options(self) -> dict[str, int]:
-        """How every kernel is launched."""
+        """Launch options of every kernel."""
         return dict(num_warps=self.tiles.num_warps, num_stages=self.tiles.num_stages)
 
     @property
-    def log_sums(self) -> dict[str, Any]:
-        """The constants of pass 1, for p."""
+    def shared(self) -> dict[str, Any]:
+        """The constants of every kernel."""
         return dict(
-            DIM=self.dim,
-            BLOCK_DIM=_padded(self.dim),
             BLOCK_M=self.tiles.rows,
             BLOCK_N=self.tiles.columns,
-            CHUNK=min(self.tiles.chunk, _padded(self.dim)),
             EXCLUDE_SELF=int(self.exclude_self),
-            OPERAND=self._operand(self.dtype),
             PRECISION=self._precision("tf32x3"),
         )
 
     @property
+    def log_sums(self) -> dict[str, Any]:
+        """The constants of pass 1, for p."""
+        return dict(self.shared, CUT=self._cut(self.dim, self.dtype))
+
+    @property
     def log_sums_ref(self) -> dict[str, Any]:
         """The constants of pass 1, for p_ref."""
-        width = _padded(self.dim_ref)
-        dim = dict(DIM=self.dim_ref, BLOCK_DIM=width, CHUNK=min(self.tiles.chunk, width))
-        return self.log_sums | dim | dict(OPERAND=self._operand(self.dtype_ref))
+        return dict(self.shared, CUT=self._cut(self.dim_ref, self.dtype_ref))
 
     @property
     def compare(self) -> dict[str, Any]:
-        """The constants of what sees both policies: pass 2, and the pass that writes v."""
-        reference = {f"{name}_REF": self.log_sums_ref[name] for name in ("DIM", "BLOCK_DIM", "CHUNK", "OPERAND")}
-        return self.log_sums | reference | dict(DIVERGENCE=self.divergence)
+        """The constants of the kernels that see both policies: pass 2, and the pass that writes v."""
+        return dict(self.log_sums, CUT_REF=self.log_sums_ref["CUT"], DIVERGENCE=self.divergence)
 
     @property
     def gradient(self) -> dict[str, Any]:
@@ -94,12 +94,16 @@ class Plan:
         operand = tl.float32 if half else self._operand(self.dtype)
         return self.log_sums | dict(GRAD_OPERAND=operand, PRECISION=self._precision("tf32" if half else "tf32x3"))
 
+    def _cut(self, dim: int, dtype: torch.dtype) -> Cut:
+        width = _padded(dim)
+        return Cut(dim, width, min(self.tiles.chunk, width), self._operand(dtype))
+
     def _operand(self, dtype: torch.dtype) -> Any:
-        """What is multiplied; the interpreter's products are right in float32 alone."""
+        """Return the dtype of factors; the interpreter's products are right in float32 alone."""
         return tl.float32 if self.interpreted else OPERANDS[dtype]
 
     def _precision(self, on_cuda: str) -> str:
-        """How float32 is multiplied; AMD's matrix cores take it as it is."""
+        """Return the precision of float32 products; AMD's matrix cores take float32 as it is."""
         return "ieee" if self.hip or self.interpreted else on_cuda
 
 

@@ -1,10 +1,10 @@
-"""What the kernels do to one tile: a block of queries against a tile of keys.
+"""Building blocks of the kernels: the arguments of a policy, and one tile of queries against keys.
 
-Query i stands at time i + keys - queries; key j is column `persistent` + j of k. Logarithms of sums are to the base 2,
-because the hardware's exponential is; entropies and divergences are natural.
+Query i has the position i + keys - queries; key j is column `persistent` + j of k. Logarithms of sums are to the base
+2, because the hardware's exponential is; entropies and divergences are natural. Equations are those of README.md.
 """
 
-from typing import no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
@@ -16,10 +16,48 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # and its lowest
 
 
+class Vectors(NamedTuple):
+    """Pointers to the queries and keys of one policy."""
+
+    q_ptr: Any
+    k_ptr: Any
+
+
+class Strides(NamedTuple):
+    """Strides of the queries and keys of one policy.
+
+    Triton ignores do_not_specialize for the fields of a tuple. So lengths and windows, which a kernel must not be
+    compiled for again, are arguments of their own.
+    """
+
+    q_batch: Any
+    q_head: Any
+    q_time: Any
+    k_batch: Any
+    k_head: Any
+    k_time: Any
+
+
+class Cut(NamedTuple):
+    """Compile-time constants of a policy.
+
+    Args:
+        dim: of a head.
+        width: the same, padded to a power of two.
+        chunk: dimensions that a product of scores takes at a time.
+        operand: dtype of the scores' factors.
+    """
+
+    dim: int
+    width: int
+    chunk: int
+    operand: Any
+
+
 @triton.jit
 @no_type_check
 def load_vectors(base, first, rows, stride, bound, first_dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """`WIDTH` dimensions of the vectors `first` + `rows` of one head, zeros from `bound` and `DIM` on."""
+    """Load `WIDTH` dimensions of the vectors `first` + `rows` of one head, zeros from `bound` and `DIM` on."""
     dims = first_dim + tl.arange(0, WIDTH)
     mask = (first + rows < bound)[:, None]
     if DIM % WIDTH != 0:
@@ -30,8 +68,15 @@ def load_vectors(base, first, rows, stride, bound, first_dim, DIM: tl.constexpr,
 
 @triton.jit
 @no_type_check
+def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros for a sum; Triton 3.7 takes the fields of a `Cut` as a shape only once they are arguments."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+@no_type_check
 def multiply(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """A matrix product on tensor cores, summed in float32."""
+    """Multiply matrices on tensor cores, summed in float32."""
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
 
 
@@ -48,26 +93,63 @@ def score(
     b_bound,
     A_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OPERAND: tl.constexpr,
+    CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Products of `A_ROWS` vectors with `B_ROWS` others; a few dimensions at a time, which is easy on registers."""
     scores = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     m, n = tl.arange(0, A_ROWS), tl.arange(0, B_ROWS)
-    for first_dim in range(0, DIM, CHUNK):
-        a = load_vectors(a_base, a_first, m, a_time, a_bound, first_dim, DIM, CHUNK)
-        b = load_vectors(b_base, b_first, n, b_time, b_bound, first_dim, DIM, CHUNK)
-        scores += multiply(a, tl.trans(b), OPERAND, PRECISION)
+    for first_dim in range(0, CUT.dim, CUT.chunk):
+        a = load_vectors(a_base, a_first, m, a_time, a_bound, first_dim, CUT.dim, CUT.chunk)
+        b = load_vectors(b_base, b_first, n, b_time, b_bound, first_dim, CUT.dim, CUT.chunk)
+        scores += multiply(a, tl.trans(b), CUT.operand, PRECISION)
     return scores
 
 
 @triton.jit
 @no_type_check
+def query_scores(
+    q_ptr,
+    k_ptr,
+    strides,
+    log_scale,
+    block,
+    queries,
+    first_column,
+    column_bound,
+    CUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores to the base 2 of one head's block of queries against `BLOCK_N` columns of its keys."""
+    return log_scale * score(
+        q_ptr, block * BLOCK_M, strides.q_time, queries, k_ptr, first_column, strides.k_time, column_bound,
+        BLOCK_M, BLOCK_N, CUT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def head_vectors(vectors, strides, group, batch, head):
+    """Pointers to the queries of one head and to the keys that it shares."""
+    q_place = batch * strides.q_batch + head * strides.q_head
+    k_place = batch * strides.k_batch + head // group * strides.k_head
+    return vectors.q_ptr + q_place, vectors.k_ptr + k_place
+
+
+@triton.jit
+@no_type_check
+def query_rows(block, queries, keys, BLOCK_M: tl.constexpr):
+    """(rows of a block of queries, their positions among the keys, whether they exist)."""
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    return rows, rows + keys - queries, rows < queries
+
+
+@triton.jit
+@no_type_check
 def visible_tiles(block, queries, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first tile of keys that a block of queries sees, and the one after its last."""
+    """(the first tile of keys that a block of queries sees, the one after its last)."""
     first_time = block * BLOCK_M + keys - queries
     last_time = tl.minimum(first_time + BLOCK_M, keys) - 1
     return tl.maximum(first_time - window + 1, 0) // BLOCK_N, last_time // BLOCK_N + 1
@@ -89,56 +171,69 @@ def see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF: tl.constexpr):
 @triton.jit
 @no_type_check
 def weight_exponents(scores, normaliser, log_mass):
-    """The logarithm of w; in this order, for L is about as large as the largest score and C drowns in L + C."""
+    """The logarithm of w (5); in this order, because C would lose its digits in L + C."""
     return (scores - normaliser) - log_mass
 
 
 @triton.jit
 @no_type_check
-def mixture(
-    q_ptr,
-    q_head,
-    q_time,
-    k_ptr,
-    k_head,
-    k_time,
-    normaliser_ptr,
-    log_mass,
+def row_vectors(vectors, strides, batch):
+    """Pointers to the queries and keys of one row."""
+    return vectors.q_ptr + batch * strides.q_batch, vectors.k_ptr + batch * strides.k_batch
+
+
+@triton.jit
+@no_type_check
+def distribution(
+    row,
+    strides,
     log_scale,
     heads,
     group,
-    first_row,
-    queries,
-    first_column,
+    normaliser_ptr,
+    log_mass,
+    key_mask_ptr,
+    times,
     columns,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    block,
+    tile,
+    queries,
+    keys,
+    persistent,
+    window,
+    CUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    OPERAND: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_h w_h of one tile, p where it is on the support; `heads` is 0 where the caller knows that none of it is."""
+    """p of one tile, 0 off the support; `heads` is 0 where the caller knows that the tile is off the support.
+
+    `row` is what `row_vectors` returns; normaliser_ptr and key_mask_ptr are the row's own.
+    """
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    rows = first_row + tl.arange(0, BLOCK_M)
+    first_column, bound = persistent + tile * BLOCK_N, persistent + keys
+    q_ptr, k_ptr = row
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # (5), (6): p = Σ_h exp(s_h - L_h - C)
     for head in range(0, heads):
-        q_base = q_ptr + tl.cast(head, tl.int64) * q_head
-        k_base = k_ptr + tl.cast(head // group, tl.int64) * k_head
+        q_base = q_ptr + tl.cast(head, tl.int64) * strides.q_head
+        k_base = k_ptr + tl.cast(head // group, tl.int64) * strides.k_head
         normaliser_base = normaliser_ptr + tl.cast(head, tl.int64) * queries
         normaliser = tl.load(normaliser_base + rows, mask=rows < queries, other=float("inf"))
         scores = score(
-            q_base, first_row, q_time, queries, k_base, first_column, k_time, columns,
-            BLOCK_M, BLOCK_N, DIM, BLOCK_DIM, CHUNK, OPERAND, PRECISION,
+            q_base, block * BLOCK_M, strides.q_time, queries, k_base, first_column, strides.k_time, bound,
+            BLOCK_M, BLOCK_N, CUT, PRECISION,
         )  # fmt: skip
         p += tl.exp2(weight_exponents(scores * log_scale, normaliser[:, None], log_mass[:, None]))
-    return p
+    support, _ = see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF)
+    return tl.where(support, p, 0.0)
 
 
 @triton.jit
 @no_type_check
 def log(x):
-    """The natural logarithm, finite at 0: there it only ever meets a factor of 0."""
+    """The natural logarithm, finite at 0, where it only ever meets a factor of 0."""
     return tl.log(tl.maximum(x, TINY))
 
 
@@ -152,12 +247,12 @@ def relative_difference(p, p_ref):
 @triton.jit
 @no_type_check
 def divergence_terms(p, p_ref, DIVERGENCE: tl.constexpr):
-    """What each key adds to the divergence."""
+    """The terms that keys add to the divergence."""
     if DIVERGENCE == "kl":
         return p_ref * (log(p_ref) - tl.log(tl.maximum(p, LEAST_PROBABILITY)))
     if DIVERGENCE == "reverse_kl":
         return p * (log(p) - tl.log(tl.maximum(p_ref, LEAST_PROBABILITY)))
-    # (1 + d) log(1 + d) + (1 - d) log(1 - d) = Σ d^2n / (n (2n - 1)): near 0, where policies in training are, the
+    # (8): (1 + d) log(1 + d) + (1 - d) log(1 - d) = Σ d^2n / (n (2n - 1)). Near 0, where policies in training are, the
     # series keeps the digits that the logarithms lose.
     d = relative_difference(p, p_ref)
     x = d * d
@@ -169,7 +264,7 @@ def divergence_terms(p, p_ref, DIVERGENCE: tl.constexpr):
 @triton.jit
 @no_type_check
 def divergence_slope(p, p_ref, DIVERGENCE: tl.constexpr):
-    """The derivative by p, up to a constant per query: p sums to 1, so constants fall out."""
+    """G (9): the derivative by p, up to a constant per query. p sums to 1, so constants fall out."""
     if DIVERGENCE == "kl":
         return 1 - tl.where(p >= LEAST_PROBABILITY, p_ref / tl.maximum(p, LEAST_PROBABILITY), 0.0)
     if DIVERGENCE == "reverse_kl":

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
 from ..memory_scan.reference import state_dtype
-from . import operator, triton_operator  # noqa: F401  compiled graphs find them by name
+from . import library, triton_library  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_mlp_scan_chunked
 from .reference import MemoryMLPState, initial_state, memory_mlp, memory_mlp_scan_reference
 
@@ -36,7 +36,7 @@ def memory_mlp_scan(
     Args:
         q, k: queries and keys, L2-normalised by the caller.
         v: the values to store, of the keys' dimension: the MLP has a residual around it.
-        alpha, eta, theta: forgetting, momentum and step size, as in `memory_scan`.
+        alpha, eta, theta: forgetting, decay of the momentum and step size, as in `memory_scan`.
         weights: the learned start of each layer, first to last; a document starts from them.
         state: what earlier tokens left; it belongs to the first document of the row.
         chunk_size: tokens that take their gradient at the same weights. Part of the model here, not a speed
@@ -76,7 +76,7 @@ def memory_mlp_scan(
     if backend == "reference":
         return memory_mlp_scan_reference(*arguments)
     if backend == "triton":
-        from .triton_op import memory_mlp_scan_triton
+        from .triton_autograd import memory_mlp_scan_triton
 
         return memory_mlp_scan_triton(*arguments, even)
     return memory_mlp_scan_chunked(*arguments, even)

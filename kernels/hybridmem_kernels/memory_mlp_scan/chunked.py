@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import Blocks, even_blocks, split_blocks
 from ..decays import decay_rows, decay_rows_backward
 from ..memory_scan.reference import state_dtype
-from .chunk import ChunkInputs, LaneWeights, chunk_backward, chunk_forward
+from .one_chunk import ChunkInputs, LaneWeights, chunk_backward, chunk_forward
 from .reference import MemoryMLPState
 
 
@@ -54,7 +54,7 @@ def memory_mlp_scan_chunked(
 
 
 class Inputs(NamedTuple):
-    """What a scan is given."""
+    """Inputs of a scan."""
 
     q: Float[Tensor, "batch heads time dim"]
     k: Float[Tensor, "batch heads time dim"]
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of states and sums."""
+        """The dtype of states and sums."""
         return state_dtype(self.q.dtype)
 
     def blocks(self) -> Blocks:
@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward needs beside the inputs: the decays, and each layer's state before every chunk."""
+    """Tensors for the backward besides the inputs: the decays, and each layer's state before every chunk."""
 
     weight_rows: Float[Tensor, "blocks lanes rows columns"]
     momentum_rows: Float[Tensor, "blocks lanes rows columns"]
@@ -106,7 +106,7 @@ class Kept(NamedTuple):
         return cls(tensors[0], tensors[1], tuple(tensors[2 : 2 + depth]), tuple(tensors[2 + depth :]))
 
     def flatten(self) -> list[Tensor]:
-        """As one list."""
+        """Return all tensors as one list."""
         return [self.weight_rows, self.momentum_rows, *self.weights, *self.momenta]
 
 
@@ -135,10 +135,10 @@ class _MemoryMLPScan(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """keep, momentum and theta in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
+    """Gates in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
 
     keep: Float[Tensor, "blocks lanes width"]
-    momentum: Float[Tensor, "blocks lanes width"]
+    eta: Float[Tensor, "blocks lanes width"]
     theta: Float[Tensor, "blocks lanes width"]
     active: Float[Tensor, "blocks lanes width"]
 
@@ -147,9 +147,9 @@ class _Gates(NamedTuple):
         """Gather them."""
         valid = blocks.valid.movedim(1, 0)[:, :, None]  # (blocks, batch, 1, width)
         gates = ((1 - inputs.alpha.to(inputs.dtype), 1), (inputs.eta, 1), (inputs.theta, 0))
-        keep, momentum, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
+        keep, eta, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
         active = valid.to(inputs.dtype).expand_as(keep)
-        return cls(*(x.flatten(1, 2) for x in (keep, momentum, theta, active)))
+        return cls(*(x.flatten(1, 2) for x in (keep, eta, theta, active)))
 
 
 def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
@@ -160,9 +160,7 @@ def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
     fresh, weights, momenta, anchors = inputs.lanes()
     gates = _Gates.of(inputs, blocks)
     # The step sizes stay apart: they also carry the bound on the gradient, known only inside the chunk.
-    rows = decay_rows(
-        *(x.flatten(0, 1) for x in (gates.keep, gates.momentum, torch.ones_like(gates.theta), gates.active))
-    )
+    rows = decay_rows(*(x.flatten(0, 1) for x in (gates.keep, gates.eta, torch.ones_like(gates.theta), gates.active)))
     weight_rows, momentum_rows = (x.unflatten(0, (count, batch * heads)) for x in rows)
     kept_count = count if keep else 0
     kept = Kept(
@@ -229,9 +227,9 @@ def scan_backward(
             starts = _lanes(blocks.new_document[:, n], heads)
             grad_fresh = [a.add_(b) for a, b in zip(grad_fresh, _select(starts, grad_weights, zeros), strict=True)]
             grad_weights, grad_momenta = (_select(starts, zeros, layers) for layers in (grad_weights, grad_momenta))
-    lanes = (x.flatten(0, 1) for x in (gates.keep, gates.momentum, gates.active, *kept[:2], *into[4:]))
-    grad_keep, grad_moment, _ = decay_rows_backward(*lanes)
-    gate_grads = (grad_keep.neg().view_as(into.theta), grad_moment.view_as(into.theta), into.theta)
+    lanes = (x.flatten(0, 1) for x in (gates.keep, gates.eta, gates.active, *kept[:2], *into[4:]))
+    grad_keep, grad_eta, _ = decay_rows_backward(*lanes)
+    gate_grads = (grad_keep.neg().view_as(into.theta), grad_eta.view_as(into.theta), into.theta)
     tokens_grads = [_to_time(x, blocks, inputs) for x in (*into[:3], *gate_grads)]
     states = [w.unflatten(0, (batch, heads)) for layers in (grad_weights, grad_momenta, grad_anchors) for w in layers]
     learned = [w.unflatten(0, (batch, heads)).sum(0) for w in grad_fresh]

@@ -25,7 +25,7 @@ LayerWeights = tuple[Float[Tensor, "batch heads _ _"], ...]
 
 
 class MemoryMLPState(NamedTuple):
-    """What a deep memory holds: one matrix a layer, its momentum, and the open chunk's first weights."""
+    """State of a deep memory: one matrix per layer, its momentum, and the open chunk's first weights."""
 
     weights: LayerWeights
     momenta: LayerWeights

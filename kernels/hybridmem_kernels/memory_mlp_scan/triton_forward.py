@@ -1,4 +1,7 @@
-"""The forward: the weights from chunk to chunk, one lane a program, then all answers at once."""
+"""The forward: the weights from chunk to chunk, one lane a program, then all answers at once.
+
+Equations are those of README.md.
+"""
 
 from typing import no_type_check
 
@@ -6,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
-    MOMENT,
+    MOMENTUM_KEPT,
     OF_MOMENTUM,
     OF_WEIGHT,
     RATE,
@@ -31,7 +34,7 @@ from .triton_tokens import store_tokens, token_slots
 @triton.jit
 @no_type_check
 def _add_writes(z_ptr, u_ptr, vectors_ptr, decays_ptr, total, decay_row, row, column, layer, shape, CUT: tl.constexpr):
-    """Add a tile of what the chunk's tokens write, each as far as `decay_row` says."""
+    """Add a tile of the chunk's writes, -(a ⊙ decays r)ᵀ δ of (8), decayed by `decay_row`."""
     _, _, _, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         a = tl.trans(load_input(z_ptr, source, row, layer, shape, CUT))
@@ -63,25 +66,26 @@ def _write(
     last = slots - 1
     of_weight = tl.load(vectors_ptr + OF_WEIGHT * slots + last)
     of_momentum = tl.load(vectors_ptr + OF_MOMENTUM * slots + last)
-    moment_kept = tl.load(vectors_ptr + MOMENT * slots + last)
+    momentum_kept = tl.load(vectors_ptr + MOMENTUM_KEPT * slots + last)
     stride = output_width(layer, shape)
     momenta = matrix_start(layer, shape) + state_size(shape)
     for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             weight = tl.load(tile(start_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile))
-            moment = tl.load(tile(start_ptr + momenta, row, column, stride, CUT.tile, CUT.tile))
-            weight = weight * of_weight + moment * of_momentum
-            moment = moment * moment_kept
+            momentum = tl.load(tile(start_ptr + momenta, row, column, stride, CUT.tile, CUT.tile))
+            # (8): W_C and S_C
+            weight = weight * of_weight + momentum * of_momentum
+            momentum = momentum * momentum_kept
             weight = _add_writes(z_ptr, u_ptr, vectors_ptr, decays_ptr, weight, last, row, column, layer, shape, CUT)
-            moment = _add_writes(
-                z_ptr, u_ptr, vectors_ptr, decays_ptr, moment, slots + last, row, column, layer, shape, CUT
+            momentum = _add_writes(
+                z_ptr, u_ptr, vectors_ptr, decays_ptr, momentum, slots + last, row, column, layer, shape, CUT
             )
             fresh_at = tile(fresh_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile)
             fresh = tl.load(fresh_at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
             weight = tl.where(new_document, fresh, weight)
-            moment = tl.where(new_document, 0.0, moment)
+            momentum = tl.where(new_document, 0.0, momentum)
             tl.store(tile(end_ptr + matrix_start(layer, shape), row, column, stride, CUT.tile, CUT.tile), weight)
-            tl.store(tile(end_ptr + momenta, row, column, stride, CUT.tile, CUT.tile), moment)
+            tl.store(tile(end_ptr + momenta, row, column, stride, CUT.tile, CUT.tile), momentum)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "depth", "width", "hidden", "slots"])
@@ -123,9 +127,11 @@ def scan_kernel(
         start = states_ptr + tl.cast(block, tl.int64) * (2 * state_size(shape))
         begins = (block > 0) | (tl.load(begins_ptr + batch * blocks + block) != 0)
         anchor = tl.cast(tl.where(begins, block, blocks + 1), tl.int64)
+        # (5), (6): the gradients of the chunk's tokens
         surprise(z, u, states_ptr + anchor * (2 * state_size(shape)), vectors, max_grad_norm, shape, CUT)
         following = block + 1 < blocks
         new_document = tl.load(new_document_ptr + batch * blocks + block + 1, mask=following, other=0) != 0
+        # (8): the state that the next chunk starts from
         for layer in tl.range(0, depth, disable_licm=True):
             _write(
                 z, u, start, start + 2 * state_size(shape), fresh_ptr, new_document, vectors, decays, layer, shape, CUT
@@ -166,6 +172,7 @@ def read_kernel(
     vectors, decays = vectors_ptr + program * (VECTORS * slots), decays_ptr + program * (2 * slots * slots)
     state = states_ptr + (lane * (blocks + 2) + block) * (2 * state_size(shape))
     times, valid = token_slots(times_ptr, valid_ptr, lane // heads * blocks + block, row, used, CUT)
+    # (7), and (4) at the last layer
     for layer in tl.range(0, depth, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             answer = read(y, z, u, state, vectors, decays, row, column, layer, shape, CUT)

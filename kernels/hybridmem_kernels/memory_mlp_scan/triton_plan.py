@@ -1,4 +1,4 @@
-"""How the deep memory's work is cut: sizes, tiles and warps, and with them every kernel to build."""
+"""Sizes, tiles and warps of the deep memory's kernels, and the list of ahead-of-time builds."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ OTHER_POINTERS = {
 
 
 class Shape(NamedTuple):
-    """What the kernels learn when they run: a depth or width more needs no other kernel.
+    """Sizes that are arguments of the kernels: other depths and widths need no other kernel.
 
     Args:
         dim: columns of a token.
@@ -99,7 +99,7 @@ def check_sizes(widths: tuple[int, ...], chunk_size: int) -> None:
 
 
 def constexprs(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str, Any]:
-    """What `kernel` is compiled for: tiles as large as registers allow.
+    """Return the compile-time constants of `kernel`: tiles as large as registers allow.
 
     `half`: the tokens have 16 bits; backend: "cuda" or "hip".
     """

@@ -1,4 +1,4 @@
-"""The backward of all answers at once, each chunk from the state that it started from.
+"""The backward of all answers at once, each chunk from the state that it started from. Equations are README.md's.
 
 Gradients have the place of what they belong to: grad_y that of y, grad_error (of delta) that of u, and grad_a, of what
 each layer takes, that of the inputs in z.
@@ -52,7 +52,7 @@ def surprise_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """z, u and rates of one chunk once more."""
+    """Recompute z, u and rates of one chunk: (5) and (6)."""
     shape = (depth, width, hidden, slots)
     program = tl.program_id(0).to(tl.int64)
     lane, block = program // blocks, program % blocks
@@ -85,7 +85,7 @@ def _pairs(
     shape,
     CUT: tl.constexpr,
 ):
-    """M = D rate * X a^T and the gradient of X a^T, into `pairs`; gradients of D and of the rates."""
+    """M = (D ⊙ X aᵀ) r of (7) and the gradient of X aᵀ, into `pairs`; gradients of D and of the rates."""
     depth, _, hidden, slots = shape
     first = layer == depth - 1
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -143,7 +143,7 @@ def _queries_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Gradients of what a layer was asked, and through it of how far the chunk's first state reaches."""
+    """Gradients of a layer's queries X, and of R_w[i, 0] and R_w[i, 1], through (7)."""
     depth, _, hidden, slots = shape
     first = layer == depth - 1
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -152,11 +152,11 @@ def _queries_backward(
         grad_of_weight, grad_of_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
             by_weight = _back_through(grad_y, state, row, column, layer, shape, CUT)
-            by_moment = _back_through(grad_y, state + state_size(shape), row, column, layer, shape, CUT)
+            by_momentum = _back_through(grad_y, state + state_size(shape), row, column, layer, shape, CUT)
             x = load_input(y, row, column, layer, shape, CUT)
             grad_of_weight += tl.sum(x * by_weight, 1)
-            grad_of_momentum += tl.sum(x * by_moment, 1)
-            grad_x = by_weight * of_weight + by_moment * of_momentum
+            grad_of_momentum += tl.sum(x * by_momentum, 1)
+            grad_x = by_weight * of_weight + by_momentum * of_momentum
             for source in tl.range(0, slots, CUT.rows, disable_licm=True):
                 pair = tl.load(tile(pairs + slots * slots, row, source, slots, CUT.rows, CUT.rows))
                 a = load_input(z, source, column, layer, shape, CUT)
@@ -187,7 +187,7 @@ def _writes_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Gradients of a layer's a and delta, as far as the chunk's own queries read them."""
+    """Gradients of a layer's a and δ through the chunk's own queries: the last term of (7)."""
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -254,12 +254,14 @@ def read_backward_kernel(
     grad_decays = grad_decays_ptr + program * (slots * slots)
     state = states_ptr + (lane * (blocks + 2) + block) * (2 * state_size(shape))
     chunk = lane // heads * blocks + block
+    # (7): the answers of every layer but the last
     for layer in tl.range(0, depth - 1, disable_licm=True):
         for row in tl.range(0, slots, CUT.rows, disable_licm=True):
             for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
                 answer = read(y, z, u, state, vectors, decays, row, column, layer, shape, CUT)
                 tl.store(input_tile(y, row, layer * hidden + column, shape, CUT), answer)
         tl.debug_barrier()
+    # (7) backwards
     for back in tl.range(1, depth + 1, disable_licm=True):
         _pairs(y, z, u, grad_y, vectors, decays, grad_vectors, grad_decays, pairs, depth - back, shape, CUT)
         tl.debug_barrier()

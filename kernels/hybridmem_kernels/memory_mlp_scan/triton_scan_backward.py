@@ -1,7 +1,8 @@
 """The backward of the walk over chunks, the last one first: through the writes and the inner gradient.
 
-The delta of a layer comes from the layer above and from its own z. So grad_error climbs the layers, and then everything
-comes down again. Gradients stand where triton_read_backward.py has put the answers' share of them.
+The error δ of a layer comes from the layer above and from its own z. So grad_error climbs the layers, and then all
+gradients come down again. triton_read_backward.py has already written the answers' share of them. Equations are those
+of README.md.
 """
 
 from typing import no_type_check
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from .triton_tiles import (
     LAST_MOMENTA,
-    MOMENT,
+    MOMENTUM_KEPT,
     OF_MOMENTUM,
     OF_WEIGHT,
     RATE,
@@ -62,32 +63,32 @@ def _write_backward(
     grad_state,
     row,
     to_weight,
-    to_moment,
+    to_momentum,
     layer,
     shape,
     CUT: tl.constexpr,
 ):
-    """Add to a layer's gradients what the chunk's end gives; `to_*` is how far a write reaches it, times its rate.
+    """Add the gradients of a layer's a and δ through the chunk's end (8); `to_*` are the decays of writes times rates.
 
-    Returns every token's a^T grad_W delta and a^T grad_S delta.
+    Returns every token's aᵀ dW_C δ and aᵀ dS_C δ.
     """
     _, _, hidden, _ = shape
-    along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
+    along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         by_weight = errors_through(z, u, grad_state, row, column, layer, shape, CUT)
-        by_moment = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
+        by_momentum = errors_through(z, u, grad_state + state_size(shape), row, column, layer, shape, CUT)
         a = load_input(z, row, column, layer, shape, CUT)
         along_weight += tl.sum(a * by_weight, 1)
-        along_moment += tl.sum(a * by_moment, 1)
+        along_momentum += tl.sum(a * by_momentum, 1)
         target = input_tile(grad_a, row, input_column(layer, shape) + column, shape, CUT)
-        tl.store(target, tl.load(target) - by_weight * to_weight[:, None] - by_moment * to_moment[:, None])
+        tl.store(target, tl.load(target) - by_weight * to_weight[:, None] - by_momentum * to_momentum[:, None])
     for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         target = input_tile(grad_error, row, layer * hidden + column, shape, CUT)
         total = tl.load(target)
         total = _inputs_through(z, grad_state, total, to_weight, row, column, layer, shape, CUT)
-        total = _inputs_through(z, grad_state + state_size(shape), total, to_moment, row, column, layer, shape, CUT)
+        total = _inputs_through(z, grad_state + state_size(shape), total, to_momentum, row, column, layer, shape, CUT)
         tl.store(target, total)
-    return along_weight, along_moment
+    return along_weight, along_momentum
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def _bound_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Add what a layer's gradients get through the square of the token's gradient, ‖a‖² ‖delta‖²."""
+    """Add the gradients of a layer's a and δ through ‖a‖² ‖δ‖² of (6)."""
     _, _, hidden, _ = shape
     of_input, of_error = squares(z, u, row, layer, shape, CUT)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -132,24 +133,26 @@ def _rates_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """From the chunk's end to a, delta, theta and the last rows of the decays."""
+    """From the chunk's end to a, δ, theta and the last rows of the decays: (8), then (6), backwards."""
     depth, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
+        # (8) backwards: a, δ, rates and decays
         rate = tl.load(vector(vectors, RATE, row, shape, CUT))
         decay = tl.load(vector(decays, slots - 1, row, shape, CUT))
-        moment_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
-        along_weight, along_moment = zero_vector(CUT.rows), zero_vector(CUT.rows)
+        momentum_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
+        along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
         for layer in tl.range(0, depth, disable_licm=True):
-            by_weight, by_moment = _write_backward(
-                z, u, grad_a, grad_error, grad_state, row, rate * decay, rate * moment_decay, layer, shape, CUT
+            by_weight, by_momentum = _write_backward(
+                z, u, grad_a, grad_error, grad_state, row, rate * decay, rate * momentum_decay, layer, shape, CUT
             )
             along_weight += by_weight
-            along_moment += by_moment
+            along_momentum += by_momentum
         store_sum(vector(grad_decays, slots - 1, row, shape, CUT), -rate * along_weight)
-        tl.store(vector(grad_vectors, LAST_MOMENTA, row, shape, CUT), -rate * along_moment)
+        tl.store(vector(grad_vectors, LAST_MOMENTA, row, shape, CUT), -rate * along_momentum)
         grad_rate = tl.load(vector(grad_vectors, RATE, row, shape, CUT))
-        grad_rate -= decay * along_weight + moment_decay * along_moment
+        grad_rate -= decay * along_weight + momentum_decay * along_momentum
         tl.debug_barrier()
+        # (6) backwards: theta, and a and δ through the bound
         norm = gradient_norm(z, u, row, shape, CUT)
         least = max_grad_norm * max_grad_norm
         scale = max_grad_norm / tl.sqrt(tl.maximum(norm, least))
@@ -172,7 +175,7 @@ def _climb(
     shape,
     CUT: tl.constexpr,
 ):
-    """grad_error of the layer below, through u = delta W^T, to the delta of layer."""
+    """Add the gradient of a layer's δ through u of the layer below (9)."""
     _, _, hidden, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
@@ -196,7 +199,7 @@ def _load_grad_output(
     shape,
     CUT: tl.constexpr,
 ):
-    """The gradient of a layer's output over the keys: the last one's is its delta's, as delta = k + output - v."""
+    """Load dz, the gradient of a layer's output over the keys; at the last layer it is dδ, as δ = k + z - v."""
     depth, _, hidden, _ = shape
     at = layer * hidden + column
     if layer == depth - 1:
@@ -218,7 +221,7 @@ def _descend(
     shape,
     CUT: tl.constexpr,
 ):
-    """From a layer's output to its input, and through SiLU and SiLU's slope in delta to the output before it."""
+    """From dz of a layer to da, and to dz of the layer below, through SiLU and through SiLU's slope in δ (10)."""
     _, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -240,7 +243,7 @@ def _descend(
 @triton.jit
 @no_type_check
 def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, layer, shape, CUT: tl.constexpr):
-    """Add a tile of what the chunk's queries give the matrix that they read by `WHICH`."""
+    """Add a tile of the gradient that the chunk's queries give W_0 or S_0 through (7); `WHICH` is its decay."""
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         x = tl.trans(load_input(y, source, row, layer, shape, CUT))
@@ -253,7 +256,7 @@ def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, lay
 @triton.jit
 @no_type_check
 def _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of what the chunk's keys give the anchor: through the output, and through u = delta W^T."""
+    """A tile of the anchor's gradient (11): through the output, and through u."""
     _, _, _, slots = shape
     total = zero_tile(CUT.tile, CUT.tile)
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -292,30 +295,33 @@ def _state_backward(
 ):
     """A layer's gradients from the chunk's end to its start, in place.
 
-    Returns those of how much of the first weights and momenta is left at the end: (of weight, of momentum, moment).
+    Returns the gradients of the shares of the first weights and momenta that are left at the end: of the weights in
+    the weights, of the momenta in the weights, of the momenta in the momenta.
     """
     _, _, _, slots = shape
     last = slots - 1
     of_weight = tl.load(vectors + OF_WEIGHT * slots + last)
     of_momentum = tl.load(vectors + OF_MOMENTUM * slots + last)
-    moment_kept = tl.load(vectors + MOMENT * slots + last)
+    momentum_kept = tl.load(vectors + MOMENTUM_KEPT * slots + last)
     grad_of_weight, grad_of_momentum = zero_vector(CUT.tile), zero_vector(CUT.tile)
-    grad_moment_kept = zero_vector(CUT.tile)
+    grad_momentum_kept = zero_vector(CUT.tile)
     stride = output_width(layer, shape)
     for row in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
             at = tile(tl.cast(matrix_start(layer, shape), tl.int32), row, column, stride, CUT.tile, CUT.tile)
-            grad_weight, grad_moment = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
-            weight, moment = tl.load(state + at), tl.load(state + state_size(shape) + at)
+            grad_weight, grad_momentum = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
+            weight, momentum = tl.load(state + at), tl.load(state + state_size(shape) + at)
+            # (8) backwards: the shares of the first state, then W_0 and S_0, which queries read too (7)
             grad_of_weight += tl.sum(grad_weight * weight, 0)
-            grad_of_momentum += tl.sum(grad_weight * moment, 0)
-            grad_moment_kept += tl.sum(grad_moment * moment, 0)
-            grad_moment = grad_moment * moment_kept + grad_weight * of_momentum
-            grad_moment = _of_queries(y, grad_y, vectors, grad_moment, OF_MOMENTUM, row, column, layer, shape, CUT)
-            tl.store(grad_state + state_size(shape) + at, tl.where(new_document, 0.0, grad_moment))
+            grad_of_momentum += tl.sum(grad_weight * momentum, 0)
+            grad_momentum_kept += tl.sum(grad_momentum * momentum, 0)
+            grad_momentum = grad_momentum * momentum_kept + grad_weight * of_momentum
+            grad_momentum = _of_queries(y, grad_y, vectors, grad_momentum, OF_MOMENTUM, row, column, layer, shape, CUT)
+            tl.store(grad_state + state_size(shape) + at, tl.where(new_document, 0.0, grad_momentum))
             grad_weight = _of_queries(
                 y, grad_y, vectors, grad_weight * of_weight, OF_WEIGHT, row, column, layer, shape, CUT
             )
+            # (11): the anchor's gradient, to W_0 or to the anchors given; a document's start takes all
             grad_gradients = _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT)
             tl.store(grad_anchor + at, grad_gradients, mask=tile_mask(begins == 0, CUT.tile, CUT.tile))
             grad_weight += tl.where(begins, grad_gradients, 0.0)
@@ -323,7 +329,7 @@ def _state_backward(
             grad_before = tl.load(grad_fresh + at, mask=tile_mask(new_document, CUT.tile, CUT.tile), other=0)
             tl.store(grad_fresh + at, grad_before + grad_weight, mask=tile_mask(new_document, CUT.tile, CUT.tile))
             tl.store(grad_state + at, tl.where(new_document, 0.0, grad_weight))
-    return tl.sum(grad_of_weight, 0), tl.sum(grad_of_momentum, 0), tl.sum(grad_moment_kept, 0)
+    return tl.sum(grad_of_weight, 0), tl.sum(grad_of_momentum, 0), tl.sum(grad_momentum_kept, 0)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "depth", "width", "hidden", "slots"])
@@ -398,15 +404,17 @@ def scan_backward_kernel(
             CUT,
         )
         tl.debug_barrier()
+        # (9), then (10)
         for layer in tl.range(1, depth, disable_licm=True):
             _climb(z, grad_error, anchor, layer, shape, CUT)
             tl.debug_barrier()
         for back in tl.range(1, depth + 1, disable_licm=True):
             _descend(z, u, grad_a, grad_error, anchor, depth - back, shape, CUT)
             tl.debug_barrier()
-        grad_of_weight, grad_of_momentum, grad_moment_kept = 0.0, 0.0, 0.0
+        # (8) and (11): the state before the chunk, and the anchor
+        grad_of_weight, grad_of_momentum, grad_momentum_kept = 0.0, 0.0, 0.0
         for layer in tl.range(0, depth, disable_licm=True):
-            of_weight, of_momentum, moment_kept = _state_backward(
+            of_weight, of_momentum, momentum_kept = _state_backward(
                 y,
                 z,
                 u,
@@ -428,9 +436,9 @@ def scan_backward_kernel(
             )
             grad_of_weight += of_weight
             grad_of_momentum += of_momentum
-            grad_moment_kept += moment_kept
+            grad_momentum_kept += momentum_kept
         last = slots - 1
         store_sum(grad_vectors + OF_WEIGHT * slots + last, grad_of_weight)
         store_sum(grad_vectors + OF_MOMENTUM * slots + last, grad_of_momentum)
-        tl.store(grad_vectors + MOMENT * slots + last, grad_moment_kept)
+        tl.store(grad_vectors + MOMENTUM_KEPT * slots + last, grad_momentum_kept)
         tl.debug_barrier()

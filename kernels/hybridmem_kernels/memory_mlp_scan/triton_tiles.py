@@ -1,4 +1,4 @@
-"""How a chunk lies in memory, and what the kernels do to its tiles.
+"""Layout of a chunk in memory, and building blocks of the kernels for its tiles. Equations are those of README.md.
 
 A program works on a (batch, head) lane or on one chunk of it. Every operand of a matrix product lies in float32
 scratch, padded with zeros to whole tiles, so no product needs a mask. A chunk has four kinds of it:
@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 class Cut(NamedTuple):
-    """What the kernels are compiled for; sizes of the memory are not among it.
+    """Compile-time constants of the kernels; the memory's sizes are arguments instead.
 
     Args:
         rows, tile: tokens and columns of a tile.
@@ -32,13 +32,13 @@ class Cut(NamedTuple):
 
 # The vectors of a chunk; their gradients have the same places.
 KEEP = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
+ETA = tl.constexpr(1)
 ACTIVE = tl.constexpr(2)
 THETA = tl.constexpr(3)
 RATE = tl.constexpr(4)  # theta with the bound on the gradient in it
-OF_WEIGHT = tl.constexpr(5)  # what a token's weights keep of the chunk's first weights,
-OF_MOMENTUM = tl.constexpr(6)  # and of its first momenta
-MOMENT = tl.constexpr(7)  # what a token's momenta keep of the chunk's first momenta
+OF_WEIGHT = tl.constexpr(5)  # share of the chunk's first weights in a token's weights
+OF_MOMENTUM = tl.constexpr(6)  # share of its first momenta in a token's weights
+MOMENTUM_KEPT = tl.constexpr(7)  # share of its first momenta in a token's momenta
 LAST_MOMENTA = tl.constexpr(8)  # gradient of the last row of the momenta's decays
 VECTORS = tl.constexpr(9)
 
@@ -175,7 +175,7 @@ def load_input(
     shape,
     CUT: tl.constexpr,
 ):
-    """What a layer takes: SiLU of the output before it."""
+    """Load a layer's input: SiLU of the output before it."""
     x = tl.load(input_tile(x_ptr, row, input_column(layer, shape) + column, shape, CUT))
     return tl.where(layer > 0, x * tl.sigmoid(x), x)
 
@@ -191,7 +191,7 @@ def load_error(
     shape,
     CUT: tl.constexpr,
 ):
-    """delta, the error at a layer's output z; u is the error behind its SiLU."""
+    """Load δ (5), the error at a layer's output z; u is the error behind its SiLU."""
     depth, _, hidden, _ = shape
     error = tl.load(input_tile(u_ptr, row, layer * hidden + column, shape, CUT))
     z = tl.load(input_tile(z_ptr, row, layer * hidden + column, shape, CUT))
@@ -216,7 +216,7 @@ def load_matrix(
 @triton.jit
 @no_type_check
 def errors_through(z_ptr, u_ptr, matrix_ptr, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of a layer's deltas times a transposed matrix."""
+    """A tile of a layer's δ times a transposed matrix."""
     total = zero_tile(CUT.rows, CUT.tile)
     for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
@@ -235,7 +235,7 @@ def squares(
     shape,
     CUT: tl.constexpr,
 ):
-    """Every token's ‖a‖² and ‖delta‖² at a layer."""
+    """Every token's ‖a‖² and ‖δ‖² at a layer."""
     of_input, of_error = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         a = load_input(z_ptr, row, column, layer, shape, CUT)
@@ -255,7 +255,7 @@ def gradient_norm(
     shape,
     CUT: tl.constexpr,
 ):
-    """The square of every token's gradient, over all layers."""
+    """The squared norm of every token's gradient, over all layers (6)."""
     depth, _, _, _ = shape
     norm = zero_vector(CUT.rows)
     for layer in tl.range(0, depth, disable_licm=True):
@@ -322,12 +322,15 @@ def surprise(
     Finds the keys where the first layer's input stands in z, and k - v where the last layer's output stands in u.
     """
     depth, _, _, slots = shape
+    # (5): z of every layer, and k + z - v at the last
     for layer in tl.range(0, depth, disable_licm=True):
         _forward(z_ptr, u_ptr, anchor_ptr, layer, shape, CUT)
         tl.debug_barrier()  # what one thread has written, others read
+    # (5): u of every hidden layer
     for back in range(1, depth):
         _backward(z_ptr, u_ptr, anchor_ptr, depth - back, shape, CUT)
         tl.debug_barrier()
+    # (6): rates
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         norm = gradient_norm(z_ptr, u_ptr, row, shape, CUT)
         rate = tl.load(vector(vectors_ptr, THETA, row, shape, CUT))
@@ -361,13 +364,15 @@ def read(
     shape,
     CUT: tl.constexpr,
 ):
-    """A tile of what a layer answers: X W_i = A X W_0 + P X S_0 - ((D * X a^T) rate) delta."""
+    """A tile of a layer's answers X W_i (7)."""
     _, _, _, slots = shape
     of_weight = tl.load(vector(vectors_ptr, OF_WEIGHT, row, shape, CUT))[:, None]
     of_momentum = tl.load(vector(vectors_ptr, OF_MOMENTUM, row, shape, CUT))[:, None]
+    # R_w[i, 0] X W_0 + R_w[i, 1] X S_0
     total = zero_tile(CUT.rows, CUT.tile)
     total = _queries_through(y_ptr, state_ptr, total, of_weight, row, column, layer, shape, CUT)
     total = _queries_through(y_ptr, state_ptr + state_size(shape), total, of_momentum, row, column, layer, shape, CUT)
+    # - ((D ⊙ X aᵀ) r) δ
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         scores = zero_tile(CUT.rows, CUT.rows)
         for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):

@@ -7,10 +7,10 @@ import triton.language as tl
 
 from .triton_tiles import (
     ACTIVE,
+    ETA,
     KEEP,
     LAST_MOMENTA,
-    MOMENT,
-    MOMENTUM,
+    MOMENTUM_KEPT,
     OF_MOMENTUM,
     OF_WEIGHT,
     THETA,
@@ -102,7 +102,7 @@ def gather_kernel(
         alpha = tl.load(alpha_ptr + gate, mask=valid, other=0).to(tl.float32)
         tl.store(vector(vectors_ptr, KEEP, row, shape, CUT), 1 - alpha)
         eta = tl.load(eta_ptr + gate, mask=valid, other=0).to(tl.float32)
-        tl.store(vector(vectors_ptr, MOMENTUM, row, shape, CUT), tl.where(valid, eta, 1.0))
+        tl.store(vector(vectors_ptr, ETA, row, shape, CUT), tl.where(valid, eta, 1.0))
         theta = tl.load(theta_ptr + gate, mask=valid, other=0).to(tl.float32)
         tl.store(vector(vectors_ptr, THETA, row, shape, CUT), theta)
         tl.store(vector(vectors_ptr, ACTIVE, row, shape, CUT), valid.to(tl.float32))
@@ -130,33 +130,34 @@ def gather_kernel(
 @triton.jit
 @no_type_check
 def decays_kernel(vectors_ptr, decays_ptr, SLOTS: tl.constexpr):
-    """The rows of decays.py for one chunk, one after the other."""
+    """The rows of decays.py, R_s and R_w, for one chunk, one after the other."""
     program = tl.program_id(0).to(tl.int64)
     vectors_ptr += program * (VECTORS * SLOTS)
     decays_ptr += program * (2 * SLOTS * SLOTS)
     slots = tl.arange(0, SLOTS)
     weight_row, momentum_row = tl.zeros((SLOTS,), tl.float32), tl.zeros((SLOTS,), tl.float32)
-    of_weight, of_momentum, moment = 1.0, 0.0, 1.0
+    of_weight, of_momentum, momentum_kept = 1.0, 0.0, 1.0
     for i in range(SLOTS):
         keep = tl.load(vectors_ptr + KEEP * SLOTS + i)
-        momentum = tl.load(vectors_ptr + MOMENTUM * SLOTS + i)
+        eta = tl.load(vectors_ptr + ETA * SLOTS + i)
         active = tl.load(vectors_ptr + ACTIVE * SLOTS + i)
-        momentum_row = momentum_row * momentum + tl.where(slots == i, 1.0, 0.0)
+        # R_s, R_w: columns of the writes, then of the chunk's first state
+        momentum_row = momentum_row * eta + tl.where(slots == i, 1.0, 0.0)
         weight_row = weight_row * keep + momentum_row * active
-        moment *= momentum
-        of_momentum = of_momentum * keep + moment * active
+        momentum_kept *= eta
+        of_momentum = of_momentum * keep + momentum_kept * active
         of_weight *= keep
         tl.store(decays_ptr + i * SLOTS + slots, weight_row)
         tl.store(decays_ptr + (SLOTS + i) * SLOTS + slots, momentum_row)
         tl.store(vectors_ptr + OF_WEIGHT * SLOTS + i, of_weight)
         tl.store(vectors_ptr + OF_MOMENTUM * SLOTS + i, of_momentum)
-        tl.store(vectors_ptr + MOMENT * SLOTS + i, moment)
+        tl.store(vectors_ptr + MOMENTUM_KEPT * SLOTS + i, momentum_kept)
 
 
 @triton.jit
 @no_type_check
 def decays_backward_kernel(vectors_ptr, decays_ptr, grad_vectors_ptr, grad_decays_ptr, SLOTS: tl.constexpr):
-    """Gradients of keep and momentum from those of the rows, one chunk, last row first.
+    """Gradients of keep and eta from those of the rows, one chunk, last row first.
 
     Of the momenta's rows only the last has a gradient of its own: it is what the next chunk starts from.
     """
@@ -169,34 +170,35 @@ def decays_backward_kernel(vectors_ptr, decays_ptr, grad_vectors_ptr, grad_decay
     grad_weight_row = tl.zeros((SLOTS,), tl.float32)
     grad_momentum_row = tl.load(grad_vectors_ptr + LAST_MOMENTA * SLOTS + slots)
     grad_of_weight, grad_of_momentum = 0.0, 0.0
-    grad_moment = tl.load(grad_vectors_ptr + MOMENT * SLOTS + SLOTS - 1)
+    grad_momentum_kept = tl.load(grad_vectors_ptr + MOMENTUM_KEPT * SLOTS + SLOTS - 1)
     for step in range(SLOTS):
         i = tl.cast(SLOTS - 1 - step, tl.int32)
         keep = tl.load(vectors_ptr + KEEP * SLOTS + i)
-        momentum = tl.load(vectors_ptr + MOMENTUM * SLOTS + i)
+        eta = tl.load(vectors_ptr + ETA * SLOTS + i)
         active = tl.load(vectors_ptr + ACTIVE * SLOTS + i)
+        # R_w backwards, then R_s
         grad_weight_row += tl.load(grad_decays_ptr + i * SLOTS + slots)
         grad_of_weight += tl.load(grad_vectors_ptr + OF_WEIGHT * SLOTS + i)
         grad_of_momentum += tl.load(grad_vectors_ptr + OF_MOMENTUM * SLOTS + i)
         grad_momentum_row += grad_weight_row * active
-        grad_moment += grad_of_momentum * active
+        grad_momentum_kept += grad_of_momentum * active
         # The row before; before the first one stands the chunk's start.
         inside = i > 0
         weight_row = tl.load(decays_ptr + (i - 1) * SLOTS + slots, mask=slots < i, other=0)
         momentum_row = tl.load(decays_ptr + (SLOTS + i - 1) * SLOTS + slots, mask=slots < i, other=0)
         of_weight = tl.load(vectors_ptr + OF_WEIGHT * SLOTS + i - 1, mask=inside, other=1)
         of_momentum = tl.load(vectors_ptr + OF_MOMENTUM * SLOTS + i - 1, mask=inside, other=0)
-        moment = tl.load(vectors_ptr + MOMENT * SLOTS + i - 1, mask=inside, other=1)
+        momentum_kept = tl.load(vectors_ptr + MOMENTUM_KEPT * SLOTS + i - 1, mask=inside, other=1)
         grad_keep = tl.sum(grad_weight_row * weight_row, 0)
         grad_keep += grad_of_weight * of_weight + grad_of_momentum * of_momentum
         tl.store(grad_vectors_ptr + KEEP * SLOTS + i, grad_keep)
-        grad_momentum = tl.sum(grad_momentum_row * momentum_row, 0) + grad_moment * moment
-        tl.store(grad_vectors_ptr + MOMENTUM * SLOTS + i, grad_momentum)
+        grad_eta = tl.sum(grad_momentum_row * momentum_row, 0) + grad_momentum_kept * momentum_kept
+        tl.store(grad_vectors_ptr + ETA * SLOTS + i, grad_eta)
         grad_weight_row *= keep
         grad_of_weight *= keep
         grad_of_momentum *= keep
-        grad_momentum_row *= momentum
-        grad_moment *= momentum
+        grad_momentum_row *= eta
+        grad_momentum_kept *= eta
 
 
 @triton.jit(do_not_specialize=["time", "heads", "blocks", "used", "depth", "width", "hidden", "slots"])
@@ -234,7 +236,7 @@ def scatter_kernel(
         gate = lane * time + times
         grad_keep = tl.load(vector(grad_vectors_ptr, KEEP, row, shape, CUT))
         tl.store(grad_alpha_ptr + gate, (-grad_keep).to(grad_alpha_ptr.dtype.element_ty), mask=valid)
-        grad_eta = tl.load(vector(grad_vectors_ptr, MOMENTUM, row, shape, CUT))
+        grad_eta = tl.load(vector(grad_vectors_ptr, ETA, row, shape, CUT))
         tl.store(grad_eta_ptr + gate, grad_eta.to(grad_eta_ptr.dtype.element_ty), mask=valid)
         grad_theta = tl.load(vector(grad_vectors_ptr, THETA, row, shape, CUT))
         tl.store(grad_theta_ptr + gate, grad_theta.to(grad_theta_ptr.dtype.element_ty), mask=valid)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
-from . import operator, triton_operator  # noqa: F401  compiled graphs find them by name
+from . import library, triton_library  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_scan_chunked
 from .reference import MemoryState, empty_state, memory_scan_reference, state_dtype
 
@@ -32,7 +32,7 @@ def memory_scan(
         q, k: queries and keys, L2-normalised by the caller.
         v: the values to store.
         alpha: forgetting, in [0, 1]: the share of the weights that a token wipes.
-        eta: momentum of the surprise, in [0, 1].
+        eta: decay of the momentum, in [0, 1]: the share of it that a token keeps.
         theta: step size of a write, >= 0.
         state: what earlier tokens left; None starts at zero. It belongs to the first document of the row.
         chunk_size: a speed knob; every value gives the same numbers.
@@ -64,7 +64,7 @@ def memory_scan(
     if backend == "reference":
         return memory_scan_reference(q, k, v, alpha, eta, theta, state, document_ids, mask)
     if backend == "triton":
-        from .triton_op import memory_scan_triton
+        from .triton_autograd import memory_scan_triton
 
         return memory_scan_triton(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)
     return memory_scan_chunked(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)

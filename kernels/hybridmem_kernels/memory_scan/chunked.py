@@ -75,7 +75,7 @@ def _gate_to_chunks(gate: Float[Tensor, "batch heads time"], size: int) -> Float
 def _scaled_pair(
     x: Float[Tensor, "n size dim"], left: Float[Tensor, "n size"], right: Float[Tensor, "n size"]
 ) -> Float[Tensor, "n size pair"]:
-    """[x * left | x * right]: what meets the weights beside what meets the momentum."""
+    """Return [x * left | x * right], the factors of the weights and of the momentum."""
     pair = x.new_empty(*x.shape[:2], 2 * x.shape[-1])
     torch.mul(x, left.unsqueeze(-1), out=pair[..., : x.shape[-1]])
     torch.mul(x, right.unsqueeze(-1), out=pair[..., x.shape[-1] :])
@@ -99,12 +99,12 @@ def _pair_dots(x: Float[Tensor, "n size dim"], grad_pair: Float[Tensor, "n size 
 
 
 class Chunks(NamedTuple):
-    """What the forward works out and the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
+    """Results of the forward that the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
 
     queries: Float[Tensor, "n size key_dim"]
     keys: Float[Tensor, "n size key_dim"]
     keep: Float[Tensor, "n size"]
-    momentum: Float[Tensor, "n size"]
+    eta: Float[Tensor, "n size"]
     active: Float[Tensor, "n size"] | None
     continues: Float[Tensor, "n size"] | None
     weight_rows: Float[Tensor, "n rows columns"]
@@ -147,8 +147,8 @@ class _MemoryScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tokens_and_gates, weight, moment = scan_backward(Chunks(*ctx.saved_tensors), grads, ctx.shape, ctx.dtypes)
-        return *tokens_and_gates, None, None, weight, moment, None
+        *tokens_and_gates, weight, momentum = scan_backward(Chunks(*ctx.saved_tensors), grads, ctx.shape, ctx.dtypes)
+        return *tokens_and_gates, None, None, weight, momentum, None
 
 
 def scan_forward(
@@ -156,27 +156,27 @@ def scan_forward(
     k: Tensor,
     v: Tensor,
     keep: Tensor,
-    momentum: Tensor,
+    eta: Tensor,
     theta: Tensor,
     active: Tensor | None,
     continues: Tensor | None,
     weight: Tensor,
-    moment: Tensor,
+    momentum: Tensor,
     size: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Chunks]:
     """Return (out, weight, momentum), and what the backward needs; the time is a multiple of `size`."""
     batch, heads, _, key_dim = q.shape
     lanes, dtype = batch * heads, weight.dtype
     queries, keys, values = (to_chunks(x, size, dtype) for x in (q, k, v))
-    keep, momentum, theta = (_gate_to_chunks(gate, size) for gate in (keep, momentum, theta))
+    keep, eta, theta = (_gate_to_chunks(gate, size) for gate in (keep, eta, theta))
     active, continues = (None if x is None else _gate_to_chunks(x, size) for x in (active, continues))
-    weight_rows, momentum_rows = decay_rows(keep, momentum, theta, active)
+    weight_rows, momentum_rows = decay_rows(keep, eta, theta, active)
     before = weight_rows[:, :-1] if continues is None else weight_rows[:, :-1] * continues.unsqueeze(-1)
 
     key_products = torch.bmm(keys, keys.mT)
     inverse = unit_lower_inverse(before[..., 2:] * key_products)
     chunks = Chunks(
-        queries, keys, keep, momentum, active, continues, weight_rows, momentum_rows, key_products,
+        queries, keys, keep, eta, active, continues, weight_rows, momentum_rows, key_products,
         query_products=torch.bmm(queries, keys.mT),
         inverse=inverse,
         read_keys=torch.bmm(inverse, _scaled_pair(keys, before[..., 0], before[..., 1])),
@@ -184,7 +184,7 @@ def scan_forward(
         states=keys.new_empty(len(keys) + lanes, 2 * key_dim, v.shape[-1]),
         carry=torch.stack((weight_rows[:, -1, :2], momentum_rows[:, -1, :2]), dim=1),
     )  # fmt: skip
-    chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), moment.flatten(0, 1)), dim=1)
+    chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), momentum.flatten(0, 1)), dim=1)
     _scan_states(chunks, lanes)
     out = torch.bmm(_scaled_pair(queries, chunks.after[..., 0], chunks.after[..., 1]), chunks.states[:-lanes])
     out.baddbmm_(chunks.query_products * chunks.after[..., 2:], chunks.errors, alpha=-1)
@@ -198,16 +198,16 @@ def scan_forward(
 def scan_backward(
     chunks: Chunks, grads: Sequence[Tensor | None], shape: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> tuple[Tensor, ...]:
-    """The gradients of (q, k, v, keep, momentum, theta, weight, moment), from those of (out, weight, momentum).
+    """The gradients of (q, k, v, keep, eta, theta, weight, momentum), from those of (out, weight, momentum).
 
     `shape` is (batch, heads), `dtypes` those of q, k and v.
     """
     batch, heads = shape
-    grad_out, grad_weight, grad_moment = grads
+    grad_out, grad_weight, grad_momentum = grads
     lanes, size, key_dim = batch * heads, chunks.keys.shape[1], chunks.keys.shape[2]
     with torch.autocast(chunks.keys.device.type, enabled=False):
         grad_last = chunks.states.new_zeros(batch, heads, 2, key_dim, chunks.states.shape[-1])
-        for part, grad in enumerate((grad_weight, grad_moment)):
+        for part, grad in enumerate((grad_weight, grad_momentum)):
             if grad is not None:
                 grad_last[:, :, part] = grad
         if grad_out is None:
@@ -255,7 +255,7 @@ def _token_gradients(
     grad_states: Float[Tensor, "n_and_lanes pair value_dim"],
     grad_errors: Float[Tensor, "n size value_dim"],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """The gradients of (queries, keys, values) and of (keep, momentum, theta), over all chunks at once."""
+    """The gradients of (queries, keys, values) and of (keep, eta, theta), over all chunks at once."""
     queries, keys, before, after = chunks.queries, chunks.keys, chunks.before, chunks.after
     count, lanes = len(keys), len(grad_states) - len(keys)
     starts, grad_ends = chunks.states[:-lanes], grad_states[lanes:]
@@ -291,7 +291,7 @@ def _token_gradients(
     _add_unscaled_pair(grad_keys, grad_read, before[..., 0], before[..., 1])
     _add_unscaled_pair(grad_keys, grad_written, chunks.weight_rows[:, -1, 2:], chunks.momentum_rows[:, -1, 2:])
     grad_gates = decay_rows_backward(
-        chunks.keep, chunks.momentum, chunks.active, chunks.weight_rows, chunks.momentum_rows,
+        chunks.keep, chunks.eta, chunks.active, chunks.weight_rows, chunks.momentum_rows,
         grad_weight_rows, grad_momentum_rows,
     )  # fmt: skip
     return (grad_queries, grad_keys, grad_residual.neg_()), grad_gates

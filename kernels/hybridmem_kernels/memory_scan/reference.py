@@ -18,7 +18,7 @@ from ..documents import document_starts
 
 
 class MemoryState(NamedTuple):
-    """What a linear memory holds: its weights and the momentum of its writes, (batch, heads, key_dim, value_dim)."""
+    """State of a linear memory: its weights and their momentum, each (batch, heads, key_dim, value_dim)."""
 
     weight: Float[Tensor, "batch heads key_dim value_dim"]
     momentum: Float[Tensor, "batch heads key_dim value_dim"]

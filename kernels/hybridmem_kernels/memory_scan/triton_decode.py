@@ -47,7 +47,7 @@ def step_kernel(
     VALUE_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The recurrence itself for one (batch, head) and some columns of values."""
+    """Equations 1 to 3 of README.md for one (batch, head) and some columns of values."""
     lane = tl.program_id(0).to(tl.int64)
     row, head = lane // heads, lane % heads
     dims = tl.arange(0, KEY_BLOCK)
@@ -63,6 +63,7 @@ def step_kernel(
     eta = tl.load(eta_ptr + row * eta_batch + head * eta_head).to(tl.float32)
     theta = tl.load(theta_ptr + row * theta_batch + head * theta_head).to(tl.float32)
 
+    # (1), (2)
     error = tl.sum(k[:, None] * weight, axis=0) - v
     written = eta * momentum - theta * (k[:, None] * error[None, :])
     kept = (1 - alpha) * weight + written
@@ -71,6 +72,7 @@ def step_kernel(
         kept, written = tl.where(counts, kept, weight), tl.where(counts, written, momentum)
     tl.store(next_weight_ptr + places, kept, mask=inside)
     tl.store(next_momentum_ptr + places, written, mask=inside)
+    # (3)
     out = tl.sum(q[:, None] * kept, axis=0)
     tl.store(out_ptr + lane * VALUE_DIM + values, out.to(out_ptr.dtype.element_ty), mask=values < VALUE_DIM)
 

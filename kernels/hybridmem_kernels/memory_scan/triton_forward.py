@@ -1,4 +1,7 @@
-"""The linear memory's forward kernels: decays and what else a chunk is apart from its state, states, outputs."""
+"""The linear memory's forward kernels: decays, products and inverse of every chunk, then states, then outputs.
+
+Equations are those of README.md.
+"""
 
 from typing import no_type_check
 
@@ -9,16 +12,17 @@ from .triton_tiles import (
     ACTIVE,
     CONTINUES,
     COUNTS,
+    ETA,
     KEEP,
-    MOMENT_FOUND,
-    MOMENT_KEPT,
-    MOMENT_LEFT,
-    MOMENTUM,
+    MOMENTUM_FOUND,
+    MOMENTUM_KEPT,
+    MOMENTUM_LEFT,
     THETA,
     WEIGHT_FOUND,
     WEIGHT_LEFT,
     WRITE_LEFT,
     WRITE_MOVING,
+    copy_state,
     dot,
     lane_start,
     load_carry,
@@ -29,6 +33,7 @@ from .triton_tiles import (
     store_column,
     store_square,
     store_tile,
+    through_state,
     unit_lower_inverse,
 )
 
@@ -46,9 +51,9 @@ def decay_kernel(
     SIZE: tl.constexpr,
     KEEP_MOVING: tl.constexpr,
 ):
-    """The recurrences of decays.py for one chunk: how far every write, and the first state, reaches.
+    """The recurrences (4) and (5) for one chunk, for its writes and its first state.
 
-    A write's reach is a recurrence of its own, so that a thread needs nothing of another's.
+    Each write has a recurrence of its own, so threads exchange nothing.
     """
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
@@ -58,9 +63,9 @@ def decay_kernel(
     moving_ptr += unit * (SIZE + 1) * SIZE + j
     moving = tl.zeros((SIZE,), tl.float32)
     left = tl.zeros((SIZE,), tl.float32)
-    weight_found, moment_found = left, left
-    weight_left, moment_left, moment_kept = left, left, left
-    from_weight, from_moment, kept = (
+    weight_found, momentum_found = left, left
+    weight_left, momentum_left, momentum_kept = left, left, left
+    from_weight, from_momentum, kept = (
         tl.full((), 1.0, tl.float32),
         tl.full((), 0.0, tl.float32),
         tl.full((), 1.0, tl.float32),
@@ -69,29 +74,32 @@ def decay_kernel(
         tl.store(rows_ptr + i * SIZE, left)
         if KEEP_MOVING:
             tl.store(moving_ptr + i * SIZE, moving)
-        # Behind the row's end stand tokens that change nothing.
+        # The padding after the row's end changes nothing.
         inside = start + i < time
         keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
-        momentum = tl.load(gate_ptr + MOMENTUM * gate + i, mask=inside, other=1.0)
+        eta = tl.load(gate_ptr + ETA * gate + i, mask=inside, other=1.0)
         theta = tl.load(gate_ptr + THETA * gate + i, mask=inside, other=0.0)
         active = tl.load(gate_ptr + ACTIVE * gate + i, mask=inside, other=0.0)
         continues = tl.load(gate_ptr + CONTINUES * gate + i, mask=inside, other=1.0)
+        # a_{i-1} and p_{i-1} of K̄ (7)
         weight_found = tl.where(j == i, continues * from_weight, weight_found)
-        moment_found = tl.where(j == i, continues * from_moment, moment_found)
-        moving = tl.where(j == i, theta, momentum * moving)
+        momentum_found = tl.where(j == i, continues * from_momentum, momentum_found)
+        # (4), (5): columns of the writes, then of the chunk's first state
+        moving = tl.where(j == i, theta, eta * moving)
         left = keep * left + active * moving
-        kept = momentum * kept
+        kept = eta * kept
         from_weight = keep * from_weight
-        from_moment = keep * from_moment + active * kept
+        from_momentum = keep * from_momentum + active * kept
         weight_left = tl.where(j == i, from_weight, weight_left)
-        moment_left = tl.where(j == i, from_moment, moment_left)
-        moment_kept = tl.where(j == i, kept, moment_kept)
+        momentum_left = tl.where(j == i, from_momentum, momentum_left)
+        momentum_kept = tl.where(j == i, kept, momentum_kept)
+    # a, p, e of Q̄ (8) and F (9); D_C and R_s[C] of K̂ (9)
     tl.store(rows_ptr + SIZE * SIZE, left)
     store_column(columns_ptr, unit, WEIGHT_LEFT, weight_left, SIZE)
-    store_column(columns_ptr, unit, MOMENT_LEFT, moment_left, SIZE)
-    store_column(columns_ptr, unit, MOMENT_KEPT, moment_kept, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_LEFT, momentum_left, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_KEPT, momentum_kept, SIZE)
     store_column(columns_ptr, unit, WEIGHT_FOUND, weight_found, SIZE)
-    store_column(columns_ptr, unit, MOMENT_FOUND, moment_found, SIZE)
+    store_column(columns_ptr, unit, MOMENTUM_FOUND, momentum_found, SIZE)
     store_column(columns_ptr, unit, WRITE_LEFT, left, SIZE)
     store_column(columns_ptr, unit, WRITE_MOVING, moving, SIZE)
 
@@ -118,7 +126,7 @@ def chunk_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """(I + N)^-1 and D * Q K^T of one chunk: all else that its state has no part in."""
+    """(I + N)⁻¹ and D ⊙ Q Kᵀ of one chunk, which do not depend on its state."""
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)
@@ -132,7 +140,9 @@ def chunk_kernel(
         q = load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM)
         key_products += dot(k, tl.trans(k), PRECISION)
         query_products += dot(q, tl.trans(k), PRECISION)
+    # D ⊙ Q Kᵀ of (8)
     store_square(mix_ptr, unit, load_rows(rows_ptr, unit, 1, SIZE) * query_products, SIZE)
+    # (6): N, and (I + N)⁻¹ of (7)
     continues_ptr = gates_ptr + (CONTINUES * lanes + lane) * time + start
     continues = tl.load(continues_ptr + i, mask=start + i < time, other=1.0)
     strict = continues[:, None] * load_rows(rows_ptr, unit, 0, SIZE) * key_products
@@ -168,10 +178,10 @@ def scan_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state before every chunk, the errors in it and the last state: columns of values do not meet each other.
+    """The state before every chunk, the errors in it and the last state; columns of values are independent.
 
-    A program's state is too large for registers. It goes through the second-level cache: every chunk's is stored for
-    the outputs anyway, and the barriers order a program's own stores and loads.
+    A program's state is too large for registers, so it goes through the second-level cache: every chunk's state is
+    stored for the outputs anyway, and the barriers order a program's own stores and loads.
     """
     lane = tl.program_id(0).to(tl.int64)
     i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
@@ -180,31 +190,24 @@ def scan_kernel(
     k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head)
     v_ptr = lane_start(v_ptr, lane, heads, value_batch, value_head)
     z_ptr = states_ptr + lane * chunks * 2 * STATE
-    for low in range(0, KEY_DIM, KEY_BLOCK):
-        weight = load_tile(weight_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        store_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-        momentum = load_tile(momentum_ptr + lane * STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        store_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+    copy_state(weight_ptr + lane * STATE, momentum_ptr + lane * STATE, z_ptr, values, KEY_DIM, VALUE_DIM, KEY_BLOCK)
     tl.debug_barrier()
 
     for chunk in range(chunks):
         unit = lane * chunks + chunk
         tokens = time - chunk * SIZE
-        from_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-        from_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-        for low in range(0, KEY_DIM, KEY_BLOCK):
-            k = load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM)
-            weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            from_weight += dot(k, weight, PRECISION)
-            momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            from_momentum += dot(k, momentum, PRECISION)
+        # (7): Δ = (I + N)⁻¹ (K̄ z - V)
+        from_weight, from_momentum = through_state(
+            k_ptr, key_time, tokens, z_ptr, values, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION
+        )
         residual = load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * from_weight
-        residual += load_column(columns_ptr, unit, MOMENT_FOUND, SIZE)[:, None] * from_momentum
+        residual += load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * from_momentum
         residual -= load_tile(v_ptr, i, values, value_time, tokens, VALUE_DIM)
         errors = dot(load_square(inverse_ptr, unit, SIZE), residual, PRECISION)
         store_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM, errors)
 
-        weight_left, moment_left, moment_kept = load_carry(columns_ptr, unit, SIZE)
+        # (9): z' = F z - K̂ᵀ Δ
+        weight_left, momentum_left, momentum_kept = load_carry(columns_ptr, unit, SIZE)
         left = load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * errors
         moving = load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * errors
         is_last = chunk + 1 == chunks
@@ -214,9 +217,9 @@ def scan_kernel(
             k = tl.trans(load_tile(k_ptr, i, low + d, key_time, tokens, KEY_DIM))
             weight = load_tile(z_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
             momentum = load_tile(z_ptr + STATE, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-            weight = weight_left * weight + moment_left * momentum - dot(k, left, PRECISION)
+            weight = weight_left * weight + momentum_left * momentum - dot(k, left, PRECISION)
             store_tile(next_weight_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
-            momentum = moment_kept * momentum - dot(k, moving, PRECISION)
+            momentum = momentum_kept * momentum - dot(k, moving, PRECISION)
             store_tile(next_momentum_ptr, low + d, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
         tl.debug_barrier()
         z_ptr += 2 * STATE
@@ -249,24 +252,19 @@ def output_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """O = Q_ z - (D * Q K^T) Delta for one chunk and some columns of values."""
+    """Outputs (8) of one chunk and some columns of values."""
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)
     values = tl.program_id(1) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
     q_ptr = lane_start(q_ptr, lane, heads, key_batch, key_head) + start * key_time
     z_ptr = states_ptr + unit * 2 * KEY_DIM * VALUE_DIM
-    from_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-    from_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
-    for low in range(0, KEY_DIM, KEY_BLOCK):
-        dims = low + tl.arange(0, KEY_BLOCK)
-        q = load_tile(q_ptr, i, dims, key_time, time - start, KEY_DIM)
-        weight = load_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        from_weight += dot(q, weight, PRECISION)
-        momentum = load_tile(z_ptr + KEY_DIM * VALUE_DIM, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
-        from_momentum += dot(q, momentum, PRECISION)
+    # (8): O = Q̄ z - (D ⊙ Q Kᵀ) Δ
+    from_weight, from_momentum = through_state(
+        q_ptr, key_time, time - start, z_ptr, values, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION
+    )
     out = load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * from_weight
-    out += load_column(columns_ptr, unit, MOMENT_LEFT, SIZE)[:, None] * from_momentum
+    out += load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * from_momentum
     errors = load_tile(errors_ptr + unit * SIZE * VALUE_DIM, i, values, VALUE_DIM, SIZE, VALUE_DIM)
     out -= dot(load_square(mix_ptr, unit, SIZE), errors, PRECISION)
     out_ptr = lane_start(out_ptr, lane, heads, value_batch, value_head) + start * value_time

@@ -1,4 +1,4 @@
-"""What a forward and a backward of the linear memory launch, one after the other.
+"""Launches of a forward and a backward of the linear memory, one after the other.
 
 `run` is called with each launch: it runs them, or lists them when they are to be built ahead of time.
 """
@@ -12,17 +12,11 @@ from torch import Tensor
 
 from ..documents import Gates
 from .reference import MemoryState
-from .triton_backward import (
-    adjoint_kernel,
-    gate_gradient_kernel,
-    mix_gradient_kernel,
-    restore_kernel,
-    seed_kernel,
-    token_gradient_kernel,
-)
 from .triton_forward import chunk_kernel, decay_kernel, output_kernel, scan_kernel
 from .triton_plan import Launch, Plan
+from .triton_state_backward import adjoint_kernel, restore_kernel, seed_kernel
 from .triton_tiles import COLUMNS
+from .triton_token_backward import gate_gradient_kernel, mix_gradient_kernel, token_gradient_kernel
 
 Run = Callable[[Launch], Any]
 
@@ -50,14 +44,14 @@ class Tokens(NamedTuple):
         return self.q.shape[0] * self.q.shape[1]
 
     def place(self, size: int) -> dict[str, int]:
-        """Where a chunk's keys and queries are."""
+        """Return the layout of keys and queries as kernel arguments."""
         time = self.q.shape[2]
         names = ("key_batch", "key_head", "key_time")
         strides = dict(zip(names, self.q.stride(), strict=False))
         return dict(heads=self.q.shape[1], time=time, chunks=-(-time // size), **strides)
 
     def value_place(self) -> dict[str, int]:
-        """Where its values and outputs are."""
+        """Return the layout of values and outputs as kernel arguments."""
         return dict(zip(("value_batch", "value_head", "value_time"), self.v.stride(), strict=False))
 
 
@@ -67,7 +61,7 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 
 class Chunks(NamedTuple):
-    """What every chunk is apart from its state."""
+    """Tensors of every chunk that do not depend on its state."""
 
     rows: Float[Tensor, "n rows size"]  # of R_w, the columns of the state apart
     moving: Float[Tensor, "n rows size"]  # and of R_s, for the backward alone
@@ -133,7 +127,7 @@ def _restore(
 
 
 class Grads(NamedTuple):
-    """Of q, k, v, of (keep, momentum, theta) and of the state."""
+    """Gradients of q, k, v, of (keep, eta, theta) and of the state."""
 
     q: Float[Tensor, "batch heads time key_dim"]
     k: Float[Tensor, "batch heads time key_dim"]

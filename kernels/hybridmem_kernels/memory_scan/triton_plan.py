@@ -1,4 +1,4 @@
-"""How the linear memory's kernels cut and multiply a shape, and what one launch of them is."""
+"""Tile sizes and precision of the linear memory's kernels, and the description of a launch."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ def check_supported(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a shape is cut and multiplied.
+    """Tile sizes and precision for one shape.
 
     Args:
         size: tokens that are worked on at once.
@@ -62,26 +62,26 @@ class Plan:
 
     @property
     def tile(self) -> dict[str, Any]:
-        """What the kernels of independent chunks are compiled for."""
+        """Constants of the kernels of independent chunks."""
         return self._cut(self.width, self.width)
 
     @property
     def wide_tile(self) -> dict[str, Any]:
-        """Those of them that hold few tiles."""
+        """Constants of the kernels of independent chunks that hold few tiles."""
         return self._cut(self.wide, self.wide)
 
     @property
     def scan_tile(self) -> dict[str, Any]:
-        """And those that pass through the chunks."""
+        """Constants of the kernels that go from chunk to chunk."""
         return self._cut(self.scan_keys, self.width)
 
     @property
     def key_blocks(self) -> int:
-        """How many programs share the key dimensions."""
+        """Number of programs that share the key dimensions."""
         return triton.cdiv(self.key_dim, self.tile["KEY_BLOCK"])
 
     def value_blocks(self, tile: dict[str, Any]) -> int:
-        """How many share the columns of values."""
+        """Number of programs that share the columns of values."""
         return triton.cdiv(self.value_dim, tile["VALUE_BLOCK"])
 
 
@@ -120,7 +120,7 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=1)
 
     def build(self, shapes: str) -> Build:
-        """What it is compiled as."""
+        """Return the description of its ahead-of-time build."""
         types = {n: f"*{DTYPES[x.dtype]}" if isinstance(x, Tensor) else "i32" for n, x in self.arguments.items()}
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         name = f"{self.kernel.__name__} {shapes}"

@@ -1,7 +1,8 @@
-"""What the kernels do to one chunk: products, loads and stores, and the triangular inverse in registers.
+"""Building blocks of the kernels: products, loads and stores of one chunk, and the triangular inverse in registers.
 
-Letters and matrices are README.md's. A chunk is at most 64 tokens here; a row's last one is padded with tokens that
-change nothing. `gates_ptr` is (gate, lane, time) with the gates in the order of `Gates`, a lane being a (batch, head).
+Letters, matrices and equations are those of README.md. A chunk is at most 64 tokens here; a row's last one is padded
+with tokens that change nothing. `gates_ptr` is (gate, lane, time) with the gates in the order of `Gates`, a lane being
+a (batch, head).
 """
 
 from typing import no_type_check
@@ -12,18 +13,18 @@ import triton.language as tl
 COUNTS = ("lanes", "heads", "time", "chunks", "checkpoints")  # a kernel is not compiled again for other ones
 
 KEEP = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
+ETA = tl.constexpr(1)
 THETA = tl.constexpr(2)
 ACTIVE = tl.constexpr(3)
 CONTINUES = tl.constexpr(4)
 
-# The rows of `columns_ptr`, a vector over the chunk's tokens each: how much of W_0 and of S_0 is in W_i, of S_0 in S_i,
-# of W_0 and S_0 in what token i's error is taken at; and how much of token j's write is left in W_C and in S_C.
+# The rows of `columns_ptr`, a vector over the chunk's tokens each: the share of W_0 and of S_0 in W_i (a, p), of S_0 in
+# S_i (e), of W_0 and S_0 in the weights at which token i takes its error; of token j's write in W_C and in S_C.
 WEIGHT_LEFT = tl.constexpr(0)
-MOMENT_LEFT = tl.constexpr(1)
-MOMENT_KEPT = tl.constexpr(2)
+MOMENTUM_LEFT = tl.constexpr(1)
+MOMENTUM_KEPT = tl.constexpr(2)
 WEIGHT_FOUND = tl.constexpr(3)
-MOMENT_FOUND = tl.constexpr(4)
+MOMENTUM_FOUND = tl.constexpr(4)
 WRITE_LEFT = tl.constexpr(5)
 WRITE_MOVING = tl.constexpr(6)
 COLUMNS = tl.constexpr(7)
@@ -108,13 +109,56 @@ def store_column(columns_ptr, unit, COLUMN: tl.constexpr, values, SIZE: tl.const
 @triton.jit
 @no_type_check
 def load_carry(columns_ptr, unit, SIZE: tl.constexpr):
-    """(a_C, p_C, e_C): how weights and momentum pass the chunk."""
+    """(a_C, p_C, e_C) of F (9): how weights and momentum pass the chunk."""
     last_ptr = columns_ptr + unit * COLUMNS * SIZE + SIZE - 1
     return (
         tl.load(last_ptr + WEIGHT_LEFT * SIZE),
-        tl.load(last_ptr + MOMENT_LEFT * SIZE),
-        tl.load(last_ptr + MOMENT_KEPT * SIZE),
+        tl.load(last_ptr + MOMENTUM_LEFT * SIZE),
+        tl.load(last_ptr + MOMENTUM_KEPT * SIZE),
     )
+
+
+@triton.jit
+@no_type_check
+def copy_state(
+    weight_ptr, momentum_ptr, z_ptr, values, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr
+):
+    """Write columns of weights and momentum to z."""
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        weight = load_tile(weight_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
+        momentum = load_tile(momentum_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        store_tile(z_ptr + KEY_DIM * VALUE_DIM, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
+
+
+@triton.jit
+@no_type_check
+def through_state(
+    x_ptr,
+    stride,
+    row_count,
+    z_ptr,
+    values,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(X W, X S) of a chunk's keys or queries and some columns of z."""
+    i = tl.arange(0, SIZE)
+    by_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+    by_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
+    for low in range(0, KEY_DIM, KEY_BLOCK):
+        dims = low + tl.arange(0, KEY_BLOCK)
+        x = load_tile(x_ptr, i, dims, stride, row_count, KEY_DIM)
+        weight = load_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        by_weight += dot(x, weight, PRECISION)
+        momentum = load_tile(z_ptr + KEY_DIM * VALUE_DIM, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
+        by_momentum += dot(x, momentum, PRECISION)
+    return by_weight, by_momentum
 
 
 @triton.jit

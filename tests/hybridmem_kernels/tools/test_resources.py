@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybridmem_kernels.resources import SHARED_LIMITS, TABLE, Resources, Row, problems, read_tables, write_tables
+from hybridmem_kernels.tools.resources import SHARED_LIMITS, TABLE, Resources, Row, problems, read_tables, write_tables
 
 GOOD = Row("sm80", "scan", True, Resources(registers=128, spills=0, shared=1024, tensor_core=8))
 COMMITTED = {"sm80": {"scan": GOOD.resources}}
@@ -62,7 +62,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 
 def test_the_committed_table_is_within_the_limits_on_every_target():
     tables = read_tables()
-    assert tables, f"{TABLE.name} is empty: python -m hybridmem_kernels.aot --write"
+    assert tables, f"{TABLE.name} is empty: python -m hybridmem_kernels.tools.aot --write"
     for table in tables.values():
         assert set(table) == set(SHARED_LIMITS)
         rows = [Row(target, name, False, taken) for target, kernels in table.items() for name, taken in kernels.items()]

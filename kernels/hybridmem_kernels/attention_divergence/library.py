@@ -1,26 +1,31 @@
-"""The comparison tile by tile as operators of torch.library, one for each backend, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the comparison tile by tile, one for each backend."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..library import own_memory, triton_module
 from ..memory_scan.reference import state_dtype
-from ..operators import own_memory
-from .chunked import Settings, compare_backward, compare_forward, needed_queries
+from .autograd import Settings
+from .chunked import compare_backward, compare_forward
+from .chunked_blocks import needed_queries
 
 TENSORS = "Tensor q, Tensor k, Tensor q_ref, Tensor k_ref, Tensor? query_mask, Tensor? key_mask"
 SETTINGS = (
     "float scale, SymInt? window, SymInt num_persistent, float scale_ref, SymInt? window_ref, "
     "SymInt num_persistent_ref, bool exclude_self, str divergence"
 )
-STATS = 4  # divergence, entropy, entropy_ref, mass; behind them what the backward needs
+STATS = 4  # divergence, entropy, entropy_ref, mass; the tensors for the backward follow
 
 
 def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], kept: str) -> Any:
-    """An operator and its backward; `kept` names whose heads each tensor that is kept has: a policy's or none's."""
+    """Register an operator and its backward.
+
+    `kept` has a letter for each tensor that is kept: "p" and "r" where it has the heads of p or p_ref, "-" where it
+    has none.
+    """
 
     @torch.library.custom_op(f"hybridmem::{name}", mutates_args=(), schema=f"({TENSORS}, {SETTINGS}) -> Tensor[]")
     def operator(*arguments: Any) -> list[Tensor]:
@@ -78,8 +83,8 @@ def _backward_of_every_query(*tensors: Any, kept: Sequence[Tensor], **others: An
 
 
 def _triton(function: str) -> Callable[..., Any]:
-    """A function of triton_op.py, which is imported when it is first called."""
-    return lambda *tensors, **others: getattr(import_module(".triton_op", __package__), function)(*tensors, **others)
+    """Return a function of triton_autograd.py, which is imported when it is first called."""
+    return lambda *tensors, **others: getattr(triton_module(__package__), function)(*tensors, **others)
 
 
 attention_divergence_operator = define(

@@ -231,7 +231,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _token_output(like: Tensor, call: Call) -> Tensor:
-    """Where one value a token goes; masked tokens get none."""
+    """Allocate an output per token; masked tokens get zeros."""
     make = torch.zeros if call.masked else torch.empty
     return make(like.shape, dtype=like.dtype, device=like.device)
 

@@ -1,4 +1,4 @@
-"""The scan in chunks as an operator of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in chunks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import own_memory
+from ..library import own_memory
 from .chunked import Inputs, Kept, scan_backward, scan_forward
 
 INPUTS = (
@@ -17,7 +17,7 @@ INPUTS = (
 
 @torch.library.custom_op("hybridmem::memory_mlp_scan", mutates_args=(), schema=f"({INPUTS}, bool keep) -> Tensor[]")
 def memory_mlp_scan_operator(*arguments: Any) -> list[Tensor]:
-    """`scan_forward`, its results and then what it keeps, flat."""
+    """Run `scan_forward`; return its results, then the tensors that it keeps, flat."""
     *inputs, keep = arguments
     results, kept = scan_forward(Inputs(*inputs), keep)
     return own_memory((*results, *kept.flatten()), (*inputs[:9], *inputs[9]))
@@ -49,7 +49,7 @@ def _(*arguments: Any) -> list[Tensor]:
     schema=f"({INPUTS}, Tensor[] kept, Tensor? grad_out, Tensor?[] grads) -> Tensor[]",
 )
 def memory_mlp_scan_backward_operator(*arguments: Any) -> list[Tensor]:
-    """`scan_backward`, the gradients of tokens and then those of layers."""
+    """Run `scan_backward`; return the gradients of tokens, then those of layers."""
     *inputs, kept, grad_out, grads = arguments
     of_tokens, of_layers = scan_backward(Inputs(*inputs), Kept.unflatten(kept), grad_out, grads)
     return own_memory((*of_tokens, *of_layers), (*inputs[:9], *inputs[9], *kept, grad_out, *grads))

@@ -69,8 +69,8 @@ class _MemoryScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tokens, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        *of_tokens, weight, moment = scan_backward(*tokens, kept=kept, grads=grads, chunk_size=ctx.chunk_size)
-        return *of_tokens, None, None, weight, moment, None
+        *of_tokens, weight, momentum = scan_backward(*tokens, kept=kept, grads=grads, chunk_size=ctx.chunk_size)
+        return *of_tokens, None, None, weight, momentum, None
 
 
 def scan_forward(
@@ -78,17 +78,17 @@ def scan_forward(
     k: Tensor,
     v: Tensor,
     keep: Tensor,
-    momentum: Tensor,
+    eta: Tensor,
     theta: Tensor,
     active: Tensor | None,
     continues: Tensor | None,
     weight: Tensor,
-    moment: Tensor,
+    momentum: Tensor,
     chunk_size: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
     """Return (out, weight, momentum), and (checkpoints, errors) for the backward."""
-    plan, tokens = _prepared(q, k, v, Gates(keep, momentum, theta, active, continues), chunk_size)
-    state = MemoryState(weight.contiguous(), moment.contiguous())
+    plan, tokens = _prepared(q, k, v, Gates(keep, eta, theta, active, continues), chunk_size)
+    state = MemoryState(weight.contiguous(), momentum.contiguous())
     with torch.cuda.device_of(q):
         out, last, states, errors = forward(Launch.run, plan, tokens, state)
     return (out, *last), (_checkpoints(states, plan, tokens), errors)
@@ -99,7 +99,7 @@ def scan_backward(
     k: Tensor,
     v: Tensor,
     keep: Tensor,
-    momentum: Tensor,
+    eta: Tensor,
     theta: Tensor,
     active: Tensor | None,
     continues: Tensor | None,
@@ -108,8 +108,8 @@ def scan_backward(
     grads: Sequence[Tensor | None],
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    """The gradients of (q, k, v, keep, momentum, theta, weight, moment), from those of (out, weight, momentum)."""
-    plan, tokens = _prepared(q, k, v, Gates(keep, momentum, theta, active, continues), chunk_size)
+    """The gradients of (q, k, v, keep, eta, theta, weight, momentum), from those of (out, weight, momentum)."""
+    plan, tokens = _prepared(q, k, v, Gates(keep, eta, theta, active, continues), chunk_size)
     checkpoints, errors = kept
     grad_out, *grad_last = grads
     grad_out = torch.zeros_like(tokens.v) if grad_out is None else torch.empty_like(tokens.v).copy_(grad_out)
@@ -121,7 +121,7 @@ def scan_backward(
 
 
 def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of the checkpoints and the errors."""
+    """Return the shapes of the checkpoints and the errors."""
     plan = make_plan(q, q, v, chunk_size, hip=False, interpreted=False)
     lanes, chunks = q.shape[0] * q.shape[1], -(-q.shape[2] // plan.size)
     checkpoints = lanes * -(-chunks // plan.spacing)
@@ -129,7 +129,7 @@ def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...],
 
 
 def _checkpoints(states: Tensor, plan: Plan, tokens: Tokens) -> Tensor:
-    """Those of the states before every chunk that the backward starts from."""
+    """Select the states that the backward starts from."""
     if plan.spacing == 1:
         return states
     return states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1).contiguous()

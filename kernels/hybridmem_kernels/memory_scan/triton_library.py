@@ -1,39 +1,33 @@
-"""The scan in Triton, and its step of one token, as operators of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in Triton, and its step of one token."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import own_memory
+from ..library import own_memory, triton_module
 from .reference import MemoryState
 
-TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor momentum, Tensor theta, Tensor? active, Tensor? continues"
-RESULTS = 3  # out, weight, momentum; behind them what the backward needs
-
-
-def _triton(module: str = "triton_op") -> Any:
-    """What imports Triton, which not every machine has."""
-    return import_module(f".{module}", __package__)
+TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor eta, Tensor theta, Tensor? active, Tensor? continues"
+RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
 
 
 @torch.library.custom_op(
     "hybridmem::memory_scan_triton",
     mutates_args=(),
-    schema=f"({TOKENS}, Tensor weight, Tensor moment, SymInt chunk_size) -> Tensor[]",
+    schema=f"({TOKENS}, Tensor weight, Tensor momentum, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_forward`, its results and then what it keeps."""
-    results, kept = _triton().scan_forward(*inputs)
+    """Run `scan_forward`; return its results, then the tensors that it keeps."""
+    results, kept = triton_module(__package__).scan_forward(*inputs)
     return own_memory((*results, *kept), inputs[:-1])
 
 
 @memory_scan_triton_operator.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     q, v, weight, chunk_size = inputs[0], inputs[2], inputs[8], inputs[-1]
-    kept = (weight.new_empty(shape) for shape in _triton().kept_shapes(q, v, chunk_size))
+    kept = (weight.new_empty(shape) for shape in triton_module(__package__).kept_shapes(q, v, chunk_size))
     return [v.new_empty(v.shape), *(weight.new_empty(weight.shape) for _ in range(2)), *kept]
 
 
@@ -43,9 +37,9 @@ def _(*inputs: Any) -> list[Tensor]:
     schema=f"({TOKENS}, Tensor[] kept, Tensor?[] grads, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_backward_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_backward`."""
+    """Run `scan_backward`."""
     *tokens, kept, grads, chunk_size = inputs
-    found = _triton().scan_backward(*tokens, kept=kept, grads=grads, chunk_size=chunk_size)
+    found = triton_module(__package__).scan_backward(*tokens, kept=kept, grads=grads, chunk_size=chunk_size)
     return own_memory(found, (*tokens, *kept, *grads))
 
 
@@ -65,10 +59,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     tokens, kept = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-    *of_tokens, weight, moment = memory_scan_triton_backward_operator(
+    *of_tokens, weight, momentum = memory_scan_triton_backward_operator(
         *tokens, kept, list(grads[:RESULTS]), ctx.chunk_size
     )
-    return *of_tokens, None, None, weight, moment, None
+    return *of_tokens, None, None, weight, momentum, None
 
 
 memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
@@ -78,19 +72,19 @@ memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
     "hybridmem::memory_step_triton",
     mutates_args=(),
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, Tensor weight, Tensor moment, "
+        "(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, Tensor weight, Tensor momentum, "
         "Tensor? mask) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def memory_step_triton_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`memory_step_triton`: out and the state after it."""
-    *tokens, weight, moment, mask = inputs
-    step = _triton("triton_decode").memory_step_triton
-    out, (weight, moment) = step(*tokens, MemoryState(weight, moment), mask)
-    return out, weight, moment
+    """Run `memory_step_triton`; return out and the state after it."""
+    *tokens, weight, momentum, mask = inputs
+    step = triton_module(__package__, "triton_decode").memory_step_triton
+    out, (weight, momentum) = step(*tokens, MemoryState(weight, momentum), mask)
+    return out, weight, momentum
 
 
 @memory_step_triton_operator.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    v, weight, moment = inputs[2], inputs[6], inputs[7]
-    return v.new_empty(v.shape), weight.new_empty(weight.shape), moment.new_empty(moment.shape)
+    v, weight, momentum = inputs[2], inputs[6], inputs[7]
+    return v.new_empty(v.shape), weight.new_empty(weight.shape), momentum.new_empty(momentum.shape)

@@ -1,8 +1,8 @@
-"""Every Triton kernel built ahead of time, for GPUs that need not be there, and what it takes of them.
+"""Ahead-of-time builds of every Triton kernel, for GPUs that need not be there, and the resources they use.
 
-    python -m hybridmem_kernels.aot                       # build, print the table, compare it with resources.json
-    python -m hybridmem_kernels.aot --write               # accept the table
-    python -m hybridmem_kernels.aot --targets sm90 --dtypes bf16 --match memory_scan
+    python -m hybridmem_kernels.tools.aot                       # build, print the table, compare it with resources.json
+    python -m hybridmem_kernels.tools.aot --write               # accept the table
+    python -m hybridmem_kernels.tools.aot --targets sm90 --dtypes bf16 --match memory_scan
 
 The shapes are those of the model configurations in configs/pretrain. A kernel that spills registers, needs more shared
 memory than the target has, multiplies matrices without tensor cores, or takes more than the committed table says, is
@@ -32,13 +32,13 @@ import yaml
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .attention_divergence import triton_op as attention_divergence
-from .builds import DTYPES, Build
-from .memory_mlp_scan import triton_op as memory_mlp_scan
-from .memory_scan import triton_op as memory_scan
+from ..attention_divergence import triton_autograd as attention_divergence
+from ..builds import DTYPES, Build
+from ..memory_mlp_scan import triton_autograd as memory_mlp_scan
+from ..memory_scan import triton_autograd as memory_scan
 from .resources import Resources, Row, Table, problems, read_tables, write_tables
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
+CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
 NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -59,7 +59,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """What kernels are compiled for, of a model's configuration."""
+    """Sizes in a model's configuration that kernels are compiled for."""
 
     head_dim: int
     memory_head_dim: int
@@ -123,11 +123,17 @@ def measure(target: Target, build: Build) -> Resources:
     return Resources(registers, spills, kernel.metadata.shared, len(re.findall(target.tensor_core, assembly)))
 
 
-def _alignments(build: Build) -> dict[tuple[int], list[list[Any]]]:
-    """What a launch finds out by itself: tensors, and the strides between their rows, are multiples of 16 bytes."""
+def _alignments(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Return what a launch finds out by itself: tensors, and strides of their rows, are multiples of 16 bytes."""
     aligned = ("_ptr", "_batch", "_head", "_time")
-    names = [name for name, kind in build.signature.items() if kind != "constexpr" and name.endswith(aligned)]
-    return {(build.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+    places: list[tuple[int, ...]] = []
+    for n, name in enumerate(build.kernel.arg_names):
+        kind = build.signature[name]
+        if fields := getattr(kind, "_fields", ()):
+            places += [(n, m) for m, field in enumerate(fields) if field.endswith(aligned)]
+        elif kind != "constexpr" and name.endswith(aligned):
+            places.append((n,))
+    return {place: [["tt.divisibility", 16]] for place in places}
 
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
@@ -176,7 +182,7 @@ def measure_all(arguments: tuple[Any, ...], jobs: int) -> list[Row]:
 def main(command_line: Sequence[str] | None = None) -> int:
     """Build, print, compare; 1 if something is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m hybridmem_kernels.aot",
+        prog="python -m hybridmem_kernels.tools.aot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

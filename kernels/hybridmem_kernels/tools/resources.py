@@ -1,4 +1,4 @@
-"""What built kernels take of a GPU, what is too much, and the table of it that is committed (resources.json).
+"""Resources of built kernels, their limits, and the committed table of them (resources.json).
 
 The table is kept per version of Triton, each of which allots registers in its own way: growth is only seen within one.
 """
@@ -16,7 +16,7 @@ SHARED_LIMITS = {"sm80": 163 * KILOBYTE, "sm90": 227 * KILOBYTE, "sm100": 227 * 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a built kernel takes."""
+    """Resources of a built kernel."""
 
     registers: int  # a thread
     spills: int  # bytes of registers that did not fit, a thread
@@ -38,7 +38,7 @@ Table = dict[str, dict[str, Resources]]  # target: name of the kernel: what it t
 
 
 def problems(rows: Sequence[Row], committed: Table | None) -> list[str]:
-    """What is wrong, in words; `committed` is the table of the same version of Triton, None if there is none."""
+    """Describe every violation; `committed` is the table of the same version of Triton, None if there is none."""
     found = []
     for row in rows:
         place, resources, limit = f"{row.target} {row.name}", row.resources, SHARED_LIMITS[row.target]

@@ -37,7 +37,7 @@ class ChunkInputs(NamedTuple):
 
 
 class _Surprise(NamedTuple):
-    """The MLP over the keys at the anchors, and what it says about the step size."""
+    """The MLP over the keys at the anchors, and the bound that it puts on the step size."""
 
     inputs: list[Float[Tensor, "lanes width _"]]  # a_n
     errors: list[Float[Tensor, "lanes width _"]]  # e_n
@@ -52,20 +52,18 @@ def chunk_forward(
 ) -> tuple[Float[Tensor, "lanes width dim"], list[Tensor], list[Tensor]]:
     """Read and write one chunk: (out, weights, momenta) after it."""
     surprise = _surprise(inputs, anchors, max_grad_norm)
-    after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
+    reach = inputs.after[..., 2:] * surprise.theta[:, None]
     x, new_weights, new_momenta = inputs.q, [], []
-    for n, (weight, moment) in enumerate(zip(weights, momenta, strict=True)):
+    for n, (weight, momentum) in enumerate(zip(weights, momenta, strict=True)):
         if n:
             x = F.silu(x)
         a, error = surprise.inputs[n], surprise.errors[n]
-        read = torch.bmm(x, weight).mul_(after[..., 0, None])
-        read.addcmul_(torch.bmm(x, moment), after[..., 1, None])
-        x = read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
+        x = _answer(inputs, x, weight, momentum, a, error, reach)
         moved, written = (_end(inputs, surprise, part)[..., None] * a for part in range(2))
-        of_weight, of_moment = _carry(inputs)
-        new_weight = (of_weight[0] * weight).addcmul_(of_weight[1], moment)
+        of_weight, of_momentum = _carry(inputs)
+        new_weight = (of_weight[0] * weight).addcmul_(of_weight[1], momentum)
         new_weights.append(new_weight.baddbmm_(moved.mT, error, alpha=-1))
-        new_momenta.append((of_moment * moment).baddbmm_(written.mT, error, alpha=-1))
+        new_momenta.append((of_momentum * momentum).baddbmm_(written.mT, error, alpha=-1))
     return inputs.q + x, new_weights, new_momenta
 
 
@@ -87,20 +85,20 @@ def chunk_backward(
     surprise = _surprise(inputs, anchors, max_grad_norm)
     after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
     answers = _answers(inputs, surprise, weights, momenta, reach)
-    of_weight, of_moment = _carry(inputs)
+    of_weight, of_momentum = _carry(inputs)
     grad_inputs = [torch.zeros_like(a) for a in surprise.inputs]
     grad_errors = [torch.zeros_like(e) for e in surprise.errors]
     grad_reach = torch.zeros_like(reach)
     grad_ends = [torch.zeros_like(inputs.theta) for _ in range(2)]
-    grad_after, end_of_weight, end_of_moment = into.after, into.weight_rows[:, -1], into.momentum_rows[:, -1]
+    grad_after, end_of_weight, end_of_momentum = into.after, into.weight_rows[:, -1], into.momentum_rows[:, -1]
     new_weights, new_momenta, grad = [], [], grad_out
     for n in reversed(range(len(weights))):
-        weight, moment, a, error = weights[n], momenta[n], surprise.inputs[n], surprise.errors[n]
+        weight, momentum, a, error = weights[n], momenta[n], surprise.inputs[n], surprise.errors[n]
         x = F.silu(answers[n]) if n else answers[n]
-        through_weight, through_moment = grad * after[..., 0, None], grad * after[..., 1, None]
-        by_weight, by_moment = torch.bmm(grad, weight.mT), torch.bmm(grad, moment.mT)
-        to_weight, to_moment = grad_weights[n], grad_momenta[n]
-        for column, pulled in enumerate((by_weight, by_moment)):
+        through_weight, through_momentum = grad * after[..., 0, None], grad * after[..., 1, None]
+        by_weight, by_momentum = torch.bmm(grad, weight.mT), torch.bmm(grad, momentum.mT)
+        to_weight, to_momentum = grad_weights[n], grad_momenta[n]
+        for column, pulled in enumerate((by_weight, by_momentum)):
             grad_after[..., column] += torch.linalg.vecdot(x, pulled)
         products = torch.bmm(x, a.mT)
         grad_mix = torch.bmm(grad, error.mT).neg_()
@@ -108,27 +106,27 @@ def chunk_backward(
         grad_reach.addcmul_(grad_mix, products)
         grad_products = grad_mix.mul_(reach)
         grad_inputs[n].baddbmm_(grad_products.mT, x)
-        grad = by_weight.mul_(after[..., 0, None]).addcmul_(by_moment, after[..., 1, None]).baddbmm_(grad_products, a)
+        grad = by_weight.mul_(after[..., 0, None]).addcmul_(by_momentum, after[..., 1, None]).baddbmm_(grad_products, a)
         if n:
             grad = grad.mul_(_silu_slope(answers[n]))
 
-        for part, to in enumerate((to_weight, to_moment)):
+        for part, to in enumerate((to_weight, to_momentum)):
             end = _end(inputs, surprise, part)[..., None]
             pulled = torch.bmm(error, to.mT)
             grad_errors[n].baddbmm_(a * end, to, alpha=-1)
             grad_ends[part] -= torch.linalg.vecdot(pulled, a)
             grad_inputs[n].addcmul_(pulled, end, value=-1)
         end_of_weight[:, 0] += _dot(to_weight, weight)
-        end_of_weight[:, 1] += _dot(to_weight, moment)
-        end_of_moment[:, 1] += _dot(to_moment, moment)
+        end_of_weight[:, 1] += _dot(to_weight, momentum)
+        end_of_momentum[:, 1] += _dot(to_momentum, momentum)
         new_weights.append((of_weight[0] * to_weight).baddbmm_(x.mT, through_weight))
-        moved = (of_weight[1] * to_weight).addcmul_(of_moment, to_moment)
-        new_momenta.append(moved.baddbmm_(x.mT, through_moment))
+        moved = (of_weight[1] * to_weight).addcmul_(of_momentum, to_momentum)
+        new_momenta.append(moved.baddbmm_(x.mT, through_momentum))
     torch.add(grad_out, grad, out=into.q)
 
     grad_theta = torch.linalg.vecdot(grad_reach, after[..., 2:], dim=1)
     grad_after[..., 2:] += grad_reach.mul_(surprise.theta[:, None])
-    for end, of_end, rows in zip(grad_ends, (end_of_weight, end_of_moment), inputs[4:], strict=True):
+    for end, of_end, rows in zip(grad_ends, (end_of_weight, end_of_momentum), inputs[4:], strict=True):
         of_end[:, 2:].addcmul_(end, surprise.theta)
         grad_theta.addcmul_(end, rows[:, -1, 2:])
     _bound_backward(inputs, surprise, grad_theta, grad_inputs, grad_errors, into.theta)
@@ -158,14 +156,21 @@ def _surprise(inputs: ChunkInputs, anchors: LaneWeights, max_grad_norm: float | 
 def _answers(
     inputs: ChunkInputs, surprise: _Surprise, weights: LaneWeights, momenta: LaneWeights, reach: Tensor
 ) -> list[Tensor]:
-    """What each layer is given for the queries, before its SiLU."""
+    """Return the input of each layer for the queries, before its SiLU."""
     answers = [inputs.q]
-    for n, (weight, moment) in enumerate(zip(weights[:-1], momenta[:-1], strict=True)):
+    for n, (weight, momentum) in enumerate(zip(weights[:-1], momenta[:-1], strict=True)):
         x = F.silu(answers[-1]) if n else answers[-1]
-        read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
-        read.addcmul_(torch.bmm(x, moment), inputs.after[..., 1, None])
-        answers.append(read.baddbmm_(torch.bmm(x, surprise.inputs[n].mT).mul_(reach), surprise.errors[n], alpha=-1))
+        answers.append(_answer(inputs, x, weight, momentum, surprise.inputs[n], surprise.errors[n], reach))
     return answers
+
+
+def _answer(
+    inputs: ChunkInputs, x: Tensor, weight: Tensor, momentum: Tensor, a: Tensor, error: Tensor, reach: Tensor
+) -> Float[Tensor, "lanes width _"]:
+    """Return the output of one layer for `x`, the first line above."""
+    read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
+    read.addcmul_(torch.bmm(x, momentum), inputs.after[..., 1, None])
+    return read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
 
 
 def _bound_backward(
@@ -217,13 +222,16 @@ def _surprise_backward(
 
 
 def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """How the state passes the chunk: (weights from weights, weights from momenta), momenta from momenta."""
-    end_of_weight, end_of_moment = inputs.weight_rows[:, -1, :2, None, None], inputs.momentum_rows[:, -1, 1, None, None]
-    return (end_of_weight[:, 0], end_of_weight[:, 1]), end_of_moment
+    """Return the state's decays over the chunk: (weights from weights, weights from momenta), momenta from momenta."""
+    end_of_weight, end_of_momentum = (
+        inputs.weight_rows[:, -1, :2, None, None],
+        inputs.momentum_rows[:, -1, 1, None, None],
+    )
+    return (end_of_weight[:, 0], end_of_weight[:, 1]), end_of_momentum
 
 
 def _end(inputs: ChunkInputs, surprise: _Surprise, part: int) -> Float[Tensor, "lanes width"]:
-    """How much of each write is left at the chunk's end, in the weights (part 0) or the momenta (1)."""
+    """Return the share of each write at the chunk's end, in the weights (part 0) or the momenta (1)."""
     return inputs[4 + part][:, -1, 2:] * surprise.theta
 
 

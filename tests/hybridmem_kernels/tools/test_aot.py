@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MEASURED = """
 import torch, triton, triton.language as tl
-from hybridmem_kernels.aot import TARGETS, measure
+from hybridmem_kernels.attention_divergence.triton_autograd import builds
 from hybridmem_kernels.builds import Build
+from hybridmem_kernels.tools.aot import TARGETS, _alignments, measure
 
 @triton.jit
 def product(a_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
@@ -24,6 +25,10 @@ def product(a_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 def resources(target, size, precision, num_warps):
     signature = dict(a_ptr="*fp32", out_ptr="*fp32", SIZE="constexpr", PRECISION="constexpr")
     return measure(TARGETS[target], Build("", product, signature, dict(SIZE=size, PRECISION=precision), num_warps, 1))
+
+for build in builds(64, 64, torch.bfloat16):  # pointers and strides in tuples are aligned as others are
+    places = [build.kernel.arg_names.index(name) for name in ("vectors", "strides")]
+    assert {(places[0], 0), (places[0], 1), (places[1], 0), (places[1], 5)} <= set(_alignments(build)), build.name
 
 for target in TARGETS:
     fast = resources(target, 32, "ieee" if target == "gfx942" else "tf32", 4)
@@ -59,15 +64,15 @@ def test_registers_spills_and_tensor_cores_are_seen(tmp_path):
     ],
 )
 def test_kernels_stay_within_the_committed_table(target, match):
-    """Some of them, of the operators and targets in turn; `python -m hybridmem_kernels.aot` builds all."""
+    """Some of them, of the operators and targets in turn; `python -m hybridmem_kernels.tools.aot` builds all."""
     options = ["--dtypes", "bf16", "--configs", "configs/pretrain/170m.yaml", "--jobs", "1"]
-    done = run("-m", "hybridmem_kernels.aot", "--targets", target, "--match", match, *options)
+    done = run("-m", "hybridmem_kernels.tools.aot", "--targets", target, "--match", match, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no spill" in done.stdout
     assert f"{target:8}" in done.stdout
 
 
 def test_asking_for_no_kernel_is_an_error():
-    done = run("-m", "hybridmem_kernels.aot", "--match", "no such kernel")
+    done = run("-m", "hybridmem_kernels.tools.aot", "--match", "no such kernel")
     assert done.returncode == 2
     assert "no kernel is asked for" in done.stderr

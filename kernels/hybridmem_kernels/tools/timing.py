@@ -1,4 +1,4 @@
-"""How long the operators take, PyTorch beside Triton, at the heads of configs/pretrain."""
+"""Timings of the operators, PyTorch against Triton, at the heads of configs/pretrain."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from .attention_divergence import attention_divergence
-from .memory_mlp_scan import memory_mlp_scan
-from .memory_scan import memory_scan
+from ..attention_divergence import attention_divergence
+from ..memory_mlp_scan import memory_mlp_scan
+from ..memory_scan import memory_scan
 
 BATCH, DIM, WINDOW = 4, 64, 512
 HEADS = (12, 24)  # of configs/pretrain/170m.yaml and 760m.yaml
@@ -33,7 +33,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: `run` takes a backend; `leaves` get gradients, none of them: the forward alone."""
+    """One timed call: `run` takes a backend; `leaves` get gradients, without leaves the forward alone is timed."""
 
     operator: str
     heads: int

@@ -1,4 +1,4 @@
-"""Attention as a policy in Triton: how the kernels are launched, and their place in autograd.
+"""Attention as a policy in Triton: launches of the kernels, and their place in autograd.
 
 The log-sum-exps of a policy are one launch each, the comparison of both is one, the backward three for every slab of
 queries. README.md has the derivation and what it costs.
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..builds import DTYPES, Build
-from .chunked import Settings
+from .autograd import Settings, compare_policies
 from .reference import AttentionPolicy, AttentionStats
 from .triton_backward import grad_keys_kernel, grad_queries_kernel, slopes_kernel
 from .triton_forward import compare_kernel, log_sums_kernel
 from .triton_plan import OPERANDS, Plan, Tiles
+from .triton_tiles import Strides, Vectors
 
 LARGEST_DIM = 256
 SLAB = 32  # numbers of v per query and head that are held at once; the more, the fewer sums of dk go through memory
@@ -41,11 +41,8 @@ def attention_divergence_triton(
     """
     for side in (policy, policy_ref):
         _check(side)
-    tensors = (policy.q, policy.k, policy_ref.q, policy_ref.k, query_mask, key_mask)
-    settings = (*policy[2:], *policy_ref[2:], exclude_self, divergence)
-    compiling = torch.compiler.is_compiling()
-    compare = torch.ops.hybridmem.attention_divergence_triton if compiling else _AttentionDivergence.apply
-    return AttentionStats(*compare(*tensors, *settings)[:4])
+    functions = ("attention_divergence_triton", compare_forward, compare_backward)
+    return compare_policies(*functions, policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
 
 
 def builds(
@@ -70,13 +67,15 @@ def builds(
     ]
     element = f"*{DTYPES[dtype]}"
     masks = dict(query_mask_ptr="*u8", key_mask_ptr="*u8", needed_blocks_ptr="*i32")
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "q_ref_ptr", "k_ref_ptr", "grad_q_ptr"), element) | masks
+    vectors, strides = Vectors(element, element), Strides._make(["i32"] * len(Strides._fields))
+    policies = dict(vectors=vectors, vectors_ref=vectors, strides=strides, strides_ref=strides)
     scales = dict.fromkeys(("scale", "log_scale", "log_scale_ref"), "fp32")
+    others = masks | policies | scales | dict(grad_q_ptr=element)
 
     def build(name: str, kernel: Any, constants: dict[str, Any]) -> Build:
         absent = {} if masked else {mask: None for mask in masks if mask in kernel.arg_names}
         constexprs = constants | absent
-        types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names} | pointers | scales
+        types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names} | others
         signature = {name: "constexpr" if name in constexprs else types[name] for name in kernel.arg_names}
         label = f"attention_divergence {name} {dim}/{dim_ref} {divergence} {element[1:]}"
         return Build(label, kernel, signature, constexprs, plan.tiles.num_warps, plan.tiles.num_stages)
@@ -117,35 +116,30 @@ class _Side(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """Without the persistent ones."""
+        """Number of keys without the persistent ones."""
         return self.k.shape[2] - self.persistent
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its scores' factors."""
+        """The dtype of its scores' factors."""
         return torch.promote_types(self.q.dtype, self.k.dtype)
 
     def arguments(self, suffix: str = "") -> dict[str, Any]:
-        """Its part of a kernel's arguments; `suffix` tells the reference's from the others."""
-        vectors = {f"q{suffix}": self.q, f"k{suffix}": self.k}
-        strides = {
-            f"{name}_{axis}": x.stride(place)
-            for name, x in vectors.items()
-            for place, axis in enumerate(("batch", "head", "time"))
-        }
-        settings = dict(
+        """Return its part of a kernel's arguments; the reference's names end in `suffix`."""
+        arguments = dict(
+            vectors=Vectors(self.q, self.k),
+            strides=Strides(*self.q.stride()[:3], *self.k.stride()[:3]),
             log_scale=self.scale * log2(e),
             heads=self.q.shape[1],
             group=self.q.shape[1] // self.k.shape[1],
             persistent=self.persistent,
             window=self.window,
         )
-        settings = {f"{name}{suffix}": x for name, x in settings.items()}
-        return settings | strides | {f"{name}_ptr": x for name, x in vectors.items()}
+        return {f"{name}{suffix}": x for name, x in arguments.items()}
 
 
 class _Kept(NamedTuple):
-    """What the forward keeps for the backward beside its inputs."""
+    """Tensors that the forward keeps for the backward besides its inputs."""
 
     normaliser: Float[Tensor, "batch heads queries"]  # L; inf for a query that does not count or has no support
     normaliser_ref: Float[Tensor, "batch heads_ref queries"]
@@ -155,28 +149,8 @@ class _Kept(NamedTuple):
     mean_slope: Float[Tensor, "batch queries"]  # Σ p · (the divergence's derivative by p)
 
     def arguments(self) -> dict[str, Tensor]:
-        """Its part of a kernel's arguments."""
+        """Return its part of a kernel's arguments."""
         return {f"{name}_ptr": x for name, x in self._asdict().items()}
-
-
-class _AttentionDivergence(torch.autograd.Function):
-    """The stats; saves inputs, L of every head and query, and four numbers per query."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        tensors, settings = arguments[:6], Settings(*arguments[6:])
-        stats, kept = compare_forward(*tensors, settings=settings)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats[2])
-        return stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        return *compare_backward(*tensors, kept=kept, grads=grads, settings=ctx.settings), *(None,) * 12
 
 
 def compare_forward(*tensors: Any, settings: Settings) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -196,7 +170,7 @@ def compare_backward(
 
 
 class _Problem(NamedTuple):
-    """What forward and backward begin with."""
+    """Prepared inputs of a forward or backward."""
 
     side: _Side
     side_ref: _Side
@@ -223,21 +197,21 @@ class _Problem(NamedTuple):
         return cls(side, side_ref, query_mask, key_mask, plan)
 
     def blocks(self) -> int:
-        """Of queries."""
+        """Return the number of blocks of queries."""
         return triton.cdiv(self.side.q.shape[2], self.plan.tiles.rows)
 
     def of_both(self) -> dict[str, Any]:
-        """The arguments and constants of a kernel that sees both policies."""
+        """Return the arguments and constants of a kernel that sees both policies."""
         return dict(self.of_rows(), **self.side.arguments(), **self.side_ref.arguments("_ref"), **self.plan.compare)
 
     def of_rows(self) -> dict[str, Any]:
-        """The arguments that every kernel has, and how it is launched."""
+        """Return the arguments of every kernel, and the launch options."""
         lengths = dict(queries=self.side.q.shape[2], keys=self.side.keys)
         return dict(lengths, key_mask_ptr=self.key_mask, **self.plan.options)
 
 
 def _compare(problem: _Problem) -> tuple[AttentionStats, _Kept]:
-    """Both passes of the forward."""
+    """Run both passes of the forward."""
     q, plan = problem.side.q, problem.plan
     batch, _, queries, _ = q.shape
     normaliser, log_share = _log_sums(problem, problem.side, plan.log_sums)
@@ -260,7 +234,7 @@ def _compare(problem: _Problem) -> tuple[AttentionStats, _Kept]:
 def _log_sums(
     problem: _Problem, side: _Side, constants: dict[str, Any]
 ) -> tuple[Float[Tensor, "batch heads queries"], Float[Tensor, "batch heads queries"]]:
-    """(L, the logarithm of each head's share on the support)."""
+    """Return (L, the logarithm of each head's share on the support)."""
     normaliser, log_share = (side.q.new_empty(side.q.shape[:3], dtype=torch.float32) for _ in range(2))
     log_sums_kernel[(problem.blocks(), side.q.shape[0] * side.q.shape[1])](
         query_mask_ptr=problem.query_mask,
@@ -283,7 +257,7 @@ class _Slab(NamedTuple):
 
 
 def _slabs(side: _Side, tiles: Tiles) -> tuple[int, list[_Slab]]:
-    """(how many tiles of keys a block of queries sees at most, the slabs)."""
+    """Return (the most tiles of keys that a block of queries sees, the slabs)."""
     _, heads, queries, _ = side.q.shape
     reach = (tiles.rows + side.window + tiles.columns - 3) // tiles.columns + 1
     slots = min(reach, triton.cdiv(side.keys, tiles.columns))
@@ -301,7 +275,7 @@ def _slabs(side: _Side, tiles: Tiles) -> tuple[int, list[_Slab]]:
 
 
 def _needed_blocks(query_mask: Tensor | None, rows: int) -> Int[Tensor, "batch 2"] | None:
-    """The first block that has a query that counts, and the one after the last, for each row of the batch."""
+    """Return for each row the first block with a query that counts, and the one after the last."""
     if query_mask is None:
         return None
     padded = F.pad(query_mask, (0, -query_mask.shape[1] % rows))
@@ -312,7 +286,7 @@ def _needed_blocks(query_mask: Tensor | None, rows: int) -> Int[Tensor, "batch 2
 
 
 def _gradient(problem: _Problem, kept: _Kept, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(dq, dk in float32), slab by slab."""
+    """Return (dq, dk in float32), computed slab by slab."""
     side, plan = problem.side, problem.plan
     q, k, tiles = side.q, side.k, plan.tiles
     batch, heads = q.shape[:2]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hybridmem_kernels import memory_scan
-from hybridmem_kernels.check import TOLERANCES, Case, cases, compare, compare_nth
-from hybridmem_kernels.timing import NUM_CALLS, calls, measure
+from hybridmem_kernels.tools.gpu_check import TOLERANCES, Case, cases, compare, compare_nth
+from hybridmem_kernels.tools.timing import NUM_CALLS, calls, measure
 
 pytest.importorskip("triton")
 
@@ -61,7 +61,7 @@ def test_calls_are_timed_for_either_backend(capsys):
 
 
 def test_without_a_gpu_it_says_so_and_fails(tmp_path):
-    command = [sys.executable, "-m", "hybridmem_kernels.check", "--output", tmp_path / "result.json"]
+    command = [sys.executable, "-m", "hybridmem_kernels.tools.gpu_check", "--output", tmp_path / "result.json"]
     hidden = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert done.returncode == 1
@@ -70,6 +70,6 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path):
 
 
 def test_the_script_runs_it():
-    script = Path(__file__).parents[2] / "scripts" / "check_gpu"
-    assert "-m hybridmem_kernels.check" in script.read_text()
+    script = Path(__file__).parents[3] / "scripts" / "check_gpu"
+    assert "-m hybridmem_kernels.tools.gpu_check" in script.read_text()
     assert os.access(script, os.X_OK)

@@ -1,6 +1,6 @@
-"""What a machine with a GPU can tell of the Triton operators: whether they are right, and how fast.
+"""Correctness and speed of the Triton operators on a GPU.
 
-    python -m hybridmem_kernels.check [--output check_gpu.json]
+    python -m hybridmem_kernels.tools.gpu_check [--output check_gpu.json]
 
 Outputs and gradients of each case are compared in float32, bfloat16 and float16 with the token-by-token definition in
 float64 on the same inputs, in --jobs processes, since most of the time goes into building kernels. Then both backends
@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_divergence import attention_divergence
-from .memory_mlp_scan import MemoryMLPState, memory_mlp_scan
-from .memory_scan import MemoryState, memory_scan
+from ..attention_divergence import attention_divergence
+from ..memory_mlp_scan import MemoryMLPState, memory_mlp_scan
+from ..memory_scan import MemoryState, memory_scan
 from .timing import NUM_CALLS, benchmark, build
 
 # Of a tensor's norm: rounding to the dtype, and sums in another order. With tokens of 16 bits products are in TF32,
@@ -258,7 +258,7 @@ def compare_all(time: int, bench_time: int, jobs: int) -> list[Comparison]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the machine that the figures belong to."""
     import triton
 
     gpu = torch.cuda.get_device_properties(0)

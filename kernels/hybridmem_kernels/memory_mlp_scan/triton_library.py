@@ -1,30 +1,24 @@
-"""The scan in Triton as an operator of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in Triton."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import given, own_memory, zeros_where_none
+from ..library import given, own_memory, triton_module, zeros_where_none
 from .chunked import Inputs
-from .operator import INPUTS
-
-
-def _triton() -> Any:
-    """What imports Triton, which not every machine has."""
-    return import_module(".triton_op", __package__)
+from .library import INPUTS
 
 
 @torch.library.custom_op("hybridmem::memory_mlp_scan_triton", mutates_args=(), schema=f"({INPUTS}) -> Tensor[]")
 def memory_mlp_scan_triton_operator(*arguments: Any) -> list[Tensor]:
-    """Out, filled, the layers of weights, momenta and anchors, and the states that the backward starts from."""
+    """Return out, filled, the layers of weights, momenta and anchors, and the states before every chunk."""
     inputs = Inputs._make(arguments)
-    call = _triton().Call.of(inputs)
+    call = triton_module(__package__).Call.of(inputs)
     learned, *state = call.pack(inputs.layers)
     if call.blocks.times.numel():
-        (out, *ends), states = _triton().scan_forward(call, *inputs[:6], learned, *state)
+        (out, *ends), states = triton_module(__package__).scan_forward(call, *inputs[:6], learned, *state)
         states[:, -1, 1] = 0  # the given anchors have no momenta: nobody writes there, and results must not be random
     else:  # nothing but padding
         out, ends, states = torch.zeros_like(inputs.v), state, learned.new_zeros(_states(inputs, 2))
@@ -51,14 +45,14 @@ def _(*arguments: Any) -> list[Tensor]:
     schema=f"({INPUTS}, Tensor states, Tensor? grad_out, Tensor?[] grads) -> Tensor[]",
 )
 def memory_mlp_scan_triton_backward_operator(*arguments: Any) -> list[Tensor]:
-    """The gradients of tokens and then those of layers."""
+    """Return the gradients of tokens, then those of layers."""
     inputs, (states, grad_out, grads) = Inputs._make(arguments[:13]), arguments[13:]
-    call = _triton().Call.of(inputs)
+    call = triton_module(__package__).Call.of(inputs)
     depth = len(inputs.layers) // 4
     packed = call.pack(zeros_where_none(grads, inputs.layers[depth:]))
     if call.blocks.times.numel():
         (grad_out,) = zeros_where_none([grad_out], [inputs.v])
-        found = _triton().scan_backward(call, *inputs[:6], states=states, grads=(grad_out, *packed))
+        found = triton_module(__package__).scan_backward(call, *inputs[:6], states=states, grads=(grad_out, *packed))
     else:
         found = [*(torch.zeros_like(x) for x in inputs[:6]), torch.zeros_like(packed[0][0]), *packed]
     layers = [w for group in found[6:] for w in call.unpack(group)]
@@ -74,9 +68,9 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _states(inputs: Inputs, count: Any) -> tuple[Any, ...]:
-    """The shape of `count` states of every lane."""
+    """Return the shape of `count` states of every lane."""
     batch, heads = inputs.q.shape[:2]
-    shape = _triton().shape_of(_triton().widths_of(inputs), inputs.chunk_size)
+    shape = triton_module(__package__).shape_of(triton_module(__package__).widths_of(inputs), inputs.chunk_size)
     return (batch * heads, count, 2, shape.state_size)
 
 

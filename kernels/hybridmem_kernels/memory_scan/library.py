@@ -1,4 +1,4 @@
-"""The scan in chunks as an operator of torch.library, for compiled graphs."""
+"""Operators of torch.library for compiled graphs: the scan in chunks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import own_memory
+from ..library import own_memory
 from .chunked import Chunks, scan_backward, scan_forward
 
-RESULTS = 3  # out, weight, momentum; behind them what the backward needs
+RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
 
 
 @torch.library.custom_op(
     "hybridmem::memory_scan",
     mutates_args=(),
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor momentum, Tensor theta, Tensor? active, Tensor? continues, "
-        "Tensor weight, Tensor moment, SymInt size) -> Tensor[]"
+        "(Tensor q, Tensor k, Tensor v, Tensor keep, Tensor eta, Tensor theta, Tensor? active, Tensor? continues, "
+        "Tensor weight, Tensor momentum, SymInt size) -> Tensor[]"
     ),
 )
 def memory_scan_operator(*inputs: Any) -> list[Tensor]:
-    """`scan_forward`, its results and then the chunks, flat."""
+    """Run `scan_forward`; return its results, then the chunks, flat."""
     results, chunks = scan_forward(*inputs)
     return own_memory((*results, *chunks), inputs[:-1])
 
@@ -32,12 +32,12 @@ def _(
     k: Tensor,
     v: Tensor,
     keep: Tensor,
-    momentum: Tensor,
+    eta: Tensor,
     theta: Tensor,
     active: Tensor | None,
     continues: Tensor | None,
     weight: Tensor,
-    moment: Tensor,
+    momentum: Tensor,
     size: int,
 ) -> list[Tensor]:
     (batch, heads, time, key_dim), value_dim = q.shape, v.shape[-1]
@@ -49,7 +49,7 @@ def _(
     saved += [(n, size + 1, size + 2)] * 2  # weight_rows, momentum_rows
     saved += [(n, size, size)] * 3  # key_products, query_products, inverse
     saved += [(n, size, 2 * key_dim), (n, size, value_dim), (n + lanes, 2 * key_dim, value_dim), (n, 2, 2)]
-    results = [v.new_empty(v.shape), weight.new_empty(weight.shape), moment.new_empty(moment.shape)]
+    results = [v.new_empty(v.shape), weight.new_empty(weight.shape), momentum.new_empty(momentum.shape)]
     return [*results, *(weight.new_empty(shape) for shape in saved)]
 
 
@@ -57,7 +57,7 @@ def _(
     "hybridmem::memory_scan_backward",
     mutates_args=(),
     schema=(
-        "(Tensor?[] chunks, Tensor? grad_out, Tensor? grad_weight, Tensor? grad_moment, SymInt[] shape, "
+        "(Tensor?[] chunks, Tensor? grad_out, Tensor? grad_weight, Tensor? grad_momentum, SymInt[] shape, "
         "ScalarType[] dtypes) -> Tensor[]"
     ),
 )
@@ -65,12 +65,12 @@ def memory_scan_backward_operator(
     chunks: Sequence[Any],
     grad_out: Tensor | None,
     grad_weight: Tensor | None,
-    grad_moment: Tensor | None,
+    grad_momentum: Tensor | None,
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
-    """`scan_backward`."""
-    grads = (grad_out, grad_weight, grad_moment)
+    """Run `scan_backward`."""
+    grads = (grad_out, grad_weight, grad_momentum)
     return own_memory(scan_backward(Chunks._make(chunks), grads, shape, dtypes), (*chunks, *grads))
 
 
@@ -79,7 +79,7 @@ def _(
     chunks: Sequence[Any],
     grad_out: Tensor | None,
     grad_weight: Tensor | None,
-    grad_moment: Tensor | None,
+    grad_momentum: Tensor | None,
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
@@ -107,10 +107,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tokens_and_gates, weight, moment = memory_scan_backward_operator(
+    *tokens_and_gates, weight, momentum = memory_scan_backward_operator(
         ctx.saved_tensors, *grads[:RESULTS], ctx.shape, ctx.dtypes
     )
-    return *tokens_and_gates, None, None, weight, moment, None
+    return *tokens_and_gates, None, None, weight, momentum, None
 
 
 memory_scan_operator.register_autograd(_backward, setup_context=_setup)

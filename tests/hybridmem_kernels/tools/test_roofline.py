@@ -15,9 +15,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from hybridmem_kernels import attention_divergence, memory_mlp_scan, memory_scan
 
-from .inputs import scan_inputs
+from ..inputs import scan_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "kernels.md"
 # Imported by the process below alone: recording needs kernels that are not under the interpreter.
 SHAPES = "Shapes(batch=1, heads=2, time=128, dim=32, chunk=32, widths=(32, 64, 32), window=64)"
@@ -69,7 +69,7 @@ def call(operator: str) -> None:
 def test_operations_are_those_of_the_kernels(operator, counted):
     """Tiles do up to twice what is needed, where they stick out or repeat products that cost little."""
     call(operator)
-    code = f"from hybridmem_kernels.roofline import *; print({operator}_operations({SHAPES}))"
+    code = f"from hybridmem_kernels.tools.roofline import *; print({operator}_operations({SHAPES}))"
     needed = eval(python(code))
     assert {name for name, count in counted.items() if count} == set(needed)
     twice = 2 if operator == "memory_scan" else 1  # its backward prepares the chunks once more
@@ -80,7 +80,7 @@ def test_operations_are_those_of_the_kernels(operator, counted):
 
 def test_launches_and_bytes_are_counted():
     code = f"""
-from hybridmem_kernels.roofline import *
+from hybridmem_kernels.tools.roofline import *
 for cost in costs("memory_scan", {SHAPES}):
     if cost.kernel == "output_kernel":
         print(cost.launches, cost.backward, cost.bytes)
@@ -93,7 +93,7 @@ for cost in costs("memory_scan", {SHAPES}):
 
 def test_estimates_are_the_longer_of_bytes_and_operations():
     code = """
-from hybridmem_kernels.roofline import *
+from hybridmem_kernels.tools.roofline import *
 gpu = GPU(bandwidth=100.0, bf16=1000.0, tf32=500.0, multiprocessors=10)
 def seconds(kernel, programs, size, operations):
     return Cost("", False, kernel, 1, programs, size, operations).seconds(gpu) - LAUNCH
@@ -108,7 +108,7 @@ def test_the_page_holds_the_table_of_today():
     code = """
 import sys
 from pathlib import Path
-from hybridmem_kernels import roofline
+from hybridmem_kernels.tools import roofline
 page = Path(sys.argv[1]).read_text()
 lines = roofline.table([c for o in roofline.OPERATORS for c in roofline.costs(o, roofline.Shapes.of(roofline.CONFIG))])
 assert roofline.rewritten(page, lines) == page

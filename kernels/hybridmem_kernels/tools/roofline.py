@@ -1,6 +1,6 @@
-"""What a call of a Triton operator costs: launches, bytes and operations, and what GPUs would make of them at best.
+"""The cost of a call of a Triton operator: launches, bytes and operations, and a lower bound of its time on GPUs.
 
-    python -m hybridmem_kernels.roofline [--write docs/kernels.md]
+    python -m hybridmem_kernels.tools.roofline [--write docs/kernels.md]
 
 Launches and bytes are written down from the operators themselves (recording.py): each tensor that a kernel is given
 counts once, as if the caches held what is read again. Operations are those of the matrix products, by the formulas
@@ -22,15 +22,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from .attention_divergence.reference import AttentionPolicy
-from .attention_divergence.triton_op import attention_divergence_triton
-from .memory_mlp_scan.reference import initial_state
-from .memory_mlp_scan.triton_op import memory_mlp_scan_triton
-from .memory_scan.reference import empty_state
-from .memory_scan.triton_op import memory_scan_triton
+from ..attention_divergence.reference import AttentionPolicy
+from ..attention_divergence.triton_autograd import attention_divergence_triton
+from ..memory_mlp_scan.reference import initial_state
+from ..memory_mlp_scan.triton_autograd import memory_mlp_scan_triton
+from ..memory_scan.reference import empty_state
+from ..memory_scan.triton_autograd import memory_scan_triton
 from .recording import Launch, recorded
 
-CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "170m.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "pretrain" / "170m.yaml"
 MARKS = ("<!-- roofline -->\n", "<!-- end of roofline -->\n")
 LAUNCH = 4e-6  # seconds until the next kernel starts
 
@@ -65,7 +65,7 @@ class Shapes:
 
     @classmethod
     def of(cls, path: Path) -> "Shapes":
-        """Those of a training configuration, at depth 2 for a deep memory."""
+        """Read the sizes of a training configuration, at depth 2 for a deep memory."""
         settings = yaml.safe_load(path.read_text())
         config, data = settings["model"]["init_args"]["config"], settings["data"]["init_args"]
         dim = config["memory_head_dim"]
@@ -81,7 +81,7 @@ class Shapes:
 
     @property
     def chunks(self) -> int:
-        """Of all rows and heads."""
+        """Number of chunks in all rows and heads."""
         return self.batch * self.heads * -(-self.time // self.chunk)
 
     @property
@@ -167,7 +167,7 @@ class ScanInputs(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes) -> "ScanInputs":
-        """Without memory."""
+        """Make tensors without memory."""
         lead = (shapes.batch, shapes.heads, shapes.time)
         tokens = [torch.empty(*lead, shapes.dim, dtype=torch.bfloat16, device="meta") for _ in range(3)]
         gates = [torch.empty(lead, device="meta") for _ in range(3)]
@@ -250,7 +250,7 @@ def _by_kernel(operator: str, backward: bool, launches: Sequence[Launch], operat
 
 
 def table(found: Sequence[Cost]) -> str:
-    """As Markdown, with a sum after every pass."""
+    """Format costs as Markdown, with a sum after every pass."""
     names = ["operator", "pass", "kernel", "launches", "programs", "MB", "GFLOP", *(f"{gpu}, µs" for gpu in GPUS)]
     lines = [_row(names), _row(["---"] * len(names))]
     for (operator, backward), group in groupby(found, key=lambda cost: (cost.operator, cost.backward)):
@@ -281,7 +281,7 @@ def rewritten(page: str, lines: str) -> str:
 
 def main(command_line: Sequence[str] | None = None) -> int:
     """Print the table, or write it into a page."""
-    parser = argparse.ArgumentParser(prog="python -m hybridmem_kernels.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hybridmem_kernels.tools.roofline", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--write", type=Path, help="a page that holds the table between its two marks")

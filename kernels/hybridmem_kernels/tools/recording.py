@@ -1,4 +1,4 @@
-"""What an operator launches, written down instead of being run: no GPU, no memory, only shapes."""
+"""Kernel launches of an operator, recorded instead of run: shapes alone, without a GPU or memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,9 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        tensors = {id(x): x for x in (*arguments, *named.values()) if isinstance(x, Tensor)}
+        given = (*arguments, *named.values())
+        fields = (x for values in given if isinstance(values, tuple) for x in values)
+        tensors = {id(x): x for x in (*given, *fields) if isinstance(x, Tensor)}
         size = sum(x.numel() * x.element_size() for x in tensors.values())
         programs = 1
         for extent in grid:
