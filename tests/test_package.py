@@ -80,43 +80,6 @@ def test_every_dependency_is_pinned():
             assert version(name).split("+")[0] == pin
 
 
-def test_no_file_imports_from_below():
-    """The README's tree is in the order of imports."""
-    order = [
-        "hybridmem_kernels",
-        "configuration",
-        "functional",
-        "state",
-        "sequence",
-        "convolution",
-        "memory",
-        "attention",
-    ]
-    order += ["cache", "variants", "modeling", "settings", "patches", "metrics", "policy", "tasks", "data", "training"]
-    order += ["compare", "cli", "__main__"]
-    for path in [*(ROOT / "hybridmem").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
-        package = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts
-        place = "hybridmem_kernels" if package[0] == "hybridmem_kernels" else package[1]
-        if place == "__init__":
-            continue
-        for target in imported(path, package):
-            if target in order and place in order:
-                assert order.index(target) <= order.index(place), f"{path.relative_to(ROOT)} imports {target}"
-
-
-def imported(path: Path, package: tuple[str, ...]) -> set[str]:
-    """First names below `hybridmem` that a file imports, and hybridmem_kernels."""
-    found = set()
-    for dots, module in re.findall(r"^\s*from (\.*)([\w.]*) import", path.read_text(), re.M):
-        parts = module.split(".") if module else []
-        absolute = [*package[: len(package) - len(dots)], *parts] if dots else parts
-        if absolute[:1] == ["hybridmem"] and len(absolute) > 1:
-            found.add(absolute[1])
-        elif absolute[:1] == ["hybridmem_kernels"]:
-            found.add("hybridmem_kernels")
-    return found
-
-
 def test_scripts_do_not_hold_paths_of_a_machine():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in tracked:

@@ -42,6 +42,20 @@ class PromptData(Protocol):
         ...
 
 
+def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
+    """Return the model inside PEFT, with new LoRA adapters.
+
+    Raises:
+        ValueError: settings that are not those of LoraConfig.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(model, LoraConfig(**settings))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora={settings} are no settings of PEFT's LoraConfig: {error}") from error
+
+
 def disable_dropout(model: Any) -> None:
     """Switch dropout off for good, that of adapters included.
 

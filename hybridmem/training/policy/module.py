@@ -14,7 +14,7 @@ from hybridmem.rl.environments.tools import tools_of
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rewards.functions import RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout
+from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, with_adapters
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
 from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
@@ -170,7 +170,7 @@ class PolicyModule(L.LightningModule):
         for objective in self.objectives.values():
             objective.prepare(policy, self._load_frozen)
         if self.lora is not None:
-            policy.model = _with_adapters(model, self.lora)
+            policy.model = with_adapters(model, self.lora)
         disable_dropout(policy.model)
         self.model = policy.model
         if self.device_mesh is not None:
@@ -289,13 +289,3 @@ class PolicyModule(L.LightningModule):
         rollouts = checkpoint["rollouts"]
         self.worker.num_rollouts, self.signal.num_empty = rollouts["count"], rollouts["empty"]
         self.groups.load_state_dict(rollouts["waiting"])
-
-
-def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
-    """Return the model inside PEFT, with new LoRA adapters."""
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        return get_peft_model(model, LoraConfig(**settings))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora={settings} are no settings of PEFT's LoraConfig: {error}") from error
