@@ -124,7 +124,8 @@ def _register(variant: str) -> type[StreamingLayer]:
     LmmStreamingLayer,
     SwaStreamingLayer,
     FullStreamingLayer,
-) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full"))
+    MahStreamingLayer,
+) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full", "mah"))
 
 
 def state_bytes(cache: Any) -> int:

@@ -183,21 +183,7 @@ class NeuralMemory(nn.Module):
 
     def _gates(self, x: Float[Tensor, "batch time hidden"]) -> tuple[Float[Tensor, "batch heads time"], ...]:
         """alpha, eta and theta; theta within the bound of `memory_step`."""
-        config = self.config
-        logits = self.gate_proj(x)
-        gates = torch.sigmoid(logits.to(state_dtype(logits.dtype))).transpose(1, 2)
-        alpha, write, *rest = gates.split(self.heads, dim=1)
-        if not config.memory_forgetting:
-            alpha = torch.zeros_like(alpha)
-        if not config.memory_momentum:
-            eta = torch.zeros_like(write)
-        elif self.momentum_logit is not None:
-            eta = torch.sigmoid(self.momentum_logit.to(write.dtype))[:, None].expand_as(write)
-        else:
-            eta = rest[0]
-        bound = write_bound(config.memory_step, eta)
-        # A deep memory has no certificate: every layer moves at once, so each gets its share of the step.
-        return alpha, eta, write * bound / config.memory_depth
+        return memory_gates(self.config, self.gate_proj(x), self.momentum_logit)
 
     def _split(self, x: Float[Tensor, "batch time channels"]) -> list[Float[Tensor, "batch heads time dim"]]:
         """Cut channels into heads, and those into q, k, v."""
@@ -218,6 +204,28 @@ def _recall(
     if isinstance(scan, MemoryState):
         return queries.to(scan.weight.dtype) @ scan.weight
     return memory_mlp(scan.weights, queries.to(scan.weights[0].dtype))
+
+
+def memory_gates(
+    config: HybridMemConfig,
+    logits: Float[Tensor, "batch time channels"],
+    momentum_logit: Float[Tensor, " heads"] | None,
+) -> tuple[Float[Tensor, "batch heads time"], ...]:
+    """Return alpha, eta and theta from the logits of alpha and theta, and of eta where it depends on the token."""
+    depends_on_token = config.memory_momentum and momentum_logit is None
+    gates = torch.sigmoid(logits.to(state_dtype(logits.dtype))).transpose(1, 2)
+    alpha, write, *rest = gates.chunk(3 if depends_on_token else 2, dim=1)
+    if not config.memory_forgetting:
+        alpha = torch.zeros_like(alpha)
+    if not config.memory_momentum:
+        eta = torch.zeros_like(write)
+    elif momentum_logit is not None:
+        eta = torch.sigmoid(momentum_logit.to(write.dtype))[:, None].expand_as(write)
+    else:
+        eta = rest[0]
+    bound = write_bound(config.memory_step, eta)
+    # A deep memory has no certificate: every layer moves at once, so each gets its share of the step.
+    return alpha, eta, write * bound / config.memory_depth
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
