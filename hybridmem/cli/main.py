@@ -41,11 +41,13 @@ from hybridmem.training.errors import (
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.pretrain import PretrainModule
 
+from .convert import convert
 from .generate import generate
 from .subnetwork import subnetwork
 
 Trained = PretrainModule | PolicyModule
 COMMANDS = {
+    "convert": convert,
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
@@ -63,6 +65,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
+  convert    a pretrained model of transformers as a HybridMem folder with the same logits
   fit        train: pretraining, or whatever the configuration says
   validate   held-out loss of a checkpoint
   test       loss by position and needles of a checkpoint

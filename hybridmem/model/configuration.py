@@ -142,7 +142,7 @@ class HybridMemConfig(PreTrainedConfig):
             ]
         pretrained_rope = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
-        if pretrained_rope:
+        if pretrained_rope and self.rope_parameters:
             self.rope_theta = self.rope_parameters["rope_theta"]
             self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", self.partial_rotary_factor)
         else:

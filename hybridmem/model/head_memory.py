@@ -13,7 +13,7 @@ from hybridmem_kernels import MemoryMLPState, MemoryState, memory_mlp_scan, memo
 
 from .configuration import HybridMemConfig
 from .functional import l2_normalize
-from .memory import memory_gates
+from .memory import ScanInputs, memory_gates
 from .sequence import known_true
 from .sinks import WindowPlan
 from .state import select_rows
@@ -141,7 +141,7 @@ class HeadMemory(nn.Module):
         k = self.k_map(self._repeat(plan.leaving(keys)), heads)
         alpha, eta, theta = plan.leaving(gates).unbind(-1)
         documents = None if plan.document_ids is None else plan.document_ids[:, start:]
-        inputs = (q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
+        inputs = ScanInputs(q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
         return self._scan(inputs, heads, state, documents, plan.written)
 
     def _begin_documents(
@@ -162,13 +162,13 @@ class HeadMemory(nn.Module):
         other = written.any(1) & (first != document)
         if not known_true(~other.any()):
             empty, gate = q.new_zeros(*q.shape[:2], 0, q.shape[3]), q.new_zeros(*q.shape[:2], 0)
-            fresh = self._scan((empty, empty, empty, gate, gate, gate), heads, None)[1]
+            fresh = self._scan(ScanInputs(empty, empty, empty, gate, gate, gate), heads, None)[1]
             scan = select_rows(other, fresh, scan)
         return scan, last
 
     def _scan(
         self,
-        inputs: tuple[Tensor, ...],
+        inputs: ScanInputs,
         heads: list[int],
         state: Any,
         document_ids: Tensor | None = None,

@@ -75,8 +75,10 @@ class HeadWindow(NamedTuple):
 
     def heads(self, start: int, count: int) -> "HeadWindow":
         """Return the part of some neighbouring heads."""
-        tensors = (x.narrow(1, start, count) for x in self[1:5])
-        return HeadWindow(self.plan, *tensors, self.kept)
+        keys, values, sink_keys, sink_values = (
+            x.narrow(1, start, count) for x in (self.keys, self.values, self.sink_keys, self.sink_values)
+        )
+        return HeadWindow(self.plan, keys, values, sink_keys, sink_values, self.kept)
 
     @property
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -139,38 +141,39 @@ class HeadMixer(nn.Module):
         state = self._checked(state, code)
         rows = sequence.memo.setdefault("rows", None) or Rows(sequence)
         sequence.memo["rows"] = rows
-        x = rows.align(x)
-        tokens = self.project(x, sequence, rows)
+        tokens = self.project(x, sequence)
+        aligned = tokens if rows.order is None else HeadTokens(*(rows.align(y, 2) for y in tokens))
         outputs: dict[str, Tensor] = {}
         weights = None
-        if groups.full:
-            outputs["full"], weights, state = self._attend_full(tokens, groups.full, state, rows, sequence)
+        if groups.full and self.sliding_window is not None:
+            window = self._window(aligned, groups.full, self.sliding_window, 0, state.sliding, rows, sequence)
+            outputs["full"] = rows.restore(self._attend_window(self._queries(aligned.q, groups.full), window))
+            state = state._replace(sliding=window.kept)
+        elif groups.full:
+            outputs["full"], weights, state = self._attend_full(tokens, groups.full, state, sequence)
         if groups.local:
-            outputs["local"], state = self._attend_local(x, tokens, groups, state, rows, sequence)
+            local, state = self._attend_local(rows.align(x), aligned, groups, state, rows, sequence)
+            outputs["local"] = rows.restore(local)
         if share is not None and groups.local:
             outputs = self._blend(outputs, groups, share)
             groups = groups._replace(full=[head for head in groups.full if head not in groups.local])
-        out = rows.restore(self._join(outputs, groups).flatten(-2))
-        return self.o_proj(out), state, None if groups.local else weights
+        return self.o_proj(self._join(outputs, groups).flatten(-2)), state, None if groups.local else weights
 
-    def project(self, x: Hidden, sequence: TokenSequence, rows: Rows) -> HeadTokens:
-        """Return queries, keys and values of left-aligned rows, before and after the rotary embedding."""
+    def project(self, x: Hidden, sequence: TokenSequence) -> HeadTokens:
+        """Return queries, keys and values, before and after the rotary embedding."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if "angles" not in sequence.memo:
-            sequence.memo["angles"] = [
-                rows.align(y.transpose(1, 2).expand(len(x), -1, -1, -1)).transpose(1, 2)
-                if rows.order is not None
-                else y
-                for y in sequence.angles
-            ]
-        cos, sin = (y.to(q.dtype) for y in sequence.memo["angles"])
+        cos, sin = (y.to(q.dtype) for y in sequence.angles)
         return HeadTokens(q, k, v, rotate(q, cos, sin), rotate(k, cos, sin))
 
+    def sources_code(self, sequence: TokenSequence) -> str:
+        """Return the first letter of each KV head's source, and + where heads may also read `full`."""
+        return self._choice(sequence.heads)[2]
+
     def _choice(
-        self, choice: HeadChoice | None, batch: int
+        self, choice: HeadChoice | None, batch: int | None = None
     ) -> tuple[HeadGroups, Float[Tensor, "rows kv_heads"] | None, str]:
         """Return the heads of each source, the share of `full` in each, and a name for what their state holds."""
         layers = None if choice is None else choice.sources
@@ -179,7 +182,7 @@ class HeadMixer(nn.Module):
             layers = self.config.head_sources
         sources = layers[self.layer_idx]
         share = None if choice is None or choice.full_share is None else choice.full_share[:, self.layer_idx]
-        if share is not None and len(share) not in (1, batch):
+        if share is not None and batch is not None and len(share) not in (1, batch):
             raise ValueError(
                 f"full_share has {len(share)} rows for a batch of {batch}: give one for each, or one for all"
             )
@@ -205,14 +208,11 @@ class HeadMixer(nn.Module):
         return state
 
     def _attend_full(
-        self, tokens: HeadTokens, heads: list[int], state: HeadsState, rows: Rows, sequence: TokenSequence
+        self, tokens: HeadTokens, heads: list[int], state: HeadsState, sequence: TokenSequence
     ) -> tuple[Tensor, Tensor | None, HeadsState]:
-        """Attend to every key, or to the base model's sliding window."""
-        q = self._queries(tokens.q, heads)
-        if self.sliding_window is not None:
-            window = self._window(tokens, heads, self.sliding_window, 0, state.sliding, rows, sequence)
-            return self._attend_window(q, window), None, state._replace(sliding=window.kept)
-        keys, values, documents = pick(tokens.k, heads), pick(tokens.v, heads), rows.document_ids
+        """Attend to every key."""
+        q, documents = self._queries(tokens.q, heads), sequence.document_ids
+        keys, values = pick(tokens.k, heads), pick(tokens.v, heads)
         if state.full is not None:
             before = state.full
             if documents is not None:
@@ -374,5 +374,7 @@ def _mask_for(implementation: str, seen: Bool[Tensor, "rows 1 queries keys"], q:
         def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return seen[row if rows > 1 else 0, 0, query, key]
 
-        return create_block_mask(visible, rows if rows > 1 else None, None, *seen.shape[2:], device=q.device)
+        return create_block_mask(
+            visible, rows if rows > 1 else None, None, seen.shape[2], seen.shape[3], device=q.device
+        )
     return seen

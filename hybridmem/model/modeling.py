@@ -111,6 +111,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = (r"\.mixer\.memory\.",)  # of heads that no longer read one
     _is_stateful = True  # assisted generation would have to unread tokens
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": HybridMemLayer,
@@ -119,9 +120,13 @@ class HybridMemPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save, with code in the folder for AutoModel and AutoModelForCausalLM, whichever of the two this is."""
+        self.set_auto_map()
+        super().save_pretrained(*args, **kwargs)
+
+    def set_auto_map(self) -> None:
+        """Name in the configuration which of the folder's code AutoModel and AutoModelForCausalLM load."""
         classes = HybridMemModel, HybridMemForCausalLM
         self.config.auto_map = {cls._auto_class: f"{__name__.split('.')[-1]}.{cls.__name__}" for cls in classes}
-        super().save_pretrained(*args, **kwargs)
 
     def set_head_sources(self, sources: list[list[str]]) -> None:
         """Let the KV heads of `mah` layers read other sources from now on, and write that into the configuration.

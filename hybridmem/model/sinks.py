@@ -20,7 +20,7 @@ class Places(NamedTuple):
     """Documents of the tokens that a window keeps, their numbers in the document, and its tokens so far."""
 
     document_ids: Int[Tensor, "batch kept"]  # NOWHERE where a row keeps fewer tokens
-    index: Int[Tensor, "batch kept"]
+    numbers: Int[Tensor, "batch kept"]
     length: Int[Tensor, " batch"]
 
 
@@ -37,9 +37,9 @@ class Rows:
             self.document_ids = torch.where(sequence.mask, 0, PADDING)
         self.document_ids = self.document_ids.gather(1, self.order)
 
-    def align(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
-        """Move each row's padding behind its tokens."""
-        return x if self.order is None else _gather(x, self.order, 1)
+    def align(self, x: Shaped[Tensor, "batch *rest"], dim: int = 1) -> Shaped[Tensor, "batch *rest"]:
+        """Move each row's padding behind its tokens along the axis of time."""
+        return x if self.order is None else _gather(x, self.order, dim)
 
     def restore(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
         """Undo `align`."""
@@ -162,7 +162,7 @@ class DocumentsPlan(WindowPlan):
         padded: bool,
     ):
         super().__init__(window, sinks, document_ids.shape[1], past, document_ids.device)
-        self.document_ids, self.padded = document_ids, padded
+        self.document_ids, self.documents, self.padded = document_ids, document_ids, padded
         self.before = self._one_document(len(document_ids)) if before is None else before
         self.seen_sinks = sinks if past + self.time > window else 0
         self.first_write = 0 if past + self.time > window else self.time
@@ -174,7 +174,7 @@ class DocumentsPlan(WindowPlan):
         self.begin = torch.where(begin >= 0, begin, -self.before.length[:, None])
         self.index = self.clock - self.begin
         self.all_documents = torch.cat((self.before.document_ids, document_ids), dim=1)
-        self.all_indices = torch.cat((self.before.index, self.index), dim=1)
+        self.all_indices = torch.cat((self.before.numbers, self.index), dim=1)
         self.count = (document_ids >= 0).sum(1) if padded else torch.full_like(self.before.length, self.time)
         self.places = self._next_places()
         self._written: Tensor | None = None
@@ -186,7 +186,7 @@ class DocumentsPlan(WindowPlan):
             front = self.window - self.kept
             documents = F.pad(self.all_documents, (front, 0), value=NOWHERE)[:, : self.time]
             index = F.pad(self.all_indices, (front, 0))[:, : self.time]
-            same = (documents == self.document_ids) & (self.document_ids >= 0)
+            same = (documents == self.documents) & (self.documents >= 0)
             self._written = (same & (index >= self.num_sinks))[:, self.first_write :]
         return self._written
 
@@ -250,7 +250,7 @@ class DocumentsPlan(WindowPlan):
 
     def _make_mask(self) -> Tensor:
         positional = super()._make_mask()[:, :, :, self.seen_sinks :]
-        keys, queries, index = self.all_documents[:, self.dropped :], self.document_ids, self.index
+        keys, queries, index = self.all_documents[:, self.dropped :], self.documents, self.index
         firsts = queries[:, :: self.block][:, : self.blocks]
         if self.folded:
             front, back = self.window - self.kept, self.blocks * self.window - self.time
@@ -258,7 +258,7 @@ class DocumentsPlan(WindowPlan):
             keys = keys.unfold(1, 2 * self.window, self.window).flatten(0, 1)
             queries = F.pad(queries, (0, back), value=NOWHERE).unflatten(1, (self.blocks, -1)).flatten(0, 1)
             index = F.pad(index, (0, back)).unflatten(1, (self.blocks, -1)).flatten(0, 1)
-            positional = positional.repeat(len(self.document_ids), 1, 1, 1)
+            positional = positional.repeat(len(self.documents), 1, 1, 1)
         seen = positional & (queries[:, None, :, None] == keys[:, None, None])
         left = index[:, :, None] - torch.arange(self.seen_sinks, device=self.device) >= self.window
         sinks = left & (queries == firsts.flatten()[:, None])[:, :, None]

@@ -26,10 +26,13 @@ from hybridmem.distributed import rank_and_size
 from hybridmem.model.attention import AttentionState
 from hybridmem.model.configuration import HybridMemConfig
 from hybridmem.model.convolution import ConvolutionState
+from hybridmem.model.head_memory import HeadMemoryState
+from hybridmem.model.heads import FullKeys, HeadsState, WindowKeys
 from hybridmem.model.memory import NeuralMemoryState
 from hybridmem.model.mixers import BranchStates, OpenSegment, SegmentStates
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.model.sequence import LastDocument
+from hybridmem.model.sinks import Places
 from hybridmem.model.state import map_state
 from hybridmem_kernels import MemoryMLPState, MemoryState
 
@@ -43,12 +46,17 @@ torch.serialization.add_safe_globals(
         AttentionState,
         BranchStates,
         ConvolutionState,
+        FullKeys,
+        HeadMemoryState,
+        HeadsState,
         LastDocument,
         MemoryMLPState,
         MemoryState,
         NeuralMemoryState,
         OpenSegment,
+        Places,
         SegmentStates,
+        WindowKeys,
     ]
 )
 

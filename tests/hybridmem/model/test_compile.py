@@ -56,7 +56,9 @@ def test_every_variant_is_one_graph(kind):
 
 @without_shape_checks
 @pytest.mark.parametrize("inputs", [dict(document_ids=DOCUMENTS), dict(attention_mask=PADDING)], ids=" ".join)
-@pytest.mark.parametrize("kind", ["mag", "lmm depth 2", "with attention_conv", "mah", "mah depth 2", "mah like a base model"])
+@pytest.mark.parametrize(
+    "kind", ["mag", "lmm depth 2", "with attention_conv", "mah", "mah depth 2", "mah like a base model"]
+)
 def test_documents_and_padding_are_in_the_graph(kind, inputs):
     equals_eager(one_layer(kind), fullgraph=True, backend="aot_eager", inputs=inputs)
 

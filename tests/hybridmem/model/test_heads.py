@@ -13,7 +13,6 @@ from hybridmem.model.cache import state_bytes
 from hybridmem.model.head_memory import pick
 from hybridmem.model.heads import HeadMixer
 from hybridmem.model.sequence import TokenSequence, rotary_angles
-from hybridmem.model.sinks import Rows
 from hybridmem_kernels import memory_mlp_scan, memory_scan, use_backend
 from tests.hybridmem.models import tiny_config, tiny_model, tokens
 
@@ -42,7 +41,7 @@ def sequence(time, documents=None, dim=2):
 def by_definition(layer, x, sources, documents=None):
     """Each head on its own: softmax over what it sees, a memory of what left the window, token by token."""
     config, order = layer.config, sequence(x.shape[1])
-    tokens_ = layer.project(x, order, Rows(order))
+    tokens_ = layer.project(x, order)
     window, sinks, groups = config.attention_window, config.num_sink_tokens, layer.num_key_value_groups
     documents = torch.zeros(x.shape[:2], dtype=torch.long) if documents is None else documents
     out = torch.zeros(*x.shape[:2], layer.heads, layer.head_dim, dtype=x.dtype)
@@ -283,7 +282,7 @@ def test_sources_that_were_set_are_saved(tmp_path):
 @torch.no_grad()
 def test_triton_agrees_with_torch():
     pytest.importorskip("triton")
-    layer = mixer(["memory"], dtype=torch.float32, head_dim=16)
+    layer = mixer(["memory"], dtype=torch.float32, head_dim=16, memory_chunk_size=16)
     x = torch.randn(1, 33, 16)
     order = TokenSequence(*(y.float() for y in sequence(33).angles))
     expected, _, _ = layer(x, None, order)
