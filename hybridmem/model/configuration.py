@@ -153,6 +153,11 @@ class HybridMemConfig(PreTrainedConfig):
         """Channels of a head that turn: pairs of them."""
         return int(self.head_dim * self.partial_rotary_factor) // 2 * 2
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether rotary embedding and norms follow the arithmetic of transformers' models, bit for bit."""
+        return self.rope_parameters is not None
+
     def layer_type(self, layer_idx: int) -> str:
         """The variant of a layer."""
         assert self.layer_types is not None

@@ -164,6 +164,16 @@ def rotate(
     return _turn(x, cos, sin, 1) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
 
 
+def rotate_as_pretrained(
+    x: Float[Tensor, "batch heads time dim"],
+    cos: Float[Tensor, "rows 1 time half"],
+    sin: Float[Tensor, "rows 1 time half"],
+) -> Float[Tensor, "batch heads time dim"]:
+    """Rotate all channels with the roundings of transformers' models."""
+    first, second = x.chunk(2, dim=-1)
+    return x * torch.cat((cos, cos), dim=-1) + torch.cat((-second, first), dim=-1) * torch.cat((sin, sin), dim=-1)
+
+
 class _Rotate(torch.autograd.Function):
     """A rotation; its backward is the rotation back."""
 

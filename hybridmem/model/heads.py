@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import Visibility, eager_attention
 from .configuration import HybridMemConfig
-from .functional import rotate
+from .functional import rotate, rotate_as_pretrained
 from .head_memory import HeadMemory, HeadMemoryState, pick
-from .memory import RMSNorm
+from .memory import norm_layer
 from .sequence import HeadChoice, TokenSequence
 from .sinks import Places, Rows, WindowPlan, plan_window
 
@@ -125,8 +125,8 @@ class HeadMixer(nn.Module):
         self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=config.attention_output_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = norm_layer(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = norm_layer(config, self.head_dim) if config.qk_norm else None
         self.memory = HeadMemory(config) if "memory" in config.head_sources[layer_idx] else None
 
     def forward(
@@ -166,7 +166,8 @@ class HeadMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         cos, sin = (y.to(q.dtype) for y in sequence.angles)
-        return HeadTokens(q, k, v, rotate(q, cos, sin), rotate(k, cos, sin))
+        turn = rotate_as_pretrained if self.config.is_pretrained else rotate
+        return HeadTokens(q, k, v, turn(q, cos, sin), turn(k, cos, sin))
 
     def sources_code(self, sequence: TokenSequence) -> str:
         """Return the first letter of each KV head's source, and + where heads may also read `full`."""

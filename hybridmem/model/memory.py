@@ -31,6 +31,21 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class PretrainedRMSNorm(RMSNorm):
+    """RMSNorm with the roundings of transformers' models, so that converted models give the same logits."""
+
+    def forward(self, x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead dim"]:
+        """Normalise."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def norm_layer(config: HybridMemConfig, dim: int) -> RMSNorm:
+    """Return a normalisation layer in the arithmetic of the model's origin."""
+    return (PretrainedRMSNorm if config.is_pretrained else RMSNorm)(dim, config.rms_norm_eps)
+
+
 class ScanInputs(NamedTuple):
     """What the scan reads and writes for every token."""
 

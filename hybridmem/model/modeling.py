@@ -24,7 +24,7 @@ from .configuration import HybridMemConfig, check_head_sources
 from .convolution import ShortConvolution
 from .head_memory import HeadMemory
 from .heads import HeadMixer
-from .memory import NeuralMemory, RMSNorm
+from .memory import NeuralMemory, norm_layer
 from .mixers import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 from .sequence import (
     PADDING,
@@ -74,9 +74,9 @@ class HybridMemLayer(GradientCheckpointingLayer):
         # mac works with its parts' weights and a deep memory with a list of them: accelerate's hooks, which bring a
         # module's weights when it is called, miss both.
         self.needs_all_weights = self.variant == "mac" or config.memory_depth > 1
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer_norm = norm_layer(config, config.hidden_size)
         self.mixer = MIXERS[self.variant](config, layer_idx)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward_norm = norm_layer(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -243,7 +243,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HybridMemLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_layer(config, config.hidden_size)
         self.gradient_checkpointing = False
         self.head_choice: HeadChoice | None = None
         self.pretrained_rope = None if config.rope_parameters is None else inverse_frequencies(config)

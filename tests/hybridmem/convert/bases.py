@@ -55,7 +55,9 @@ def base_model(family: str = "llama", rope: str = "default", dtype: torch.dtype 
     for name, parameter in model.named_parameters():
         if "bias" in name or "norm" in name:
             parameter.data += torch.randn_like(parameter) * 0.2
-    return model.to(dtype).eval()
+    for parameter in model.parameters():  # `to` would round the rotary frequencies too, which loading does not
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 @contextmanager
