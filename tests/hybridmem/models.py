@@ -6,6 +6,7 @@ from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.model.head_memory import HeadMemory
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
+FOLDERS = (*VARIANTS, "converted")  # what other libraries are tried with
 # Every variant, memories of depth 1 and 2, and layers of different kinds.
 KINDS = {
     **{variant: dict(variant=variant) for variant in VARIANTS},
