@@ -1,7 +1,10 @@
 """Checks of settings that tasks and data make alike."""
 
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 MOST_ROWS = 2**20  # of a batch
 MOST_WORKERS = 1024  # processes that read
@@ -39,3 +42,19 @@ def one_of(choices: Sequence[str], **settings: str) -> None:
     for name, value in settings.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def refuse_adapter(folder: str | Path, name: str | None = None) -> None:
+    """Refuse a folder that holds an adapter of PEFT and no model; `name` is what the error calls it."""
+    description = Path(folder, "adapter_config.json")
+    if not description.is_file() or Path(folder, "config.json").is_file():
+        return
+    base = None
+    with suppress(ValueError, AttributeError):  # no JSON, or no object
+        base = json.loads(description.read_bytes()).get("base_model_name_or_path")
+    name = name or str(folder)
+    raise ValueError(
+        f"{name!r} is a PEFT adapter{f' of {base!r}' if base else ''}, not a model: merge it into its base model "
+        f"(peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)) and "
+        "give FOLDER, or give the base model and train a new adapter with lora"
+    )

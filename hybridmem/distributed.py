@@ -4,6 +4,7 @@ Data is dealt out row by row: row i of process r is row i · size + r of the bat
 process nothing here communicates.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 _whole: WeakSet[nn.Module] = WeakSet()  # models that are unsharded for a while
-Measured = dict[str, list[tuple[Any, Any]]]  # of every name the values, each with its weight
 
 # What gloo, NCCL and the store say when a process at the other end is gone or too late.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
@@ -71,15 +71,26 @@ def own_groups(x: Shaped[Tensor, "all_rows *rest"], num_generations: int) -> Sha
     return torch.cat(x.split(num_generations)[rank::size])
 
 
-def means(measured: Measured) -> dict[str, float]:
-    """The means over all processes of each value by its weight, then over the values of a name.
+class Meter:
+    """Collects values by name, and averages them over all ranks by weight."""
 
-    Names that end in /max are maxima. A process may lack what others have.
-    """
-    plain = {name: [(float(v), float(w)) for v, w in values] for name, values in measured.items()}
-    parts = all_gather_object(plain)
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _mean(name, dealt_columns([part.get(name, []) for part in parts])) for name in names}
+    def __init__(self) -> None:
+        self._values: dict[str, list[tuple[Any, Any]]] = defaultdict(list)  # each with its weight
+
+    def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
+        """Add a value to the mean of its name."""
+        self._values[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
+
+    def pop_means(self) -> dict[str, float]:
+        """Return the means and start afresh: each value over all ranks by its weight, then over the values of a name.
+
+        Names that end in /max are maxima. A rank may lack values that others have.
+        """
+        plain = {name: [(float(v), float(w)) for v, w in values] for name, values in self._values.items()}
+        self._values.clear()
+        parts = all_gather_object(plain)
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: _mean(name, dealt_columns([part.get(name, []) for part in parts])) for name in names}
 
 
 def dealt_columns(lists: Sequence[Sequence[T]]) -> list[list[T]]:

@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
+from hybridmem.checks import refuse_adapter
+from hybridmem.data.tokenizer import vocabulary_size
+
 
 def generate(
     model: Path,
@@ -26,6 +29,7 @@ def generate(
         seed: of the sampling.
         stream: print the text as it comes rather than at the end.
     """
+    refuse_adapter(model)
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model={model} is no exported folder: it has no config.json (see hybridmem export)")
     if max_new_tokens < 1:
@@ -34,6 +38,11 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 or more and top_p={top_p} in (0, 1]")
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
+    if (size := vocabulary_size(tokenizer)) > network.config.vocab_size:
+        raise ValueError(
+            f"model={model}: the tokenizer's largest id is {size - 1} but the model's vocab_size is "
+            f"{network.config.vocab_size}: put the tokenizer there that the model was trained with"
+        )
     set_seed(seed)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]])

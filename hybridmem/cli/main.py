@@ -6,14 +6,15 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import auto_cli
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -40,6 +41,7 @@ from hybridmem.training.errors import (
 )
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.pretrain import PretrainModule
+from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 
 from .convert import convert
 from .generate import generate
@@ -60,6 +62,11 @@ FOLDERS = {"subnetwork": ("before", "after", "other"), "report": ("run_dir", "ot
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
 LIMIT = re.compile("limit_(train|val)_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+# Settings that are off in the trainer's barebones mode, which has an error for each alone.
+NOT_BAREBONES = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",
+    "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler",
+)  # fmt: skip
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -111,7 +118,10 @@ class HybridMemCLI(LightningCLI):
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
         """Build the trainer; what it writes goes below default_root_dir unless the configuration says otherwise."""
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
-        if self._get(self.config_init, "trainer.logger") in (None, True):
+        barebones = self._get(self.config_init, "trainer.barebones")
+        if barebones:
+            check_barebones(self._get(self.config_init, "trainer"))
+        elif self._get(self.config_init, "trainer.logger") in (None, True):
             settings["logger"] = [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
         trainer = super().instantiate_trainer(**settings)
         for callback in trainer.checkpoint_callbacks:
@@ -144,8 +154,16 @@ class HybridMemCLI(LightningCLI):
         """Take no settings from a checkpoint: the configuration says them, and `_check` compares."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with settings_errors():
-            self._check(subcommand)
+        with ExitStack() as stack:
+            with settings_errors():
+                root = Path(self.trainer.default_root_dir)
+                make_writable(root)
+                if subcommand == "fit" and self.trainer.is_global_zero:  # the others of its processes belong to it
+                    stack.enter_context(held_folder(root))
+                self._check(subcommand)
+            self._run_checked(subcommand)
+
+    def _run_checked(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
@@ -176,7 +194,8 @@ class HybridMemCLI(LightningCLI):
         for name, part in (("model", self.model), ("data", self.datamodule)):
             if type(part) in (L.LightningModule, L.LightningDataModule):
                 raise ValueError(f"{name} names no class: set {name}.class_path, such as hybridmem.{EXAMPLES[name]}")
-        self._check_folder(Path(self.trainer.default_root_dir), fresh=subcommand == "fit" and not path)
+        if subcommand == "fit" and not path:
+            self._check_fresh(Path(self.trainer.default_root_dir))
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
         if not isinstance(self.model, Trained):
             return
@@ -207,21 +226,65 @@ class HybridMemCLI(LightningCLI):
                 f"file of it first (hybridmem consolidate --ckpt_path {ckpt_path} --output whole.ckpt)"
             )
 
-    def _check_folder(self, root: Path, fresh: bool) -> None:
-        """Raise when the run cannot write below its folder, or would write over another one's checkpoints."""
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            writable = os.access(root, os.W_OK)
-        except OSError:  # a file of that name, or a file system that takes no folders
-            writable = False
-        if not writable:
-            raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+    def _check_fresh(self, root: Path) -> None:
+        """Raise when a new run would write over another one's checkpoints."""
         held = max(root.glob("*.ckpt"), key=lambda path: path.lstat().st_mtime_ns, default=None)
-        if fresh and held is not None:
+        if held is not None:
             raise ValueError(
                 f"trainer.default_root_dir={root} holds {held.name} of an earlier run: go on with it "
                 f"(--ckpt_path {held}), choose another folder, or remove this one"
             )
+
+
+def check_barebones(trainer: Mapping[str, Any]) -> None:
+    """Check that nothing is switched on that the trainer's barebones mode leaves out.
+
+    Raises:
+        ValueError: naming all such settings.
+    """
+    callbacks = trainer.get("callbacks") or []
+    given = [f"{name}={trainer[name]!r}" for name in NOT_BAREBONES if trainer.get(name)]
+    given += [
+        type(callback).__name__ for callback in callbacks if isinstance(callback, Checkpoint | LearningRateMonitor)
+    ]
+    if given:
+        raise ValueError(
+            "trainer.barebones=true trains without checkpoints, logs and checks, to time steps alone: remove "
+            f"{', '.join(given)} from trainer, or set barebones to false"
+        )
+
+
+def make_writable(root: Path) -> None:
+    """Make a run's folder.
+
+    Raises:
+        PermissionError: the run cannot write there.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        writable = os.access(root, os.W_OK)
+    except OSError:  # a file of that name, or a file system that takes no folders
+        writable = False
+    if not writable:
+        raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+
+
+@contextmanager
+def held_folder(root: Path) -> Iterator[None]:
+    """A context in which no other run can train in this folder.
+
+    Raises:
+        ValueError: another run does.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(root / RUN_LOCK))
+        except LockedError as error:
+            raise ValueError(
+                f"trainer.default_root_dir={root} is in use by another run ({error.holder}): wait for its end, stop "
+                f"it (kill {error.holder.pid}), or choose another folder"
+            ) from error
+        yield
 
 
 def named_folders(arguments: Sequence[str]) -> list[str]:

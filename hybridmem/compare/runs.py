@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from hybridmem.training.checkpoints.durable import to_go_on_from
+from hybridmem.training.run_lock import LockedError, hold
 
 from .changes import write_changes
 from .environment import write_environment
@@ -70,24 +71,24 @@ def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) ->
 
 @contextmanager
 def held(runs: list[Run], root: Path) -> Iterator[None]:
-    """A context in which no other process may make these runs; the system frees them when this one dies.
+    """A context in which no other process may make these runs.
+
+    Each run's own process holds its folder's RUN_LOCK besides, as every `hybridmem fit` does.
 
     Raises:
         ValueError: another process makes one of them.
     """
-    import fcntl  # not on Windows, where the rest of the package can be used
-
+    locks = {root / run.folder / LOCK: run for run in runs}
+    for path in locks:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        for run in runs:
-            folder = root / run.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK).open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"output={root}: another process makes {run} there: wait for it, or choose another output"
-                ) from error
+        try:
+            stack.enter_context(hold(*locks))
+        except LockedError as error:
+            raise ValueError(
+                f"output={root}: another process makes {locks[error.path]} there ({error.holder}): wait for it, or "
+                "choose another output"
+            ) from error
         yield
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.dynamic_module_utils import custom_object_save
 
 from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
-from hybridmem.model.head_memory import HeadMemory
+from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
 
 from .family import refuse_unsupported, shared_settings

@@ -1,5 +1,7 @@
 """Rows of tokens: text from files or streamed from the Hugging Face hub, and tasks with checkable answers."""
 
+from hybridmem.rl.rollouts.prompts import Prompt
+
 from .corpora import Document, list_documents, standard_library_files
 from .hub import HubDataModule
 from .order import EndlessSampler
@@ -8,7 +10,7 @@ from .task_module import TaskDataModule
 from .text_module import TextDataModule
 from .tokenizer import byte_tokenizer, load_tokenizer, token_byte_lengths
 from .tokens import Corpus, tokenize
-from .vision import Prompt, load_processor
+from .vision import load_processor
 
 __all__ = [
     "ContinuousRows",

@@ -1,7 +1,6 @@
 """Finding documents, reading them, and keeping some of them apart."""
 
 import json
-import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridmem.checks import number_held_out
+from hybridmem.files import COMPRESSED, files_below, is_jsonl, lines_of, read_file, size_of
 
 from .order import permutation
-
-SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Document:
 
     Args:
         name: what errors call it.
-        size: in bytes.
+        size: in bytes, decompressed.
         source: where the bytes are read when they are needed, or the bytes.
     """
 
@@ -30,14 +28,14 @@ class Document:
     source: Path | bytes
 
     def read(self) -> bytes:
-        """All of it."""
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        """Return all of it, decompressed."""
+        return self.source if isinstance(self.source, bytes) else read_file(self.source)
 
 
 def standard_library_files() -> list[Path]:
     """Every .py file of the running interpreter's standard library, sorted: about 30 MB on any machine."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return _files_below(folder, "*.py")
+    return [file for file in files_below(folder) if file.suffix == ".py"]
 
 
 def list_documents(
@@ -50,20 +48,24 @@ def list_documents(
     """The documents of files and folders, each once, without empty ones.
 
     A folder gives its files whose name matches `pattern`, hidden ones and those of __pycache__ and site-packages
-    apart, however deep. A .jsonl file gives one document per line. None stands for the standard library. Errors call
-    `paths` by the name of the `setting` that gave them.
+    apart, however deep, through links too. A .jsonl file gives one document per line. Files that end in .gz, .bz2 or
+    .xz are decompressed. Endings count in any case. None stands for the standard library. Errors call `paths` by the
+    name of the `setting` that gave them.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder without a matching file, a bad line, or nothing but empty documents.
+        ValueError: a folder without a matching file, a bad line, a file that cannot be decompressed, or nothing but
+            empty documents.
     """
     if paths is None:
         files = standard_library_files()
     else:
         paths = [paths] if isinstance(paths, str | Path) else paths
         files = [file for path in paths for file in find_files(Path(path), pattern, setting)]
-    unique = {file.resolve(): file for file in files}.values()
-    documents = [document for file in unique for document in _documents_in(file, text_column) if document.size]
+    unique: dict[Path, Path] = {}
+    for file in files:
+        unique.setdefault(file.resolve(), file)
+    documents = [document for file in unique.values() for document in _documents_in(file, text_column) if document.size]
     if not documents:
         raise ValueError(f"{setting}={paths}: all documents are empty")
     return documents
@@ -75,12 +77,28 @@ def find_files(path: Path, pattern: str, setting: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{setting}={str(path)!r} does not exist")
-    files = _files_below(path, pattern)
+    found = files_below(path)
+    files = [file for file in found if _matches(file.relative_to(path), pattern)]
     if not files:
-        found = Counter(file.suffix or file.name for file in _files_below(path, "*"))
-        endings = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files at all"
+        counts = Counter(_ending(file) for file in found)
+        endings = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5)) or "no files at all"
         raise ValueError(f"{setting}={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings})")
     return files
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    """Match a path with a pattern, ignoring the case of both endings."""
+    return path.match(pattern) or _with_lower_ending(path).match(str(_with_lower_ending(Path(pattern))))
+
+
+def _with_lower_ending(path: Path) -> Path:
+    stem, *endings = path.name.split(".")
+    return path.with_name(".".join([stem, *map(str.lower, endings)])) if path.name else path
+
+
+def _ending(file: Path) -> str:
+    inner = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else ""
+    return inner + file.suffix or file.name
 
 
 def split_documents(
@@ -113,25 +131,15 @@ def limit_bytes(documents: Sequence[Document], max_bytes: int | None, seed: int,
     return [documents[index] for index in sorted(chosen)]
 
 
-def _files_below(folder: Path, pattern: str) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        files += [path for path in paths if path.relative_to(folder).match(pattern) and path.is_file()]
-    return sorted(files, key=Path.as_posix)
-
-
 def _documents_in(file: Path, text_column: str) -> Iterator[Document]:
-    if file.suffix != ".jsonl":
-        yield Document(str(file.resolve()), file.stat().st_size, file)
+    if not is_jsonl(file):
+        yield Document(str(file.resolve()), size_of(file), file)
         return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                name = f"{file.resolve()}:{number}"
-                text = _json_text(line, name, text_column)
-                yield Document(name, len(text), text)
+    for number, line in enumerate(lines_of(file), start=1):
+        if line.strip():
+            name = f"{file.resolve()}:{number}"
+            text = _json_text(line, name, text_column)
+            yield Document(name, len(text), text)
 
 
 def _json_text(line: bytes, name: str, text_column: str) -> bytes:

@@ -13,7 +13,7 @@ from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least
 from .order import EndlessSampler, ResumableLoader, ordered_loader
 from .packing import PackedRows
 from .streaming import RowStream, StreamLoader, digest, read_records, texts_of, tokenize_texts
-from .tokenizer import load_tokenizer, token_byte_lengths
+from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import Corpus, document_marks
 from .trainer_state import batches_trained, is_training, share_of
 
@@ -29,7 +29,7 @@ class HubDataModule(L.LightningDataModule):
     an epoch is with its `limit_train_batches`. A resumed run goes on with the very batch that would have been
     next, given the same settings, processes and `num_workers`.
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, the bytes that each id stands for.
+    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
 
     Args:
         dataset: its name on the hub, or a format such as "json" or "parquet" with `data_files`.
@@ -91,7 +91,7 @@ class HubDataModule(L.LightningDataModule):
             return
         self.tokenizer = load_tokenizer(self.hparams.tokenizer)
         document_marks(self.tokenizer)
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         self.documents = self.open_stream()
         self.held_out, self.val_corpus = self.hold_out()

@@ -12,14 +12,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
-from hybridmem.tasks.task import Split, Task
+from hybridmem.rl.rollouts.prompts import Prompt
+from hybridmem.tasks.task import Split, Task, check_example, check_task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data
 from .packing import IGNORED, PADDING, Row
-from .tokenizer import load_tokenizer, token_byte_lengths
+from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import document_marks
 from .trainer_state import batches_trained, is_training, share_of
-from .vision import Prompt, load_processor, vision_prompt
+from .vision import load_processor, vision_prompt
 
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
 Example = dict[str, Any]
@@ -40,7 +41,7 @@ class TaskDataModule(L.LightningDataModule):
     goes on with the very example that would have been next. Validation is always the same. Several processes share
     each batch, with `batch_size` examples each.
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, the bytes that each id stands for.
+    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
 
     Args:
         task: where the examples come from, and who rewards answers.
@@ -80,6 +81,7 @@ class TaskDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
+        check_task(task)
         at_least(1, MOST_ROWS, batch_size=batch_size)
         at_least(1, num_train=num_train, num_val=num_val, max_prompt_length=max_prompt_length)
         at_least(0, MOST_WORKERS, num_workers=num_workers)
@@ -106,11 +108,13 @@ class TaskDataModule(L.LightningDataModule):
         else:
             self.processor = load_processor(self.hparams.processor)
             self.tokenizer = self.processor.tokenizer
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
         for split in splits:
-            self.batch([self.rows(split)[0]])
+            example = self.task.example(split, 0)
+            check_example(self.task, example, with_answer=self.hparams.mode == "supervised")
+            self.batch([example])
 
     def rows(self, split: Split) -> "TaskRows":
         """The examples of a split."""

@@ -13,7 +13,7 @@ from hybridmem.tasks.needle import NeedleRows
 from .corpora import Document, limit_bytes, list_documents, split_documents
 from .order import EndlessSampler, ResumableLoader, ordered_loader, start_of_data
 from .packing import ContinuousRows, PackedRows
-from .tokenizer import load_tokenizer, token_byte_lengths
+from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import Corpus, document_marks, tokenize
 from .trainer_state import batches_trained, is_training, share_of
 
@@ -26,7 +26,7 @@ class TextDataModule(L.LightningDataModule):
     been next, wherever it stopped. Several processes share each batch, with `batch_size` rows each, and each reads
     the text for itself; Lightning need not be told (`use_distributed_sampler` makes no difference).
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, the bytes that each id stands for.
+    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
 
     Args:
         path: files and folders to read; without one, the standard library of the running Python (about 30 MB).
@@ -34,7 +34,7 @@ class TextDataModule(L.LightningDataModule):
             `val_fraction` of the files is held out.
         tokenizer: "bytes", a folder with a tokenizer, or the name of a model on the Hugging Face hub.
         text_column: the column of .jsonl files that holds the text; each line is a document.
-        pattern: which files of a folder to read, such as "*.txt"; hidden ones are left out.
+        pattern: which files of a folder to read, such as "*.txt" or "*.jsonl.gz"; hidden ones are left out.
         sequence_length: tokens of a training row.
         val_sequence_length: tokens of a validation row; as in training if not given.
         batch_size: training rows per process and step.
@@ -103,7 +103,7 @@ class TextDataModule(L.LightningDataModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.hparams.tokenizer)
             document_marks(self.tokenizer)
-            self.vocab_size = len(self.tokenizer)
+            self.vocab_size = vocabulary_size(self.tokenizer)
             self.token_byte_lengths = token_byte_lengths(self.tokenizer)
         wanted = {"train", "val"} if stage in (None, "fit") else {"val"}
         missing = wanted - self.corpora.keys()

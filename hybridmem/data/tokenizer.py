@@ -66,17 +66,26 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest id + 1: the rows that an embedding needs.
+
+    `len(tokenizer)` counts tokens instead, which is less where ids have gaps: reserved ids, or removed tokens.
+    """
+    return 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes that each id stands for, none for special tokens.
+    """Return the bytes of every id, empty for special tokens and for ids without a token.
 
     Byte-level tokenizers write a character for a byte, SentencePiece "▁" for a space and <0x0A> for a byte. Of
     others the token's own text counts, without the white space that they drop.
     """
-    pieces = [b""] * len(tokenizer)
-    decode = _piece_decoder(tokenizer)
+    pieces = [b""] * vocabulary_size(tokenizer)
+    decode, added_tokens = _piece_decoder(tokenizer), tokenizer.added_tokens_decoder
     for piece, token in tokenizer.get_vocab().items():
-        pieces[token] = decode(piece)
-    for token, added in tokenizer.added_tokens_decoder.items():
+        if token not in added_tokens:  # whose text is written as it is
+            pieces[token] = decode(piece)
+    for token, added in added_tokens.items():
         pieces[token] = b"" if added.special else added.content.encode()
     for token in tokenizer.all_special_ids:
         pieces[token] = b""

@@ -10,7 +10,7 @@ from jaxtyping import Int64, Integer
 from transformers import PreTrainedTokenizerBase
 
 from .corpora import Document
-from .tokenizer import is_byte_tokenizer
+from .tokenizer import is_byte_tokenizer, vocabulary_size
 
 DOCUMENTS_AT_ONCE = 64  # enough for a fast tokenizer to use every core, few enough for memory
 
@@ -67,7 +67,7 @@ def tokenize(
         ValueError: a document is not UTF-8, or the tokenizer has neither bos nor eos.
     """
     first, last = document_marks(tokenizer)
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
+    dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
     pieces = []
     for tokens in _token_arrays(documents, tokenizer, encoding_errors, dtype):
         pieces.append(np.concatenate([np.array([first], dtype), tokens, np.array([last], dtype)]))

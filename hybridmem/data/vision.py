@@ -1,23 +1,17 @@
 """Questions about pictures as a vision-language model's own processor writes them."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
+from hybridmem.rl.rollouts.prompts import Prompt
+
 SCALE = 7  # a pixel is drawn as 7 × 7: a patch of 8 × 8 pixels fills four of Qwen's image tokens
-
-
-class Prompt(NamedTuple):
-    """What is asked: text, and images before or, for a processor's prompts, in it."""
-
-    tokens: list[int]
-    images: Float[Tensor, "patches pixels"] | None = None
-    image_grid_thw: Int[Tensor, " 3"] | None = None  # of a processor's prompts
 
 
 @cache

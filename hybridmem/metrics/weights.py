@@ -10,6 +10,8 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hybridmem.checks import refuse_adapter
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHOWN = 3  # names in an error
@@ -115,6 +117,7 @@ def _safetensors_files(path: Path) -> list[Path]:
         return files
     if (path / SINGLE).is_file():
         return [path / SINGLE]
+    refuse_adapter(path)
     raise ValueError(
         f"{path} holds neither {SINGLE} nor {INDEX}: save the model as safetensors (save_pretrained, hybridmem export)"
     )

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
 from .functional import linear_rows, rotate
-from .sequence import NOWHERE, TokenSequence
+from .sequence import NOWHERE, TokenSequence, splits_tokens
 from .state import map_state
 
 
@@ -105,6 +105,7 @@ class ShortRangeAttention(nn.Module):
     def __init__(self, config: HybridMemConfig, layer_idx: int, window: int | None):
         super().__init__()
         self.config, self.layer_idx, self.window = config, layer_idx, window
+        self.attention_dropout = config.attention_dropout
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -268,13 +269,21 @@ class ShortRangeAttention(nn.Module):
                 "flash_attention_2 takes rows of one document without persistent tokens here: use "
                 "attn_implementation='sdpa' or 'flex_attention' for packed documents"
             )
-        mask = None if documents is None else (documents >= 0).long()
+        valid = None if documents is None else documents >= 0
+        beyond = self.window is not None and keys.shape[2] > self.window
+        if valid is not None and beyond and splits_tokens(valid):
+            raise ValueError(
+                f"flash_attention_2 drops padding before it counts attention_window={self.window}, and a row has "
+                "padding between its tokens: pad on the left or right, or set attn_implementation to 'sdpa' or "
+                "'flex_attention'"
+            )
+        mask = None if valid is None else valid.long()
         keys, values = self.with_persistent(keys, values)
         return self._call(q, keys, values, mask, sliding_window=self.window)
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         out, weights = function(self, q, keys, values, mask, dropout=dropout, scaling=self.scaling, **options)
         return out, weights
 

@@ -1,14 +1,14 @@
 """The streaming state of a layer, as a layer of transformers' caches.
 
-`generate` builds a `DynamicCache` from the configuration's layer types; the classes below register themselves
-for ours. A layer's state is a nested tuple of tensors that the model puts in and takes out; apart from the keys
-of `full` layers its size does not depend on how much was read.
+`generate` builds a cache from the configuration's layer types; the classes below are registered for ours, in dynamic
+and in static caches. A layer's state is a nested tuple of tensors that the model puts in and takes out; apart from
+the keys of `full` layers its size does not depend on how much was read.
 """
 
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .sequence import LastDocument, TokenSequence
 from .state import map_state
@@ -111,10 +111,16 @@ class StreamingLayer(CacheLayerMixin):
 
 
 def _register(variant: str) -> type[StreamingLayer]:
-    """A class per layer type is how transformers' caches find the right layer."""
-    return type(
+    """Create the class that transformers' caches find by the layer type.
+
+    A dynamic cache knows it by its definition. A static one takes the same class, as for transformers' own linear
+    attention: except for the keys of `full` layers, the state has a constant size anyway.
+    """
+    layer = type(
         f"{variant.capitalize()}StreamingLayer", (StreamingLayer,), {"_layer_type": variant, "__module__": __name__}
     )
+    STATIC_LAYER_TYPE_MAPPING[variant] = layer
+    return layer
 
 
 (
@@ -126,6 +132,17 @@ def _register(variant: str) -> type[StreamingLayer]:
     FullStreamingLayer,
     MahStreamingLayer,
 ) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full", "mah"))
+
+
+def check_layers(cache: Any, layer_types: list[str]) -> None:
+    """Raise a TypeError unless `cache` has a streaming layer of the right type for every layer of the model."""
+    layers = getattr(cache, "layers", None) or []
+    if [getattr(layer, "_layer_type", None) for layer in layers] != list(layer_types):
+        kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers)) or "no layers"
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__} with {kinds}, which cannot hold the states of layer_types="
+            f"{layer_types}; build it with DynamicCache(config=model.config)"
+        )
 
 
 def state_bytes(cache: Any) -> int:

@@ -11,14 +11,14 @@ from .sequence import NOWHERE, PADDING, TokenSequence
 
 
 class ConvolutionState(NamedTuple):
-    """The last `kernel - 1` tokens that were read, and their documents (None: all of one)."""
+    """The last `kernel - 1` tokens that were read, padding left out, and their documents (None: all of one)."""
 
     tail: Float[Tensor, "batch taps channels"]
     document_ids: Int[Tensor, "batch taps"] | None
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise causal convolution that streams and does not look across documents.
+    """A depthwise causal convolution that streams, skips padding and does not look across documents.
 
     Args:
         channels: width of its input and output.
@@ -44,38 +44,43 @@ def convolve(
 ) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
     """`ShortConvolution` as a function of its weight."""
     batch, time, channels = x.shape
+    now, mask, compaction = sequence.document_ids, sequence.mask, sequence.compaction
+    if now is None and mask is not None:
+        now = torch.where(mask, 0, PADDING)
+    if compaction is not None:
+        assert now is not None
+        x, now = compaction.compact(x), compaction.compact(now)
+        mask = now != PADDING
     taps = weight.shape[1] - 1
     tail = x.new_zeros(batch, taps, channels) if state is None else state.tail.to(x.dtype)
     extended = torch.cat((tail, x), dim=1)
-    documents = _extended_documents(x, taps, state, sequence)
+    documents = _extended_documents(x, now, taps, state, sequence.fresh_rows)
     same_document = None
     if documents is not None:
         same_document = documents.unfold(1, taps + 1, 1) == documents[:, taps:, None]
     out = causal_convolution(extended, weight, same_document)
     end = torch.full((batch, 1), time, device=x.device)
-    if sequence.mask is not None:
+    if mask is not None:
         clock = torch.arange(1, time + 1, device=x.device)
-        end = torch.where(sequence.mask, clock, 0).amax(1, keepdim=True)
+        end = torch.where(mask, clock, 0).amax(1, keepdim=True)
     kept = end + torch.arange(taps, device=x.device)
     new_tail = extended.gather(1, kept[..., None].expand(-1, -1, channels))
+    out = out if compaction is None else compaction.restore(out)
     return out, ConvolutionState(new_tail, None if documents is None else documents.gather(1, kept))
 
 
 def _extended_documents(
-    x: Tensor, taps: int, state: ConvolutionState | None, sequence: TokenSequence
+    x: Tensor, now: Tensor | None, taps: int, state: ConvolutionState | None, fresh_rows: Tensor | None
 ) -> Int[Tensor, "batch read"] | None:
-    """The documents of the tail and of the tokens; None if there is but one."""
+    """Join the documents of the tail and of the tokens; None if there is but one."""
     before = None if state is None else state.document_ids
-    now = sequence.document_ids
-    if now is None and sequence.mask is not None:
-        now = torch.where(sequence.mask, 0, PADDING)
-    if before is None and now is None and sequence.fresh_rows is None:
+    if before is None and now is None and fresh_rows is None:
         return None
     zeros = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     now = zeros if now is None else now
     if before is None:
         # Zeros, or the one document that was read without a word about documents.
         before = torch.full((x.shape[0], taps), NOWHERE if state is None else 0, device=x.device)
-    if sequence.fresh_rows is not None:
-        before = before.masked_fill(sequence.fresh_rows[:, None], NOWHERE)
+    if fresh_rows is not None:
+        before = before.masked_fill(fresh_rows[:, None], NOWHERE)
     return torch.cat((before, now), dim=1)

@@ -17,8 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import Visibility, eager_attention
 from .configuration import HybridMemConfig
 from .functional import rotate, rotate_as_pretrained
-from .head_memory import HeadMemory, HeadMemoryState, pick
-from .memory import norm_layer
+from .memory import HeadMemory, HeadMemoryState, norm_layer, pick
 from .sequence import HeadChoice, TokenSequence
 from .sinks import Places, Rows, WindowPlan, plan_window
 
@@ -119,6 +118,7 @@ class HeadMixer(nn.Module):
         self.num_key_value_groups = self.heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        self.attention_dropout = config.attention_dropout
         self.sliding_window = None if config.sliding_windows is None else config.sliding_windows[layer_idx]
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
@@ -329,7 +329,7 @@ class HeadMixer(nn.Module):
             scores = scores.masked_fill(~plan.mask(len(q)).unsqueeze(1), -torch.inf)
         mass = scores.logsumexp(-1)
         weights = (scores - mass.unsqueeze(-1)).exp().to(values.dtype)
-        weights = F.dropout(weights, self.config.attention_dropout, self.training)
+        weights = F.dropout(weights, self.attention_dropout, self.training)
         out = (weights.flatten(2, 3) @ values).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
         return plan.unfold(out.transpose(1, 2)), plan.unfold(mass.flatten(1, 2).transpose(1, 2))
 
@@ -337,7 +337,7 @@ class HeadMixer(nn.Module):
         self, implementation: str, q: Tensor, keys: Tensor, values: Tensor, mask: Any
     ) -> tuple[Float[Tensor, "batch queries heads dim"], Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         out, weights = function(self, q, keys, values, mask, dropout=dropout, scaling=self.scaling)
         return out, weights
 

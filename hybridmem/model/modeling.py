@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,18 +19,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ShortRangeAttention
-from .cache import StreamingLayer
+from .cache import check_layers
 from .configuration import HybridMemConfig, check_head_sources
 from .convolution import ShortConvolution
-from .head_memory import HeadMemory
 from .heads import HeadMixer
-from .memory import NeuralMemory, norm_layer
+from .memory import HeadMemory, NeuralMemory, norm_layer
 from .mixers import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 from .sequence import (
     PADDING,
     HeadChoice,
     LastDocument,
     TokenSequence,
+    compact_rows,
     inverse_frequencies,
     known_true,
     number_documents,
@@ -268,7 +268,8 @@ class HybridMemModel(HybridMemPreTrainedModel):
             input_ids, inputs_embeds: one of the two.
             attention_mask: 0 for padding, over these tokens or over all read so far; padding is not read.
             position_ids: rotary positions; by default they count all tokens from the first one read. Only their
-                distances matter. Without a cache and a mask, a jump starts a document, as in transformers.
+                distances matter. A jump starts a document where neither a mask nor a cache, even an empty one, is
+                given, as in transformers.
             past_key_values: the streaming state, which this call advances.
             document_ids: a token of another document than the one before it starts from an empty state; with a
                 cache the ids go on from call to call. -1 is padding.
@@ -279,9 +280,12 @@ class HybridMemModel(HybridMemPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if not inputs_embeds.shape[1]:
             raise ValueError("input_ids holds no token: give at least one, such as the tokenizer's bos")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        sequence = self._sequence(inputs_embeds, attention_mask, position_ids, past_key_values, document_ids)
+        if past_key_values is None:
+            jumps = position_ids
+            past_key_values = DynamicCache(config=self.config) if use_cache else None
+        else:
+            jumps = None  # positions then say where tokens are, however the text is cut
+        sequence = self._sequence(inputs_embeds, attention_mask, position_ids, jumps, past_key_values, document_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, sequence, past_key_values=past_key_values)
@@ -294,6 +298,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        jumps: Tensor | None,
         past_key_values: Cache | None,
         document_ids: Tensor | None,
     ) -> TokenSequence:
@@ -302,16 +307,11 @@ class HybridMemModel(HybridMemPreTrainedModel):
         past = 0
         last: LastDocument | None = None
         if past_key_values is not None:
-            first = past_key_values.layers[0] if past_key_values.layers else None
-            if not isinstance(first, StreamingLayer):
-                raise TypeError(
-                    "past_key_values holds no streaming layers; build it with DynamicCache(config=model.config)"
-                )
+            check_layers(past_key_values, self.config.layer_types or [])
+            first: Any = past_key_values.layers[0]
             past, last = first.seen_tokens, first.last_document
-        # With a cache, positions say where tokens stand; only without one do jumps in them start documents.
-        jumps = None if past else position_ids
         documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
-        mask = fresh_rows = None
+        mask = fresh_rows = compaction = None
         if documents is not None and past_key_values is None and known_true((documents == documents[:, :1]).all()):
             documents = None  # each row is one document, and none goes on: nothing to keep apart
         if documents is not None:
@@ -319,6 +319,9 @@ class HybridMemModel(HybridMemPreTrainedModel):
                 last = LastDocument(torch.zeros_like(documents[:, 0]), torch.zeros_like(documents[:, 0]))
             mask = documents != PADDING
             mask = None if known_true(mask.all()) else mask
+            if mask is not None:
+                begun = torch.zeros_like(mask[:, 0]) if last is None else last.id != PADDING
+                compaction = compact_rows(mask, begun)
             fresh_rows = rows_starting_afresh(documents, last)
             documents, last = number_documents(documents, mask, fresh_rows, last)
         if position_ids is None:
@@ -330,7 +333,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
             cos, sin = pretrained_rotary_angles(
                 position_ids, *self.pretrained_rope, config.max_position_embeddings, dtype
             )
-        return TokenSequence(cos, sin, documents, mask, fresh_rows, last, past, self.head_choice)
+        return TokenSequence(cos, sin, documents, mask, fresh_rows, compaction, last, past, self.head_choice)
 
 
 class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
@@ -344,6 +347,25 @@ class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                "cache_implementation='quantized' quantizes keys and values, and a HybridMem cache also holds memory "
+                "states: leave cache_implementation unset"
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: continuous batching (`generate_batch`) pages keys and values, and a memory's state has no pages.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "cache_implementation='paged' (continuous batching, generate_batch) pages keys and values, and a HybridMem "
+            "cache also holds memory states: leave cache_implementation unset and call generate on a left-padded batch"
+        )
 
     @can_return_tuple
     def forward(

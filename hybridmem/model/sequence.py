@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -20,6 +20,25 @@ class LastDocument(NamedTuple):
 
     id: Int[Tensor, " batch"]  # what the caller called it; PADDING: no token of the row was read yet
     number: Int[Tensor, " batch"]  # how many documents the row had before it
+
+
+class Compaction(NamedTuple):
+    """A permutation that moves each row's tokens together to its front, in order, and its padding to the end."""
+
+    order: Int[Tensor, "batch time"]  # where the token at each compacted place comes from
+    place: Int[Tensor, "batch time"]  # where each token goes: the inverse of `order`
+
+    def compact(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
+        """Move tokens together."""
+        return _take(x, self.order)
+
+    def restore(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
+        """Move tokens back: the inverse of `compact`."""
+        return _take(x, self.place)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index.view(*index.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def known_true(condition: Bool[Tensor, ""]) -> bool:
@@ -48,6 +67,8 @@ class TokenSequence:
             document, no padding.
         mask: which tokens count; None: all.
         fresh_rows: rows whose first token does not continue what the cache holds; None: no row.
+        compaction: moves together tokens that padding separates, for layers whose reach is counted in tokens; None:
+            padding precedes all tokens of its row, earlier calls' included, or follows all of this call's.
         last_document: where the call ends; None: in the one document that there is.
         past: tokens that earlier calls read.
         heads: the sources that heads of `mah` read; None: the configuration's.
@@ -59,6 +80,7 @@ class TokenSequence:
     document_ids: Int[Tensor, "batch time"] | None = None
     mask: Bool[Tensor, "batch time"] | None = None
     fresh_rows: Bool[Tensor, " batch"] | None = None
+    compaction: Compaction | None = None
     last_document: LastDocument | None = None
     past: int = 0
     heads: HeadChoice | None = None
@@ -82,8 +104,8 @@ def read_documents(
     """The document of every token, PADDING for padding; None if there is one document and no padding.
 
     `attention_mask` marks padding, over this call's tokens or over all that was ever read (as transformers
-    passes it). Without a mask and a cache, positions that do not go up by one start a document, as in
-    transformers. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
+    passes it). Without a mask, `position_ids` that do not go up by one start a document, as in transformers; None:
+    positions start none. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
     """
     batch, time = shape
     if attention_mask is not None and (
@@ -125,6 +147,27 @@ def rows_starting_afresh(
     now = document_ids.gather(1, first)[:, 0]
     fresh = (now != PADDING) & (before != PADDING) & (now != before)
     return None if known_true(~fresh.any()) else fresh
+
+
+def splits_tokens(mask: Bool[Tensor, "batch time"], begun: Bool[Tensor, " batch"] | None = None) -> Bool[Tensor, ""]:
+    """Check for padding between two tokens of a row; `begun` marks rows of which tokens were read earlier."""
+    earlier = mask.cumsum(1)[:, :-1] > 0
+    if begun is not None:
+        earlier = earlier | begun[:, None]
+    return (mask[:, 1:] & ~mask[:, :-1] & earlier).any()
+
+
+def compact_rows(mask: Bool[Tensor, "batch time"], begun: Bool[Tensor, " batch"]) -> Compaction | None:
+    """Move together the tokens of each row; None if no padding lies between two of them.
+
+    `begun` marks the rows of which earlier calls have read tokens: padding at their start separates tokens too.
+    """
+    if known_true(~splits_tokens(mask, begun)):
+        return None
+    count = mask.cumsum(1)
+    place = torch.where(mask, count, count[:, -1:] + (~mask).cumsum(1)) - 1
+    clock = torch.arange(mask.shape[1], device=mask.device).expand_as(place)
+    return Compaction(torch.empty_like(place).scatter_(1, place, clock), place)
 
 
 def number_documents(

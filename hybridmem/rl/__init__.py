@@ -1,22 +1,13 @@
 """Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
 
 from .attention.recorder import AttentionRecorder
+from .objectives.advantages import group_advantages, groups_with_signal
 from .objectives.attention import AttentionRL
 from .objectives.critique import CritiqueGRPO, CritiqueGRPOReleased
 from .objectives.distillation import AttentionDistillation
-from .objectives.token import (  # fmt: skip
-    CISPO,
-    DAPO,
-    GRPO,
-    GSPO,
-    SFT,
-    DrGRPO,
-    RejectionFineTune,
-    SWEDapo,
-    TokenObjective,
-    group_advantages,
-    groups_with_signal,
-)
+from .objectives.objective import Objective
+from .objectives.supervised import SFT, RejectionFineTune
+from .objectives.token import CISPO, DAPO, GRPO, GSPO, DrGRPO, SWEDapo, TokenObjective
 from .rewards.critics import EndpointCritic, GroundTruthCritic, IndicativeCritic
 from .rewards.functions import FormatReward, OverlongPenalty, Rewards, RewardSum, check_columns
 from .rewards.ranking import RankingReward
@@ -40,6 +31,7 @@ __all__ = [
     "GroundTruthCritic",
     "HTTPRetriever",
     "IndicativeCritic",
+    "Objective",
     "OverlongPenalty",
     "RankingReward",
     "RejectionFineTune",

@@ -4,7 +4,6 @@
         self.                                                           answer  _flush_unlocked
 """
 
-import os
 import re
 import sysconfig
 from keyword import iskeyword
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from hybridmem.checks import at_least, between_0_and_1, number_held_out
+from hybridmem.files import files_below
 
 from .task import END_OF_ANSWER, Split, example_generator
 
@@ -30,7 +30,6 @@ NOT_CODE = re.compile(
     rb"|'(?:[^'\\\n]|\\.)*'",
     re.DOTALL,
 )
-SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
 
 
 class Identifier:
@@ -161,12 +160,11 @@ def source_files(path: str | None) -> list[Path]:
     folder = Path(sysconfig.get_path("stdlib") if path is None else path)
     if not folder.is_dir():
         raise FileNotFoundError(f"path={path!r} is no folder")
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
-        files += [Path(parent, name) for name in names if name.endswith(".py") and not name.startswith(".")]
-    unique = {file.resolve(): file for file in sorted(files, key=Path.as_posix) if file.is_file()}.values()
-    return [file for file in unique if file.stat().st_size]
+    unique: dict[Path, Path] = {}
+    for file in files_below(folder):
+        if file.suffix == ".py":
+            unique.setdefault(file.resolve(), file)
+    return [file for file in unique.values() if file.stat().st_size]
 
 
 def split_files(files: list[Path], val_fraction: float, seed: int) -> dict[Split, list[Path]]:

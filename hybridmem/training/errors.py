@@ -18,6 +18,7 @@ NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
     r"|Expected a path but|Problem with given class_path|Class validation error for validator"
 )
+NOT_A_TASK = re.compile(r"Import path (\S+) does not implement protocol Task")
 KEY = re.compile(r'Parser key "([^"]+)":\s*')
 
 
@@ -104,9 +105,17 @@ def one_line(message: str) -> str:
         if sentence and not NOISE.match(sentence) and sentence not in sentences:
             sentences.append(sentence)
     text = "; ".join(sentences) or " ".join(message.split())
+    text = NOT_A_TASK.sub(_flaw_of_task, text)
     if "are required" in text:
         text += " (give --config FILE)"
     return f"{'.'.join(names)}: {text}" if names else text
+
+
+def _flaw_of_task(found: re.Match[str]) -> str:
+    """Return which member of Task the class lacks that the parser has refused."""
+    from hybridmem.tasks.task import flaw_of_class
+
+    return flaw_of_class(resolve_name(found[1]))
 
 
 class _OneLineErrors(ArgumentParser):

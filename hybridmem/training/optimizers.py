@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from hybridmem.model.convolution import ShortConvolution
 
+OptimizerFactory = Callable[[Iterable], Optimizer]  # made with parameter groups
+
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two parameter groups: matrices decay; vectors, embeddings and short convolutions do not."""

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import DynamicCache
 
 from hybridmem.distributed import all_gather_object, global_mean_weights, shard
@@ -35,11 +32,9 @@ from hybridmem.training.checkpoints.contents import (
 from hybridmem.training.checkpoints.model_card import training_facts
 
 from .errors import named
-from .optimizers import MatrixOptimizer, decay_groups
-from .schedules import WarmupCosine, check_schedule, scheduled_steps
+from .optimizers import MatrixOptimizer, OptimizerFactory, decay_groups
+from .schedules import SchedulerFactory, WarmupCosine, check_schedule, scheduled_steps
 
-OptimizerFactory = Callable[[Iterable], Optimizer]
-SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 Batch = dict[str, Tensor]
 
 
@@ -142,7 +137,7 @@ class PretrainModule(L.LightningModule):
         """Raise a ValueError when the data cannot be read by this model."""
         if data.vocab_size > self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {data.vocab_size} tokens but config.vocab_size={self.config.vocab_size}; "
+                f"the tokenizer's largest id is {data.vocab_size - 1} but config.vocab_size={self.config.vocab_size}; "
                 f"set model.init_args.config.vocab_size to {data.vocab_size} or more"
             )
         if self.carry_state and data.hparams.get("mode") != "continuous":

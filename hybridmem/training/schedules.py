@@ -7,8 +7,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]  # made with an optimiser and the run's optimiser steps
 ANY_RUN = 10**9  # optimiser steps: more than any warm-up takes
 
 

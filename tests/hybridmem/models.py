@@ -3,7 +3,7 @@
 import torch
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
-from hybridmem.model.head_memory import HeadMemory
+from hybridmem.model.memory import HeadMemory
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
 FOLDERS = (*VARIANTS, "converted")  # what other libraries are tried with

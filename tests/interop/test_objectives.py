@@ -105,7 +105,7 @@ def test_the_loss_is_trls(objective, beta, tmp_path):
     expected = trainer._compute_loss(trainer.model, inputs)
     (expected_gradient,) = torch.autograd.grad(expected, logps)
 
-    loss, metrics = objective.loss(
+    loss, metrics = objective.compute_loss(
         logps, old_logps, advantages, mask, ref_logps if beta else None, tokens_of_all_calls / 2, MAX_LENGTH
     )
     (gradient,) = torch.autograd.grad(loss, logps)

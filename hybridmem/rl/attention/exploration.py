@@ -5,12 +5,12 @@ distribution that was really used, and rewarded ways to attend are told from the
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -60,6 +60,31 @@ def draw_noise(
         pairs = torch.stack((drawn, -drawn), dim=2).flatten(1, 2)[:, :num_generations]
         noise[number] = pairs.flatten(0, 1)
     return noise
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """The noise that the responses of a rollout attend with: an action of AttentionRL."""
+
+    target: str
+    noise: Noise
+
+    @property
+    def prefill_once(self) -> bool:
+        """Each response reads its prompt in its own way."""
+        return False
+
+    def applied(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which the model attends with the noise."""
+        return explored(model, self.target, self.noise)
+
+    def cut(self, time: int) -> "Exploration":
+        """Return the noise of the first `time` tokens."""
+        return replace(self, noise=cut_noise(self.noise, time))
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Exploration":
+        """Return the noise of some responses."""
+        return replace(self, noise={number: eps[rows] for number, eps in self.noise.items()})
 
 
 def cut_noise(noise: Noise, time: int) -> Noise:

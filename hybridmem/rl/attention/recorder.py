@@ -109,6 +109,18 @@ class LayerRecord:
         )
 
 
+class Records(dict[int, LayerRecord]):
+    """The records of one pass, by layer."""
+
+    def detach(self) -> "Records":
+        """Return the records without a graph."""
+        return Records({number: record.detach() for number, record in self.items()})
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Records":
+        """Return the records of some rows."""
+        return Records({number: record.select(rows) for number, record in self.items()})
+
+
 def decoder_layers(model: nn.Module) -> list[Any]:
     """Our decoder layers, or the causal attention modules of another family's model, in order.
 
@@ -259,6 +271,15 @@ class AttentionRecorder:
     def _tokens_kept(self, keys: int) -> Bool[Tensor, "batch tokens"] | None:
         """The padding mask of the keys: a window's cache keeps the last ones only."""
         return None if self._key_mask is None else self._key_mask[:, self._key_mask.shape[1] - keys :]
+
+
+@contextmanager
+def recording(model: nn.Module, layers: Sequence[int], times: int | Int[Tensor, " rows"]) -> Iterator[Records]:
+    """Record one pass; the records are there when the context ends (see AttentionRecorder)."""
+    records = Records()
+    with AttentionRecorder(model, layers, times) as recorder:
+        yield records
+        records.update(recorder.records)
 
 
 def _check_segments(_: nn.Module, arguments: tuple[Any, ...]) -> None:

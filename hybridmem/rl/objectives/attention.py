@@ -2,24 +2,29 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hybridmem.rl.attention.distributions import TARGETS, Distribution, distribution
-from hybridmem.rl.attention.exploration import Noise, with_noise
-from hybridmem.rl.attention.recorder import LayerRecord
+from hybridmem.rl.attention.distributions import TARGETS, distribution
+from hybridmem.rl.attention.divergence import DIVERGENCES, TINY, divergence_of
+from hybridmem.rl.attention.exploration import Exploration, Noise, draw_noise, with_noise
+from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, Records, recording
+from hybridmem.rl.rollouts.experience import Experience, Scores
+from hybridmem.rl.rollouts.policy import Policy
+from hybridmem.rl.rollouts.prompts import PromptBatch, Times
 
-DIVERGENCES = ("jsd", "kl", "reverse_kl")
+from .objective import LossAndMetrics, ModelLoader, Objective
+
 POSITIONS = ("generated", "predicting")
-FLOOR = 1e-8  # of the probability that a KL divides by, as in the operator
-TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionRL:
+class AttentionRL(Objective):
     """weight · mean over generated t of A_t · divergence(p_θ,t ‖ p_old,t): RAL's objective by default.
 
     Args:
@@ -36,6 +41,11 @@ class AttentionRL:
     Raises:
         ValueError: a setting that cannot work.
     """
+
+    family: ClassVar[str] = "AttentionRL"
+    prefix: ClassVar[str] = "attention/"
+    learns_by_reward: ClassVar[bool] = True
+    compares_with_rollout: ClassVar[bool] = True
 
     target: str = "attention"
     weight: float = 1.0
@@ -59,7 +69,56 @@ class AttentionRL:
         if self.min_span is not None and not self.min_span >= 1:
             raise ValueError(f"min_span={self.min_span} must be at least 1, the span of a single token")
 
+    @property
+    def explores(self) -> bool:
+        """Whether responses are sampled with noise on their attention."""
+        return bool(self.exploration)
+
+    @property
+    def trains_head(self) -> bool:
+        """Attention alone gives the head no gradient."""
+        return False
+
+    def check_run(self, steps_per_rollout: int) -> None:
+        """Raise a ValueError if the objective's gradient would be zero in every step."""
+        if self.weight and not self.exploration and steps_per_rollout == 1:
+            raise ValueError(
+                "AttentionRL compares with the rollout's attention, from which one optimiser step per rollout never "
+                "moves: its gradient would be zero. Set num_iterations or steps_per_generation to 2 or more, or "
+                "AttentionRL's exploration above 0"
+            )
+
+    def prepare(self, policy: Policy, load: ModelLoader) -> None:
+        """Raise a ValueError if the model lacks the layers, or they cannot be recorded."""
+        AttentionRecorder(policy.model, self.layers)
+
+    def act(
+        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
+    ) -> Exploration | None:
+        """Draw the noise that each response attends with."""
+        if not self.exploration:
+            return None
+        layers = list(AttentionRecorder(policy.model, self.layers).layers)
+        noise = draw_noise(
+            policy.model, self.target, layers, self.exploration, len(prompts.input_ids), num_generations,
+            prompts.input_ids.shape[1] + length, generators,
+        )  # fmt: skip
+        return Exploration(self.target, noise)
+
+    def observe(self, model: Any, times: int | Times) -> AbstractContextManager[Records]:
+        """Record the layers' attention during a pass."""
+        return recording(model, self.layers, times)
+
     def loss(
+        self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
+    ) -> LossAndMetrics:
+        """Return `compute_loss` of the responses."""
+        action: Any = batch.actions.get(self.family)
+        noise = None if action is None else action.noise
+        records, old_records = scores.seen[self.family], old.seen[self.family]
+        return self.compute_loss(records, old_records, batch.advantages, batch.mask, noise)
+
+    def compute_loss(
         self,
         records: dict[int, LayerRecord],
         old_records: dict[int, LayerRecord],
@@ -111,16 +170,3 @@ class AttentionRL:
             return stats.jsd, stats.entropy
         p, p_old = (distribution(side, self.target, length + shift)[:, :length] for side in (record, old))
         return divergence_of(p, p_old, self.divergence), -(p * p.clamp(min=TINY).log()).sum(-1)
-
-
-def divergence_of(p: Distribution, p_ref: Distribution, kind: str) -> Float[Tensor, "batch queries"]:
-    """A divergence between rows, in nats; rows of zeros have none."""
-    if kind == "jsd":
-        middle = 0.5 * (p + p_ref)
-        return 0.5 * (_kl(p, middle, TINY) + _kl(p_ref, middle, TINY))
-    return _kl(p_ref, p, FLOOR) if kind == "kl" else _kl(p, p_ref, FLOOR)
-
-
-def _kl(p: Distribution, q: Distribution, floor: float) -> Float[Tensor, "batch queries"]:
-    # The logarithm's gradient at 0 is infinite; its floor takes it away where p adds nothing.
-    return (p * (p.clamp(min=TINY).log() - q.clamp(min=floor).log())).sum(-1)

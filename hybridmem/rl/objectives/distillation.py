@@ -13,9 +13,9 @@ size and the number of layers may differ between the two models.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,11 +26,15 @@ from hybridmem.checks import one_of
 from hybridmem.model.configuration import MEMORY_VARIANTS
 from hybridmem.model.modeling import HybridMemLayer
 from hybridmem.rl.attention.distributions import attention, distribution, over_the_same
+from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, decoder_layers
-from hybridmem.rl.rollouts.sampling import Times
+from hybridmem.rl.rollouts.experience import Experience, Scores
+from hybridmem.rl.rollouts.policy import Policy
+from hybridmem.rl.rollouts.prompts import Times
+from hybridmem.rl.rollouts.scoring import completion_logps
 from hybridmem_kernels.memory_scan import state_dtype
 
-from .attention import divergence_of
+from .objective import LossAndMetrics, ModelLoader, Objective
 
 OVER_TOKENS = ("attention", "memory", "unified")
 # What their layers attend to is not one distribution over the row's earlier tokens.
@@ -72,7 +76,7 @@ def observed(model: nn.Module, layer: int, times: int | Times = 1) -> Iterator[l
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionDistillation:
+class AttentionDistillation(Objective):
     """mu · GKD + gamma · mean over generated t of JSD(p_student,t ‖ p_teacher,t): RAL's distillation.
 
     Args:
@@ -89,6 +93,9 @@ class AttentionDistillation:
     Raises:
         ValueError: a setting that cannot work.
     """
+
+    family: ClassVar[str] = "AttentionDistillation"
+    prefix: ClassVar[str] = "distillation/"
 
     teacher: str
     mu: float = 1.0
@@ -111,7 +118,43 @@ class AttentionDistillation:
             raise ValueError(f"temperature={self.temperature} must be a positive number")
         one_of(OVER_TOKENS, target=self.target)
 
+    @property
+    def trains_head(self) -> bool:
+        """The divergence between next tokens does."""
+        return bool(self.mu)
+
+    def prepare(self, policy: Policy, load: ModelLoader) -> None:
+        """Load the teacher and compare it with the policy.
+
+        Raises:
+            ValueError: a teacher that cannot be loaded, or whose vocabulary, layers or tokenizer do not fit.
+        """
+        try:
+            teacher, tokenizer = load(self.teacher)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"teacher={self.teacher!r} cannot be loaded: set a Hugging Face folder or name, or a "
+                f"checkpoint of hybridmem fit ({str(error).splitlines()[0]})"
+            ) from error
+        self.check_models(policy.model, teacher)
+        if tokenizer is not None:
+            self.check_tokenizers(policy.tokenizer, tokenizer)
+        policy.frozen["teacher"] = teacher.eval().requires_grad_(False)
+
+    def observe(self, model: Any, times: int | Times) -> AbstractContextManager[list[Observation]]:
+        """Keep the student's logits and attention of a pass."""
+        return observed(model, self.student_layer, times)
+
     def loss(
+        self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
+    ) -> LossAndMetrics:
+        """Return `compute_loss` of the responses; the teacher reads them in each step, as its logits are large."""
+        teacher = policy.frozen_model("teacher")
+        with torch.no_grad(), observed(teacher, self.teacher_layer, batch.times) as seen:
+            completion_logps(teacher, batch.prompts, batch.completions, temperature, batch.times)
+        return self.compute_loss(scores.seen[self.family][0], seen[0], batch.mask)
+
+    def compute_loss(
         self, student: Observation, teacher: Observation, mask: Bool[Tensor, "responses length"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss of some responses, and its metrics.

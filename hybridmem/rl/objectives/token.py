@@ -10,23 +10,37 @@ rollout's, the token loses
 and β KL(π_θ ‖ π_ref), estimated by k3. Settings have TRL's names and meaning, and at equal settings the loss is TRL's.
 """
 
+import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from hybridmem.distributed import gather_groups, own_groups
+from hybridmem.rl.rollouts.experience import Experience, Scores
+from hybridmem.rl.rollouts.policy import Policy
+from hybridmem.rl.rollouts.scoring import completion_logps
+
+from .advantages import SCALES, check_choice, group_advantages, grouped
+from .objective import LossAndMetrics, ModelLoader, Normaliser, Objective
+
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-SCALES = ("group", "batch", "none")
-
-STD_EPS = 1e-4  # TRL's; equal rewards have advantages of 0, not 0 / 0
+MAX_LOG_RATIO = 20.0  # nats, as in verl; exp overflows at 89, and a clipped token's gradient is then 0 · inf
+NORMALISERS: dict[str, Normaliser] = {
+    "grpo": "responses",
+    "dr_grpo": "responses",
+    "bnpo": "tokens",
+    "dapo": "processes",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenObjective(ABC):
+class TokenObjective(Objective):
     """A loss on generated tokens; the algorithms below say what a token loses.
 
     Args:
@@ -45,6 +59,9 @@ class TokenObjective(ABC):
         ValueError: a value that cannot work.
     """
 
+    family: ClassVar[str] = "TokenObjective"
+    learns_by_reward: ClassVar[bool] = True
+
     importance_sampling_level: str = "token"
     loss_type: str = "grpo"
     scale_rewards: str = "group"
@@ -54,9 +71,9 @@ class TokenObjective(ABC):
     dynamic_sampling: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-        _check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        _check_choice("scale_rewards", self.scale_rewards, SCALES)
+        check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)
+        check_choice("scale_rewards", self.scale_rewards, SCALES)
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta={self.beta} must be 0, for no reference model, or a positive number")
 
@@ -69,7 +86,7 @@ class TokenObjective(ABC):
     ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
         """What each token loses, and where its ratio was clipped, under the metric's name."""
 
-    def loss(
+    def compute_loss(
         self,
         logps: Float[Tensor, "responses length"],
         old_logps: Float[Tensor, "responses length"],
@@ -113,6 +130,45 @@ class TokenObjective(ABC):
             metrics["kl"] = _mean(kl.detach(), mask)
             token_loss = token_loss + self.beta * kl if self.beta else token_loss
         return aggregate(token_loss, mask, self.loss_type, num_items, max_completion_length), metrics
+
+    def loss(
+        self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
+    ) -> LossAndMetrics:
+        """Return `compute_loss` of the responses."""
+        refined = {} if batch.refined is None else {"refined": batch.refined}
+        return self.compute_loss(
+            scores.logps, old.logps, batch.advantages, batch.mask, ref_logps=batch.ref_logps,
+            num_items=batch.num_items, max_completion_length=batch.max_completion_length, **refined,
+        )  # fmt: skip
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The number that the loss is a mean over, by loss_type."""
+        return NORMALISERS[self.loss_type]
+
+    def prepare(self, policy: Policy, load: ModelLoader) -> None:
+        """Keep a copy of the policy as reference model; adapters can be switched off instead."""
+        if self.beta and not policy.adapted:
+            policy.frozen["reference"] = copy.deepcopy(policy.model).eval().requires_grad_(False)
+
+    def advantages(
+        self, rewards: Float[Tensor, " responses"], sizes: Int[Tensor, " groups"], num_generations: int
+    ) -> Float[Tensor, " responses"] | None:
+        """Return group-relative advantages; a batch's deviation is that of all ranks."""
+        everyones = gather_groups(rewards, num_generations)
+        return own_groups(group_advantages(everyones, num_generations, self.scale_rewards), num_generations)
+
+    @torch.no_grad()
+    def review(self, policy: Policy, experience: Experience, temperature: float) -> None:
+        """Score the rollout under the reference model."""
+        if not self.beta:
+            return
+        read = experience.prompts, experience.completions, temperature, policy.shared_times(experience.times)
+        if policy.adapted:
+            with policy.model.disable_adapter():
+                experience.ref_logps = completion_logps(policy.model, *read)[0]
+        else:
+            experience.ref_logps = completion_logps(policy.frozen_model("reference"), *read)[0]
 
     def loss_mask(
         self, mask: Bool[Tensor, "responses length"], truncated: Bool[Tensor, " responses"]
@@ -263,7 +319,7 @@ class SWEDapo(DAPO):
                 "is left"
             )
 
-    def shaped(
+    def shape_rewards(
         self, rewards: Float[Tensor, " responses"], turns: Int[Tensor, " responses"], max_turns: int
     ) -> Float[Tensor, " responses"]:
         """R + min(0, (L_thr − turns) / (T_max − L_thr))."""
@@ -272,73 +328,19 @@ class SWEDapo(DAPO):
         return rewards + ((self.free_turns - turns) / (max_turns - self.free_turns)).clamp(max=0)
 
     def kept(self, rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " responses"]:
-        """The responses of groups whose mean reward, unshaped, is between the two rates."""
-        rates = _grouped(rewards, num_generations).mean(1)
+        """Return which responses are of groups whose mean reward, unshaped, is between the two rates."""
+        rates = grouped(rewards, num_generations).mean(1)
         return ((rates > self.min_solve_rate) & (rates < self.max_solve_rate)).repeat_interleave(num_generations)
 
-
-class SFT:
-    """Supervised fine-tuning, what rewards compare with: the answer's tokens, whatever would have been sampled."""
-
-    def loss(
-        self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
-    ) -> Float[Tensor, ""]:
-        """Mean negative log-probability of the answers' tokens, their ends among them."""
-        return -(logps * mask).sum() / mask.sum()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectionFineTune:
-    """Fine-tuning on the policy's own solved trajectories, but for turns whose calls failed (arXiv 2508.03501).
-
-    Args:
-        min_reward: what a trajectory must earn to be learnt from.
-    """
-
-    min_reward: float = 1.0
-
-    def kept(self, rewards: Float[Tensor, " responses"]) -> Bool[Tensor, " responses"]:
-        """Which responses are learnt from."""
-        return rewards >= self.min_reward
-
-    def loss(
-        self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
-    ) -> Float[Tensor, ""]:
-        """Mean negative log-probability of the tokens of `mask`; 0 where nothing was solved."""
-        return -(logps * mask).sum() / mask.sum().clamp(min=1)
-
-
-def group_advantages(
-    rewards: Float[Tensor, " responses"], num_generations: int, scale_rewards: str = "group"
-) -> Float[Tensor, " responses"]:
-    """A = (R − mean of the group) / (std + 1e-4), the std (of n − 1) being the group's, the batch's or none.
-
-    Args:
-        rewards: of the generation batch of all processes, groups next to one another.
-        num_generations: responses of a group.
-        scale_rewards: `group`, `batch` or `none`, which divides by nothing.
-
-    Raises:
-        ValueError: a group of one, rewards that are not whole groups, or an unknown scale.
-    """
-    _check_choice("scale_rewards", scale_rewards, SCALES)
-    groups = _grouped(rewards, num_generations)
-    advantages = groups - groups.mean(1, keepdim=True)
-    if scale_rewards == "group":
-        advantages = advantages / (groups.std(1, keepdim=True) + STD_EPS)
-    elif scale_rewards == "batch":
-        advantages = advantages / (rewards.std() + STD_EPS)
-    return advantages.flatten()
-
-
-def groups_with_signal(rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " groups"]:
-    """Which groups have rewards that differ; in the others every advantage is 0, and dynamic sampling replaces them.
-
-    Raises:
-        ValueError: a group of one, or rewards that are not whole groups.
-    """
-    groups = _grouped(rewards, num_generations)
-    return groups.amax(1) > groups.amin(1)
+    def kept_tokens(
+        self,
+        rewards: Float[Tensor, " responses"],
+        faulty: Bool[Tensor, "responses length"],
+        num_generations: int,
+    ) -> Bool[Tensor, "responses length"]:
+        """Return all tokens of the groups that `kept` names."""
+        kept = self.kept(rewards, num_generations).to(faulty.device)
+        return kept[:, None].expand_as(faulty)
 
 
 def importance_ratio(
@@ -351,14 +353,14 @@ def importance_ratio(
     log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return log_ratio.exp()
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def kl_estimate(
     logps: Float[Tensor, "responses length"], ref_logps: Float[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
     """The k3 estimate of KL(π_θ ‖ π_ref) from one token, in nats: π_ref/π_θ − log(π_ref/π_θ) − 1, never negative."""
-    log_ratio = ref_logps - logps
+    log_ratio = (ref_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
 
 
@@ -391,18 +393,3 @@ def aggregate(
 def _mean(x: Float[Tensor, "responses #length"], mask: Bool[Tensor, "responses length"]) -> Float[Tensor, ""]:
     weight = mask if x.shape == mask.shape else mask.any(1, keepdim=True)
     return (x * weight).sum() / weight.sum().clamp(min=1)
-
-
-def _grouped(rewards: Float[Tensor, " responses"], num_generations: int) -> Float[Tensor, "groups num_generations"]:
-    if num_generations < 2:
-        raise ValueError(
-            f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
-        )
-    if len(rewards) % num_generations:
-        raise ValueError(f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}")
-    return rewards.reshape(-1, num_generations)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

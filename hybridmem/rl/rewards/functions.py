@@ -97,7 +97,10 @@ class RewardSum:
         unscored = per_function.isnan().all(1)
         if unscored.any():
             prompt = prompts[int(unscored.nonzero()[0])]
-            raise ValueError(f"no reward for the prompt {_shown(prompt)}: {', '.join(self.names)} all gave None")
+            raise ValueError(
+                f"no reward for the prompt {_shown(prompt)}: {', '.join(self.names)} all gave None; let one of them "
+                "give a number where no other applies, such as 0, or add one to reward_funcs that always does"
+            )
         return Rewards((per_function * torch.tensor(self.reward_weights)).nansum(1), per_function)
 
     def metrics(self, rewards: Rewards) -> dict[str, Float[Tensor, ""]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridmem.checks import at_least
+from hybridmem.files import lines_of
 
 from .http import Endpoint, EndpointError
 
@@ -154,24 +155,23 @@ def checked(results: Any, count: int, k: int) -> Found:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with what errors call it.
+    """The objects of a JSONL file, compressed or not, each with what errors call it.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a line that is no JSON object.
+        FileNotFoundError, ValueError: no such file, one that cannot be decompressed, or a line that is no JSON object.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r} is no file")
-    with Path(path).open("rb") as lines:  # as bytes: what is not UTF-8 is an error of its line
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number} is no JSON object but {type(record).__name__}")
-            yield f"{path}:{number}", record
+    for number, line in enumerate(lines_of(Path(path)), start=1):  # as bytes: what is not UTF-8 is an error of its line
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number} is no JSON object but {type(record).__name__}")
+        yield f"{path}:{number}", record
 
 
 def terms(text: str) -> list[str]:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import DynamicCache
 
-from .sampling import Completions, Generators, PromptBatch, Sampling, draw, read
+from .completions import Completions
+from .prompts import PromptBatch
+from .random_streams import Generators
+from .sampling import Sampling, draw_next, prefill, read
 
 
 class Reply(NamedTuple):
@@ -20,7 +22,7 @@ class Reply(NamedTuple):
     ended: bool  # whether this was the last turn
 
 
-class Trajectories(NamedTuple):
+class Turns(NamedTuple):
     """Responses in which what an environment said stands between what the policy did.
 
     `completions.ids` hold both, `completions.mask` names the policy's own tokens: they alone carry loss.
@@ -53,7 +55,7 @@ def sample_turns(
     eos_token_ids: list[int],
     pad_token_id: int,
     generator: Generators = None,
-) -> Trajectories:
+) -> Turns:
     """Act `num_generations` times behind each prompt.
 
     All trajectories take each step together: where one speaks, another reads on in what it was told, so that states
@@ -70,17 +72,13 @@ def sample_turns(
         pad_token_id: what stands behind the end.
         generator: of the random numbers, or one for each prompt.
     """
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = read(model, prompts, cache)[:, -1]
-    if num_generations > 1:
-        cache.batch_repeat_interleave(num_generations)
-        logits = logits.repeat_interleave(num_generations, dim=0)
+    logits, cache = prefill(model, prompts, num_generations)
     text = prompts.repeat(num_generations)
     rows = [Row() for _ in range(len(logits))]
     cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # by the number of turns
     ids, masks, logps, length = [], [], [], 0
     while True:
-        drawn, chosen = draw(logits, sampling, generator)
+        drawn, chosen = draw_next(logits, sampling, generator, model, text)
         size = min(_shared(rows), sampling.max_completion_length - length)
         tokens, own = _next(rows, drawn.tolist(), size, pad_token_id)
         ids.append(torch.tensor(tokens, device=logits.device))
@@ -104,7 +102,7 @@ def sample_turns(
         for where in row.faulty:
             faulty[number, where.start : where.stop] = True
     turns = torch.tensor([row.turns for row in rows], device=logits.device)
-    return Trajectories(completions, turns, faulty & completions.mask)
+    return Turns(completions, turns, faulty & completions.mask)
 
 
 def _shared(rows: list[Row]) -> int:

@@ -20,7 +20,10 @@ from hybridmem.distributed import all_gather_object, rank_and_size
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.rewards.http import Endpoint, EndpointError
 
-from .sampling import Completions, Sampling
+from .completions import Completions
+from .policy import Policy
+from .prompts import PromptBatch
+from .sampling import Sampling
 
 
 @dataclass
@@ -64,31 +67,58 @@ class ServedRollouts:
         self._serving = self.model  # the name that responses are asked from: each version of adapters has its own
         self._client: Any = None
 
-    def check(self, module: Any) -> None:
-        """Raise a ValueError that says what of a PolicyModule a server cannot do."""
-        if isinstance(module.model, HybridMemForCausalLM) or (
-            module.lora is not None and isinstance(module.model.get_base_model(), HybridMemForCausalLM)
-        ):
-            raise ValueError("rollouts: vLLM serves no HybridMem model: remove rollouts, the trainer samples by itself")
-        if (self.sync == "lora") != (module.lora is not None):
-            raise ValueError(f"rollouts: sync={self.sync} does not go with lora={module.lora}: set both, or sync: trl")
-        if module.device_mesh is not None:
-            raise ValueError("rollouts: a sharded policy's weights are not gathered for a server: use strategy ddp")
-        explores = module.attention_rl is not None and module.attention_rl.exploration
-        for name, there in (("AttentionRL's exploration", explores), ("an environment", module.acts)):
-            if there:
-                raise ValueError(f"rollouts: a server knows nothing of {name}: remove it, or rollouts")
+    def check(self, policy: Policy, unsupported: Sequence[str]) -> None:
+        """Raise a ValueError if a server cannot sample for the policy.
 
-    def update(self, module: Any) -> None:
-        """Give the server the policy's weights; the first process does, the others wait."""
+        Args:
+            policy: the policy.
+            unsupported: features of the run that only the trainer's own sampling has.
+        """
+        model = policy.model.get_base_model() if policy.adapted else policy.model
+        if isinstance(model, HybridMemForCausalLM):
+            raise ValueError("rollouts: vLLM serves no HybridMem model: remove rollouts, the trainer samples by itself")
+        if (self.sync == "lora") != policy.adapted:
+            given = "{…}" if policy.adapted else None
+            raise ValueError(f"rollouts: sync={self.sync} does not go with lora={given}: set both, or sync: trl")
+        if policy.sharded:
+            raise ValueError("rollouts: a sharded policy's weights are not gathered for a server: use strategy ddp")
+        for name in unsupported:
+            raise ValueError(f"rollouts: a server knows nothing of {name}: remove it, or rollouts")
+
+    def update(self, policy: Policy) -> None:
+        """Give the server the policy's weights; the first rank does, the others wait."""
         rank, _ = rank_and_size()
         if self.sync == "lora":
             before, self._serving = self._serving, all_gather_object(f"hybridmem_{uuid4().hex}")[0]
             if rank == 0:
-                self._load_adapters(module, before)
+                self._load_adapters(policy, before)
         elif rank == 0:
-            self._send_weights(module)
+            self._send_weights(policy)
         all_gather_object(None)
+
+    def respond(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        num_generations: int,
+        sampling: Sampling,
+        generators: list[torch.Generator],
+        prefill_once: bool = True,
+    ) -> Completions:
+        """Update the server's weights and sample `num_generations` responses to each prompt.
+
+        Raises:
+            ValueError: prompts with images.
+            EndpointError: the server is away, or answers something else.
+        """
+        if prompts.images is not None:
+            raise ValueError("rollouts: prompts with images are not sent to a server: remove rollouts")
+        self.update(policy)
+        rows, mask = prompts.input_ids, prompts.attention_mask
+        tokens = rows.tolist() if mask is None else [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
+        seeds = [generator.initial_seed() & 0x7FFFFFFF for generator in generators]
+        completions = self.sample(tokens, num_generations, sampling, policy.eos_token_ids, policy.data.pad_id, seeds)
+        return Completions(*(x.to(policy.device) for x in completions))
 
     def sample(
         self,
@@ -133,23 +163,23 @@ class ServedRollouts:
             raise EndpointError(f"{self.url}: {len(found)} responses instead of {times}, or one without a token")
         return found
 
-    def _load_adapters(self, module: Any, before: str) -> None:
+    def _load_adapters(self, policy: Policy, before: str) -> None:
         """Write the adapters, let the server take them under their name, and clear the last ones away."""
         assert self.folder is not None
         path = Path(self.folder).absolute() / self._serving
-        module.model.save_pretrained(path)
+        policy.model.save_pretrained(path)
         self._endpoint("/v1/load_lora_adapter").post({"lora_name": self._serving, "lora_path": str(path)}, bytes)
         if before != self.model:
             self._endpoint("/v1/unload_lora_adapter").post({"lora_name": before}, bytes)
             shutil.rmtree(path.with_name(before))
 
-    def _send_weights(self, module: Any) -> None:
+    def _send_weights(self, policy: Policy) -> None:
         if self._client is None:
             from trl.generation.vllm_client import VLLMClient
 
             self._client = VLLMClient(base_url=self.url, connection_timeout=self.timeout)
-            self._client.init_communicator(module.device)
-        self._client.update_model_params(module.model)
+            self._client.init_communicator(policy.device)
+        self._client.update_model_params(policy.model)
         self._client.reset_prefix_cache()
 
     def _endpoint(self, path: str) -> Endpoint:

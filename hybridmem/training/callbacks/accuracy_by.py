@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning as L
 
-from hybridmem.rl.rollouts.experience import Answered
 from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.policy.validation import Answered
 
 
 class AccuracyBy(L.Callback):

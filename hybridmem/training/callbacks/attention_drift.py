@@ -11,8 +11,8 @@ from hybridmem.checks import at_least
 from hybridmem.metrics.distance import BeyondWindow, MeanDistance
 from hybridmem.metrics.entropy import entropy
 from hybridmem.rl.attention.distributions import KINDS, allocation, distribution
+from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord
-from hybridmem.rl.objectives.attention import divergence_of
 from hybridmem.rl.rollouts.sampling import evaluating, read
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.policy.module import PolicyModule
@@ -82,7 +82,7 @@ class AttentionDrift(L.Callback):
     @torch.no_grad()
     def _look(self, module: PolicyModule, model: torch.nn.Module) -> dict[int, LayerRecord]:
         examples = [module.data.task.example("val", number) for number in range(self.num_prompts)]
-        prompts = module.prompt_batch([module.data.prompt(example) for example in examples])
+        prompts = module.worker.policy.prompt_batch([module.data.prompt(example) for example in examples])
         with evaluating(model), AttentionRecorder(model, self.layers) as recorder:
             read(model, prompts, None)
         return recorder.records

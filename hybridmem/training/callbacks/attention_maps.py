@@ -91,11 +91,15 @@ class AttentionMaps(L.Callback):
         found: list[tuple[dict[str, Any], Answers]] = []
         for number in range(self.example, self.example + TRIED):
             example = module.data.task.example("val", number)
-            found.append((example, record_answers(module, example, 1, greedy, self.layers)))
+            found.append((example, self._record(module, example, greedy)))
             earned = found[-1][1].earned
             if earned is None or earned[0] >= SOLVED:
                 return found[-1]
         return found[0]
+
+    def _record(self, module: PolicyModule, example: dict[str, Any], greedy: Sampling) -> Answers:
+        precision = module.trainer.precision_plugin.forward_context()
+        return record_answers(module.worker, example, 1, greedy, self.layers, precision=precision)
 
 
 def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:

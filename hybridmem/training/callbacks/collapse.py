@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
@@ -174,7 +174,10 @@ class CollapseGuard(L.Callback):
         generator = torch.Generator(module.device).manual_seed(self.seed)
         for index in range(self.num_prompts):
             example = module.data.task.example("val", index)
-            answers = record_answers(module, example, module.num_generations, module.sampling, self.layers, generator)
+            answers = record_answers(
+                module.worker, example, module.num_generations, module.sampling, self.layers, generator,
+                module.trainer.precision_plugin.forward_context(),
+            )  # fmt: skip
             mask = answers.completions.mask
             for record in answers.records.values():
                 p = distribution(record, self.target, mask.shape[1])
@@ -236,7 +239,7 @@ class CollapseGuard(L.Callback):
             if self._bonus() == self.max_bonus:
                 return f"entropy_bonus is max_bonus={self.max_bonus} already"
             self.raises += 1
-            module.attention_rl = replace(module.attention_rl, entropy_bonus=self._bonus())
+            self._set_bonus(module)
             return f"entropy_bonus is raised to {self._bonus():.4g}"
         trainer.should_stop = True
         assert self.last_good is not None
@@ -244,17 +247,22 @@ class CollapseGuard(L.Callback):
 
     def _take_bonus(self, module: PolicyModule) -> None:
         """Note what the settings say, and raise it as often as the run has done before."""
-        objective = module.attention_rl
-        if objective is None or not objective.entropy_bonus:
+        bonus = next((o.entropy_bonus for o in module.objectives.values() if hasattr(o, "entropy_bonus")), None)
+        if not bonus:
             raise ValueError(
                 "action='raise_bonus' multiplies the entropy_bonus of AttentionRL: add AttentionRL to objectives with "
                 "an entropy_bonus above 0"
             )
         if self.base_bonus is None:
-            self.base_bonus = objective.entropy_bonus
+            self.base_bonus = bonus
         if self.base_bonus >= self.max_bonus:
             raise ValueError(f"max_bonus={self.max_bonus} must be above AttentionRL's entropy_bonus={self.base_bonus}")
-        module.attention_rl = replace(objective, entropy_bonus=self._bonus())
+        self._set_bonus(module)
+
+    def _set_bonus(self, module: PolicyModule) -> None:
+        for family, objective in module.objectives.items():
+            if hasattr(objective, "entropy_bonus"):
+                module.objectives[family] = replace(cast(Any, objective), entropy_bonus=self._bonus())
 
     def _bonus(self) -> float:
         # From the settings' value each time: a resumed run then comes to the same number as one that was not stopped.

@@ -50,10 +50,11 @@ class CompletionTable(L.Callback):
         self.previous_step = step
         if not is_due(step, previous, self.every_n_steps) or not trainer.is_global_zero:
             return
-        append_jsonl(Path(trainer.default_root_dir) / "completions.jsonl", step, pl_module.samples)
+        samples = pl_module.worker.last_responses
+        append_jsonl(Path(trainer.default_root_dir) / "completions.jsonl", step, samples)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("completions", markdown_table(pl_module.samples[: self.num_rows]), step)
+                logger.experiment.add_text("completions", markdown_table(samples[: self.num_rows]), step)
 
 
 def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from hybridmem.metrics.formats import FormatShare
 from hybridmem.metrics.pass_at_k import MajAtK, PassAtK
-from hybridmem.rl.rollouts.experience import Answered
 from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.policy.validation import Answered
 
 
 class FormatWatch(L.Callback):

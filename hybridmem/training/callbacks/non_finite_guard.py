@@ -1,18 +1,17 @@
 """A guard against numbers that are none: it names where they came up, and skips the step or stops."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridmem.checks import at_least, one_of
-from hybridmem.training.checkpoints.durable import newest_good
+from hybridmem.rl.rollouts.non_finite import named_layers
 from hybridmem.training.errors import StoppedError
+from hybridmem.training.non_finite import non_finite_remedy
 
 Action = Literal["stop", "skip"]
 
@@ -56,7 +55,8 @@ class NonFiniteGuard(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Listen to the layers."""
-        self.hooks = [module.register_forward_hook(self._listener(name)) for name, module in _layers(pl_module.model)]
+        layers = named_layers(pl_module.model)
+        self.hooks = [module.register_forward_hook(self._listener(name)) for name, module in layers]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stop listening."""
@@ -94,22 +94,15 @@ class NonFiniteGuard(L.Callback):
         what = f"{found or 'another process has a loss that is not finite'} at optimiser step {trainer.global_step}"
         self.in_a_row += 1
         if self.action == "stop" or self.in_a_row > self.patience:
-            raise StoppedError(f"{what}, {self._remedy(trainer)}")
+            again = f"after {self.patience} skipped ones" if self.action == "skip" else "and nothing was changed by it"
+            skip = "" if self.action == "skip" else ", or set NonFiniteGuard's action to skip"
+            raise StoppedError(f"{what}, {again}: {non_finite_remedy(trainer, skip)}")
         self.skipped += 1
         rank_zero_warn(f"{what}: the step is skipped, the {self.skipped}. of this run")
         optimizer.zero_grad(set_to_none=True)  # optimisers pass by parameters without gradients
         if getattr(pl_module, "carried", None) is not None:
             pl_module.carried = None  # it has read the batch too, and would spoil the next one
         pl_module.log("nonfinite/skipped", float(self.skipped))
-
-    def _remedy(self, trainer: L.Trainer) -> str:
-        again = f"after {self.patience} skipped ones" if self.action == "skip" else "and nothing was changed by it"
-        good = newest_good(Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir))
-        resume = "" if good is None else f", and go on with --ckpt_path {good}"
-        skip = "" if self.action == "skip" else ", or set NonFiniteGuard's action to skip"
-        return (
-            f"{again}: lower the learning rate, look at the data of this step and at rewards and clipping{skip}{resume}"
-        )
 
     def _listener(self, name: str) -> Callable[..., None]:
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -119,14 +112,6 @@ class NonFiniteGuard(L.Callback):
                 self.outputs[name] = finite & self.outputs[name] if name in self.outputs else finite
 
         return listen
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Embeddings, layers and head, of any model of transformers, by name."""
-    ends = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) or any(module is end for end in ends):
-            yield name, module
 
 
 def _spoilt_gradient(module: nn.Module) -> str | None:

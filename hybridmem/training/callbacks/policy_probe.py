@@ -1,17 +1,21 @@
-"""Looks at a policy between its steps: when they are due, and what it attends to while it answers."""
+"""Probes of a policy between its steps: when they are due, and the attention of its answers."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord
-from hybridmem.rl.rollouts.sampling import Completions, Sampling, completion_logps, evaluating, sample
-from hybridmem.training.policy.agent_rollouts import act_out
-from hybridmem.training.policy.module import PolicyModule
+from hybridmem.rl.rollouts.agent_rollouts import act_out
+from hybridmem.rl.rollouts.completions import Completions
+from hybridmem.rl.rollouts.policy import Example
+from hybridmem.rl.rollouts.sampling import Sampling, evaluating
+from hybridmem.rl.rollouts.scoring import completion_logps
+from hybridmem.training.policy.rollout_worker import RolloutWorker
 
 
 class Answers(NamedTuple):
@@ -30,32 +34,40 @@ def is_due(step: int, previous: int, every_n_steps: int) -> bool:
 
 @torch.no_grad()
 def record_answers(
-    module: PolicyModule,
-    example: dict[str, Any],
+    worker: RolloutWorker,
+    example: Example,
     num_generations: int,
     sampling: Sampling,
     layers: Sequence[int],
     generator: torch.Generator | None = None,
+    precision: AbstractContextManager | None = None,
 ) -> Answers:
-    """Answer an example's prompt without exploration, and record what `layers` attend to; the module is left as it was.
+    """Answer an example's prompt without exploration, and record what `layers` attend to.
+
+    Args:
+        worker: the policy, its environments and rewards; left as it was.
+        example: of the task.
+        num_generations: responses to record.
+        sampling: how tokens are drawn.
+        layers: their numbers.
+        generator: the random numbers.
+        precision: a context of the trainer's precision; None: the model's own.
 
     Raises:
         ValueError: layers that cannot be recorded (see AttentionRecorder).
     """
-    earned = None
-    with evaluating(module.model), module.trainer.precision_plugin.forward_context():
-        if module.acts:
-            acted = act_out(module, [example], num_generations, sampling, generator)
-            prompts, completions = module.prompt_batch(acted.prompts), acted.completions
-            earned = module.reward([example] * num_generations, completions, acted.environments)[1].total
+    policy, earned = worker.policy, None
+    with evaluating(policy.model), precision or nullcontext():
+        if worker.environments is not None:
+            acted = act_out(policy, worker.environments, [example], num_generations, sampling, generator)
+            prompts, completions = policy.prompt_batch(acted.prompts), acted.completions
+            earned = worker.reward([example] * num_generations, completions, acted.environments)[1].total
         else:
-            prompts = module.prompt_batch([module.data.prompt(example)])
-            completions = sample(
-                module.model, prompts, num_generations, sampling, module.eos_token_ids, module.data.pad_id, generator
-            )
+            prompts = policy.prompt_batch([policy.data.prompt(example)])
+            completions = policy.answer(prompts, num_generations, sampling, generator)
         prompts = prompts.repeat(num_generations)
-        with AttentionRecorder(module.model, layers) as recorder:
-            completion_logps(module.model, prompts, completions, sampling.temperature)
+        with AttentionRecorder(policy.model, layers) as recorder:
+            completion_logps(policy.model, prompts, completions, sampling.temperature)
     length = completions.ids.shape[1]
     records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
     return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)

@@ -7,8 +7,8 @@ import lightning as L
 
 from hybridmem.metrics.ranking import RANKING_METRICS
 from hybridmem.rl.rewards.ranking import RankingReward, write_answer
-from hybridmem.rl.rollouts.experience import Answered
 from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.policy.validation import Answered
 
 
 class RankingScores(L.Callback):

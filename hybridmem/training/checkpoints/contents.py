@@ -1,6 +1,7 @@
 """What a checkpoint holds beside weights, and the folder that a checkpoint becomes."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from hybridmem.checks import refuse_adapter
 from hybridmem.data.tokenizer import load_tokenizer
 from hybridmem.data.vision import load_processor
 from hybridmem.distributed import rank_and_size
 from hybridmem.model.attention import AttentionState
 from hybridmem.model.configuration import HybridMemConfig
 from hybridmem.model.convolution import ConvolutionState
-from hybridmem.model.head_memory import HeadMemoryState
 from hybridmem.model.heads import FullKeys, HeadsState, WindowKeys
-from hybridmem.model.memory import NeuralMemoryState
+from hybridmem.model.memory import HeadMemoryState, NeuralMemoryState
 from hybridmem.model.mixers import BranchStates, OpenSegment, SegmentStates
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.model.sequence import LastDocument
@@ -133,6 +135,11 @@ def load_checkpoint(path: str | Path, weights: bool = True, rank: int = 0, size:
         ValueError: a broken file, or not a checkpoint of hybridmem.
     """
     path = Path(path)
+    refuse_adapter(path)
+    if path.is_dir() and path.suffix != ".ckpt" and not is_sharded(path):
+        raise ValueError(
+            f"ckpt_path={path} is a folder without a checkpoint: give a .ckpt file, or the folder of a sharded one"
+        )
     checkpoint = _read_shards(path, weights, rank, size) if is_sharded(path) else read_checkpoint(path, "cpu")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
         raise ValueError(f"ckpt_path={path} was not written by hybridmem")
@@ -215,10 +222,30 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_policy(name: str) -> Any:
-    """A causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`."""
+    """Load a causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`.
+
+    Raises:
+        OSError, ValueError: there is none, or an adapter of PEFT alone.
+    """
     if _is_checkpoint(name):
         return model_of_checkpoint(load_checkpoint(name))
-    return auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+    refuse_adapter(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        adapter = _adapter_of_the_hub(name)
+        if adapter is not None:
+            refuse_adapter(adapter, name)
+        raise
+    return auto_class(config).from_pretrained(name)
+
+
+def _adapter_of_the_hub(name: str) -> Path | None:
+    """Return the local folder of an adapter on the Hugging Face hub, or None where there is none, or no network."""
+    with suppress(OSError, ValueError):
+        found = find_adapter_config_file(name)
+        return None if found is None else Path(found).parent
+    return None
 
 
 def start_from(model: HybridMemForCausalLM, name: str) -> None:

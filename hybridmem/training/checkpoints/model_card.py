@@ -1,6 +1,7 @@
 """The model card of an exported folder: what the model was trained on, for how long, and how to use it."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hybridmem import __version__
 from hybridmem.model.configuration import HybridMemConfig
 
 DATA_SETTINGS = (
@@ -84,7 +84,7 @@ def model_card(config: PreTrainedConfig, checkpoint: dict[str, Any], license: st
         "Use": USE if ours else USE_ELSEWHERE,
         "Model": _table(_architecture(config)),
         "Data": _table(facts.get("data", {})) or "The checkpoint does not say what it was trained on.\n",
-        "Training": _table({**trained, "hybridmem": __version__}),
+        "Training": _table({**trained, "hybridmem": version("hybridmem")}),
         "Metrics": _metrics(facts.get("metrics", {})),
         "Licence": f"{license}\n" if license else "Of the weights: not stated. hybridmem's code is Apache-2.0.\n",
     }

@@ -1,70 +1,111 @@
-"""Held-out prompts: what a policy answers, by its likeliest tokens and by samples, and whether that is right."""
+"""Validation of a policy on held-out prompts: its greedy response, and sampled ones as in training."""
 
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hybridmem.distributed import rank_and_size
-from hybridmem.rl.rollouts.experience import Answered
-from hybridmem.rl.rollouts.sampling import Sampling, generators
+from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
+from hybridmem.rl.rollouts.policy import Example
+from hybridmem.rl.rollouts.random_streams import RandomStream, generators
+from hybridmem.rl.rollouts.sampling import Sampling
+from hybridmem.tasks.task import Task, exact_match
 
-from .agent_rollouts import act_out
+from .rollout_worker import RolloutWorker
 
 SOLVED = 1.0  # the reward of an environment in which the task is done
-VALIDATION = 2  # what random numbers are for; rollouts have 0, refinements 1
-Examples = list[dict[str, Any]]
+T = TypeVar("T")
+Values = dict[str, Tensor | float]
 
 
-def validate(module: Any, batch: Examples, batch_idx: int) -> Answered:
-    """Reward and accuracy of the likeliest response to every held-out prompt; pass@1 of responses as in training.
+@dataclass
+class Answered:
+    """Held-out examples, a policy's answers, and which of them are right.
+
+    `sampled` holds as many responses to each example as the policy's groups have, those of an example next to one
+    another. The lists of right answers are empty for tasks without answers.
+    """
+
+    examples: list[Example]
+    greedy: list[str]
+    sampled: list[str]
+    greedy_right: list[bool] = field(default_factory=list)
+    sampled_right: list[bool] = field(default_factory=list)
+
+    @property
+    def times(self) -> int:
+        """The number of sampled responses to each example."""
+        return len(self.sampled) // len(self.examples)
+
+    def by_example(self, of_samples: list[T]) -> list[list[T]]:
+        """Return a value of every sampled response as a list for each example."""
+        return [of_samples[start : start + self.times] for start in range(0, len(of_samples), self.times)]
+
+    def judged(self, task: Task) -> "Answered":
+        """Return the answers judged by `task.is_right`, or by exact match for tasks without it."""
+        judge = getattr(task, "is_right", None) or _is_answer
+        answers = [example["answer"] for example in self.examples]
+        repeated = [answer for answer in answers for _ in range(self.times)]
+        return replace(self, greedy_right=judge(self.greedy, answers), sampled_right=judge(self.sampled, repeated))
+
+
+def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int) -> tuple[Answered, Values]:
+    """Answer held-out prompts; return the answers and their metrics.
 
     The random numbers are the same in every validation.
+
+    Args:
+        worker: samples and rewards.
+        task: judges the answers.
+        batch: the examples.
+        first: the place of the batch's first example among this rank's.
     """
-    prompts = module.prompt_batch([module.data.prompt(example) for example in batch])
-    texts, rewards = module.reward(batch, module.answer(prompts, 1, _likeliest(module)))
-    _log(module, len(batch), reward=rewards.total.mean())
-    each = _generators(module, batch_idx, len(batch))
-    sampled, _ = module.texts_and_ids(module.answer(prompts, module.num_generations, module.sampling, each))
+    if worker.environments is not None:
+        return _validate_acting(worker, worker.environments, batch, first)
+    policy = worker.policy
+    prompts = policy.prompt_batch([policy.data.prompt(example) for example in batch])
+    texts, rewards = worker.reward(batch, policy.answer(prompts, 1, _greedy(worker)))
+    each = _generators(worker, first, len(batch))
+    sampled, _ = policy.texts_and_ids(policy.answer(prompts, worker.num_generations, worker.sampling, each))
     answered = Answered(batch, texts, sampled)
-    if "answer" in batch[0]:
-        answered = answered.judged(module.data.task)
-        _log(module, len(batch), **_right(answered))
-    return answered
+    values: Values = {"reward": rewards.total.mean()}
+    if "answer" not in batch[0]:
+        return answered, values
+    answered = answered.judged(task)
+    return answered, values | _share_right(answered)
 
 
-def validate_acting(module: Any, batch: Examples, batch_idx: int) -> Answered:
-    """The same in environments, where an example is solved that earns 1 or more."""
-    acted = act_out(module, batch, 1, _likeliest(module))
-    texts, rewards = module.reward(batch, acted.completions, acted.environments)
-    each = _generators(module, batch_idx, len(batch))
-    tried = act_out(module, batch, module.num_generations, module.sampling, each)
-    repeated = [example for example in batch for _ in range(module.num_generations)]
-    sampled, earned = module.reward(repeated, tried.completions, tried.environments)
+def _validate_acting(
+    worker: RolloutWorker, environments: Environments, batch: list[Example], first: int
+) -> tuple[Answered, Values]:
+    """Act on held-out examples; those that earn 1 or more are solved."""
+    acted = act_out(worker.policy, environments, batch, 1, _greedy(worker))
+    texts, rewards = worker.reward(batch, acted.completions, acted.environments)
+    each = _generators(worker, first, len(batch))
+    tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each)
+    repeated = [example for example in batch for _ in range(worker.num_generations)]
+    sampled, earned = worker.reward(repeated, tried.completions, tried.environments)
     answered = Answered(batch, texts, sampled, *((x.total >= SOLVED).tolist() for x in (rewards, earned)))
-    _log(module, len(batch), reward=rewards.total.mean(), **_right(answered), turns=tried.turns.float().mean())
-    return answered
+    return answered, {"reward": rewards.total.mean(), **_share_right(answered), "turns": tried.turns.float().mean()}
 
 
-def _likeliest(module: Any) -> Sampling:
-    return Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)
+def _greedy(worker: RolloutWorker) -> Sampling:
+    return Sampling(max_completion_length=worker.sampling.max_completion_length, temperature=0.0)
 
 
-def _generators(module: Any, batch_idx: int, count: int) -> list[torch.Generator]:
-    """Random numbers of held-out prompts, by their place among all."""
+def _generators(worker: RolloutWorker, first: int, count: int) -> list[torch.Generator]:
+    """Return the random numbers of held-out prompts, by their place among all."""
     rank, size = rank_and_size()
-    first = batch_idx * module.data.hparams.batch_size
-    keys = [(module.seed, VALIDATION, (first + place) * size + rank) for place in range(count)]
-    return generators(module.device, *keys)
+    keys = [(worker.seed, int(RandomStream.VALIDATION), (first + place) * size + rank) for place in range(count)]
+    return generators(worker.policy.device, *keys)
 
 
-def _right(answered: Answered) -> dict[str, float]:
+def _share_right(answered: Answered) -> dict[str, Any]:
     right = {"accuracy": answered.greedy_right, "pass@1": answered.sampled_right}
     return {name: sum(each) / len(each) for name, each in right.items()}
 
 
-def _log(module: Any, batch_size: int, **values: Tensor | float) -> None:
-    """Log means over the examples of all processes."""
-    for name, value in values.items():
-        shown = name in ("reward", "accuracy")
-        module.log(f"val/{name}", value, batch_size=batch_size, prog_bar=shown, sync_dist=True)
+def _is_answer(completions: list[str], answers: list[str]) -> list[bool]:
+    return [score == 1 for score in exact_match(completions, answers)]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridmem.cli.main import named_folders
-from tests.hybridmem.data.helpers import byte_level_bpe
+from tests.hybridmem.data.helpers import byte_level_bpe, gapped_tokenizer
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 
 PROGRAM = str(Path(sys.executable).with_name("hybridmem"))
@@ -139,7 +139,7 @@ def test_two_sharded_processes_train_and_export(tmp_path):
 
 def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     config = write_config(tmp_path, trainer__max_steps=100_000, trainer__val_check_interval=100_000)
-    arguments = [sys.executable, "-c", "from hybridmem.cli import main; main()", "fit", "--config", config]
+    arguments = [sys.executable, "-c", "from hybridmem.cli.main import main; main()", "fit", "--config", config]
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -157,6 +157,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     assert f"--ckpt_path {saved}" in output
     assert "nothing is lost" in output
     assert process.returncode == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "run.lock").exists()
     assert torch.load(saved, weights_only=True)["global_step"] > 0
 
 
@@ -222,6 +223,46 @@ def test_a_fast_dev_run_is_no_shorter_than_the_warm_up(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
+def test_barebones_trains_and_writes_nothing(tmp_path, monkeypatch):
+    bare = dict(trainer__barebones=True, trainer__callbacks=[], trainer__log_every_n_steps=None)
+    config = write_config(tmp_path, **bare)
+    for command in ("fit", "predict"):
+        checkpoint = ["--ckpt_path", tmp_path / "kept.ckpt"] if command == "predict" else []
+        if checkpoint:
+            keep = write_config(tmp_path, trainer__default_root_dir=str(tmp_path / "other"))
+            hybridmem(monkeypatch, "fit", "--config", keep)
+            (tmp_path / "other" / "step=6.ckpt").rename(tmp_path / "kept.ckpt")
+            config = write_config(tmp_path, **bare)
+        hybridmem(monkeypatch, command, "--config", config, *checkpoint)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "predictions.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(), "remove log_every_n_steps=1, ModelCheckpoint from trainer, or set barebones to false"),
+        (dict(trainer__logger=True, trainer__log_every_n_steps=0), "remove logger=True, ModelCheckpoint from"),
+        (dict(trainer__callbacks=[], trainer__fast_dev_run=2), "remove log_every_n_steps=1, fast_dev_run=2 from"),
+        (
+            dict(
+                trainer__callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+                trainer__log_every_n_steps=None,
+                trainer__num_sanity_val_steps=2,
+            ),
+            "remove num_sanity_val_steps=2, LearningRateMonitor from trainer",
+        ),
+    ],
+)
+def test_barebones_names_all_that_it_leaves_out(tmp_path, monkeypatch, capsys, changes, named):
+    config = write_config(tmp_path, trainer__barebones=True, **changes)
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hybridmem: error: trainer.barebones=true trains without checkpoints, logs and checks")
+    assert named in last
+
+
 def test_a_new_run_keeps_out_of_another_ones_folder(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path)
     hybridmem(monkeypatch, "fit", "--config", config, "--trainer.max_steps", 3)
@@ -252,6 +293,27 @@ def test_text_that_is_not_utf8_needs_bytes(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "bad.txt is not UTF-8" in error
     assert "set encoding_errors to 'replace'" in error
+
+
+def test_a_vocabulary_with_gaps_needs_a_row_for_its_largest_id(tmp_path, monkeypatch, capsys):
+    gapped_tokenizer(400).save_pretrained(tmp_path / "tokenizer")
+    changes = dict(data__init_args__tokenizer=str(tmp_path / "tokenizer"), model__init_args__config__vocab_size=450)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the tokenizer's largest id is 450 but config.vocab_size=450" in error
+    assert "set model.init_args.config.vocab_size to 451 or more" in error
+    changes |= dict(model__init_args__config__vocab_size=451, data__init_args__sequence_length=8)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", exported)
+    options = ["--prompt", "word1 word11", "--max_new_tokens", 3]
+    hybridmem(monkeypatch, "generate", "--model", exported, *options)
+    assert "word1" in capsys.readouterr().out
+    gapped_tokenizer(500).save_pretrained(exported)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "generate", "--model", exported, *options)
+    assert "tokenizer's largest id is 550 but the model's vocab_size is 451" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def gapped_tokenizer(gap: int = 70_000) -> PreTrainedTokenizerFast:
+    """A tokenizer of 14 tokens whose ids have two gaps: from 9 up to `gap`, and between `gap` + 3 and its eos."""
+    ids = {f"word{n}": n if n < 9 else gap + n - 9 for n in range(12)} | {"<unk>": gap + 3, "</s>": gap + 50}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
 class Recorder(L.LightningModule):
     """Keeps the input_ids of every training batch; `fails_at` raises before a batch is done."""
 

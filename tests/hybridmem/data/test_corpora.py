@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 import sysconfig
 from pathlib import Path
 
@@ -121,3 +124,91 @@ def test_limit_takes_what_fits(sizes, limit, seed):
 
 def test_no_limit():
     assert limit_bytes(made_up([3, 4]), None, 0, "max_bytes") == made_up([3, 4])
+
+
+def names(documents: list[Document]) -> list[str]:
+    return [Path(document.name).name for document in documents]
+
+
+def test_linked_folders_are_read_and_cycles_end(tmp_path):
+    elsewhere = write_files(tmp_path / "elsewhere", count=2)
+    write_files(elsewhere / "deep", count=1, suffix=".more.py")
+    folder = write_files(tmp_path / "folder", count=0)
+    (folder / "own.py").write_text("own")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere / "deep")
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "itself").symlink_to(elsewhere)
+    (folder / "broken").symlink_to(tmp_path / "absent")
+    (folder / "loop.py").symlink_to(folder / "loop.py")
+    for paths in (folder, [folder, elsewhere], [elsewhere, folder]):
+        found = list_documents(paths)
+        assert sorted(names(found)) == ["file_000.more.py", "file_000.py", "file_001.py", "own.py"]
+        assert found[0].name.startswith(str(tmp_path.resolve()))
+
+
+def test_a_linked_file_is_one_document(tmp_path):
+    folder = write_files(tmp_path, count=2)
+    (folder / "another_name.py").symlink_to(folder / "file_000.py")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "same.py").symlink_to(folder / "file_001.py")
+    assert sorted(names(list_documents(folder))) == ["file_000.py", "file_001.py"]
+    assert names(list_documents(folder, pattern="same.py")) == ["file_001.py"]
+
+
+def test_hidden_and_installed_folders_are_skipped_behind_links_too(tmp_path):
+    write_files(tmp_path / "outside" / ".hidden", count=1)
+    write_files(tmp_path / "outside" / "site-packages", count=1)
+    write_files(tmp_path / "outside" / "seen", count=1)
+    folder = write_files(tmp_path / "folder", count=0)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / ".git").symlink_to(tmp_path / "outside")
+    assert len(list_documents(folder)) == 1
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".GZ": gzip.compress}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_text_is_read_like_text(tmp_path, ending):
+    text = "naïve text\n" * 200_000  # more than is decompressed at once
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "", "two\n"))
+    (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](lines.encode()))
+    (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))
+    (tmp_path / f"c.txt{ending}").write_bytes(COMPRESS[ending](b""))
+    found = list_documents(tmp_path, pattern=f"*{ending}")
+    assert names(found) == [f"a.jsonl{ending}:1", f"a.jsonl{ending}:3", f"b.txt{ending}"]
+    assert texts(found) == [b"one", b"two\n", text.encode()]
+    assert [document.size for document in found] == [3, 4, len(text.encode())]
+    assert texts(list_documents(tmp_path / f"b.txt{ending}")) == [text.encode()]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("damage", [lambda x: x[:-5], lambda x: b"plain text", lambda x: x[:30] + b"?" + x[31:]])
+def test_damaged_compressed_files_are_named(tmp_path, ending, name, damage):
+    content = COMPRESS[ending](b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(99)))
+    file = tmp_path / (name + ending)
+    file.write_bytes(damage(content))
+    with pytest.raises(ValueError, match=f"{name}{ending} cannot be decompressed .*: get it again, or drop the ending"):
+        list_documents(file)
+
+
+def test_the_case_of_an_ending_does_not_matter(tmp_path):
+    for name in ("A.JSONL", "b.Jsonl", "c.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    for pattern in ("*.jsonl", "*.JSONL"):
+        assert texts(list_documents(tmp_path, pattern=pattern)) == [b"A.JSONL", b"b.Jsonl", b"c.jsonl"]
+
+
+def test_the_case_of_a_name_matters(tmp_path):
+    write_files(tmp_path, count=1, suffix=".TXT")
+    assert len(list_documents(tmp_path, pattern="file*.txt")) == 1
+    with pytest.raises(ValueError, match=r"pattern='FILE\*.txt' \(it has 1 \.TXT\)"):
+        list_documents(tmp_path, pattern="FILE*.txt")
+
+
+def test_endings_of_compressed_files_are_told(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(ValueError, match=r"\(it has 1 \.txt\.gz\)"):
+        list_documents(tmp_path, pattern="*.txt")

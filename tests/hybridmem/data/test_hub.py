@@ -10,7 +10,7 @@ import torch
 from hybridmem.data import HubDataModule, byte_tokenizer
 from hybridmem.data.streaming import START
 
-from .helpers import LIGHTNING_WARNINGS, Recorder, byte_level_bpe, trainer, write_jsonl
+from .helpers import LIGHTNING_WARNINGS, Recorder, byte_level_bpe, gapped_tokenizer, trainer, write_jsonl
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -171,6 +171,13 @@ def test_hugging_face_tokenizer(files, tmp_path):
     byte_level_bpe().save_pretrained(tmp_path)
     module = data(files, setup=True, tokenizer=str(tmp_path))
     assert next(iter(module.train_dataloader()))["input_ids"].max() < module.vocab_size == len(byte_level_bpe())
+
+
+def test_a_vocabulary_with_gaps(files, tmp_path):
+    gapped_tokenizer(300).save_pretrained(tmp_path)
+    module = data(files, setup=True, tokenizer=str(tmp_path))
+    assert next(iter(module.train_dataloader()))["input_ids"].max() == 350
+    assert module.vocab_size == len(module.token_byte_lengths) == 351
 
 
 def test_refusals(files, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -9,9 +10,10 @@ import yaml
 
 from hybridmem.data import TaskDataModule, load_tokenizer
 from hybridmem.tasks import Recall, Task, VisualSearch
+from hybridmem.tasks.task import Split, check_task
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 
-from .helpers import LIGHTNING_WARNINGS, byte_level_bpe, sentencepiece_bpe, trainer
+from .helpers import LIGHTNING_WARNINGS, byte_level_bpe, gapped_tokenizer, sentencepiece_bpe, trainer
 
 IGNORED, PADDING = -100, -1
 EOS = 258
@@ -67,6 +69,114 @@ def test_supervised_rows():
     assert batch["input_ids"].shape == (4, longest + 1)
 
 
+class NoReward:
+    max_completion_length = 3
+
+    def example(self, split: Split, index: int) -> dict[str, Any]:
+        return {"prompt": "x", "answer": "y"}
+
+
+class NoLength(NoReward):
+    max_completion_length = property()
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+
+class LengthAsMethod(NoLength):
+    def max_completion_length(self) -> int:
+        return 3
+
+
+class LengthAsText(NoLength):
+    max_completion_length = "3"
+
+
+class NumberForReward(NoReward):
+    reward = 0.5
+
+
+class TextForExample(NoLength):
+    max_completion_length = 3
+    example = "prompt"
+
+
+class Unannotated(NoLength):
+    max_completion_length = 3
+
+    def example(self, split, index):
+        return {"prompt": "x", "answer": "y"}
+
+
+def factory():
+    return Words()
+
+
+FLAWS = [
+    (NoReward, r"NoReward is no task: it lacks the method reward\(.*\), which must return a list with a float"),
+    (
+        NumberForReward,
+        r"NumberForReward is no task: its reward is no method but float; reward\(.*\) must",
+    ),
+    (
+        TextForExample,
+        r"TextForExample is no task: its example is no method but str; example\(split, index\) must",
+    ),
+    (NoLength, r"NoLength is no task: it lacks the property max_completion_length, which must return a positive int"),
+    (LengthAsMethod, r"LengthAsMethod is no task: its max_completion_length is a method; make it a property"),
+    (LengthAsText, r"LengthAsText is no task: its max_completion_length is '3'; it must return a positive int"),
+]
+
+
+@pytest.mark.parametrize(("task", "message"), FLAWS, ids=lambda x: getattr(x, "__name__", ""))
+def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
+    with pytest.raises(ValueError, match=message):
+        check_task(task())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (NoReward, "NoReward is no task: it lacks the method reward("),
+        (NumberForReward, "NumberForReward is no task: its reward is no method but float"),
+        (TextForExample, "TextForExample is no task: its example is no method but str"),
+        (LengthAsMethod, "LengthAsMethod is no task: its max_completion_length is a method"),
+        (LengthAsText, "LengthAsText is no task: its max_completion_length is '3'"),
+        (Unannotated, "declare def example(self, split: Literal['train', 'val'], index: int) -> dict[str, Any]"),
+        (factory, "is no class: name the class of a task"),
+    ],
+)
+def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path, monkeypatch, capsys):
+    assert message in refusal_of(task, tmp_path, monkeypatch, capsys)
+
+
+def refusal_of(task, tmp_path, monkeypatch, capsys) -> str:
+    """The line with which the command line refuses a task."""
+    init_args = {"task": {"class_path": f"{__name__}.{task.__name__}"}}
+    settings = {"class_path": "hybridmem.data.TaskDataModule", "init_args": init_args}
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, data=settings))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (None, "returned NoneType; it must return a dict"),
+        ({"answer": "x"}, "returned nothing as 'prompt'; it must return a dict"),
+        ({"prompt": 3, "answer": "x"}, "returned int as 'prompt'"),
+        ({"prompt": "x"}, "returned nothing as 'answer'"),
+    ],
+)
+def test_examples_without_prompt_or_answer_are_refused(example, message):
+    task = Words()
+    task.example = lambda split, index: example
+    with pytest.raises(ValueError, match=rf"Words.example\(split, index\) {message}"):
+        data(task)
+
+
 def test_labels_on_the_prompt():
     batch = next(iter(data(train_on_prompt=True).val_dataloader()))
     inputs, labels = read(batch, 1)
@@ -89,6 +199,15 @@ def test_any_tokenizer(tmp_path, make):
         assert labels == example["answer"] + tokenizer.eos_token
         prompt = tokenizer(example["prompt"])["input_ids"]
         assert batch["input_ids"][row, : len(prompt)].tolist() == prompt
+
+
+def test_a_vocabulary_with_gaps(tmp_path):
+    gapped_tokenizer().save_pretrained(tmp_path)
+    module = data(tokenizer=str(tmp_path))
+    assert module.vocab_size == len(module.token_byte_lengths) == 70_051
+    batch = next(iter(module.val_dataloader()))
+    assert batch["input_ids"].max() < 70_051
+    assert module.pad_id == module.end_id == 70_050
 
 
 def test_names_of_special_tokens_are_text():

@@ -7,7 +7,15 @@ import torch
 from hybridmem.data import TextDataModule, byte_tokenizer
 from hybridmem.data import text_module as module_file
 
-from .helpers import LIGHTNING_WARNINGS, Recorder, byte_level_bpe, trainer, write_files, write_jsonl
+from .helpers import (
+    LIGHTNING_WARNINGS,
+    Recorder,
+    byte_level_bpe,
+    gapped_tokenizer,
+    trainer,
+    write_files,
+    write_jsonl,
+)
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -101,6 +109,14 @@ def test_continuous_batches_go_on(folder):
             goes_on = (after["document_ids"][:, 0] != -1) & (before["shift_labels"][:, -1] != -100)
             assert torch.equal(after["input_ids"][goes_on, 0], before["shift_labels"][goes_on, -1])
             assert torch.equal(after["document_ids"][goes_on, 0], before["document_ids"][goes_on, -1])
+
+
+def test_a_vocabulary_with_gaps(folder, tmp_path):
+    gapped_tokenizer(1000).save_pretrained(tmp_path / "gapped")
+    module = data(folder, tokenizer=str(tmp_path / "gapped"), sequence_length=8)
+    assert module.vocab_size == len(module.token_byte_lengths) == 1051
+    assert module.corpora["train"].tokens.max() == 1050
+    assert next(iter(module.train_dataloader()))["input_ids"].max() > 1000
 
 
 def test_hugging_face_tokenizer(folder, tmp_path):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from hybridmem.data import byte_tokenizer, load_tokenizer, token_byte_lengths
+from hybridmem.data.tokenizer import vocabulary_size
 
-from .helpers import SAMPLE, byte_level_bpe, sentencepiece_bpe
+from .helpers import SAMPLE, byte_level_bpe, gapped_tokenizer, sentencepiece_bpe
 
 BYTES = byte_tokenizer()
 ODD = ["", " lead", "a  b\n\t", "日本語 é 🙂", "\x00\x01\x7f\x80\xff", "e\u0301 \u200b\ufeff", "<|eos|"]
@@ -74,3 +75,32 @@ def test_byte_lengths_of_special_and_added_tokens():
     assert lengths[tokenizer.convert_tokens_to_ids("naïve")] == 6
     assert lengths[tokenizer.eos_token_id] == 0
     assert lengths[ids(tokenizer, SAMPLE)].sum() == len(SAMPLE.encode())
+
+
+@pytest.mark.parametrize("text", ["日本語", "two words", "end▁of▁text"])
+def test_added_tokens_are_text_not_characters_for_bytes(text):
+    tokenizer = deepcopy(byte_level_bpe())
+    tokenizer.add_tokens([text])
+    assert token_byte_lengths(tokenizer)[tokenizer.convert_tokens_to_ids(text)] == len(text.encode())
+
+
+@pytest.mark.parametrize("gap", [10, 300, 70_000])
+def test_ids_with_gaps(gap):
+    tokenizer = gapped_tokenizer(gap)
+    assert len(tokenizer) == 14
+    lengths = token_byte_lengths(tokenizer)
+    assert len(lengths) == vocabulary_size(tokenizer) == gap + 51
+    assert lengths[[0, 8, gap, gap + 2]].tolist() == [5, 5, 5, 6]
+    assert lengths.count_nonzero() == 12
+
+
+def test_an_added_token_beyond_the_vocabulary_counts():
+    tokenizer = gapped_tokenizer()
+    tokenizer.add_tokens(["more"])
+    assert vocabulary_size(tokenizer) == tokenizer.convert_tokens_to_ids("more") + 1
+    assert token_byte_lengths(tokenizer)[-1] == 4
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, byte_level_bpe(), sentencepiece_bpe()])
+def test_without_gaps_the_vocabulary_is_as_large_as_the_number_of_tokens(tokenizer):
+    assert vocabulary_size(tokenizer) == len(tokenizer)

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hybridmem.data import Document, byte_tokenizer, tokenize
 
-from .helpers import byte_level_bpe, sentencepiece_bpe
+from .helpers import byte_level_bpe, gapped_tokenizer, sentencepiece_bpe
 
 BYTES = byte_tokenizer()
 
@@ -54,6 +54,15 @@ def test_names_of_special_tokens_are_text(tokenizer):
     corpus = tokenize(documents(tokenizer.eos_token.encode()), tokenizer)
     assert not set(tokenizer.all_special_ids) & set(corpus.text.tolist())
     assert tokenizer.decode(corpus.text) == tokenizer.eos_token
+
+
+@pytest.mark.parametrize(("gap", "dtype"), [(150, np.uint8), (250, np.uint16), (70_000, np.uint32)])
+def test_the_type_holds_the_largest_id(gap, dtype):
+    corpus = tokenize(documents(b"word1 word11", b"nowhere"), gapped_tokenizer(gap))
+    end = gap + 50
+    assert corpus.tokens.tolist() == [end, 1, gap + 2, end, end, gap + 3, end]
+    assert corpus.tokens.dtype == dtype
+    assert corpus.pad_id == end
 
 
 def test_not_utf8():

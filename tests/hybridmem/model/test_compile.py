@@ -11,6 +11,8 @@ TIME = 15  # two windows, three segments, two chunks, none of them whole
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 2 + [2] * 7, [0] * TIME])
 PADDING = torch.ones(2, TIME, dtype=torch.long)
 PADDING[0, :4] = 0
+INSIDE = torch.ones(2, TIME, dtype=torch.long)
+INSIDE[0, 3:7] = 0
 
 
 @with_shape_checks
@@ -55,7 +57,11 @@ def test_every_variant_is_one_graph(kind):
 
 
 @without_shape_checks
-@pytest.mark.parametrize("inputs", [dict(document_ids=DOCUMENTS), dict(attention_mask=PADDING)], ids=" ".join)
+@pytest.mark.parametrize(
+    "inputs",
+    [dict(document_ids=DOCUMENTS), dict(attention_mask=PADDING), dict(attention_mask=INSIDE)],
+    ids=["documents", "padding in front", "padding inside"],
+)
 @pytest.mark.parametrize(
     "kind", ["mag", "lmm depth 2", "with attention_conv", "mah", "mah depth 2", "mah like a base model"]
 )

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.model.cache import state_bytes
-from hybridmem.model.head_memory import pick
 from hybridmem.model.heads import HeadMixer
+from hybridmem.model.memory import pick
 from hybridmem.model.sequence import TokenSequence, rotary_angles
 from hybridmem_kernels import memory_mlp_scan, memory_scan, use_backend
 from tests.hybridmem.models import tiny_config, tiny_model, tokens

@@ -7,7 +7,7 @@ import pytest
 from hybridmem.data import list_documents
 from hybridmem.data.corpora import split_documents
 from hybridmem.tasks import Identifier, Task
-from hybridmem.tasks.identifier import repeated_words
+from hybridmem.tasks.identifier import repeated_words, source_files
 
 PADDING = "".join(f"x{line} = {line}\n" for line in range(20))
 SOURCE = f"""naïve_name = first_name = 1
@@ -107,6 +107,16 @@ def test_reward_ends_at_the_first_character_of_no_identifier(standard_library):
     rewards = standard_library.reward(prompts=[""] * 7, completions=completions, answer=answer, completion_ids=[[]] * 7)
     assert rewards == standard_library.is_right(completions, answer) == [1, 1, 1, 0, 0, 0, 0]
     assert standard_library.max_completion_length == 33
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.py").write_text("one = 1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder" / "b.py").symlink_to(tmp_path / "elsewhere" / "a.py")
+    assert len(source_files(str(tmp_path / "folder"))) == 1
 
 
 def test_it_is_a_task(standard_library):

@@ -202,3 +202,13 @@ def test_the_tokenizer_of_the_configurations_writes_answers_as_they_are():
         tokens = tokenizer(example["answer"])["input_ids"]
         assert tokenizer.decode(tokens) == example["answer"]
         assert len(tokens) < len(example["answer"]) / 2
+
+
+def test_a_folder_by_a_relative_path_or_a_link(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "one.py").write_text(SOURCE)
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    found = documented_functions(str(tmp_path / "source"))
+    assert "one.SocketServer.close" in [function.name for function in found]
+    assert documented_functions("source") == documented_functions("link") == found

@@ -6,7 +6,9 @@ from torch import Tensor
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.rl import AttentionRecorder, AttentionRL, group_advantages
 from hybridmem.rl.attention.exploration import draw_noise, explored
-from hybridmem.rl.rollouts.sampling import PromptBatch, Sampling, completion_logps, sample
+from hybridmem.rl.rollouts.prompts import PromptBatch
+from hybridmem.rl.rollouts.sampling import Sampling, sample
+from hybridmem.rl.rollouts.scoring import completion_logps
 
 KEYS, VALUES, PAIRS, GENERATIONS = 8, 8, 4, 16
 
@@ -72,7 +74,7 @@ def test_a_spoilt_gate_recovers_by_reward_alone():
         for _ in range(2):
             with AttentionRecorder(model) as recorder:
                 completion_logps(model, prompts.repeat(GENERATIONS), completions, 1.0)
-            loss, _ = objective.loss(recorder.records, used, advantages, completions.mask, noise)
+            loss, _ = objective.compute_loss(recorder.records, used, advantages, completions.mask, noise)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

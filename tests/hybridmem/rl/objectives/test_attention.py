@@ -7,8 +7,8 @@ import torch
 
 from hybridmem.rl import AttentionRecorder, AttentionRL
 from hybridmem.rl.attention.distributions import TARGETS, distribution
+from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.attention.exploration import draw_noise, explored
-from hybridmem.rl.objectives.attention import divergence_of
 from tests.hybridmem.models import tiny_model, tokens
 
 ADVANTAGES = torch.tensor([1.5, -0.5], dtype=torch.float64)
@@ -52,7 +52,7 @@ def naive(p, q, kind):
 def test_the_loss_is_advantage_times_divergence(target, divergence, positions):
     model, now, before = two_policies()
     objective = AttentionRL(target=target, divergence=divergence, positions=positions, weight=0.7)
-    loss, metrics = objective.loss(now, before, ADVANTAGES, MASK)
+    loss, metrics = objective.compute_loss(now, before, ADVANTAGES, MASK)
     shift = int(positions == "predicting")
     p, q = (distribution(records[1], target, 6 + shift)[:, :6] for records in (now, before))
     expected = 0.7 * (ADVANTAGES[:, None] * naive(p, q, divergence) * MASK).sum() / MASK.sum()
@@ -69,7 +69,9 @@ def test_the_loss_is_advantage_times_divergence(target, divergence, positions):
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_pulls_where_nothing_moved(target):
     model, now, _ = two_policies()
-    loss, metrics = AttentionRL(target=target).loss(now, {n: r.detach() for n, r in now.items()}, ADVANTAGES, MASK)
+    loss, metrics = AttentionRL(target=target).compute_loss(
+        now, {n: r.detach() for n, r in now.items()}, ADVANTAGES, MASK
+    )
     assert abs(loss) < 1e-12
     assert metrics["divergence"] < 1e-12
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -90,7 +92,7 @@ def test_exploration_pulls_from_the_first_step_on(target):
     def loss_now():
         with AttentionRecorder(model) as recorder:
             model(ids[:1].repeat(2, 1), use_cache=False)
-        return objective.loss(recorder.records, before, torch.tensor([1.0, 0.0]).double(), MASK, noise)[0]
+        return objective.compute_loss(recorder.records, before, torch.tensor([1.0, 0.0]).double(), MASK, noise)[0]
 
     first = loss_now()
     first.backward()
@@ -105,30 +107,30 @@ def test_exploration_pulls_from_the_first_step_on(target):
 def test_padding_and_what_is_not_generated_do_not_count():
     _, now, before = two_policies()
     objective = AttentionRL()
-    loss, _ = objective.loss(now, before, ADVANTAGES, MASK)
-    nothing, _ = objective.loss(now, before, ADVANTAGES, torch.zeros_like(MASK))
+    loss, _ = objective.compute_loss(now, before, ADVANTAGES, MASK)
+    nothing, _ = objective.compute_loss(now, before, ADVANTAGES, torch.zeros_like(MASK))
     assert nothing == 0
-    first, _ = objective.loss(now, before, torch.tensor([1.5, 0.0]).double(), MASK)
-    second, _ = objective.loss(now, before, torch.tensor([0.0, -0.5]).double(), MASK)
+    first, _ = objective.compute_loss(now, before, torch.tensor([1.5, 0.0]).double(), MASK)
+    second, _ = objective.compute_loss(now, before, torch.tensor([0.0, -0.5]).double(), MASK)
     torch.testing.assert_close(first + second, loss)
 
 
 def test_the_bonus_and_the_least_span_widen():
     _, now, before = two_policies()
     still = torch.zeros(2).double()
-    plain, metrics = AttentionRL().loss(now, before, still, MASK)
-    bonus, _ = AttentionRL(entropy_bonus=0.3).loss(now, before, still, MASK)
+    plain, metrics = AttentionRL().compute_loss(now, before, still, MASK)
+    bonus, _ = AttentionRL(entropy_bonus=0.3).compute_loss(now, before, still, MASK)
     torch.testing.assert_close(bonus, plain - 0.3 * metrics["entropy"])
-    floor, _ = AttentionRL(min_span=50).loss(now, before, still, MASK)
+    floor, _ = AttentionRL(min_span=50).compute_loss(now, before, still, MASK)
     torch.testing.assert_close(floor, plain + math.log(50) - metrics["entropy"])
-    low, _ = AttentionRL(min_span=1).loss(now, before, still, MASK)
+    low, _ = AttentionRL(min_span=1).compute_loss(now, before, still, MASK)
     assert low == plain
 
 
 def test_several_layers_are_averaged():
     _, now, before = two_policies(layers=(0, 1))
-    both, _ = AttentionRL(layers=(0, 1)).loss(now, before, ADVANTAGES, MASK)
-    alone = [AttentionRL().loss({n: now[n]}, {n: before[n]}, ADVANTAGES, MASK)[0] for n in (0, 1)]
+    both, _ = AttentionRL(layers=(0, 1)).compute_loss(now, before, ADVANTAGES, MASK)
+    alone = [AttentionRL().compute_loss({n: now[n]}, {n: before[n]}, ADVANTAGES, MASK)[0] for n in (0, 1)]
     torch.testing.assert_close(both, sum(alone) / 2)
 
 

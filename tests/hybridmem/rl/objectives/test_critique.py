@@ -14,13 +14,13 @@ CRITIC = IndicativeCritic()
 def test_advantages_are_over_the_union():
     """Three that failed and a refinement that is right: mean ¼. A group of three with one right: mean ⅓."""
     rewards = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-    advantages = CritiqueGRPO(critic=CRITIC).advantages(rewards, [4, 3])
+    advantages = CritiqueGRPO(critic=CRITIC).advantages(rewards, torch.tensor([4, 3]), 3)
     assert advantages.tolist() == pytest.approx([-0.25, -0.25, -0.25, 0.75, 2 / 3, -1 / 3, -1 / 3])
 
 
 def test_the_released_code_divides_by_the_deviation():
     """Deviation of (1, 0, 0) with n − 1: √⅓."""
-    advantages = CritiqueGRPOReleased(critic=CRITIC).advantages(torch.tensor([1.0, 0.0, 0.0]), [3])
+    advantages = CritiqueGRPOReleased(critic=CRITIC).advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3]), 2)
     scale = math.sqrt(1 / 3) + 1e-4
     assert advantages.tolist() == pytest.approx([2 / 3 / scale, -1 / 3 / scale, -1 / 3 / scale], rel=1e-5)
 
@@ -46,7 +46,7 @@ def test_loss_of_initial_and_refined_tokens():
     advantages = torch.tensor([-1.0, 2.0], dtype=torch.float64)
     refined = torch.tensor([False, True])
     objective = CritiqueGRPO(critic=CRITIC)
-    loss, metrics = objective.loss(logps, old, advantages, mask, max_completion_length=5, refined=refined)
+    loss, metrics = objective.compute_loss(logps, old, advantages, mask, max_completion_length=5, refined=refined)
     assert loss.item() == pytest.approx((1.5 + 1 - 1 - 1.6) / (2 * 5))
     loss.backward()
     # d(r A) = r A; d(ρ A) = ρ (1 − ρ) A
@@ -60,7 +60,7 @@ def test_failed_refinements_are_penalised():
     logps = torch.log(torch.tensor([[0.1]])).requires_grad_()
     refined, mask = torch.tensor([True]), torch.ones(1, 1, dtype=torch.bool)
     objective = CritiqueGRPO(critic=CRITIC)
-    loss, _ = objective.loss(logps, logps.detach(), torch.tensor([-1.0]), mask, None, None, 1, refined=refined)
+    loss, _ = objective.compute_loss(logps, logps.detach(), torch.tensor([-1.0]), mask, None, None, 1, refined=refined)
     loss.backward()
     assert logps.grad.item() > 0
 
@@ -77,10 +77,10 @@ def test_without_refinements_it_is_dr_grpo():
         None,
         3,
     )
-    expected, metrics = DrGRPO().loss(*arguments)
+    expected, metrics = DrGRPO().compute_loss(*arguments)
     none = torch.zeros(4, dtype=torch.bool)
     for inputs in ({}, {"refined": none}):
-        loss, measured = CritiqueGRPO(critic=CRITIC).loss(*arguments, **inputs)
+        loss, measured = CritiqueGRPO(critic=CRITIC).compute_loss(*arguments, **inputs)
         assert loss == expected
         assert measured == metrics
 
@@ -96,7 +96,7 @@ def test_which_groups_are_refined():
     [
         ({"gamma": 0.0}, "gamma=0.0"),
         ({"num_refinements": 0}, "num_refinements must be at least 1"),
-        ({"refine": "some"}, "refine must be one of failed, all"),
+        ({"refine_groups": "some"}, "refine_groups must be one of failed, all"),
         ({"join": "add"}, "join must be one of union, replace"),
         ({"scale_rewards": "batch"}, "scale_rewards must be one of none, group"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be token"),

@@ -10,9 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.rl import AttentionDistillation
 from hybridmem.rl.attention.distributions import attention, distribution
-from hybridmem.rl.objectives.attention import divergence_of
+from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.objectives.distillation import attention_jsd, generalized_jsd, observed
-from hybridmem.rl.rollouts.sampling import Completions, completion_logps, pad_prompts
+from hybridmem.rl.rollouts.completions import Completions
+from hybridmem.rl.rollouts.prompts import pad_prompts
+from hybridmem.rl.rollouts.scoring import completion_logps
 from tests.hybridmem.models import tiny_model
 
 LENGTH = 5
@@ -62,7 +64,7 @@ def distil(student, teacher, **settings):
     objective = AttentionDistillation(teacher="x", **settings)
     with torch.no_grad():
         taught = observe(teacher, objective.teacher_layer)
-    return objective.loss(observe(student, objective.student_layer), taught, responses()[1].mask)
+    return objective.compute_loss(observe(student, objective.student_layer), taught, responses()[1].mask)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
             completion_logps(student, prompts, completions, 1.0, times)
         with torch.no_grad(), observed(other, -1, times) as taught:
             completion_logps(other, prompts, completions, 1.0, times)
-        loss, metrics = objective.loss(seen[0], taught[0], completions.mask)
+        loss, metrics = objective.compute_loss(seen[0], taught[0], completions.mask)
         parameters = [p for p in student.parameters() if p.requires_grad]
         found.append([loss, *metrics.values(), *torch.autograd.grad(loss, parameters, allow_unused=True)])
     assert found[0][2] > 0.01
@@ -156,10 +158,10 @@ def test_the_logits_are_those_that_the_tokens_were_drawn_from():
 def test_what_stands_behind_a_response_does_not_count():
     student, teacher, mask = observe(llama()), observe(other_teacher()), responses()[1].mask
     objective = AttentionDistillation(teacher="x")
-    expected, _ = objective.loss(student, teacher, mask)
+    expected, _ = objective.compute_loss(student, teacher, mask)
     teacher.logits = teacher.logits.masked_fill(~mask.unsqueeze(-1), torch.nan)
-    assert torch.equal(objective.loss(student, teacher, mask)[0], expected)
-    assert objective.loss(student, teacher, torch.zeros_like(mask))[0] == 0
+    assert torch.equal(objective.compute_loss(student, teacher, mask)[0], expected)
+    assert objective.compute_loss(student, teacher, torch.zeros_like(mask))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_a_half_precision_teacher():
     student, teacher = llama().float(), other_teacher().bfloat16()
     with torch.no_grad():
         taught = observe(teacher)
-    loss, _ = AttentionDistillation(teacher="x").loss(observe(student), taught, responses()[1].mask)
+    loss, _ = AttentionDistillation(teacher="x").compute_loss(observe(student), taught, responses()[1].mask)
     exact, _ = distil(llama(), other_teacher())
     assert loss.item() == pytest.approx(exact.item(), rel=0.05)
 

@@ -37,7 +37,7 @@ def loss_of(objective, ratio=RATIO, advantages=ADVANTAGES, mask=MASK, ref=None, 
     old = OLD[: len(ratio)]
     logps = (old + ratio.log()).requires_grad_()
     ref_logps = None if ref is None else old + ref.log()
-    loss, metrics = objective.loss(logps, old, advantages, mask, ref_logps, **denominators)
+    loss, metrics = objective.compute_loss(logps, old, advantages, mask, ref_logps, **denominators)
     loss.backward()
     return loss.item(), {name: value.item() for name, value in metrics.items()}, logps.grad
 
@@ -247,8 +247,8 @@ def test_chosen_by_class_path(algorithm):
 def test_long_trajectories_pay():
     objective = SWEDapo(free_turns=10)
     rewards, turns = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([4, 10, 25, 40])
-    assert objective.shaped(rewards, turns, max_turns=40).tolist() == [1.0, 1.0, -0.5, 0.0]
-    assert objective.shaped(rewards, turns, max_turns=10).tolist() == rewards.tolist()
+    assert objective.shape_rewards(rewards, turns, max_turns=40).tolist() == [1.0, 1.0, -0.5, 0.0]
+    assert objective.shape_rewards(rewards, turns, max_turns=10).tolist() == rewards.tolist()
 
 
 def test_groups_that_always_or_never_succeed_are_left_out():
@@ -261,8 +261,8 @@ def test_what_was_not_solved_is_rejected():
     objective = RejectionFineTune()
     assert objective.kept(torch.tensor([0.0, 1.0, 0.9])).tolist() == [False, True, False]
     logps, mask = torch.tensor([[-1.0, -2.0], [-4.0, -8.0]]), torch.tensor([[True, False], [True, True]])
-    assert objective.loss(logps, mask).item() == pytest.approx(13 / 3)
-    assert objective.loss(logps, torch.zeros_like(mask)).item() == 0
+    assert objective.compute_loss(logps, mask).item() == pytest.approx(13 / 3)
+    assert objective.compute_loss(logps, torch.zeros_like(mask)).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -276,3 +276,21 @@ def test_what_was_not_solved_is_rejected():
 def test_impossible_settings_of_swe_dapo(settings, message):
     with pytest.raises(ValueError, match=message):
         SWEDapo(**settings)
+
+
+@pytest.mark.parametrize("nats", [100.0, -100.0, 1e4])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize(
+    "objective", [GRPO(), DrGRPO(beta=0.1), DAPO(), GSPO(beta=0.1), CISPO(), GRPO(delta=2.0)], ids=repr
+)
+def test_ratios_far_apart_stay_finite(objective, advantage, nats):
+    logps = torch.tensor([[-1.0, -1.0, -2.0]], requires_grad=True)
+    old, mask = torch.tensor([[-1.0 - nats, -1.0, -2.0]]), torch.tensor([[True, True, False]])
+    reference = torch.tensor([[-1.0 + nats, -1.0, -2.0]])
+    loss, metrics = objective.compute_loss(
+        logps, old, torch.tensor([advantage]), mask, ref_logps=reference, num_items=2, max_completion_length=3
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert logps.grad.isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())

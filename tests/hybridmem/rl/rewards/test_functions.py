@@ -176,6 +176,8 @@ def test_one_reward_for_each_sample():
 def test_a_sample_that_no_function_applies_to():
     with pytest.raises(ValueError, match="no reward for the prompt 'say hi': accuracy all gave None"):
         score(accuracy, answer=ANSWERS)
+    with pytest.raises(ValueError, match=r"let one of them give a number .* such as 0, or add one to reward_funcs"):
+        score(accuracy, lambda prompts, **_: [None] * len(prompts), answer=ANSWERS)
 
 
 @pytest.mark.parametrize(

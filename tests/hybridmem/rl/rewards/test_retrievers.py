@@ -1,5 +1,6 @@
 """BM25 finds what shares rare words; a retriever over HTTP that fails costs its own queries alone."""
 
+import gzip
 import json
 import logging
 
@@ -52,6 +53,16 @@ def test_bad_files_are_named(tmp_path, lines, message):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
+        BM25(path)
+
+
+def test_a_compressed_file(tmp_path):
+    lines = "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in DOCUMENTS.items())
+    path = tmp_path / "documents.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode()))
+    assert BM25(path).ids == BM25.of(DOCUMENTS).ids
+    path.write_bytes(gzip.compress(lines.encode())[:-9])
+    with pytest.raises(ValueError, match=r"documents\.jsonl\.gz cannot be decompressed"):
         BM25(path)
 
 

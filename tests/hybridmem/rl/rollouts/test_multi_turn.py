@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from hybridmem.rl.rollouts.multi_turn import Reply, sample_turns
-from hybridmem.rl.rollouts.sampling import Sampling, completion_logps, pad_prompts
+from hybridmem.rl.rollouts.prompts import pad_prompts
+from hybridmem.rl.rollouts.sampling import Sampling
+from hybridmem.rl.rollouts.scoring import completion_logps
 
 from .test_sampling import PROMPTS, model_of
 

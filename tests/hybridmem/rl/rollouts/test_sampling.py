@@ -11,7 +11,9 @@ from hybridmem.rl.attention.distributions import TARGETS
 from hybridmem.rl.attention.exploration import cut_noise, draw_noise, explored
 from hybridmem.rl.attention.recorder import AttentionRecorder
 from hybridmem.rl.objectives.attention import AttentionRL
-from hybridmem.rl.rollouts.sampling import Sampling, completion_logps, pad_prompts, sample, vision_positions
+from hybridmem.rl.rollouts.prompts import pad_prompts, vision_positions
+from hybridmem.rl.rollouts.sampling import Sampling, sample
+from hybridmem.rl.rollouts.scoring import completion_logps
 from hybridmem.tasks import VisualSearch
 from tests.hybridmem.data.vision_models import tiny_processor, write_vision_model
 from tests.hybridmem.models import tiny_model
@@ -110,7 +112,7 @@ def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, po
         with AttentionRecorder(model, times=times) as recorder:
             completion_logps(model, prompts, completions, 1.0, times)
         noise_of = noise if target == "attention" else None
-        loss, metrics = objective.loss(recorder.records, old, torch.ones(12), completions.mask, noise_of)
+        loss, metrics = objective.compute_loss(recorder.records, old, torch.ones(12), completions.mask, noise_of)
         found.append((loss, metrics, gradients(model, loss)))
     assert found[0][0].abs() > 1e-5
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from hybridmem.rl.rewards.http import EndpointError
-from hybridmem.rl.rollouts.sampling import Sampling, pad_prompts, sample
+from hybridmem.rl.rollouts.prompts import pad_prompts
+from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.training import ServedRollouts
 from tests.hybridmem.rl.servers import as_json, serving
 from tests.hybridmem.training.policy.test_module import ATTENTION, TOKENS, write_config

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybridmem.metrics import pass_at_k
-from hybridmem.rl.rollouts.experience import Answered
 from hybridmem.training import PolicyModule
+from hybridmem.training.policy.validation import Answered
 from tests.hybridmem.training.policy.test_module import write_config
 from tests.hybridmem.training.runs import hybridmem, logged
 from tests.hybridmem.training.runs import write_config as pretraining

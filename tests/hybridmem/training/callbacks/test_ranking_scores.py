@@ -8,8 +8,8 @@ import pytest
 
 from hybridmem.rl import RankingReward
 from hybridmem.rl.rewards.ranking import write_answer
-from hybridmem.rl.rollouts.experience import Answered
 from hybridmem.training import PolicyModule, RankingScores
+from hybridmem.training.policy.validation import Answered
 
 FOUND = {"good": ["a", "b"], "late": ["b", "a"]}
 

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from hybridmem.data.vision import Prompt
 from hybridmem.rl import CritiqueGRPO, CritiqueGRPOReleased, IndicativeCritic
+from hybridmem.rl.objectives.critique import best_of_groups, joined
+from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.experience import Rollout
-from hybridmem.rl.rollouts.sampling import Completions
-from hybridmem.training import PolicyModule
-from hybridmem.training.policy.refinement import best_of_groups, joined, with_refinements
+from hybridmem.rl.rollouts.policy import Policy
+from hybridmem.rl.rollouts.prompts import Prompt
+from hybridmem.training.policy.learner import Learner
+from tests.hybridmem.training.policy.test_module import ATTENTION, Letters, write_config
 from tests.hybridmem.training.runs import hybridmem, logged
-
-from .test_module import ATTENTION, Letters, write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 P, Q = Prompt([1]), Prompt([2])
@@ -47,8 +47,7 @@ def test_best_of_groups():
 def test_joined(join):
     initial = completions([1], [2], [3], [4], [5], [6])
     rollout = Rollout([P, Q, P], initial, torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5]))
-    objective = CritiqueGRPO(critic=IndicativeCritic(), join=join)
-    whole = joined(rollout, completions([7, 7], [8]), torch.tensor([1.0, 0.9]), torch.tensor([0, 2]), objective, 2, 9)
+    whole = joined(rollout, completions([7, 7], [8]), torch.tensor([1.0, 0.9]), torch.tensor([0, 2]), join, 2, 9)
     if join == "union":
         assert whole.completions.ids[:, 0].tolist() == [1, 2, 7, 3, 4, 5, 6, 8]
         assert whole.refined.tolist() == [False, False, True, False, False, False, False, True]
@@ -61,8 +60,8 @@ def test_joined(join):
     assert whole.completions.mask.sum().item() == len(whole.refined) + 1
 
 
-def module(answers, rewards):
-    """What of a PolicyModule a refinement needs; it notes what it was asked."""
+def worker(answers, rewards):
+    """The parts of a rollout worker that a refinement needs; it notes the prompts and metrics that it is given."""
     asked: list[str] = []
     logs: dict[str, Any] = {}
 
@@ -70,12 +69,13 @@ def module(answers, rewards):
         if len(example["prompt"]) > 40:
             raise ValueError("max_prompt_length=40 is too short")
         asked.append(example["prompt"])
-        return example["prompt"]
+        return Prompt([len(asked)])
 
     return SimpleNamespace(
-        num_generations=2, sampling=None, generators=lambda *_: None, asked=asked, logs=logs,
+        num_generations=2, asked=asked, logs=logs,
         measure=lambda name, value, weight=1: logs.__setitem__(name, value),
-        data=SimpleNamespace(prompt=prompt, pad_id=9), prompt_batch=list, answer=lambda *_: answers,
+        policy=SimpleNamespace(data=SimpleNamespace(prompt=prompt, pad_id=9)),
+        answer_refinements=lambda *_: answers,
         reward=lambda examples, _: ([], SimpleNamespace(total=torch.tensor(rewards))),
     )  # fmt: skip
 
@@ -83,9 +83,9 @@ def module(answers, rewards):
 def test_only_groups_that_failed_are_refined():
     examples = [{"prompt": "P", "answer": "x"}, {"prompt": "Q", "answer": "y"}]
     rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    fake = module(completions([5], [6]), [0.0, 1.0])
+    fake = worker(completions([5], [6]), [0.0, 1.0])
     objective = CritiqueGRPO(critic=IndicativeCritic(wrong="no"), template="{prompt}|{response}|{critique}")
-    whole = with_refinements(fake, objective, examples, ["a", "b", "c", "d"], rollout)
+    whole = objective.refine(rollout, examples, ["a", "b", "c", "d"], fake)
     assert fake.asked == ["Q|c|no", "Q|d|no"]
     assert whole.completions.ids[:, 0].tolist() == [1, 2, 3, 4, 6]
     assert whole.sizes.tolist() == [2, 3]
@@ -99,26 +99,26 @@ def test_only_groups_that_failed_are_refined():
 def test_no_critique_and_no_room_are_no_refinement(caplog):
     examples = [{"prompt": "P"}, {"prompt": "Q" * 40}]
     rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.zeros(4))
-    fake = module(None, None)
+    fake = worker(None, None)
 
     def critic(prompts, **_):
         return [None, None, "no", "no"]
 
     with caplog.at_level(logging.WARNING):
-        assert with_refinements(fake, CritiqueGRPO(critic=critic), examples, ["", "", "", ""], rollout) is rollout
+        assert CritiqueGRPO(critic=critic).refine(rollout, examples, ["", "", "", ""], fake) is rollout
     assert fake.logs["critique/unrefined"] == 4
     assert fake.logs["critique/sampled"] == 0
     assert "max_prompt_length=40" in caplog.text
     with pytest.raises(ValueError, match="gave 1 critiques for 4 responses"):
-        with_refinements(fake, CritiqueGRPO(critic=lambda **_: [None]), examples, [""] * 4, rollout)
+        CritiqueGRPO(critic=lambda **_: [None]).refine(rollout, examples, [""] * 4, fake)
 
 
 def test_the_released_code_replaces_the_first_response_of_every_group():
     examples = [{"prompt": "P"}, {"prompt": "Q"}]
     rollout = Rollout([P, Q], completions([1], [2], [3], [4]), torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    fake = module(completions([5], [6], [7], [8]), [1.0, 0.0, 0.0, 0.0])
+    fake = worker(completions([5], [6], [7], [8]), [1.0, 0.0, 0.0, 0.0])
     objective = CritiqueGRPOReleased(critic=IndicativeCritic(), template="{prompt} {critique}")
-    whole = with_refinements(fake, objective, examples, ["a", "b", "c", "d"], rollout)
+    whole = objective.refine(rollout, examples, ["a", "b", "c", "d"], fake)
     assert sorted(whole.completions.ids[:, 0].tolist()) == [2, 4, 5, 7]
     assert whole.sizes.tolist() == [2, 2]
 
@@ -158,16 +158,16 @@ def test_trains(objectives, changes, tmp_path, monkeypatch):
 def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch):
     scored, sampled = [], []
 
-    def score(self, prompts, responses, times, original=PolicyModule._score):
-        scored.append((prompts.input_ids.shape[1], len(responses.ids), times))
-        return original(self, prompts, responses, times)
+    def score(self, batch, times, families, original=Learner._score):
+        scored.append((batch.prompts.input_ids.shape[1], len(batch.completions.ids), times))
+        return original(self, batch, times, families)
 
-    def answer(self, prompts, *rest, original=PolicyModule.answer):
+    def answer(self, prompts, *rest, original=Policy.answer):
         sampled.append(prompts.input_ids.shape[1])
         return original(self, prompts, *rest)
 
-    monkeypatch.setattr(PolicyModule, "_score", score)
-    monkeypatch.setattr(PolicyModule, "answer", answer)
+    monkeypatch.setattr(Learner, "_score", score)
+    monkeypatch.setattr(Policy, "answer", answer)
     objective = critique(correct_reward=2.0)  # all fail
     config = write_config(tmp_path, model__init_args__objectives=[objective], trainer__max_steps=2)
     hybridmem(monkeypatch, "fit", "--config", config)

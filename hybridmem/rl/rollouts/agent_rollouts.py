@@ -1,0 +1,109 @@
+"""Multi-turn rollouts: a policy acts in environments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hybridmem.rl.environments.tools import act
+
+from .completions import Completions
+from .multi_turn import Reply, sample_turns
+from .policy import Example, Policy
+from .prompts import Prompt
+from .random_streams import Generators
+from .sampling import Sampling, evaluating
+
+
+@dataclass(frozen=True)
+class Environments:
+    """The environments of a run, and how a policy acts in them.
+
+    Args:
+        factory: makes an environment for every response.
+        max_turns: turns of a trajectory.
+        call_format: the form of tool calls, `plain` or `json`.
+        max_observation_length: characters of an observation; the rest is cut.
+    """
+
+    factory: Callable[[], Any]
+    max_turns: int
+    call_format: str
+    max_observation_length: int
+
+
+@dataclass
+class Trajectories:
+    """Trajectories, those of one example next to one another, and the environments as they left them."""
+
+    prompts: list[Prompt]  # of each example
+    completions: Completions
+    environments: list[Any]
+    turns: Int[Tensor, " responses"]
+    faulty: Bool[Tensor, "responses length"]
+    calls: int
+    failures: int
+
+    def metrics(self) -> dict[str, tuple[float, int]]:
+        """Return turns and calls per trajectory and the share of failed calls, under TRL's names, with weights."""
+        count = len(self.environments)
+        return {
+            "turns/mean": (self.turns.float().mean().item(), count),
+            "tools/call_frequency": (self.calls / count, count),
+            "tools/failure_frequency": (self.failures / max(self.calls, 1), self.calls),
+        }
+
+
+def act_out(
+    policy: Policy,
+    environments: Environments,
+    examples: list[Example],
+    num_generations: int,
+    sampling: Sampling,
+    generator: Generators = None,
+) -> Trajectories:
+    """Act `num_generations` times on every example, each time in a new environment."""
+    worlds = [environments.factory() for _ in range(len(examples) * num_generations)]
+    prompts = [
+        begin(policy.data, example, worlds[n * num_generations : (n + 1) * num_generations])
+        for n, example in enumerate(examples)
+    ]
+    counted = {"calls": 0, "failures": 0}
+
+    def respond(number: int, tokens: list[int]) -> Reply:
+        turn = policy.tokenizer.decode(tokens)
+        step = act(worlds[number], turn, environments.call_format, environments.max_observation_length)
+        counted["calls"] += step.calls
+        counted["failures"] += step.failures
+        observation = [] if step.ended else policy.data.observation_tokens(step.observation)
+        return Reply(observation, failed=step.failures > 0, ended=step.ended)
+
+    with evaluating(policy.model):
+        completions, turns, faulty = sample_turns(
+            policy.model, policy.prompt_batch(prompts), num_generations, sampling, environments.max_turns, respond,
+            policy.eos_token_ids, policy.data.pad_id, generator,
+        )  # fmt: skip
+    return Trajectories(prompts, completions, worlds, turns, faulty, **counted)
+
+
+def environment_reward(environments: list[Any], **columns: Any) -> list[float]:
+    """Return the reward that every environment reports."""
+    return [environment.get_reward() for environment in environments]
+
+
+def begin(data: Any, example: Example, environments: list[Any]) -> Prompt:
+    """Reset the environments of an example; return its prompt followed by their first observation.
+
+    Raises:
+        ValueError: the environments begin with different texts, but a group shares its prompt.
+    """
+    columns = {name: value for name, value in example.items() if name != "prompt"}
+    texts = {environment.reset(**columns) or "" for environment in environments}
+    if len(texts) > 1:
+        raise ValueError(
+            f"environment_factory: the environments of one example begin with {len(texts)} different texts, but a "
+            "group answers one prompt: let reset() follow from the example's columns alone"
+        )
+    return data.prompt({**example, "prompt": example["prompt"] + texts.pop()})

@@ -1,0 +1,145 @@
+"""A policy: a causal LM and the prompts and tokens of its data."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .completions import Completions
+from .prompts import Prompt, PromptBatch, Times, batch_prompts, vision_positions
+from .random_streams import Generators
+from .sampling import Sampling, evaluating, sample
+
+Example = dict[str, Any]
+
+
+@runtime_checkable
+class PromptData(Protocol):
+    """Examples as tokens."""
+
+    tokenizer: Any
+
+    @property
+    def pad_id(self) -> int:
+        """The token of padding."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a response."""
+        ...
+
+    def prompt(self, example: Example) -> Prompt:
+        """Return an example's prompt as the policy reads it."""
+        ...
+
+    def observation_tokens(self, observation: str) -> list[int]:
+        """Return an environment's observation as it stands between two turns."""
+        ...
+
+    def answer_and_mask(self, prompt: list[int], example: Example) -> tuple[list[int], list[bool]]:
+        """Return the tokens of an example's answer, and which of them the policy says."""
+        ...
+
+
+def disable_dropout(model: Any) -> None:
+    """Switch dropout off for good, that of adapters included.
+
+    With dropout a pass that scores responses is not of the policy that sampled them, and importance ratios differ from
+    1 before the first step.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    model.train(model.is_activation_checkpointing)  # layers are checkpointed in training mode only
+
+
+class Policy:
+    """A causal LM of transformers, and everything that sampling and scoring need besides.
+
+    Args:
+        model: the causal LM, inside PEFT or not.
+        data: examples as tokens.
+        adapted: whether PEFT adapters are trained instead of all weights.
+        sharded: whether ranks share the weights.
+    """
+
+    def __init__(self, model: Any, data: PromptData, adapted: bool = False, sharded: bool = False):
+        self.model, self.data = model, data
+        self.adapted, self.sharded = adapted, sharded
+        self.frozen: dict[str, Any] = {}  # models that objectives only read, by their use
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a response: the tokenizer's and the model's own."""
+        own = self.model.generation_config.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        return sorted({self.data.end_id, *own})
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The data's tokenizer."""
+        return self.data.tokenizer
+
+    def frozen_model(self, use: str) -> Any:
+        """Return a frozen model on the policy's device."""
+        self.frozen[use] = self.frozen[use].to(self.device)
+        return self.frozen[use]
+
+    def shared_times(self, times: int | Times) -> int | Times:
+        """Return how many responses may share one reading of their prompt.
+
+        One under activation checkpointing, which forbids a cache, and in sharded models: gradients that go through a
+        cache bypass the hooks that gather a layer's weights.
+        """
+        return 1 if self.sharded or self.model.is_activation_checkpointing else times
+
+    def prompt_batch(self, prompts: list[Prompt]) -> PromptBatch:
+        """Return prompts as the model reads them."""
+        batch = batch_prompts(prompts, self.data.pad_id, self.device)
+        if batch.image_grid_thw is None:
+            return batch
+        return batch._replace(position_ids=vision_positions(self.model, batch))
+
+    def answer(
+        self,
+        prompts: PromptBatch,
+        num_generations: int,
+        sampling: Sampling,
+        generator: Generators = None,
+        prefill_once: bool = True,
+    ) -> Completions:
+        """Sample `num_generations` responses to each prompt in evaluation mode (see `sample`)."""
+        with evaluating(self.model):
+            return sample(
+                self.model, prompts, num_generations, sampling, self.eos_token_ids, self.data.pad_id, generator,
+                prefill_once,
+            )  # fmt: skip
+
+    def demonstrate(self, examples: list[Example]) -> tuple[PromptBatch, Completions]:
+        """Return prompts, and the examples' answers as if they had been sampled."""
+        prompts = [self.data.prompt(example) for example in examples]
+        answers = [
+            self.data.answer_and_mask(prompt.tokens, example) for prompt, example in zip(prompts, examples, strict=True)
+        ]
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(x, device=self.device) for x in column], True, padding)
+            for column, padding in zip(zip(*answers, strict=True), (self.data.pad_id, False), strict=True)
+        )
+        never = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        return self.prompt_batch(prompts), Completions(ids, mask, never, torch.zeros_like(ids, dtype=torch.float32))
+
+    def texts_and_ids(self, completions: Completions) -> tuple[list[str], list[list[int]]]:
+        """Return each response's text without its end, and its tokens with it."""
+        ends = self.eos_token_ids
+        ids = [row[mask].tolist() for row, mask in zip(completions.ids, completions.mask, strict=True)]
+        bare = [[token for token in row if token not in ends] for row in ids]
+        return self.tokenizer.batch_decode(bare), ids

@@ -1,0 +1,124 @@
+"""Checks of a run's settings before it samples anything."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+
+from hybridmem.checks import at_least, one_of
+from hybridmem.rl.environments.tools import CALL_FORMATS
+from hybridmem.rl.objectives.objective import Objective
+from hybridmem.training.schedules import check_schedule
+
+
+def by_family(objectives: Sequence[Objective]) -> dict[str, Objective]:
+    """Return a run's objectives by their family.
+
+    Raises:
+        ValueError: no objective, two of a family, or some that do not go together.
+    """
+    if not objectives:
+        raise ValueError(
+            "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, several of "
+            "them, SFT, or RejectionFineTune"
+        )
+    found: dict[str, Objective] = {}
+    for objective in objectives:
+        count = sum(other.family == objective.family for other in objectives)
+        if count > 1:
+            raise ValueError(f"objectives names {count} of {objective.family}; keep one")
+        if objective.alone is not None and len(objectives) > 1:
+            name = type(objective).__name__
+            raise ValueError(f"objectives: {name} {objective.alone}: remove it, or the others")
+        found[objective.family] = objective
+    return found
+
+
+def check_settings(
+    objectives: dict[str, Objective],
+    num_generations: int,
+    num_iterations: int,
+    steps_per_generation: int,
+    max_turns: int,
+    call_format: str,
+    max_observation_length: int,
+    max_empty_rollouts: int,
+) -> None:
+    """Raise a ValueError for settings that cannot go together or that could change nothing."""
+    for name, value in dict(
+        num_generations=num_generations, num_iterations=num_iterations, steps_per_generation=steps_per_generation
+    ).items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    at_least(1, max_turns=max_turns, max_observation_length=max_observation_length)
+    at_least(1, max_empty_rollouts=max_empty_rollouts)
+    one_of(CALL_FORMATS, call_format=call_format)
+    if num_generations < 2 and any(objective.learns_by_reward for objective in objectives.values()):
+        raise ValueError(
+            f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
+        )
+    for objective in objectives.values():
+        objective.check_run(num_iterations * steps_per_generation)
+    if not any(objective.explores for objective in objectives.values()):
+        return
+    for objective in objectives.values():
+        if objective.dynamic_sampling:
+            raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+        if objective.refines:
+            raise ValueError(
+                f"exploration does not go with {type(objective).__name__}, whose refinements are sampled without it: "
+                "set exploration to 0, or take DrGRPO"
+            )
+
+
+def single_turn_features(objectives: dict[str, Objective]) -> list[str]:
+    """Return the names of features that only the trainer's own single-turn sampling has."""
+    explores = [f"{type(o).__name__}'s exploration" for o in objectives.values() if o.explores]
+    return [*explores, *(type(o).__name__ for o in objectives.values() if o.refines)]
+
+
+def check_acting(objectives: dict[str, Objective]) -> None:
+    """Raise a ValueError if an objective does not go with environments."""
+    for name in single_turn_features(objectives):
+        raise ValueError(f"{name} does not go with an environment, in which responses have many turns")
+
+
+def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
+    """Raise a ValueError if DistributedDataParallel would wait for gradients that never come."""
+    settings = getattr(strategy, "_ddp_kwargs", {})
+    trains_head = any(objective.trains_head for objective in objectives.values())
+    if isinstance(strategy, DDPStrategy) and not trains_head and not settings.get("find_unused_parameters"):
+        raise ValueError(
+            "objectives on attention alone give the model's head no gradient, which strategy ddp waits for: set "
+            "trainer.strategy to ddp_find_unused_parameters_true"
+        )
+
+
+def check_answers(objectives: dict[str, Objective], example: dict[str, Any]) -> None:
+    """Raise a ValueError if an objective learns from answers that the task's examples lack."""
+    for objective in objectives.values():
+        if not objective.samples and "answer" not in example:
+            name = type(objective).__name__
+            raise ValueError(f"{name} learns from the column answer, which the task's examples lack: choose another")
+
+
+def check_prompts(data: Any, model: Any) -> None:
+    """Raise a ValueError if the data gives no prompts, or the model cannot read them; None is no model yet."""
+    if data.hparams.get("mode") != "prompts":
+        raise ValueError("reinforcement learning takes prompts: set data.init_args.mode to prompts")
+    if model is None:
+        return
+    vocab_size = model.config.get_text_config().vocab_size
+    if data.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer's largest id is {data.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
+            "set data.init_args.tokenizer to the model's own"
+        )
+
+
+def check_end(lr_scheduler: Any, trainer: L.Trainer) -> None:
+    """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
+    if trainer.max_steps < 1:
+        raise ValueError("trainer.max_steps must be given: it is the number of optimiser steps")
+    check_schedule(lr_scheduler, trainer)

@@ -1,0 +1,129 @@
+"""Groups whose rewards differ: dynamic sampling waits for a batch of them, and every run should see some."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from hybridmem.distributed import all_gather_object, dealt, rank_and_size
+from hybridmem.rl.objectives.advantages import groups_with_signal
+from hybridmem.rl.rollouts.completions import Completions, concatenate
+from hybridmem.rl.rollouts.experience import Rollout
+from hybridmem.rl.rollouts.prompts import Prompt
+from hybridmem.training.errors import StoppedError
+
+ENDLESS = 10  # times max_empty_rollouts: dynamic sampling would then go on for ever
+
+
+class GroupBuffer:
+    """Keeps groups whose rewards differ until they fill a batch; all ranks share it.
+
+    Args:
+        num_generations: responses of a group.
+        pad_id: the token of padding.
+    """
+
+    def __init__(self, num_generations: int, pad_id: int):
+        self.num_generations, self.pad_id = num_generations, pad_id
+        self.waiting: list[Rollout] = []  # of all ranks, a group each
+
+    @property
+    def num_waiting(self) -> int:
+        """Responses that wait for a full batch."""
+        return len(self.waiting) * self.num_generations
+
+    def fill(self, rollout: Rollout) -> Rollout | None:
+        """Return this rank's share of a full batch of groups with signal, or None if there are too few yet.
+
+        A rank whose own groups have no signal learns from groups that others have found.
+        """
+        rank, size = rank_and_size()
+        self.waiting += [group for group in dealt(all_gather_object(self._groups(rollout))) if group is not None]
+        wanted = len(rollout.prompts) * size
+        if len(self.waiting) < wanted:
+            return None
+        chosen, self.waiting = self.waiting[:wanted], []
+        mine = chosen[rank::size]
+        completions = concatenate([group.completions for group in mine], self.pad_id)
+        prompts = [prompt for group in mine for prompt in group.prompts]
+        return Rollout(prompts, completions, torch.cat([group.rewards for group in mine]))
+
+    def _groups(self, rollout: Rollout) -> list[Rollout | None]:
+        """Return every group on its own and on the CPU, with None for those without signal."""
+        signal = groups_with_signal(rollout.rewards, self.num_generations)
+        parts = zip(*(x.cpu().split(self.num_generations) for x in rollout.completions), strict=True)
+        rewards = rollout.rewards.split(self.num_generations)
+        return [
+            Rollout([prompt], Completions(*completions), earned) if kept else None
+            for prompt, completions, earned, kept in zip(rollout.prompts, parts, rewards, signal.tolist(), strict=True)
+        ]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the waiting groups as plain values, which a checkpoint loads without running code."""
+        return [
+            {"prompt": tuple(group.prompts[0]), "completions": tuple(group.completions), "rewards": group.rewards}
+            for group in self.waiting
+        ]
+
+    def load_state_dict(self, groups: list[dict[str, Any]]) -> None:
+        """Take up the groups that waited when a checkpoint was written.
+
+        Raises:
+            ValueError: the groups have another size.
+        """
+        for group in groups:
+            if len(group["rewards"]) != self.num_generations:
+                raise ValueError(
+                    f"num_generations={self.num_generations}, but groups of {len(group['rewards'])} responses wait in "
+                    "the checkpoint: resume with the checkpoint's num_generations"
+                )
+        self.waiting = [
+            Rollout([Prompt(*group["prompt"])], Completions(*group["completions"]), group["rewards"])
+            for group in groups
+        ]
+
+
+class SignalWatch:
+    """Warns of rollouts in which no group has a signal, and ends dynamic sampling that finds none.
+
+    Args:
+        max_empty_rollouts: rollouts in a row without a signal before a warning. Ten times as many end dynamic sampling.
+        num_generations: responses of a group.
+        rewards: names of the reward functions.
+        endless: whether the run waits for groups with signal (dynamic sampling).
+    """
+
+    def __init__(self, max_empty_rollouts: int, num_generations: int, rewards: list[str], endless: bool):
+        self.max_empty_rollouts, self.num_generations = max_empty_rollouts, num_generations
+        self.rewards, self.endless = rewards, endless
+        self.num_empty = 0  # rollouts in a row
+
+    def look(self, rewards: Float[Tensor, " responses"]) -> None:
+        """Count a rollout by the rewards of all ranks.
+
+        Raises:
+            StoppedError: dynamic sampling found no signal in ten times max_empty_rollouts.
+        """
+        if groups_with_signal(rewards, self.num_generations).any():
+            self.num_empty = 0
+            return
+        self.num_empty += 1
+        if self.endless and self.num_empty >= ENDLESS * self.max_empty_rollouts:
+            raise StoppedError(f"{self._found(rewards)}: {self._remedy()}")
+        if self.num_empty == self.max_empty_rollouts:
+            rank_zero_warn(f"{self._found(rewards)}, so nothing is learnt: {self._remedy()}")
+
+    def _found(self, rewards: Float[Tensor, " responses"]) -> str:
+        values = rewards.unique().tolist()
+        shown = ", ".join(f"{value:.4g}" for value in values[:3]) + (", …" if len(values) > 3 else "")
+        return (
+            f"in {self.num_empty} rollouts in a row {' + '.join(self.rewards)} gave all responses of each group the "
+            f"same reward ({shown})"
+        )
+
+    def _remedy(self) -> str:
+        return (
+            "check the reward function, choose easier or harder prompts, or raise num_generations or max_empty_rollouts"
+        )

@@ -1,0 +1,202 @@
+"""The rollout worker: samples responses to a batch of prompts and rewards them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hybridmem.distributed import Meter, gather_groups, rank_and_size, unsharded
+from hybridmem.rl.objectives.advantages import groups_with_signal
+from hybridmem.rl.objectives.objective import Objective
+from hybridmem.rl.rewards.functions import Rewards, RewardSum
+from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
+from hybridmem.rl.rollouts.completions import Completions
+from hybridmem.rl.rollouts.experience import Action, Rollout
+from hybridmem.rl.rollouts.policy import Example, Policy
+from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch
+from hybridmem.rl.rollouts.random_streams import RandomStream, generators
+from hybridmem.rl.rollouts.sampling import Sampling, evaluating
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Samples the responses of a rollout: the trainer itself, or a server."""
+
+    def respond(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        num_generations: int,
+        sampling: Sampling,
+        generators: list[torch.Generator],
+        prefill_once: bool = True,
+    ) -> Completions:
+        """Return `num_generations` responses to each prompt."""
+        ...
+
+
+class LocalSampler:
+    """Samples with the trainer's own copy of the policy."""
+
+    def respond(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        num_generations: int,
+        sampling: Sampling,
+        generators: list[torch.Generator],
+        prefill_once: bool = True,
+    ) -> Completions:
+        """Return `num_generations` responses to each prompt."""
+        return policy.answer(prompts, num_generations, sampling, generators, prefill_once)
+
+
+class RolloutWorker:
+    """Samples responses, in environments or not, and rewards them.
+
+    Args:
+        policy: the policy.
+        objectives: by family; they may choose actions, shape rewards and add responses.
+        rewards: the reward functions.
+        sampler: samples responses outside environments.
+        environments: None outside environments.
+        num_generations: responses to each prompt.
+        sampling: how tokens are drawn.
+        seed: of the random numbers.
+        meter: takes the metrics.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objectives: dict[str, Objective],
+        rewards: RewardSum,
+        sampler: Sampler,
+        environments: Environments | None,
+        num_generations: int,
+        sampling: Sampling,
+        seed: int,
+        meter: Meter,
+    ):
+        self.policy, self.objectives, self.rewards = policy, objectives, rewards
+        self.sampler, self.environments = sampler, environments
+        self.num_generations, self.sampling, self.seed, self.meter = num_generations, sampling, seed, meter
+        self.num_rollouts = 0  # since the run's first start
+        self.last_responses: list[tuple[str, str, float]] = []  # prompt, response and reward of the last rollout
+        self.last_rewards: Float[Tensor, " responses"]  # of all ranks' sampled responses in the last rollout
+
+    def generators(self, stream: RandomStream, places: Sequence[tuple[int, ...]]) -> list[torch.Generator]:
+        """Return the random numbers of prompts in this rank's batch; they do not depend on the number of ranks.
+
+        Args:
+            stream: the purpose of the numbers.
+            places: each prompt's place in the batch, followed by anything that tells it from others of that place.
+        """
+        rank, size = rank_and_size()
+        keys = [(self.seed, int(stream), self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
+        return generators(self.policy.device, *keys)
+
+    def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
+        """Log a mean over all ranks by weight."""
+        self.meter.measure(name, value, weight)
+
+    @torch.no_grad()
+    def roll_out(self, examples: list[Example]) -> Rollout:
+        """Sample and reward responses to a batch of prompts, and measure them under TRL's names."""
+        with unsharded(self.policy.model):  # until the end: ranks may sample different numbers of tokens
+            rollout = self._answer(examples) if self.environments is None else self._act(examples, self.environments)
+        self.num_rollouts += 1
+        return rollout
+
+    def _answer(self, examples: list[Example]) -> Rollout:
+        asked = [self.policy.data.prompt(example) for example in examples]
+        prompts = self.policy.prompt_batch(asked)
+        each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
+        actions = self._choose_actions(prompts, each)
+        completions = self._sample(prompts, actions, each)
+        time = prompts.input_ids.shape[1] + completions.ids.shape[1]
+        texts, rewards = self._rewarded(examples, completions)
+        cut = {family: action.cut(time) for family, action in actions.items()}
+        rollout = Rollout(asked, completions, rewards.total, cut)
+        for objective in self.objectives.values():
+            rollout = objective.refine(rollout, examples, texts, self)
+        return rollout
+
+    def _choose_actions(self, prompts: PromptBatch, each: list[torch.Generator]) -> dict[str, Action]:
+        length = self.sampling.max_completion_length
+        found = {
+            family: objective.act(self.policy, prompts, self.num_generations, length, each)
+            for family, objective in self.objectives.items()
+        }
+        return {family: action for family, action in found.items() if action is not None}
+
+    def _sample(self, prompts: PromptBatch, actions: dict[str, Action], each: list[torch.Generator]) -> Completions:
+        """Sample with every response under its own actions."""
+        prefill_once = all(action.prefill_once for action in actions.values())
+        with evaluating(self.policy.model), ExitStack() as stack:
+            for action in actions.values():
+                stack.enter_context(action.applied(self.policy.model))
+            return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, prefill_once)
+
+    def _act(self, examples: list[Example], environments: Environments) -> Rollout:
+        each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
+        acted = act_out(self.policy, environments, examples, self.num_generations, self.sampling, each)
+        _, rewards = self._rewarded(examples, acted.completions, acted.environments)
+        for name, (value, weight) in acted.metrics().items():
+            self.measure(name, value, weight)
+        shaped, kept = self._shape(rewards.total, acted.turns.cpu(), acted.faulty, environments.max_turns)
+        return Rollout(acted.prompts, acted.completions, shaped, kept=kept & acted.completions.mask)
+
+    def _shape(
+        self,
+        rewards: Float[Tensor, " responses"],
+        turns: Int[Tensor, " responses"],
+        faulty: Bool[Tensor, "responses length"],
+        max_turns: int,
+    ) -> tuple[Float[Tensor, " responses"], Bool[Tensor, "responses length"]]:
+        """Return the rewards that trajectories learn from, and the tokens that may carry loss."""
+        shaped, kept = rewards, torch.ones_like(faulty)
+        for objective in self.objectives.values():
+            changed = objective.shape_rewards(shaped, turns, max_turns)
+            if changed is not None:
+                shaped = changed
+                self.measure("reward/shaped", shaped.mean())
+            chosen = objective.kept_tokens(rewards, faulty, self.num_generations)
+            kept = kept if chosen is None else kept & chosen
+        return shaped, kept
+
+    def _rewarded(
+        self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
+    ) -> tuple[list[str], Rewards]:
+        """Return texts and rewards of all responses; metrics are those of all ranks together."""
+        repeated = [example for example in examples for _ in range(self.num_generations)]
+        texts, rewards = self.reward(repeated, completions, environments)
+        everyones = Rewards(*(gather_groups(x, self.num_generations) for x in rewards))
+        self.last_rewards = everyones.total.cpu()
+        if self.num_generations > 1:
+            signal = groups_with_signal(everyones.total, self.num_generations)
+            self.measure("frac_reward_zero_std", (~signal).float().mean())
+        for name, value in self.rewards.metrics(everyones).items():
+            self.measure(name, value)
+        self.measure("completions/mean_length", completions.mask.sum(1).float().mean())
+        self.measure("completions/clipped_ratio", completions.truncated.float().mean())
+        self.last_responses = list(zip([e["prompt"] for e in repeated], texts, rewards.total.tolist(), strict=True))
+        return texts, rewards
+
+    def reward(
+        self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
+    ) -> tuple[list[str], Rewards]:
+        """Return the texts of responses, one to each example, and their rewards."""
+        texts, ids = self.policy.texts_and_ids(completions)
+        columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
+        if environments is not None:
+            columns["environments"] = environments
+        return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
+
+    def answer_refinements(self, prompts: list[Prompt], places: Sequence[tuple[int, int]]) -> Completions:
+        """Return one response to each prompt; `places` are (group, response within it)."""
+        each = self.generators(RandomStream.REFINEMENT, places)
+        return self.policy.answer(self.policy.prompt_batch(prompts), 1, self.sampling, each)
