@@ -8,10 +8,12 @@ from hybridmem_kernels import MemoryMLPState, MemoryState
 from .model.attention import AttentionState
 from .model.configuration import HybridMemConfig
 from .model.convolution import ConvolutionState
-from .model.memory import NeuralMemoryState
+from .model.heads import FullKeys, HeadsState, WindowKeys
+from .model.memory import HeadMemoryState, NeuralMemoryState
 from .model.mixers import BranchStates, OpenSegment, SegmentStates
 from .model.modeling import HybridMemForCausalLM, HybridMemModel
 from .model.sequence import LastDocument
+from .model.sinks import Places
 
 __version__ = "0.1.0"
 
@@ -25,12 +27,17 @@ torch.serialization.add_safe_globals(
         AttentionState,
         BranchStates,
         ConvolutionState,
+        FullKeys,
+        HeadMemoryState,
+        HeadsState,
         LastDocument,
         MemoryMLPState,
         MemoryState,
         NeuralMemoryState,
         OpenSegment,
+        Places,
         SegmentStates,
+        WindowKeys,
     ]
 )
 

@@ -35,6 +35,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 
 from .compare import compare
 from .consolidate import consolidate
+from .convert import convert
 from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
@@ -43,6 +44,7 @@ from .subnetwork import subnetwork
 
 Trained = PretrainModule | PolicyModule
 COMMANDS = {
+    "convert": convert,
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
@@ -65,6 +67,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
+  convert    a pretrained model of transformers as a HybridMem folder with the same logits
   fit        train: pretraining, or whatever the configuration says
   validate   held-out loss of a checkpoint
   test       loss by position and needles of a checkpoint

@@ -130,7 +130,8 @@ def _register(variant: str) -> type[StreamingLayer]:
     LmmStreamingLayer,
     SwaStreamingLayer,
     FullStreamingLayer,
-) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full"))
+    MahStreamingLayer,
+) = (_register(variant) for variant in ("mac", "mag", "mal", "lmm", "swa", "full", "mah"))
 
 
 def check_layers(cache: Any, layer_types: list[str]) -> None:

@@ -12,10 +12,12 @@ if find_spec("hybridmem_kernels") is None:
     # transformers itself would ask for a package by the name of the import.
     raise ModuleNotFoundError("a HybridMem model needs the package hybridmem: pip install hybridmem")
 
-VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
+VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full", "mah")
 MEMORY_VARIANTS = ("mac", "mag", "mal", "lmm")
 MOST_LAYERS = 10_000  # to build a million takes an hour
 MEMORY_STEPS = ("certified", "damped", "raw")
+HEAD_SOURCES = ("full", "memory", "none")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # When transformers' Trainer resumes it reads config.json through its base class, which knows only these layer types.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(
@@ -39,9 +41,20 @@ class HybridMemConfig(PreTrainedConfig):
         partial_rotary_factor: share of each head's channels that turn with the position. Persistent tokens have
             no position: their keys live in the other channels.
         variant: how a layer mixes tokens: `mac` memory as context, `mag` memory as gate, `mal` memory as layer,
-            `lmm` memory alone, `swa` sliding-window attention alone, `full` causal attention alone.
+            `lmm` memory alone, `swa` sliding-window attention alone, `full` causal attention alone, `mah` memory as
+            heads: every KV head has a source of its own.
         layer_types: the variant of every layer; None fills the list with `variant`.
-        attention_window: tokens that a token of mag, mal and swa sees, itself included.
+        head_sources: for each layer, the source of every KV head of `mah`, an empty list for layers of other types;
+            None: all `full`. Every head sees the window and the document's first tokens. Beyond them `full` reads all
+            keys, `memory` a neural memory of the tokens that left the window, and `none` nothing.
+        num_sink_tokens: first tokens of a document that heads of `mah` always see.
+        sliding_windows: for each layer, how many tokens its `full` heads see, itself included; None: all of them.
+        attention_bias, attention_output_bias, mlp_bias: give q, k and v of `mah`, its output projection, or the
+            feed-forward layers a bias.
+        qk_norm: normalise the queries and keys of `mah`, head by head, before the rotary embedding.
+        rope_parameters: rotary embedding of a pretrained model as transformers describes it: `rope_type` default,
+            linear, llama3 or yarn, and what that type needs. None: rope_theta alone, in float64.
+        attention_window: tokens that a token of mag, mal, swa and mah sees, itself included.
         attention_conv: give attention's q, k and v the short convolution that the memory has.
         attention_dropout: dropout on attention weights.
         segment_length: tokens per segment of mac; None: attention_window, so that all variants attend as far back.
@@ -81,6 +94,14 @@ class HybridMemConfig(PreTrainedConfig):
     partial_rotary_factor: int | float = 0.5
     variant: str = "mag"
     layer_types: list[str] | None = None
+    head_sources: list[list[str]] | None = None
+    num_sink_tokens: int = 4
+    sliding_windows: list[int | None] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_parameters: dict[str, Any] | None = None
     attention_window: int = 256
     attention_conv: bool = False
     attention_dropout: int | float = 0.0
@@ -115,12 +136,27 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(f"id2label={self.id2label} must have numbers as keys")
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype={self.dtype!r} is no type of torch, such as bfloat16")
+        if self.head_sources is None and "mah" in self.layer_types:
+            self.head_sources = [
+                ["full"] * self.num_key_value_heads if kind == "mah" else [] for kind in self.layer_types
+            ]
+        pretrained_rope = self.rope_parameters or kwargs.get("rope_scaling")
         super().__post_init__(**kwargs)
+        if pretrained_rope and self.rope_parameters:
+            self.rope_theta = self.rope_parameters["rope_theta"]
+            self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", self.partial_rotary_factor)
+        else:
+            self.rope_parameters = None  # transformers' base class fills it in from rope_theta
 
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that turn: pairs of them."""
         return int(self.head_dim * self.partial_rotary_factor) // 2 * 2
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether rotary embedding and norms follow the arithmetic of transformers' models, bit for bit."""
+        return self.rope_parameters is not None
 
     def layer_type(self, layer_idx: int) -> str:
         """The variant of a layer."""
@@ -129,7 +165,7 @@ class HybridMemConfig(PreTrainedConfig):
 
     @property
     def has_memory(self) -> bool:
-        """Whether any layer holds a neural memory."""
+        """Whether any layer is of a variant with a `NeuralMemory`; memories of `mah` are named by head_sources."""
         return any(kind in MEMORY_VARIANTS for kind in self.layer_types or ())
 
     def validate_layer_type(self) -> None:
@@ -144,6 +180,27 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_types names {len(layer_types)} layers but num_hidden_layers={self.num_hidden_layers}; "
                 "make them equal"
+            )
+
+    def validate_head_sources(self) -> None:
+        """Check the sources of `mah` and the base model's windows."""
+        if self.num_sink_tokens < 0:
+            raise ValueError(f"num_sink_tokens={self.num_sink_tokens} must be 0 or more")
+        for name in ("head_sources", "sliding_windows"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(layers)} layers but num_hidden_layers={self.num_hidden_layers}; make them equal"
+                )
+        if self.head_sources is not None:
+            check_head_sources(self.head_sources, self)
+        for layer, window in enumerate(self.sliding_windows or ()):
+            if window is not None and window < 1:
+                raise ValueError(f"sliding_windows[{layer}]={window} must be at least 1, or null for no window")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_parameters: rope_type={rope_type!r} is unknown; choose one of {', '.join(ROPE_TYPES)}"
             )
 
     def validate_shapes(self) -> None:
@@ -189,6 +246,24 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(f"memory_max_grad_norm={self.memory_max_grad_norm} must be above 0, or null for no bound")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be in [0, 1)")
+
+
+def check_head_sources(sources: list[list[str]], config: HybridMemConfig) -> None:
+    """Raise a ValueError unless `sources` names a source for every KV head of every `mah` layer, and nothing else."""
+    if len(sources) != config.num_hidden_layers:
+        raise ValueError(
+            f"head_sources names {len(sources)} layers but num_hidden_layers={config.num_hidden_layers}; name as many"
+        )
+    for layer, row in enumerate(sources):
+        heads = config.num_key_value_heads if config.layer_type(layer) == "mah" else 0
+        if len(row) != heads:
+            reason = f"num_key_value_heads={heads}" if heads else f"the layer is {config.layer_type(layer)}, not mah"
+            raise ValueError(f"head_sources[{layer}] names {len(row)} sources but {reason}; name {heads}")
+        for head, source in enumerate(row):
+            if source not in HEAD_SOURCES:
+                raise ValueError(
+                    f"head_sources[{layer}][{head}]={source!r} is unknown; choose one of {', '.join(HEAD_SOURCES)}"
+                )
 
 
 HybridMemConfig.register_for_auto_class()

@@ -164,6 +164,20 @@ def rotate(
     return _turn(x, cos, sin, 1) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
 
 
+def rotate_as_pretrained(
+    x: Float[Tensor, "batch heads time dim"],
+    cos: Float[Tensor, "rows 1 time half"],
+    sin: Float[Tensor, "rows 1 time half"],
+) -> Float[Tensor, "batch heads time dim"]:
+    """Return what `rotate` returns, with the roundings of transformers' models."""
+    half = cos.shape[-1]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * torch.cat((cos, cos), dim=-1)
+    turned = turned + torch.cat((-second, first), dim=-1) * torch.cat((sin, sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
 class _Rotate(torch.autograd.Function):
     """A rotation; its backward is the rotation back."""
 

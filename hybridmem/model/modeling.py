@@ -1,6 +1,8 @@
 """The language model: decoder layers of any variant, and what transformers expects around them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,17 +20,21 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ShortRangeAttention
 from .cache import check_layers
-from .configuration import HybridMemConfig
+from .configuration import HybridMemConfig, check_head_sources
 from .convolution import ShortConvolution
-from .memory import NeuralMemory, RMSNorm
+from .heads import HeadMixer
+from .memory import HeadMemory, NeuralMemory, norm_layer
 from .mixers import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 from .sequence import (
     PADDING,
+    HeadChoice,
     LastDocument,
     TokenSequence,
     compact_rows,
+    inverse_frequencies,
     known_true,
     number_documents,
+    pretrained_rotary_angles,
     read_documents,
     rotary_angles,
     rows_starting_afresh,
@@ -41,6 +47,7 @@ MIXERS = {
     "lmm": MemoryMixer,
     "swa": AttentionMixer,
     "full": AttentionMixer,
+    "mah": HeadMixer,
 }
 
 
@@ -49,9 +56,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: HybridMemConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
         """Transform each token."""
@@ -67,9 +74,9 @@ class HybridMemLayer(GradientCheckpointingLayer):
         # mac works with its parts' weights and a deep memory with a list of them: accelerate's hooks, which bring a
         # module's weights when it is called, miss both.
         self.needs_all_weights = self.variant == "mac" or config.memory_depth > 1
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer_norm = norm_layer(config, config.hidden_size)
         self.mixer = MIXERS[self.variant](config, layer_idx)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward_norm = norm_layer(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -104,6 +111,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = (r"\.mixer\.memory\.",)  # of heads that no longer read one
     _is_stateful = True  # assisted generation would have to unread tokens
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": HybridMemLayer,
@@ -112,9 +120,57 @@ class HybridMemPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save, with code in the folder for AutoModel and AutoModelForCausalLM, whichever of the two this is."""
+        self.set_auto_map()
+        super().save_pretrained(*args, **kwargs)
+
+    def set_auto_map(self) -> None:
+        """Name in the configuration which of the folder's code AutoModel and AutoModelForCausalLM load."""
         classes = HybridMemModel, HybridMemForCausalLM
         self.config.auto_map = {cls._auto_class: f"{__name__.split('.')[-1]}.{cls.__name__}" for cls in classes}
-        super().save_pretrained(*args, **kwargs)
+
+    def set_head_sources(self, sources: list[list[str]]) -> None:
+        """Let the KV heads of `mah` layers read other sources from now on, and write that into the configuration.
+
+        Args:
+            sources: for each layer a list of `full`, `memory` or `none` for its KV heads, empty where it is not mah.
+
+        Raises:
+            ValueError: `sources` has the wrong shape or an unknown name.
+        """
+        check_head_sources(sources, self.config)
+        self.config.head_sources = [list(row) for row in sources]
+
+    @contextmanager
+    def head_sources(
+        self,
+        sources: list[list[str]] | None = None,
+        full_share: Float[Tensor, "rows layers kv_heads"] | None = None,
+    ) -> Iterator[None]:
+        """Let the KV heads of `mah` layers read other sources inside the context.
+
+        Args:
+            sources: as in `set_head_sources`; None: the configuration's.
+            full_share: in each row (or in all, if it has one row) the share of `full` in a head's output; the rest
+                comes from the head's source. 1 and 0 choose, numbers between mix. Caches then hold all keys and the
+                other source's state, so that a head may change its share from call to call.
+
+        Raises:
+            ValueError: `sources` or `full_share` has the wrong shape.
+        """
+        config, decoder = self.config, self.base_model
+        if sources is not None:
+            check_head_sources(sources, config)
+        wanted = (config.num_hidden_layers, config.num_key_value_heads)
+        if full_share is not None and full_share.shape[1:] != wanted:
+            raise ValueError(
+                f"full_share must be (rows, layers, KV heads) = (…, {wanted[0]}, {wanted[1]}), "
+                f"got {tuple(full_share.shape)}"
+            )
+        before, decoder.head_choice = decoder.head_choice, HeadChoice(sources, full_share)
+        try:
+            yield
+        finally:
+            decoder.head_choice = before
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code that is not its own, transformers passes over modules that hold no parameter themselves, as if they
@@ -138,6 +194,8 @@ class HybridMemPreTrainedModel(PreTrainedModel):
             init.constant_(module.memory_norm.weight, 0.2)
         elif isinstance(module, NeuralMemory):
             self._init_memory(module)
+        elif isinstance(module, HeadMemory):
+            module.initialize()
 
     def _init_look_back(
         self, qkv: Tensor, convolution: ShortConvolution, widths: tuple[int, int], head_dim: int
@@ -185,8 +243,10 @@ class HybridMemModel(HybridMemPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HybridMemLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_layer(config, config.hidden_size)
         self.gradient_checkpointing = False
+        self.head_choice: HeadChoice | None = None
+        self.pretrained_rope = None if config.rope_parameters is None else inverse_frequencies(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -266,8 +326,14 @@ class HybridMemModel(HybridMemPreTrainedModel):
             documents, last = number_documents(documents, mask, fresh_rows, last)
         if position_ids is None:
             position_ids = past + torch.arange(shape[1], device=inputs_embeds.device)[None]
-        cos, sin = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta, inputs_embeds.dtype)
-        return TokenSequence(cos, sin, documents, mask, fresh_rows, compaction, last)
+        config, dtype = self.config, inputs_embeds.dtype
+        if self.pretrained_rope is None:
+            cos, sin = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, dtype)
+        else:
+            cos, sin = pretrained_rotary_angles(
+                position_ids, *self.pretrained_rope, config.max_position_embeddings, dtype
+            )
+        return TokenSequence(cos, sin, documents, mask, fresh_rows, compaction, last, past, self.head_choice)
 
 
 class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):

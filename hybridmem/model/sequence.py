@@ -1,11 +1,13 @@
 """What one forward pass knows about its tokens: where they stand, and which document they belong to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybridmem_kernels.documents import document_starts
 
@@ -48,6 +50,13 @@ def known_true(condition: Bool[Tensor, ""]) -> bool:
     return not torch.compiler.is_compiling() and bool(condition)
 
 
+class HeadChoice(NamedTuple):
+    """The sources that heads of `mah` read in one forward pass, in place of the configuration's."""
+
+    sources: Sequence[Sequence[str]] | None  # a list for each layer; None: the configuration's
+    full_share: Float[Tensor, "rows layers kv_heads"] | None  # mixes `full` with the head's own source
+
+
 @dataclass
 class TokenSequence:
     """The tokens of a forward pass, seen by every layer alike.
@@ -61,6 +70,8 @@ class TokenSequence:
         compaction: moves together tokens that padding separates, for layers whose reach is counted in tokens; None:
             padding precedes all tokens of its row, earlier calls' included, or follows all of this call's.
         last_document: where the call ends; None: in the one document that there is.
+        past: tokens that earlier calls read.
+        heads: the sources that heads of `mah` read; None: the configuration's.
         memo: what layers work out from the above and share.
     """
 
@@ -71,6 +82,8 @@ class TokenSequence:
     fresh_rows: Bool[Tensor, " batch"] | None = None
     compaction: Compaction | None = None
     last_document: LastDocument | None = None
+    past: int = 0
+    heads: HeadChoice | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -195,3 +208,35 @@ def rotary_angles(
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device) / dim
     angles = position_ids.to(torch.float64)[:, None, :, None] * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def pretrained_rotary_angles(
+    position_ids: Int[Tensor, "rows time"],
+    inverse_frequencies: Sequence[float],
+    scaling: float,
+    context: int,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "rows 1 time half"], Float[Tensor, "rows 1 time half"]]:
+    """Return cosine and sine of a pretrained model's rotary embedding, times its attention factor.
+
+    Within the model's context the angles are float32 products, as transformers takes them and as the model was
+    trained, so that logits agree. Beyond it, and in float64 models, they are float64 products.
+    """
+    frequencies = torch.tensor(inverse_frequencies, dtype=torch.float64, device=position_ids.device)
+    positions = position_ids[:, None, :, None]
+    precise = positions.to(torch.float64) * frequencies
+    if dtype == torch.float64:
+        return precise.cos() * scaling, precise.sin() * scaling
+    trained, inside = positions.float() * frequencies.float(), positions < context
+    cos, sin = (torch.where(inside, f(trained), f(precise).float()) * scaling for f in (torch.cos, torch.sin))
+    return cos.to(dtype), sin.to(dtype)
+
+
+def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
+    """Return frequencies and attention factor of `config.rope_parameters`, as transformers computes them."""
+    with torch.device("cpu"):  # models are also built on the meta device, which holds no numbers
+        if config.rope_parameters["rope_type"] == "default":
+            exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float) / config.rotary_dim
+            return tuple((1.0 / config.rope_parameters["rope_theta"] ** exponent).tolist()), 1.0
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
+    return tuple(frequencies.tolist()), scaling

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.hybridmem.models import VARIANTS
+from tests.hybridmem.models import FOLDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, of many kinds
 
@@ -42,7 +42,7 @@ def evaluated(exported):
     return evaluate
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOLDERS)
 def test_in_process(variant, exported, evaluated):
     model = AutoModelForCausalLM.from_pretrained(exported(variant))
     tokenizer = AutoTokenizer.from_pretrained(exported(variant))

@@ -5,12 +5,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.hybridmem.models import VARIANTS
+from tests.hybridmem.models import FOLDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOLDERS)
 def test_lora_on_all_linear_layers(variant, exported, tmp_path):
     folder = exported(variant)
     ids = torch.randint(0, 256, (2, 20))

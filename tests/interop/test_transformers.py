@@ -19,14 +19,14 @@ from transformers import (
     pipeline,
 )
 
-from tests.hybridmem.models import VARIANTS
+from tests.hybridmem.models import FOLDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 TEXT = "the quick brown fox"
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=FOLDERS)
 def folder(request, exported):
     return exported(request.param)
 

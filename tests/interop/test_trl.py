@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from tests.hybridmem.models import VARIANTS
+from tests.hybridmem.models import FOLDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -40,7 +40,7 @@ def loads_again(trainer, folder) -> None:
         torch.testing.assert_close(loaded(IDS).logits, trainer.model.eval()(IDS).logits)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOLDERS)
 def test_sft(variant, exported, tmp_path):
     settings = SFTConfig(output_dir=tmp_path, dataset_text_field="text", **SETTINGS)
     trainer = SFTTrainer(str(exported(variant)), args=settings, train_dataset=Dataset.from_dict({"text": TEXTS}))
@@ -63,7 +63,7 @@ def test_sft_without_padding_keeps_documents_apart(variant, exported, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOLDERS)
 def test_dpo(variant, exported, tmp_path):
     settings = DPOConfig(output_dir=tmp_path, **SETTINGS)
     rows = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[:7:-1]} for text in TEXTS]
@@ -91,7 +91,7 @@ def grpo(folder, tmp_path, **settings) -> GRPOTrainer:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOLDERS)
 def test_grpo_with_a_reference_model(variant, exported, tmp_path):
     trainer = grpo(exported(variant), tmp_path)
     steps = train(trainer)

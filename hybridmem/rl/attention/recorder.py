@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridmem.model.attention import AttentionState, ShortRangeAttention
+from hybridmem.model.heads import FullKeys, HeadMixer, HeadsState
 from hybridmem.model.memory import NeuralMemory, NeuralMemoryState, ScanInputs
 from hybridmem.model.mixers import ContextMixer, GateMixer
 from hybridmem.model.modeling import HybridMemLayer
@@ -223,6 +224,9 @@ class AttentionRecorder:
         def note_attention(attention: ShortRangeAttention, arguments: tuple[Any, ...], _: Any) -> None:
             self.records[number].attention = record_attention(attention, *arguments)
 
+        def note_heads(mixer: HeadMixer, arguments: tuple[Any, ...], _: Any) -> None:
+            self.records[number].attention = record_heads(mixer, *arguments)
+
         def note_gate(_: nn.Module, __: tuple[Any, ...], logits: Tensor) -> None:
             self.records[number].gate = torch.sigmoid(logits)
 
@@ -239,6 +243,8 @@ class AttentionRecorder:
         for module in layer.mixer.modules():
             if isinstance(module, ShortRangeAttention) and not isinstance(layer.mixer, ContextMixer):
                 self._watch(module.register_forward_hook(note_attention))
+            elif isinstance(module, HeadMixer):
+                self._watch(module.register_forward_hook(note_heads))
             elif isinstance(module, NeuralMemory):
                 self._watch(module.register_forward_hook(note_memory))
         if isinstance(layer.mixer, GateMixer):
@@ -314,6 +320,34 @@ def record_attention(
         mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
         mask = torch.cat((before >= 0, mask), dim=1)
     return AttentionRecord(q, k, attention.scaling, attention.window, attention.num_persistent, mask)
+
+
+def record_heads(
+    mixer: HeadMixer, x: Float[Tensor, "batch time hidden"], state: HeadsState | None, sequence: TokenSequence
+) -> AttentionRecord:
+    """Return the queries and keys of a `mah` layer.
+
+    Raises:
+        ValueError: rows of several documents; heads that do not all read `full`, which no one window describes.
+    """
+    if sequence.document_ids is not None and sequence.document_ids.max() > 0:
+        raise ValueError("rows of several documents cannot be recorded: give one document a row")
+    code = "f" * mixer.kv_heads
+    if mixer.sources_code(sequence) != code:
+        raise ValueError(
+            f"layer {mixer.layer_idx} has heads that do not read everything and cannot be recorded: record a layer "
+            "whose head_sources are all full"
+        )
+    tokens = mixer.project(x, sequence)
+    k, mask, before = tokens.k, sequence.mask, None if state is None else state.full or state.sliding
+    if before is not None:
+        k = torch.cat((before.keys.to(k.dtype), k), 2)
+        places = before.document_ids if isinstance(before, FullKeys) else before.places and before.places.document_ids
+        if mask is not None or places is not None:
+            kept = before.keys.new_ones(len(x), before.keys.shape[2]) if places is None else places
+            mask = torch.ones_like(x[:, :, 0], dtype=torch.bool) if mask is None else mask
+            mask = torch.cat((kept >= 0, mask), dim=1)
+    return AttentionRecord(tokens.q, k, mixer.scaling, mixer.sliding_window, 0, mask)
 
 
 def record_memory(

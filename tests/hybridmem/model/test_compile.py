@@ -43,8 +43,11 @@ def equals_eager(model: nn.Module, tolerance: float = 1e-10, **how) -> None:
 
 
 def one_layer(kind: str, **changes):
-    layers = KINDS[kind].get("layer_types")
-    return tiny_model(**dict(KINDS[kind], num_hidden_layers=len(layers) if layers else 1), **changes)
+    settings = dict(KINDS[kind])
+    settings["num_hidden_layers"] = len(settings.get("layer_types") or [0])
+    for name in settings.keys() & {"head_sources", "sliding_windows"}:
+        settings[name] = settings[name][: settings["num_hidden_layers"]]
+    return tiny_model(**settings, **changes)
 
 
 @without_shape_checks
@@ -59,7 +62,9 @@ def test_every_variant_is_one_graph(kind):
     [dict(document_ids=DOCUMENTS), dict(attention_mask=PADDING), dict(attention_mask=INSIDE)],
     ids=["documents", "padding in front", "padding inside"],
 )
-@pytest.mark.parametrize("kind", ["mag", "lmm depth 2", "with attention_conv"])
+@pytest.mark.parametrize(
+    "kind", ["mag", "lmm depth 2", "with attention_conv", "mah", "mah depth 2", "mah like a base model"]
+)
 def test_documents_and_padding_are_in_the_graph(kind, inputs):
     equals_eager(one_layer(kind), fullgraph=True, backend="aot_eager", inputs=inputs)
 
@@ -76,7 +81,7 @@ def test_packed_segments_break_the_graph_and_not_the_numbers():
 
 
 @without_shape_checks
-@pytest.mark.parametrize("kind", ["mag", "full"])
+@pytest.mark.parametrize("kind", ["mag", "full", "mah", "mah like a base model"])
 def test_streaming_goes_on_from_a_cache(kind):
     model, input_ids = one_layer(kind), tokens(time=TIME)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -89,7 +94,7 @@ def test_streaming_goes_on_from_a_cache(kind):
 
 @without_shape_checks
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["mac", "mag"])
+@pytest.mark.parametrize("kind", ["mac", "mag", "mah"])
 def test_decoding_steps(kind):
     model, input_ids = one_layer(kind), tokens(time=TIME)
     # Whether a segment ends is in mac's state, and a graph's form must not be: the graph breaks there.

@@ -70,6 +70,36 @@ def test_models_of_other_families(name, padded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("windows", [None, [5, None]])
+def test_heads_that_read_everything(windows, cached):
+    model, ids = tiny_model(variant="mah", sliding_windows=windows), tokens()
+    plain = model(ids).logits
+    cache = DynamicCache(config=model.config) if cached else None
+    if cached:
+        model(ids[:, :25], past_key_values=cache)
+    with AttentionRecorder(model, [0, 1]) as recorder:
+        during = model(ids[:, 25:] if cached else ids, past_key_values=cache, use_cache=cached).logits
+    torch.testing.assert_close(during[:, -12:], plain[:, -12:], rtol=0, atol=1e-10)
+    seen = [attention(recorder.records[n], 12) for n in range(2)]
+    model.set_attn_implementation("eager")
+    maps = model(ids, output_attentions=True, use_cache=False).attentions
+    for found, weights in zip(seen, maps if windows is None else [], strict=windows is None):
+        torch.testing.assert_close(found[:, :, -40:].double(), expected(weights, 12), rtol=0, atol=1e-5)
+    if windows is not None:
+        assert (seen[0] > 0).sum(-1).max() <= 4  # a window without the token itself
+
+
+@torch.no_grad()
+def test_heads_of_other_sources_are_refused():
+    model = tiny_model(variant="mah", head_sources=[["full", "none"], ["full", "full"]])
+    with AttentionRecorder(model, [1]):
+        model(tokens())
+    with AttentionRecorder(model, [0]), pytest.raises(ValueError, match="heads that do not read everything"):
+        model(tokens())
+
+
+@torch.no_grad()
 def test_a_vision_language_model():
     model = vision_model().eval()
     model.set_attn_implementation("sdpa")

@@ -1,0 +1,322 @@
+"""Convert a pretrained causal LM, in memory or from folder to folder."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
+from hybridmem.model.memory import HeadMemory
+from hybridmem.model.modeling import HybridMemForCausalLM
+
+from .family import refuse_unsupported, shared_settings
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .weights import (
+    Weight,
+    available_memory,
+    check_weights,
+    plan_shards,
+    read_all,
+    weights_of_folder,
+    weights_of_model,
+    write_shards,
+)
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+CARRIED = [
+    *("*token*.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
+    *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+]
+FETCHED = [*CARRIED, "config.json", "*.safetensors", "*.safetensors.index.json"]
+SHARD_BYTES = 2 * 10**9
+SPARE_BYTES = 64 * 2**20  # code, tokenizer and other small files
+
+Sources = str | list[list[str]]
+
+
+def convert(
+    model: PreTrainedModel | str | Path,
+    attention_window: int = 256,
+    num_sink_tokens: int = 4,
+    head_source: Sources = "full",
+    memory_depth: int = 1,
+) -> HybridMemForCausalLM:
+    """Return a HybridMem model with the logits of a pretrained model.
+
+    Every layer becomes `mah`. With all heads `full` the logits are those of the pretrained model.
+
+    Args:
+        model: a causal LM of transformers, or a Hugging Face folder or name. A model keeps its own weights.
+        attention_window: tokens that heads see which do not read everything.
+        num_sink_tokens: first tokens of a document that these heads see too.
+        head_source: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head. Layers
+            in which a head names memory get memories, which start out closed (see `HeadMemory`).
+        memory_depth: layers of each memory; 1 is linear.
+
+    Raises:
+        ValueError: a model type, feature or setting that is not supported; the message names it.
+        FileNotFoundError: no such folder or name.
+        MemoryError: the weights do not fit.
+    """
+    with ExitStack() as files:
+        if isinstance(model, PreTrainedModel):
+            base, folder = model.config, None
+            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
+            config.dtype = model.dtype
+            found = weights_of_model(model)
+        else:
+            folder = find_folder(model)
+            base = _read_config(folder)
+            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
+            found = weights_of_folder(folder, files)
+        empty = _empty_model(config)
+        weights = check_weights(found | _new_memories(config), empty, config.tie_word_embeddings)
+        _check_memory(sum(weight.nbytes for weight in weights.values()))
+        # A model may mix dtypes; a folder is loaded in the one that its configuration names.
+        tensors = dict(read_all(weights, None if folder is None else config.dtype))
+    converted = empty
+    converted.load_state_dict(tensors, strict=False, assign=True)
+    converted.tie_weights()
+    if isinstance(model, PreTrainedModel):
+        converted.generation_config = model.generation_config
+        converted.to(model.device)
+    elif folder is not None and (folder / "generation_config.json").is_file():
+        converted.generation_config = GenerationConfig.from_pretrained(folder)
+    return converted.train(isinstance(model, PreTrainedModel) and model.training)
+
+
+def convert_folder(
+    model: str | Path,
+    output: Path,
+    attention_window: int = 256,
+    num_sink_tokens: int = 4,
+    head_source: Sources = "full",
+    memory_depth: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    track: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> HybridMemConfig:
+    """Convert a Hugging Face folder or name to a folder, a shard in memory at a time.
+
+    The folder also takes tokenizer, chat template, generation configuration and licence along, and the model's code.
+
+    Args:
+        model, attention_window, num_sink_tokens, head_source, memory_depth: as in `convert`.
+        output: the folder to write; it appears when it is complete.
+        shard_bytes: size of a file of weights.
+        track: wraps the list of shards, to show progress.
+
+    Returns:
+        the converted model's configuration.
+
+    Raises:
+        ValueError, FileNotFoundError, MemoryError: as in `convert`.
+        OSError: the output folder cannot be written or holds something, or the disk is too full.
+    """
+    _check_output(output)
+    source = find_folder(model)
+    base = _read_config(source)
+    config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
+    with ExitStack() as files:
+        empty = _empty_model(config)
+        found = weights_of_folder(source, files) | _new_memories(config)
+        weights = check_weights(found, empty, config.tie_word_embeddings)
+        shards = plan_shards(weights, shard_bytes)
+        _check_memory(2 * max(sum(weights[name].nbytes for name in shard) for shard in shards))
+        _check_disk(output, sum(weight.nbytes for weight in weights.values()))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+            folder = Path(temporary) / output.name
+            folder.mkdir()
+            for path in _carried(source):
+                shutil.copyfile(path, folder / path.name)
+            write_shards(weights, shards, folder, track)
+            _write_configuration(empty, folder)
+            (folder / "README.md").write_text(_card(str(model), config))
+            if output.is_dir():
+                output.rmdir()
+            folder.rename(output)
+    return config
+
+
+def converted_config(
+    base: PreTrainedConfig,
+    attention_window: int = 256,
+    num_sink_tokens: int = 4,
+    head_source: Sources = "full",
+    memory_depth: int = 1,
+) -> HybridMemConfig:
+    """Return the configuration of a converted model.
+
+    Raises:
+        ValueError: a model type, feature or setting that is not supported.
+    """
+    family = FAMILIES.get(base.model_type)
+    if family is None:
+        raise ValueError(f"model_type={base.model_type!r} is not supported: choose a model of {', '.join(FAMILIES)}")
+    refuse_unsupported(base)
+    settings = shared_settings(base) | family.settings(base)
+    _check_settings(settings, attention_window, num_sink_tokens)
+    layers, heads = settings["num_hidden_layers"], settings["num_key_value_heads"]
+    if isinstance(head_source, str):
+        if head_source not in HEAD_SOURCES:
+            raise ValueError(f"head_source={head_source!r} is unknown: choose one of {', '.join(HEAD_SOURCES)}")
+        head_source = [[head_source] * heads for _ in range(layers)]
+    if memory_depth < 1:
+        raise ValueError(f"memory_depth={memory_depth} must be at least 1")
+    config = HybridMemConfig(
+        **settings, variant="mah", attention_window=attention_window, num_sink_tokens=num_sink_tokens,
+        num_persistent_tokens=0, memory_depth=memory_depth,
+    )  # fmt: skip
+    check_head_sources(head_source, config)
+    config.head_sources = [list(row) for row in head_source]
+    return config
+
+
+def find_folder(model: str | Path) -> Path:
+    """Return a Hugging Face folder, fetched from the hub if need be.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such name that the hub offers.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model={model} holds no config.json: name a Hugging Face folder")
+        return folder
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=FETCHED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"model={model} is no folder, and the hub offers no such model or is out of reach: check the name, the "
+            "network, or HF_TOKEN"
+        ) from error
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{folder / 'config.json'} cannot be read as a model's configuration: {reason}") from error
+
+
+def _check_settings(settings: dict[str, Any], window: int, sinks: int) -> None:
+    context = settings["max_position_embeddings"]
+    if window < 1:
+        raise ValueError(f"attention_window={window} must be at least 1")
+    if window > context:
+        raise ValueError(
+            f"attention_window={window} is longer than the model's context of {context} tokens: use at most {context}"
+        )
+    shortest = min((n for n in settings.get("sliding_windows") or () if n is not None), default=window)
+    if window > shortest:
+        raise ValueError(
+            f"attention_window={window} is longer than the model's sliding window of {shortest} tokens: use at most "
+            f"{shortest}"
+        )
+    if not 0 <= sinks <= context:
+        raise ValueError(f"num_sink_tokens={sinks} must lie between 0 and the model's context of {context} tokens")
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output={output} is a file: name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output={output} is not empty: name another folder, or empty it")
+
+
+def _check_memory(needed: int) -> None:
+    free = available_memory()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free: close other programs, "
+            "convert from folder to folder (hybridmem convert), or use a machine with more"
+        )
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(place).free, needed + SPARE_BYTES
+    if needed > free:
+        raise OSError(
+            f"output={output} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room or name "
+            "a folder on another disk"
+        )
+
+
+def _empty_model(config: HybridMemConfig) -> HybridMemForCausalLM:
+    """A model without numbers: names and shapes."""
+    with torch.device("meta"):
+        return HybridMemForCausalLM(config)
+
+
+def _new_memories(config: HybridMemConfig) -> dict[str, Weight]:
+    """Memories as they start, for the layers that name them; drawn from a seed of their own."""
+    assert config.head_sources is not None
+    found = {}
+    for layer, sources in enumerate(config.head_sources):
+        if "memory" not in sources:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(layer)
+            memory = HeadMemory(config)
+            memory.initialize()
+        for name, tensor in memory.to(config.dtype or torch.float32).state_dict().items():
+            size = tensor.numel() * tensor.element_size()
+            found[f"model.layers.{layer}.mixer.memory.{name}"] = Weight(tuple(tensor.shape), size, tensor.clone)
+    return found
+
+
+def _carried(source: Path) -> Iterator[Path]:
+    """The files beside weights that a converted model needs too."""
+    found = {path for pattern in CARRIED for path in source.glob(pattern) if path.is_file()}
+    return iter(sorted(found))
+
+
+def _write_configuration(model: HybridMemForCausalLM, folder: Path) -> None:
+    """Write config.json, and the code that it names."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    model.set_auto_map()
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+
+
+def _card(base: str, config: HybridMemConfig) -> str:
+    """The folder's model card."""
+    assert config.head_sources is not None
+    sources = [source for row in config.head_sources for source in row]
+    counts = ", ".join(f"{sources.count(source)} {source}" for source in HEAD_SOURCES if source in sources)
+    name = "" if Path(base).is_dir() else f"base_model: {base}\n"
+    origin = base if name else "a local folder"
+    window, sinks = config.attention_window, config.num_sink_tokens
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{name}tags: [hybridmem]
+---
+
+# A model converted by hybridmem
+
+Converted from {origin}. KV heads by source: {counts}. Heads that do not read everything see the last {window} tokens
+and the first {sinks}. The licence is the base model's.
+
+```python
+import hybridmem  # or trust_remote_code=True
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+"""

