@@ -94,11 +94,11 @@ class NeuralMemory(nn.Module):
         self.convolution = (
             ShortConvolution(3 * self.inner, config.memory_conv_size) if config.memory_conv_size > 1 else None
         )
-        self.momentum_depends_on_token = config.memory_momentum and config.memory_step != "certified"
-        self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if self.momentum_depends_on_token else 2))
+        self.eta_depends_on_token = config.memory_momentum and config.memory_step != "certified"
+        self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if self.eta_depends_on_token else 2))
         # Certified steps need a momentum that stays the same: one per head.
-        self.momentum_logit = (
-            nn.Parameter(torch.empty(heads)) if config.memory_momentum and not self.momentum_depends_on_token else None
+        self.eta_logit = (
+            nn.Parameter(torch.empty(heads)) if config.memory_momentum and not self.eta_depends_on_token else None
         )
         hidden = dim * config.memory_expansion
         widths = [dim, *[hidden] * (config.memory_depth - 1), dim]
@@ -203,7 +203,7 @@ class NeuralMemory(nn.Module):
 
     def _gates(self, x: Float[Tensor, "batch time hidden"]) -> tuple[Float[Tensor, "batch heads time"], ...]:
         """alpha, eta and theta; theta within the bound of `memory_step`."""
-        return memory_gates(self.config, self.gate_proj(x), self.momentum_logit)
+        return memory_gates(self.config, self.gate_proj(x), self.eta_logit)
 
     def _split(self, x: Float[Tensor, "batch time channels"]) -> list[Float[Tensor, "batch heads time dim"]]:
         """Cut channels into heads, and those into q, k, v."""
@@ -229,18 +229,18 @@ def _recall(
 def memory_gates(
     config: HybridMemConfig,
     logits: Float[Tensor, "batch time channels"],
-    momentum_logit: Float[Tensor, " heads"] | None,
+    eta_logit: Float[Tensor, " heads"] | None,
 ) -> tuple[Float[Tensor, "batch heads time"], ...]:
     """Return alpha, eta and theta from the logits of alpha and theta, and of eta where it depends on the token."""
-    depends_on_token = config.memory_momentum and momentum_logit is None
+    depends_on_token = config.memory_momentum and eta_logit is None
     gates = torch.sigmoid(logits.to(state_dtype(logits.dtype))).transpose(1, 2)
     alpha, write, *rest = gates.chunk(3 if depends_on_token else 2, dim=1)
     if not config.memory_forgetting:
         alpha = torch.zeros_like(alpha)
     if not config.memory_momentum:
         eta = torch.zeros_like(write)
-    elif momentum_logit is not None:
-        eta = torch.sigmoid(momentum_logit.to(write.dtype))[:, None].expand_as(write)
+    elif eta_logit is not None:
+        eta = torch.sigmoid(eta_logit.to(write.dtype))[:, None].expand_as(write)
     else:
         eta = rest[0]
     bound = write_bound(config.memory_step, eta)
@@ -294,7 +294,7 @@ class HeadMemory(nn.Module):
         self.q_map, self.k_map = FeatureMap(heads, dim), FeatureMap(heads, dim)
         depends_on_token = config.memory_momentum and config.memory_step != "certified"
         self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if depends_on_token else 2))
-        self.momentum_logit = (
+        self.eta_logit = (
             nn.Parameter(torch.zeros(heads)) if config.memory_momentum and not depends_on_token else None
         )
         self.mixing_gate = nn.Linear(config.hidden_size, heads)
@@ -313,8 +313,8 @@ class HeadMemory(nn.Module):
         forgetting = -torch.linspace(4, 8, self.heads) if self.heads > 1 else torch.tensor([-6.0])
         rest = torch.zeros(self.gate_proj.out_features - self.heads)
         init.copy_(self.gate_proj.bias, torch.cat((forgetting, rest)))
-        if self.momentum_logit is not None:
-            init.zeros_(self.momentum_logit)
+        if self.eta_logit is not None:
+            init.zeros_(self.eta_logit)
         init.zeros_(self.mixing_gate.weight)
         init.constant_(self.mixing_gate.bias, 4.0)
         init.zeros_(self.window_mass)
@@ -346,7 +346,7 @@ class HeadMemory(nn.Module):
             state: what earlier calls left.
         """
         heads = [head * self.groups + n for head in kv_heads for n in range(self.groups)]
-        found = memory_gates(self.config, self.gate_proj(x), self.momentum_logit)
+        found = memory_gates(self.config, self.gate_proj(x), self.eta_logit)
         gates = torch.stack([pick(gate, heads) for gate in found], dim=-1)
         scan: MemoryState | MemoryMLPState | None = None
         document = torch.full((len(x),), NO_DOCUMENT, device=x.device)

@@ -225,11 +225,11 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         # A deep memory's chunk moves the weights from one point: its tokens share a single token's step.
         gentle = math.log(self.config.memory_chunk_size) if self.config.memory_depth > 1 else 0.0
         write = torch.full((heads,), -gentle)
-        eta = torch.zeros(heads) if memory.momentum_depends_on_token else torch.zeros(0)
+        eta = torch.zeros(heads) if memory.eta_depends_on_token else torch.zeros(0)
         init.normal_(memory.gate_proj.weight, std=self.config.initializer_range)
         init.copy_(memory.gate_proj.bias, torch.cat((alpha, write, eta)))
-        if memory.momentum_logit is not None:
-            init.zeros_(memory.momentum_logit)
+        if memory.eta_logit is not None:
+            init.zeros_(memory.eta_logit)
         for weight in memory.initial_weights:
             init.normal_(weight, std=weight.shape[1] ** -0.5 * 0.5)
         if memory.convolution is not None:

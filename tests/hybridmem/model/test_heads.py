@@ -73,7 +73,7 @@ def recall(memory, x, head, q, k, v, window, sinks):
     """Token j is written when token j + window is read; sinks never are."""
     unit = lambda y: y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     q, k = unit(q @ memory.q_map.weight[head]), unit(k @ memory.k_map.weight[head])
-    config, eta = memory.config, torch.sigmoid(memory.momentum_logit[head])
+    config, eta = memory.config, torch.sigmoid(memory.eta_logit[head])
     alpha, write = torch.sigmoid(memory.gate_proj(x)).chunk(2, dim=-1)
     theta = write[:, head] * (2 * (1 - eta) ** 2 / (1 + eta)).clamp(max=1) / config.memory_depth
     first, steps = window + sinks, len(x) - window - sinks

@@ -51,8 +51,8 @@ def test_write_bounds():
 def test_gates_keep_to_the_rule(step):
     memory = NeuralMemory(tiny_config(memory_step=step))
     torch.nn.init.normal_(memory.gate_proj.weight, std=10.0)
-    if memory.momentum_logit is not None:
-        torch.nn.init.normal_(memory.momentum_logit, std=3.0)
+    if memory.eta_logit is not None:
+        torch.nn.init.normal_(memory.eta_logit, std=3.0)
     alpha, eta, theta = memory._gates(torch.randn(3, 50, 16))
     assert ((alpha >= 0) & (alpha <= 1) & (eta >= 0) & (eta <= 1)).all()
     assert (theta <= write_bound(step, eta) + 1e-6).all()

@@ -19,7 +19,7 @@ def test_matrices_decay_and_the_rest_does_not():
         assert names[id(parameter)].endswith(("proj.weight", "gate.weight", "head.weight", "persistent_tokens"))
     for parameter in others:
         assert "norm" in names[id(parameter)] or names[id(parameter)].endswith(
-            ("bias", "embed_tokens.weight", "convolution.weight", "momentum_logit")
+            ("bias", "embed_tokens.weight", "convolution.weight", "eta_logit")
         )
 
 

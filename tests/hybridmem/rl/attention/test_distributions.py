@@ -85,7 +85,7 @@ def test_memory_reaches_the_gates_queries_and_keys():
 def test_the_momentum_of_certified_steps_is_reached_as_well():
     model, found = record("mag")
     memory(found, 12).square().sum().backward()
-    assert model.model.layers[1].mixer.memory.momentum_logit.grad.abs().min() > 0
+    assert model.model.layers[1].mixer.memory.eta_logit.grad.abs().min() > 0
 
 
 def test_mags_allocation_is_its_gate():
