@@ -139,7 +139,7 @@ def test_two_sharded_processes_train_and_export(tmp_path):
 
 def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     config = write_config(tmp_path, trainer__max_steps=100_000, trainer__val_check_interval=100_000)
-    arguments = [sys.executable, "-c", "from hybridmem.cli import main; main()", "fit", "--config", config]
+    arguments = [sys.executable, "-c", "from hybridmem.cli.main import main; main()", "fit", "--config", config]
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
