@@ -29,12 +29,14 @@ import torch
 import yaml
 
 from hybridmem.cli.main import main as hybridmem
+from hybridmem.data.trainer_state import batches_trained
 from hybridmem.training.checkpoints.durable import PART, newest_good, read_checkpoint, to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint
 
 STEPS = 40
 STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
-FAULTS = ("kill", "drop", "terminate", "fill", "tmpfs", "damage", "spoil", "corrupt")
+ACCUMULATED = 3  # batches of an optimiser step in the drill of gradient accumulation
+FAULTS = ("kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt")
 STUCK = 120  # seconds after which a start that should have ended is a failure
 GLOO = {"process_group_backend": "gloo"}
 SEVERAL: dict[str, dict[str, Any]] = {
@@ -47,7 +49,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
 
 
 class LossLog(L.Callback):
-    """Writes the loss of every optimiser step to a file, to the last bit."""
+    """Writes the loss of every batch to a file, to the last bit."""
 
     def __init__(self, path: str):
         self.path = path
@@ -56,7 +58,7 @@ class LossLog(L.Callback):
         """Append a line at once: the process may be killed any time."""
         if not trainer.is_global_zero:
             return
-        line = f"{trainer.global_step} {float(trainer.callback_metrics['train/loss']).hex()}\n"
+        line = f"{batches_trained(trainer)} {float(trainer.callback_metrics['train/loss']).hex()}\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(descriptor, line.encode())
         os.close(descriptor)
@@ -78,6 +80,24 @@ class NoNumbers(L.Callback):
         return float("nan") if trainer.global_step == self.step and trainer.training else 1.0
 
 
+class BrokenBatch(L.Callback):
+    """Raises in the forward or the backward pass of one batch."""
+
+    def __init__(self, batch: int, backward: bool):
+        self.batch, self.backward = batch, backward
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Set the trap."""
+        if batches_trained(trainer) == self.batch:
+            layer = pl_module.model.model.layers[0].feed_forward.down_proj
+            register = layer.register_full_backward_hook if self.backward else layer.register_forward_hook
+            register(self.fail)
+
+    def fail(self, *_: Any) -> None:
+        """Raise."""
+        raise RuntimeError("a fault of the drill")
+
+
 class FullDisk(L.Callback):
     """Lets no file grow beyond some bytes from a step on."""
 
@@ -94,8 +114,9 @@ class FullDisk(L.Callback):
 class Drill:
     """A small run that can be started in a folder again and again; with a strategy it has two processes."""
 
-    def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None):
+    def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None, accumulate: int = 1):
         self.work, self.random, self.strategy = work, random.Random(seed), strategy
+        self.accumulate = accumulate
         self.others: list[int] = []  # the processes beside the first one
         self.text = work / "text"
         work.mkdir(exist_ok=True)
@@ -109,7 +130,7 @@ class Drill:
         self.seconds = time.monotonic() - begun
         self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
         self.weights = load_checkpoint(reference / "last.ckpt")["state_dict"]
-        assert len(self.losses) == STEPS
+        assert len(self.losses) == STEPS // accumulate * accumulate
 
     def write_text(self) -> None:
         """What is learnt from."""
@@ -128,7 +149,9 @@ class Drill:
         """Start the run, or go on with it; the first process's id."""
         log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(settings(folder, self.text, [log, *callbacks], self.strategy)))
+        config.write_text(
+            yaml.safe_dump(settings(folder, self.text, [log, *callbacks], self.strategy, self.accumulate))
+        )
         arguments = ["hybridmem", "fit", "--config", str(config), *options]
         if self.strategy is None:
             return self.fork(folder / "output.txt", arguments, {})
@@ -193,7 +216,8 @@ class Drill:
 
     def newest(self, folder: Path) -> list[str]:
         """The option to go on, as a script of a scheduler would write it."""
-        checkpoint = to_go_on_from(folder)
+        others = sorted(folder.glob("within*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        checkpoint = to_go_on_from(folder) or next(reversed(others), None)
         return [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
 
     def count(self, fault: str, what: str) -> None:
@@ -242,14 +266,24 @@ class Drill:
 
 
 def settings(
-    folder: Path, text: Path, callbacks: list[dict[str, Any]], strategy: dict[str, Any] | None = None
+    folder: Path,
+    text: Path,
+    callbacks: list[dict[str, Any]],
+    strategy: dict[str, Any] | None = None,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
-    """The configuration: a model of two layers, 40 steps, a checkpoint and a validation every second one."""
+    """The configuration: a model of two layers, 40 batches, a checkpoint every second step, validations.
+
+    Where steps accumulate batches, validations come within them, each with a checkpoint that stays.
+    """
     processes = 1 if strategy is None else 2
-    checkpoints = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"filename": "{step}", "save_last": True, "every_n_train_steps": 2},
-    }
+    regular = {"filename": "{step}", "save_last": True, "every_n_train_steps": 2}
+    if accumulate > 1:
+        monitored = {"filename": "within{step}", "monitor": "val/bits_per_byte", "auto_insert_metric_name": False}
+        keepers = [regular, {**monitored, "save_top_k": -1}]
+    else:
+        keepers = [regular]
+    checkpoints = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": k} for k in keepers]
     config = dict(
         variant="mag", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, attention_window=16, attention_dropout=0.1, memory_heads=2,
@@ -258,11 +292,12 @@ def settings(
     return {
         "seed_everything": 0,
         "trainer": {
-            "accelerator": "cpu", "max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0, "log_every_n_steps": 1, "gradient_clip_val": 1.0, "enable_model_summary": False,
-            "enable_progress_bar": False, "default_root_dir": str(folder), "logger": False,
-            "devices": processes, "strategy": strategy or "auto",
-            "callbacks": [checkpoints, *callbacks],
+            "accelerator": "cpu", "max_steps": STEPS // accumulate, "val_check_interval": 4,
+            "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+            "gradient_clip_val": 1.0, "enable_model_summary": False, "enable_progress_bar": False,
+            "default_root_dir": str(folder), "logger": False, "devices": processes, "strategy": strategy or "auto",
+            "accumulate_grad_batches": accumulate,
+            "callbacks": [*checkpoints, *callbacks],
         },
         "model": {
             "class_path": "hybridmem.training.PretrainModule",
@@ -321,7 +356,7 @@ def await_writing(folder: Path, process: int, drill: Drill) -> None:
         time.sleep(drill.random.uniform(0, 0.003))
 
 
-def terminate(drill: Drill, times: int) -> None:
+def terminate(drill: Drill, times: int, fault: str = "SIGTERM") -> None:
     """SIGTERM at random moments, as schedulers do; every third one is followed by SIGKILL, too soon."""
     for turn in range(times):
         folder = drill.folder("terminated")
@@ -330,15 +365,58 @@ def terminate(drill: Drill, times: int) -> None:
         os.kill(process, signal.SIGTERM)
         if turn % 3 == 2:
             time.sleep(drill.random.uniform(0, 0.05))
-            os.kill(process, signal.SIGKILL)
+            for started in (process, *drill.others):
+                os.kill(started, signal.SIGKILL)
         code = drill.wait(process)
         expected = (0, 130, -signal.SIGTERM, -signal.SIGKILL)
-        if drill.check("SIGTERM", code in expected, f"exit status {code}: {drill.said(folder)}"):
-            drill.count("SIGTERM", "saved and stopped" if code == 130 else "ended before, or at once")
+        if drill.check(fault, code in expected, f"exit status {code}: {drill.said(folder)}"):
+            drill.count(fault, "saved and stopped" if code == 130 else "ended before, or at once")
             if code == 0:
-                drill.same_so_far("SIGTERM", folder)
+                drill.same_so_far(fault, folder)
             else:
-                drill.ends_the_same("SIGTERM", folder)
+                drill.ends_the_same(fault, folder)
+
+
+def stop_within_steps(drill: Drill, times: int, seed: int) -> None:
+    """Stop and resume between two optimiser steps, where batches have gone by whose work no weight shows yet.
+
+    Such work is the gradients of an accumulation, in runs of one process and of two. Groups of rollouts that wait for a
+    full batch (dynamic sampling) are of this kind too; a drill of reinforcement learning belongs here.
+    """
+    for name, strategy in {"one process": None, **SEVERAL}.items():
+        accumulating = Drill(drill.work / f"accumulating, {name}", seed, strategy, ACCUMULATED)
+        accumulating.counts, accumulating.failures = drill.counts, drill.failures
+        resume_within_steps(accumulating, times, f"resumed amid an accumulation, {name}")
+        terminate(accumulating, times, f"SIGTERM while accumulating, {name}")
+    accumulating = Drill(drill.work / "accumulating, exceptions", seed, accumulate=ACCUMULATED)
+    accumulating.counts, accumulating.failures = drill.counts, drill.failures
+    raise_within_steps(accumulating, times)
+
+
+def resume_within_steps(drill: Drill, times: int, fault: str) -> None:
+    """Resume from checkpoints that validations wrote in the middle of an accumulation."""
+    paths = sorted((drill.work / "reference").glob("within*.ckpt"))
+    within = [path for path in paths if load_checkpoint(path, weights=False)["accumulation"]]
+    for path in drill.random.sample(within, min(times, len(within))):
+        drill.ends_the_same(fault, drill.folder("within"), "--ckpt_path", str(path))
+
+
+def raise_within_steps(drill: Drill, times: int) -> None:
+    """Resume from the checkpoint of an exception, or read why that is impossible: a backward pass was cut short."""
+    fault = "exception while accumulating"
+    for turn in range(times):
+        folder, batch = drill.folder("exception"), drill.random.randrange(2, STEPS // ACCUMULATED * ACCUMULATED)
+        broken = {"class_path": f"{__name__}.BrokenBatch", "init_args": {"batch": batch, "backward": bool(turn % 2)}}
+        keeper = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"filename": "failed", "save_on_exception": True, "every_n_train_steps": 1000},
+        }
+        drill.wait(drill.start(folder, callbacks=(broken, keeper)))
+        if turn % 2 and batch % ACCUMULATED:
+            code = drill.wait(drill.start(folder, "--ckpt_path", str(folder / "failed.ckpt")))
+            drill.refuses(fault, folder, code, "cut the backward pass", "resume from another checkpoint")
+        else:
+            drill.ends_the_same(fault, folder, "--ckpt_path", str(folder / "failed.ckpt"))
 
 
 def drop_each(drill: Drill, times: int, seed: int) -> None:
@@ -535,6 +613,7 @@ def main() -> None:
             "kill": lambda: kill(drill, options.kills),
             "drop": lambda: drop_each(drill, options.times, options.seed),
             "terminate": lambda: terminate(drill, options.times),
+            "within": lambda: stop_within_steps(drill, options.times, options.seed),
             "fill": lambda: fill(drill, options.times),
             "tmpfs": lambda: fill_tmpfs(drill),
             "damage": lambda: damage(drill, options.times, options.reads),

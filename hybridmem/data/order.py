@@ -18,6 +18,17 @@ def start_of_data() -> int:
     return 0
 
 
+def whole_steps(num_rows: int, batch_size: int, world_size: int, batches_of_steps: int) -> int | None:
+    """Return a rank's rows of an epoch whose batches are a multiple of `batches_of_steps`; None leaves the epoch as is.
+
+    An optimiser step that accumulates several batches thus never meets the end of an epoch.
+    """
+    if batches_of_steps == 1:
+        return None
+    batches = -(-num_rows // world_size) // batch_size
+    return -(-batches // batches_of_steps) * batches_of_steps * batch_size
+
+
 class EndlessSampler(DistributedSampler[int]):
     """Rows of a data set, epoch after epoch without end; each iteration goes on from `position()`.
 
@@ -32,6 +43,7 @@ class EndlessSampler(DistributedSampler[int]):
         num_rows: rows of one epoch.
         seed: of the order, another one in every epoch; None: rows as they stand.
         position: how many rows of the sequence were used, by all processes together.
+        num_samples: rows of an iteration on this rank; None: an epoch's share.
     """
 
     def __init__(
@@ -42,8 +54,10 @@ class EndlessSampler(DistributedSampler[int]):
         position: Callable[[], int] = start_of_data,
         rank: int = 0,
         world_size: int = 1,
+        num_samples: int | None = None,
     ):
         super().__init__(range(num_rows), num_replicas=world_size, rank=rank)  # type: ignore[arg-type]
+        self.num_samples = num_samples or self.num_samples
         self.num_rows, self.order_seed, self.position = num_rows, seed, position
 
     def __iter__(self) -> Iterator[int]:

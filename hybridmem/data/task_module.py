@@ -15,11 +15,11 @@ from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
 from hybridmem.rl.rollouts.prompts import Prompt
 from hybridmem.tasks.task import Split, Task, check_example, check_task
 
-from .order import EndlessSampler, ResumableLoader, start_of_data
+from .order import EndlessSampler, ResumableLoader, start_of_data, whole_steps
 from .packing import IGNORED, PADDING, Row
 from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import document_marks
-from .trainer_state import batches_trained, is_training, share_of
+from .trainer_state import batches_of_steps, batches_trained, is_training, share_of
 from .vision import load_processor, vision_prompt
 
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
@@ -219,7 +219,10 @@ class TaskDataModule(L.LightningDataModule):
         return self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def train_dataloader(self) -> ResumableLoader:
-        """The endless sequence of training examples from where the run stands, an epoch's worth of it."""
+        """The endless sequence of training examples from where the run stands, an epoch's worth of it.
+
+        With gradient accumulation an epoch takes a few examples of the next one, to end with an optimiser step.
+        """
         _, processes = share_of(self.trainer)
         if self.hparams.num_train < self.hparams.batch_size * processes:
             raise ValueError(
@@ -227,7 +230,8 @@ class TaskDataModule(L.LightningDataModule):
                 f"on {processes} process(es): raise num_train or lower batch_size"
             )
         self.check_sequence()
-        return self.loader("train", seed=self.hparams.seed, position=self.rows_read, drop_last=True)
+        count = whole_steps(self.hparams.num_train, self.hparams.batch_size, processes, batches_of_steps(self.trainer))
+        return self.loader("train", seed=self.hparams.seed, position=self.rows_read, drop_last=True, num_samples=count)
 
     def val_dataloader(self) -> ResumableLoader:
         """The validation examples."""
@@ -252,10 +256,13 @@ class TaskDataModule(L.LightningDataModule):
         seed: int | None = None,
         position: Callable[[], int] = start_of_data,
         drop_last: bool = False,
+        num_samples: int | None = None,
     ) -> ResumableLoader:
         """This process's share of a split, in batches."""
         (rank, processes), rows = share_of(self.trainer), self.rows(split)
-        sampler = EndlessSampler(len(rows), seed=seed, position=position, rank=rank, world_size=processes)
+        sampler = EndlessSampler(
+            len(rows), seed=seed, position=position, rank=rank, world_size=processes, num_samples=num_samples
+        )
         return ResumableLoader(
             rows,
             batch_size=self.hparams.batch_size,

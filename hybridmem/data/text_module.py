@@ -11,11 +11,11 @@ from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, between_0_and_1,
 from hybridmem.tasks.needle import NeedleRows
 
 from .corpora import Document, limit_bytes, list_documents, split_documents
-from .order import EndlessSampler, ResumableLoader, ordered_loader, start_of_data
+from .order import EndlessSampler, ResumableLoader, ordered_loader, start_of_data, whole_steps
 from .packing import ContinuousRows, PackedRows
 from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import Corpus, document_marks, tokenize
-from .trainer_state import batches_trained, is_training, share_of
+from .trainer_state import batches_of_steps, batches_trained, is_training, share_of
 
 
 class TextDataModule(L.LightningDataModule):
@@ -139,11 +139,17 @@ class TextDataModule(L.LightningDataModule):
         return corpus
 
     def train_dataloader(self) -> ResumableLoader:
-        """The endless sequence of training rows from where the run stands, an epoch's worth of it."""
-        rows = self.train_rows()
+        """The endless sequence of training rows from where the run stands, an epoch's worth of it.
+
+        With gradient accumulation an epoch takes a few rows of the next one, to end with an optimiser step.
+        """
+        rows, (_, processes) = self.train_rows(), share_of(self.trainer)
         self.check_sequence(rows)
         sampler = self.sampler(
-            rows, seed=self.hparams.seed if isinstance(rows, PackedRows) else None, position=self.rows_read
+            rows,
+            seed=self.hparams.seed if isinstance(rows, PackedRows) else None,
+            position=self.rows_read,
+            num_samples=whole_steps(len(rows), self.hparams.batch_size, processes, batches_of_steps(self.trainer)),
         )
         return ordered_loader(
             rows, sampler, self.hparams.batch_size, num_workers=self.hparams.num_workers, drop_last=True
@@ -210,10 +216,13 @@ class TextDataModule(L.LightningDataModule):
         rows: PackedRows | ContinuousRows | NeedleRows,
         seed: int | None = None,
         position: Callable[[], int] = start_of_data,
+        num_samples: int | None = None,
     ) -> EndlessSampler:
         """This process's share of the rows."""
         rank, processes = share_of(self.trainer)
-        return EndlessSampler(len(rows), seed=seed, position=position, rank=rank, world_size=processes)
+        return EndlessSampler(
+            len(rows), seed=seed, position=position, rank=rank, world_size=processes, num_samples=num_samples
+        )
 
     def rows_read(self) -> int:
         """How many rows of the endless sequence training has used, over all processes."""

@@ -1,6 +1,9 @@
 """What the data modules ask of their trainer."""
 
+import math
+
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def batches_trained(trainer: L.Trainer | None) -> int:
@@ -16,3 +19,14 @@ def share_of(trainer: L.Trainer | None) -> tuple[int, int]:
 def is_training(trainer: L.Trainer | None) -> bool:
     """Whether a checkpoint is loaded to go on training, not to validate or test."""
     return trainer is None or trainer.state.fn == "fit"
+
+
+def accumulations(trainer: L.Trainer) -> set[int]:
+    """Return all values that accumulate_grad_batches takes in a run."""
+    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return {trainer.accumulate_grad_batches, *(size for each in schedulers for size in each.scheduling.values())}
+
+
+def batches_of_steps(trainer: L.Trainer | None) -> int:
+    """Return the number of batches that is a whole number of optimiser steps, whatever the epoch accumulates."""
+    return 1 if trainer is None else math.lcm(*accumulations(trainer))

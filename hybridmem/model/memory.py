@@ -294,9 +294,7 @@ class HeadMemory(nn.Module):
         self.q_map, self.k_map = FeatureMap(heads, dim), FeatureMap(heads, dim)
         depends_on_token = config.memory_momentum and config.memory_step != "certified"
         self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if depends_on_token else 2))
-        self.eta_logit = (
-            nn.Parameter(torch.zeros(heads)) if config.memory_momentum and not depends_on_token else None
-        )
+        self.eta_logit = nn.Parameter(torch.zeros(heads)) if config.memory_momentum and not depends_on_token else None
         self.mixing_gate = nn.Linear(config.hidden_size, heads)
         self.window_mass = nn.Parameter(torch.zeros(heads))
         widths = [dim, *[dim * config.memory_expansion] * (config.memory_depth - 1), dim]

@@ -2,6 +2,7 @@
 
 import math
 import time
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,12 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import DynamicCache
 
+from hybridmem.data.trainer_state import batches_trained, is_training
 from hybridmem.distributed import all_gather_object, global_mean_weights, shard
 from hybridmem.metrics.bits import BitsPerByte, LossByPosition, document_positions
 from hybridmem.metrics.needle import NeedleAccuracy
@@ -25,6 +28,7 @@ from hybridmem.training.checkpoints.carried import own_cache, restore_cache, sav
 from hybridmem.training.checkpoints.contents import check_same_model, name_optimizer_states, start_from
 from hybridmem.training.checkpoints.model_card import training_facts
 
+from .accumulation import Accumulation, check_epochs
 from .errors import named
 from .optimizers import MatrixOptimizer, OptimizerFactory, decay_groups
 from .schedules import SchedulerFactory, WarmupCosine, check_schedule, scheduled_steps
@@ -83,8 +87,13 @@ class PretrainModule(L.LightningModule):
         self.answers: NeedleAccuracy | None = None  # of a task, where the data has one
         self.model: HybridMemForCausalLM | None = None
         self.carried: DynamicCache | None = None
+        self.carried_before: tuple[int, DynamicCache | None] = (-1, None)  # after that many batches
+        self.accumulation = Accumulation()
+        self.loaded_accumulation: dict[str, Any] | None = None
         self.register_buffer("byte_lengths", torch.ones(config.vocab_size, dtype=torch.long), persistent=False)
         self._batch_started = 0.0
+
+    saves_accumulation = True  # for GracefulStop: checkpoints may be taken between any two batches
 
     @property
     def has_started(self) -> bool:
@@ -144,13 +153,35 @@ class PretrainModule(L.LightningModule):
         if trainer.max_steps > 0:
             check_schedule(self.lr_scheduler, trainer)
 
+    def on_train_start(self) -> None:
+        """Refuse epochs that end within an optimiser step; take up the one that the checkpoint was written in."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):  # Lightning asks it at an epoch's start alone
+                callback.on_train_epoch_start(self.trainer)
+        check_epochs(self.trainer)
+        self.carried_before, self.accumulation = (-1, None), Accumulation()
+        loaded, self.loaded_accumulation = self.loaded_accumulation, None
+        if loaded is not None:
+            self.accumulation.load_state_dict(loaded, self, self.trainer)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss per predicted token, over the batches of all processes."""
+        """Return the mean loss per predicted token over the batches of all processes.
+
+        With gradient accumulation the loss is in the units of `accumulation`, and the mean over the step so far is
+        logged.
+        """
         cache = self._cache() if self.carry_state else None
         _, nats = self._token_losses(batch, cache)
         if cache is not None:
             for layer in cache.layers:
                 layer.state = detach_state(layer.state)
+        if self.trainer.accumulate_grad_batches > 1:
+            labels, num_bytes = batch["shift_labels"], self._bytes(batch)
+            loss = self.accumulation.loss(self.trainer, batch_idx, nats, labels, num_bytes)
+            per_token, per_byte = self.accumulation.means()
+            self.log("train/loss", per_token.float(), prog_bar=True)
+            self.log("train/bits_per_byte", (per_byte / math.log(2)).float(), prog_bar=True)
+            return loss
         predicted = (batch["shift_labels"] != -100).sum()
         (share,) = global_mean_weights(predicted)  # processes may predict unequally many tokens
         loss = nats.sum() / predicted.clamp(min=1) * share.to(nats.dtype)
@@ -160,8 +191,16 @@ class PretrainModule(L.LightningModule):
         self.log("train/bits_per_byte", bits.compute().float(), prog_bar=True)
         return loss
 
+    def on_after_backward(self) -> None:
+        """Scale the gradients once the last batch of an optimiser step is accumulated."""
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches > 1 and not trainer.fit_loop._should_accumulate():
+            self.accumulation.finish(self.parameters(), trainer.accumulate_grad_batches)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start the clock."""
+        """Keep what is carried into the batch, for a checkpoint on an exception; start the clock."""
+        self.accumulation.check_place(self, self.trainer, batch_idx)
+        self.carried_before = batches_trained(self.trainer), _shallow_copy(self.carried)
         self._batch_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -221,15 +260,20 @@ class PretrainModule(L.LightningModule):
         checkpoint["hybridmem_config"] = self.config.to_dict()
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
-        checkpoint["carried"] = all_gather_object(save_cache(self.carried))
-        if self.device_mesh is None:
-            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
+        batches, before = self.carried_before
+        under_way = batches == batches_trained(self.trainer)  # an exception cut the batch, which will be repeated
+        checkpoint["carried"] = all_gather_object(save_cache(before if under_way else self.carried))
+        if "optimizer_states" in checkpoint:  # not in one of weights alone
+            checkpoint["accumulation"] = self.accumulation.state_dict(self, self.trainer)
+            if self.device_mesh is None:
+                name_optimizer_states(checkpoint, self, self.trainer.optimizers)
         checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; take up the states."""
         check_same_model(self.config, checkpoint)
         self.carried = restore_cache(own_cache(checkpoint.get("carried") or [None]), self.config)
+        self.loaded_accumulation = checkpoint.get("accumulation") if is_training(self._trainer) else None
 
     def _cache(self) -> DynamicCache:
         if self.carried is None:
@@ -291,3 +335,12 @@ class PretrainModule(L.LightningModule):
             self.answers.reset()
         self.bits_per_byte.reset()
         self.loss_by_position.reset()
+
+
+def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
+    """Return a cache that keeps its states while the other one takes new ones."""
+    if cache is None:
+        return None
+    kept = copy(cache)
+    kept.layers = [copy(layer) for layer in cache.layers]
+    return kept

@@ -38,6 +38,9 @@ def test_faults_lose_nothing(tmp_path):
     assert found["faults"]["SIGKILL"]["resumed to the same bits"] >= 1
     for strategy in ("DDP", "FSDP2"):
         assert sum(found["faults"][f"a process of two killed, {strategy}"].values()) >= 2
+    for runs in ("one process", "DDP", "FSDP2"):
+        assert found["faults"][f"resumed amid an accumulation, {runs}"] == {"resumed to the same bits": 2}
+    assert found["faults"]["exception while accumulating"]["resumed to the same bits"] >= 1
     assert found["faults"]["damaged checkpoint, read"]["refused"] > 20
     assert found["faults"]["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
 

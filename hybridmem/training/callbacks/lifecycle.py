@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from hybridmem.data.trainer_state import batches_trained
 from hybridmem.distributed import all_gather_object, any_rank, rank_and_size
 
 
@@ -22,13 +23,20 @@ class RandomState(L.Callback):
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
         self.started = False
+        self.before: tuple[int, dict[str, Any]] = (-1, {})  # after that many batches
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save as tensors, lists and numbers: checkpoints are loaded with weights_only."""
-        checkpoint["random_state"] = all_gather_object(_random_state())
+        """Save as tensors, lists and numbers: checkpoints are loaded with weights_only.
+
+        An exception may have cut a batch, which the resumed run repeats with the numbers that it began with.
+        """
+        batches, before = self.before
+        state = before if batches == batches_trained(trainer) else _random_state()
+        checkpoint["random_state"] = all_gather_object(state)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep them until training starts: setting up draws numbers too."""
+        self.before = (-1, {})
         states, (rank, size) = checkpoint.get("random_state"), rank_and_size()
         self.loaded = states[rank] if states is not None and len(states) == size else None
 
@@ -41,15 +49,19 @@ class RandomState(L.Callback):
         if self.loaded is None:
             if not started and trainer.world_size > 1:
                 torch.manual_seed(torch.initial_seed() + trainer.global_rank + trainer.world_size * trainer.global_step)
-            return
-        torch.set_rng_state(self.loaded["torch"])
-        name, keys, *rest = self.loaded["numpy"]
+        else:
+            self._restore(self.loaded)
+            self.loaded = None
+        self.before = batches_trained(trainer), _random_state()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        name, keys, *rest = state["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-        version, numbers, gauss = self.loaded["python"]
+        version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers), gauss))
-        if self.loaded["cuda"]:
-            torch.cuda.set_rng_state_all(self.loaded["cuda"])
-        self.loaded = None
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _random_state() -> dict[str, Any]:
@@ -87,11 +99,12 @@ class FinalCheckpoint(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, say how to go on. A second Ctrl-C stops at once.
+    """On Ctrl-C or SIGTERM: finish the batch, save a checkpoint, say how to go on. A second Ctrl-C stops at once.
 
-    A step ends with its optimiser step and with the validation that is due after it: the checkpoint is taken before
-    the next one begins, so that a resumed run misses neither gradients nor a validation. Of several processes it is
-    enough that one gets the signal: all stop after the same step.
+    The checkpoint is taken before the next batch begins, after the validation that is due, if any: a resumed run misses
+    neither. In the middle of a gradient accumulation the checkpoint holds the gradients so far; a module that does not
+    save them (`saves_accumulation`) is stopped after its optimiser step. Of several processes it is enough that one
+    gets the signal: all stop after the same batch.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -99,8 +112,6 @@ class GracefulStop(L.Callback):
     def __init__(self) -> None:
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
-        self.global_step = -1  # at the end of the last batch
-        self.between_steps = True  # no gradient waits for an optimiser step
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals: a run that is stopped here has lost nothing either."""
@@ -109,7 +120,7 @@ class GracefulStop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
         self._take_over()
-        self.global_step = trainer.global_step
+        _forget_batch_under_way(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give them back."""
@@ -119,19 +130,18 @@ class GracefulStop(L.Callback):
         """Give them back."""
         self._restore()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note whether the batch completed an optimiser step."""
-        self.between_steps = trainer.global_step != self.global_step
-        self.global_step = trainer.global_step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if a signal came, to this process or to another one."""
-        if not self.between_steps or not any_rank(self.received is not None):
+        accumulated = batch_idx % trainer.accumulate_grad_batches
+        if accumulated and not getattr(pl_module, "saves_accumulation", False):
+            return
+        if not any_rank(self.received is not None):
             return
         path = Path(trainer.default_root_dir) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
         command = shlex.join([sys.argv[0], *_without_checkpoint(sys.argv[1:]), "--ckpt_path", str(path)])
-        rank_zero_info(f"\nstopped after step {trainer.global_step}; nothing is lost. Go on with:\n  {command}")
+        within = f" and {accumulated} of {trainer.accumulate_grad_batches} batches" if accumulated else ""
+        rank_zero_info(f"\nstopped after step {trainer.global_step}{within}; nothing is lost. Go on with:\n  {command}")
         raise KeyboardInterrupt
 
     def _take_over(self) -> None:
@@ -142,12 +152,27 @@ class GracefulStop(L.Callback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        rank_zero_info("\nstopping after this step and its validation, to save it (once more: stop at once)")
+        rank_zero_info("\nstopping after this batch and the validation due, to save it (once more: stop at once)")
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
+
+
+def _forget_batch_under_way(trainer: L.Trainer) -> None:
+    """Reset the counters of a batch that had begun, but not ended, when the checkpoint was written.
+
+    Lightning resets those of the epoch alone. With the others one ahead, `val_check_interval` would validate a batch
+    early, or miss the validation that is due next, and loggers would skip a step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    total = loop.batch_progress.total
+    if total.ready == total.processed:
+        return
+    if loop.restarting and not loop._should_accumulate():
+        loop._batches_that_stepped -= 1  # the loop's own reset, which follows, adds one
+    total.ready = total.started = total.processed
 
 
 def _without_checkpoint(arguments: list[str]) -> list[str]:

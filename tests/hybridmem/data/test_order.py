@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridmem.data import EndlessSampler
-from hybridmem.data.order import permutation
+from hybridmem.data.order import permutation, whole_steps
 
 
 def sequence(num_rows: int, count: int, start: int = 0, **options) -> list[int]:
@@ -62,3 +62,16 @@ def test_permutations_by_key():
     drawn = Counter(tuple(permutation(30, *key)) for key in [(0, 0), (1, 1), (0, 1), (1, 0), (0, 2)])
     assert max(drawn.values()) == 1
     assert permutation(30, 1, 2).tolist() == permutation(30, 1, 2).tolist()
+
+
+@given(st.integers(4, 60), st.integers(1, 4), st.integers(1, 2), st.integers(1, 5))
+def test_an_epoch_ends_with_a_step_that_accumulates(num_rows, batch_size, world_size, batches_of_steps):
+    """It has all whole batches of an epoch, and as few more as that takes; without accumulation it stays as it is."""
+    share = EndlessSampler(num_rows, seed=0, world_size=world_size)
+    count = whole_steps(num_rows, batch_size, world_size, batches_of_steps)
+    longer = EndlessSampler(num_rows, seed=0, world_size=world_size, num_samples=count)
+    batches, before = len(longer) // batch_size, len(share) // batch_size
+    assert batches % batches_of_steps == 0
+    assert 0 <= batches - before < batches_of_steps
+    assert list(longer)[: before * batch_size] == list(share)[: before * batch_size]
+    assert whole_steps(num_rows, batch_size, world_size, 1) is None

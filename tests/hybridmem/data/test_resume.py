@@ -120,6 +120,21 @@ def test_batch_size_may_change(folder, tmp_path):
     assert [row for batch in seen for row in batch] == rows[4 * 8 : 4 * 8 + 5 * 5]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3), (3, 4)])
+def test_accumulation_may_change(folder, tmp_path, before, after):
+    """Epochs are longer where they accumulate; the sequence of batches is the same."""
+    n = batches_per_epoch(folder)
+    everything = train(folder, tmp_path, 6 * n)[1]
+    for steps in (2, -(-n // before)):  # within an epoch, and at its end
+        run, seen = train(folder, tmp_path, steps, accumulate_grad_batches=before)
+        assert seen == everything[: steps * before]
+        run.save_checkpoint(tmp_path / "saved.ckpt")
+        options = dict(accumulate_grad_batches=after, ckpt_path=tmp_path / "saved.ckpt")
+        rest = train(folder, tmp_path, steps + 3, **options)[1]
+        assert rest == everything[len(seen) :][: len(rest)]
+        assert 2 * after < len(rest) <= 3 * after  # the first step goes on to the next multiple of `after`
+
+
 def test_lanes_may_not_change(folder, tmp_path):
     run, _ = train(folder, tmp_path, 2, data_options={"mode": "continuous"})
     run.save_checkpoint(tmp_path / "two.ckpt")
