@@ -42,6 +42,19 @@ def any_rank(condition: bool) -> bool:
     return any(all_gather_object(condition))
 
 
+@contextmanager
+def failing_together(kind: type[Exception]) -> Iterator[None]:
+    """Raise an exception on all ranks if one rank raises it; otherwise the others would wait for that rank."""
+    own: Exception | None = None
+    try:
+        yield
+    except kind as error:
+        own = error
+    messages = [message for message in all_gather_object(None if own is None else str(own)) if message is not None]
+    if messages:
+        raise own or kind(messages[0])
+
+
 def global_mean_weights(*counts: Tensor | int) -> list[Tensor]:
     """What to multiply this process's means over `counts` with, so that the mean over processes is that of all."""
     mine = torch.stack([torch.as_tensor(count) for count in counts]).double()

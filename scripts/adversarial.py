@@ -20,7 +20,7 @@ from hybridmem.model.memory import write_bound
 from hybridmem_kernels import memory_mlp_scan, memory_scan
 
 DIM, PIECE = 8, 2_000
-# Momentum of each head, constant as the rule wants it, and how it forgets.
+# Gates of each head: eta, constant as the rule wants it, and alpha.
 HEADS = ((0.0, "never"), (0.3, "never"), (0.8, "never"), (0.99, "never"), (0.99, "hardly"), (0.8, "all, at times"))
 
 
@@ -52,7 +52,7 @@ def gates(start: int, tokens: int, depth: int, dtype: torch.dtype) -> tuple[Tens
         "all, at times": (clock % 100 == 99).float(),
     }
     alpha = torch.stack([forgetting[how] for _, how in HEADS]).to(dtype)
-    eta = torch.tensor([momentum for momentum, _ in HEADS])[:, None].expand(-1, tokens).to(dtype)
+    eta = torch.tensor([eta for eta, _ in HEADS])[:, None].expand(-1, tokens).to(dtype)
     return alpha, eta, (write_bound("certified", eta.float()) / depth).to(dtype)
 
 

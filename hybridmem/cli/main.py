@@ -307,6 +307,8 @@ def main() -> None:
         return
     # Lightning asks torch a question in a way that torch deprecates; users cannot do anything about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # PolicyModule keeps its model in evaluation mode, which has no dropout, on purpose.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     keep_freed_memory()
     try:
         if arguments[0] in COMMANDS:

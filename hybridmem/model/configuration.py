@@ -64,7 +64,7 @@ class HybridMemConfig(PreTrainedConfig):
         memory_expansion: width of a deep memory's hidden layers in multiples of memory_head_dim.
         memory_chunk_size: tokens worked on at once. A speed knob at depth 1; from depth 2 on, the tokens that
             take their gradient at the same weights.
-        memory_step: bound on the write: `certified` keeps momentum fixed per head and theta below
+        memory_step: bound on the write: `certified` keeps eta fixed per head and theta below
             2(1-eta)²/(1+eta), where no sequence of keys makes the state grow; `damped` bounds theta by 1-eta;
             `raw` by 1.
         memory_momentum, memory_forgetting: switch the surprise's momentum or the forgetting gate off.

@@ -96,7 +96,7 @@ class NeuralMemory(nn.Module):
         )
         self.eta_depends_on_token = config.memory_momentum and config.memory_step != "certified"
         self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if self.eta_depends_on_token else 2))
-        # Certified steps need a momentum that stays the same: one per head.
+        # Certified steps need a constant eta: one per head.
         self.eta_logit = (
             nn.Parameter(torch.empty(heads)) if config.memory_momentum and not self.eta_depends_on_token else None
         )
@@ -249,7 +249,7 @@ def memory_gates(
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
-    """The largest theta that `memory_step` allows beside momentum eta.
+    """The largest theta that `memory_step` allows with the gate eta.
 
     A write keeps moving the weights after its key is gone, by theta / (1 - eta) in all. Below
     2(1 - eta)² / (1 + eta), eta being constant, no sequence of unit keys makes the state grow; above 1 a write

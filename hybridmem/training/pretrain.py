@@ -266,7 +266,7 @@ class PretrainModule(L.LightningModule):
         if "optimizer_states" in checkpoint:  # not in one of weights alone
             checkpoint["accumulation"] = self.accumulation.state_dict(self, self.trainer)
             if self.device_mesh is None:
-                name_optimizer_states(checkpoint, self, self.trainer.optimizers)
+                name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
         checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,19 +3,20 @@
 A batch of prompts passes an objective in this order:
 
     prepare        once a run: check the policy, load frozen models
-    act            choose something for every response before it is sampled (attention noise, allocations)
-    shape_rewards  change the rewards of trajectories
-    kept_tokens    leave trajectories or turns out of the loss
-    refine         add responses to groups
-    advantages     turn rewards into advantages
+    act            choose something for every response before it is sampled (attention noise), outside environments
+    shape_rewards  change the rewards that responses learn from
+    kept_tokens    leave responses or turns out of the loss
+    refine         add responses to groups, outside environments
     loss_mask      leave responses out of the loss
+    advantages     turn rewards into advantages
     review         read the rollout under frozen models
     observe        record the policy's passes
     loss           the loss and its metrics
     normaliser     the number that the loss is a mean over
     metrics        further metrics of an optimiser step
 
-The learner adds the objectives' losses. It asks for traits, never for a class.
+The learner adds the objectives' losses. It asks for traits, never for a class. Objectives that learn from given answers
+(`samples` is False) are asked for `loss`, `normaliser` and `metrics` only.
 """
 
 from abc import ABC, abstractmethod
@@ -62,7 +63,7 @@ class Refiner(Protocol):
 class Objective(ABC):
     """A loss on a policy's responses; subclasses override the hooks they need."""
 
-    family: ClassVar[str]  # a run has at most one objective of each
+    family: ClassVar[str]  # a run has at most one objective of each; by default the class's name
     prefix: ClassVar[str] = ""  # of its metrics in the log
     learns_by_reward: ClassVar[bool] = False  # reads advantages
     samples: ClassVar[bool] = True  # learns from the policy's own responses, not from given answers
@@ -70,6 +71,11 @@ class Objective(ABC):
     refines: ClassVar[bool] = False  # overrides `refine`
     compares_with_rollout: ClassVar[bool] = False  # its loss reads its observation of the sampling policy
     dynamic_sampling: bool = False  # replaces groups without signal
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "family"):
+            cls.family = cls.__name__
 
     @property
     def explores(self) -> bool:
@@ -112,7 +118,7 @@ class Objective(ABC):
     def shape_rewards(
         self, rewards: Float[Tensor, " responses"], turns: Int[Tensor, " responses"], max_turns: int
     ) -> Float[Tensor, " responses"] | None:
-        """Return the rewards that trajectories learn from, or None to leave them."""
+        """Return the rewards that responses learn from, or None to leave them."""
         return None
 
     def kept_tokens(
@@ -121,12 +127,12 @@ class Objective(ABC):
         faulty: Bool[Tensor, "responses length"],
         num_generations: int,
     ) -> Bool[Tensor, "responses length"] | None:
-        """Return the tokens of trajectories that may carry loss, or None for all.
+        """Return the tokens that may carry loss, or None for all.
 
         Args:
-            rewards: of each trajectory, before shaping.
-            faulty: tokens of turns whose calls failed.
-            num_generations: trajectories of each group.
+            rewards: of each response, before shaping.
+            faulty: tokens of turns whose calls failed; none outside environments.
+            num_generations: responses of each group.
         """
         return None
 

@@ -56,19 +56,21 @@ def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
         raise ValueError(f"lora={settings} are no settings of PEFT's LoraConfig: {error}") from error
 
 
-def disable_dropout(model: Any) -> None:
-    """Switch dropout off for good, that of adapters included.
+def disable_dropout(model: Any) -> bool:
+    """Switch dropout off permanently, that of adapters included; return whether any was on.
 
     With dropout a pass that scores responses is not of the policy that sampled them, and importance ratios differ from
     1 before the first step.
     """
+    was_on = False
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+        rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        rates += ["p"] if isinstance(module, torch.nn.modules.dropout._DropoutNd) else []
+        was_on |= any(getattr(module, name) for name in rates)
+        for name in rates:
+            setattr(module, name, 0.0)
     model.train(model.is_activation_checkpointing)  # layers are checkpointed in training mode only
+    return was_on
 
 
 class Policy:

@@ -78,7 +78,7 @@ class ServedRollouts:
         if isinstance(model, HybridMemForCausalLM):
             raise ValueError("rollouts: vLLM serves no HybridMem model: remove rollouts, the trainer samples by itself")
         if (self.sync == "lora") != policy.adapted:
-            given = "{…}" if policy.adapted else None
+            given = "set" if policy.adapted else None
             raise ValueError(f"rollouts: sync={self.sync} does not go with lora={given}: set both, or sync: trl")
         if policy.sharded:
             raise ValueError("rollouts: a sharded policy's weights are not gathered for a server: use strategy ddp")

@@ -18,7 +18,7 @@ from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.policy.validation import SOLVED
 
-from .policy_probe import Answers, is_due, record_answers
+from .policy_probe import Answers, is_due, probing, record_answers
 
 LABELLED = 128  # tokens that an axis has room to write out
 TRIED = 16  # held-out examples, to find one that is solved
@@ -99,8 +99,7 @@ class AttentionMaps(L.Callback):
         return found[0]
 
     def _record(self, module: PolicyModule, example: dict[str, Any], greedy: Sampling) -> Answers:
-        precision = module.trainer.precision_plugin.forward_context()
-        return record_answers(module.worker, example, 1, greedy, self.layers, precision=precision)
+        return record_answers(module.worker, example, 1, greedy, self.layers, precision=probing(module.trainer))
 
 
 def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:

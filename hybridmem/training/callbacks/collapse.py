@@ -16,7 +16,7 @@ from hybridmem.rl.attention.distributions import allocation, distribution
 from hybridmem.rl.attention.targets import KINDS, TARGETS
 from hybridmem.training.policy.module import PolicyModule
 
-from .policy_probe import is_due, record_answers
+from .policy_probe import is_due, probing, record_answers
 
 Action = Literal["warn", "raise_bonus", "stop"]
 LAST_GOOD = "last_good.ckpt"
@@ -177,7 +177,7 @@ class CollapseGuard(L.Callback):
             example = module.data.task.example("val", index)
             answers = record_answers(
                 module.worker, example, module.num_generations, module.sampling, self.layers, generator,
-                module.trainer.precision_plugin.forward_context(),
+                probing(module.trainer),
             )  # fmt: skip
             mask = answers.completions.mask
             for record in answers.records.values():

@@ -1,10 +1,11 @@
 """Probes of a policy between its steps: when they are due, and the attention of its answers."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
+import lightning as L
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +16,7 @@ from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.policy import Example
 from hybridmem.rl.rollouts.sampling import Sampling, evaluating
 from hybridmem.rl.rollouts.scoring import completion_logps
+from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.policy.rollout_worker import RolloutWorker
 
 
@@ -25,6 +27,13 @@ class Answers(NamedTuple):
     completions: Completions
     records: dict[int, LayerRecord]  # the queries are those of the response's tokens
     earned: Float[Tensor, " responses"] | None = None  # in environments
+
+
+@contextmanager
+def probing(trainer: L.Trainer) -> Iterator[None]:
+    """Run a probe in the trainer's precision; non-finite logits end the run in one line."""
+    with trainer.precision_plugin.forward_context(), stopping_at_non_finite_logits(trainer):
+        yield
 
 
 def is_due(step: int, previous: int, every_n_steps: int) -> bool:

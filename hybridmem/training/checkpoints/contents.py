@@ -1,5 +1,6 @@
 """Models, tokenizers and optimiser states of checkpoints and Hugging Face folders."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> Non
         raise ValueError(f"the checkpoint is of another model: {changes}; set model.init_args.config accordingly")
 
 
-def name_optimizer_states(checkpoint: dict[str, Any], module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
-    """Let a checkpoint's optimiser states say parameters' names, not their numbers, which sharded runs count otherwise.
+def name_optimizer_states(
+    checkpoint: dict[str, Any], parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizers: list[Optimizer]
+) -> None:
+    """Key a checkpoint's optimiser states by parameter name instead of number, which sharded runs count differently.
 
-    Optimisers take either. Sharded states say names already, and those of several optimisers as one stay as they are.
+    Optimisers load either. Sharded states have names already, and states of several optimisers as one are left alone.
     """
-    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    name_of = {parameter: name for name, parameter in parameters}
     states = checkpoint.get("optimizer_states", [])
     for place, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
         if "state" not in state:

@@ -32,6 +32,8 @@ def by_family(objectives: Sequence[Objective]) -> dict[str, Objective]:
             name = type(objective).__name__
             raise ValueError(f"objectives: {name} {objective.alone}: remove it, or the others")
         found[objective.family] = objective
+    if len({objective.samples for objective in objectives}) > 1:
+        raise ValueError("objectives: some learn from given answers and others from samples: keep one kind")
     return found
 
 
@@ -60,27 +62,37 @@ def check_settings(
         )
     for objective in objectives.values():
         objective.check_run(num_iterations * steps_per_generation)
-    if not any(objective.explores for objective in objectives.values()):
-        return
-    for objective in objectives.values():
-        if objective.dynamic_sampling:
-            raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
-        if objective.refines:
+    _check_sampling(objectives)
+
+
+def _check_sampling(objectives: dict[str, Objective]) -> None:
+    """Raise a ValueError for objectives that want responses sampled in ways that exclude one another."""
+    explore, replace = explorations(objectives), any(o.dynamic_sampling for o in objectives.values())
+    if explore and replace:
+        raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+    for name in refinements(objectives):
+        if explore:
             raise ValueError(
-                f"exploration does not go with {type(objective).__name__}, whose refinements are sampled without it: "
-                "set exploration to 0, or take DrGRPO"
+                f"exploration does not go with {name}, whose refinements are sampled without it: set exploration to 0, "
+                "or take DrGRPO"
             )
+        if replace:
+            raise ValueError(f"dynamic_sampling drops the groups that {name} refines: set it off")
 
 
-def single_turn_features(objectives: dict[str, Objective]) -> list[str]:
-    """Return the names of features that only the trainer's own single-turn sampling has."""
-    explores = [f"{type(o).__name__}'s exploration" for o in objectives.values() if o.explores]
-    return [*explores, *(type(o).__name__ for o in objectives.values() if o.refines)]
+def explorations(objectives: dict[str, Objective]) -> list[str]:
+    """Return the names of the objectives' explorations, which need the trainer's own single-turn sampling."""
+    return [f"{type(objective).__name__}'s exploration" for objective in objectives.values() if objective.explores]
+
+
+def refinements(objectives: dict[str, Objective]) -> list[str]:
+    """Return the names of objectives that refine responses, which need single-turn responses."""
+    return [type(objective).__name__ for objective in objectives.values() if objective.refines]
 
 
 def check_acting(objectives: dict[str, Objective]) -> None:
     """Raise a ValueError if an objective does not go with environments."""
-    for name in single_turn_features(objectives):
+    for name in [*explorations(objectives), *refinements(objectives)]:
         raise ValueError(f"{name} does not go with an environment, in which responses have many turns")
 
 

@@ -48,22 +48,37 @@ class GroupBuffer:
         mine = chosen[rank::size]
         completions = concatenate([group.completions for group in mine], self.pad_id)
         prompts = [prompt for group in mine for prompt in group.prompts]
-        return Rollout(prompts, completions, torch.cat([group.rewards for group in mine]))
+        kept = [group.completions.mask if group.kept is None else group.kept for group in mine]
+        length = completions.ids.shape[1]
+        return Rollout(
+            prompts,
+            completions,
+            torch.cat([group.rewards for group in mine]),
+            kept=torch.cat([torch.nn.functional.pad(mask, (0, length - mask.shape[1])) for mask in kept]),
+        )
 
     def _groups(self, rollout: Rollout) -> list[Rollout | None]:
         """Return every group on its own and on the CPU, with None for those without signal."""
         signal = groups_with_signal(rollout.rewards, self.num_generations)
         parts = zip(*(x.cpu().split(self.num_generations) for x in rollout.completions), strict=True)
         rewards = rollout.rewards.split(self.num_generations)
+        mask = rollout.completions.mask if rollout.kept is None else rollout.kept
+        kept = mask.cpu().split(self.num_generations)
+        groups = zip(rollout.prompts, parts, rewards, kept, signal.tolist(), strict=True)
         return [
-            Rollout([prompt], Completions(*completions), earned) if kept else None
-            for prompt, completions, earned, kept in zip(rollout.prompts, parts, rewards, signal.tolist(), strict=True)
+            Rollout([prompt], Completions(*completions), earned, kept=tokens) if found else None
+            for prompt, completions, earned, tokens, found in groups
         ]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the waiting groups as plain values, which a checkpoint loads without running code."""
         return [
-            {"prompt": tuple(group.prompts[0]), "completions": tuple(group.completions), "rewards": group.rewards}
+            {
+                "prompt": tuple(group.prompts[0]),
+                "completions": tuple(group.completions),
+                "rewards": group.rewards,
+                "kept": group.kept,
+            }
             for group in self.waiting
         ]
 
@@ -80,7 +95,9 @@ class GroupBuffer:
                     "the checkpoint: resume with the checkpoint's num_generations"
                 )
         self.waiting = [
-            Rollout([Prompt(*group["prompt"])], Completions(*group["completions"]), group["rewards"])
+            Rollout(
+                [Prompt(*group["prompt"])], Completions(*group["completions"]), group["rewards"], kept=group["kept"]
+            )
             for group in groups
         ]
 
@@ -113,7 +130,7 @@ class SignalWatch:
         if self.endless and self.num_empty >= ENDLESS * self.max_empty_rollouts:
             raise StoppedError(f"{self._found(rewards)}: {self._remedy()}")
         if self.num_empty == self.max_empty_rollouts:
-            rank_zero_warn(f"{self._found(rewards)}, so nothing is learnt: {self._remedy()}")
+            rank_zero_warn(f"{self._found(rewards)}, so no response has an advantage: {self._remedy()}")
 
     def _found(self, rewards: Float[Tensor, " responses"]) -> str:
         values = rewards.unique().tolist()

@@ -144,7 +144,7 @@ class Learner:
             items / self.steps_per_generation, self.sampling.max_completion_length, actions=rollout.actions,
             refined=None if rollout.refined is None else rollout.refined.to(self.policy.device),
         )  # fmt: skip
-        if rollout.actions or (self.learns_by_reward and self.steps_per_generation > 1):
+        if rollout.actions or ((self.learns_by_reward or self.compared) and self.steps_per_generation > 1):
             experience.old = self._score_rollout(experience)
         for objective in self.objectives.values():
             objective.review(self.policy, experience, self.sampling.temperature)

@@ -5,9 +5,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.data.trainer_state import is_training
 from hybridmem.distributed import Meter, shard
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.environments.tools import tools_of
@@ -32,7 +34,7 @@ from .checks import (
     check_prompts,
     check_settings,
     check_strategy,
-    single_turn_features,
+    explorations,
 )
 from .group_buffer import GroupBuffer, SignalWatch
 from .learner import Learner, OptimizerStep
@@ -127,6 +129,7 @@ class PolicyModule(L.LightningModule):
         self.lora, self.attn_implementation = lora, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
+        self.policy: Policy
         self.worker: RolloutWorker
         self.learner: Learner
         self.meter = Meter()
@@ -160,9 +163,26 @@ class PolicyModule(L.LightningModule):
         return [*own, *(self.reward_funcs or [])] or [self.data.task.reward]
 
     def configure_model(self) -> None:
-        """Load the policy once, and the frozen models that objectives read."""
-        if self.model is not None:
-            return
+        """Load the policy once; let it read the data of this run."""
+        if self.model is None:
+            self.policy = self._load_policy()
+            self.model = self.policy.model
+        self.policy.data = self.data
+        if self.rollouts is not None:
+            acting = [] if self.environments is None else ["an environment"]
+            self.rollouts.check(self.policy, [*explorations(self.objectives), *acting])
+        self.check_data(self.data)
+        self.worker = RolloutWorker(
+            self.policy, self.objectives, self.rewards, self.rollouts or LocalSampler(), self.environments,
+            self.num_generations, self.sampling, self.seed, self.meter,
+        )  # fmt: skip
+        self.groups = GroupBuffer(self.num_generations, self.data.pad_id)
+        self.signal = SignalWatch(
+            self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
+        )
+
+    def _load_policy(self) -> Policy:
+        """Load the policy and the frozen models that objectives read."""
         with named("model"):
             model = load_policy(self.model_name)
         model.set_attn_implementation(self.attn_implementation)
@@ -171,32 +191,17 @@ class PolicyModule(L.LightningModule):
             objective.prepare(policy, self._load_frozen)
         if self.lora is not None:
             policy.model = with_adapters(model, self.lora)
-        disable_dropout(policy.model)
-        self.model = policy.model
+        if disable_dropout(policy.model):
+            rank_zero_info("dropout is off: the passes that score responses have to be the policy that sampled them")
         if self.device_mesh is not None:
-            for whole in (self.model, *policy.frozen.values()):
+            for whole in (policy.model, *policy.frozen.values()):
                 shard(whole, self.device_mesh)
-        if self.rollouts is not None:
-            acting = [] if self.environments is None else ["an environment"]
-            explores = [name for name in single_turn_features(self.objectives) if "exploration" in name]
-            self.rollouts.check(policy, [*explores, *acting])
-        self.check_data(self.data)
-        self.worker = self._worker(policy)
-        self.groups = GroupBuffer(self.num_generations, self.data.pad_id)
-        self.signal = SignalWatch(
-            self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
-        )
+        return policy
 
     def _load_frozen(self, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
         model = load_policy(name)
         model.set_attn_implementation(self.attn_implementation)
         return model, tokenizer_of_policy(name)
-
-    def _worker(self, policy: Policy) -> RolloutWorker:
-        return RolloutWorker(
-            policy, self.objectives, self.rewards, self.rollouts or LocalSampler(), self.environments,
-            self.num_generations, self.sampling, self.seed, self.meter,
-        )  # fmt: skip
 
     def check_data(self, data: Any) -> None:
         """Raise a ValueError when the data cannot be read by this model."""
@@ -230,7 +235,7 @@ class PolicyModule(L.LightningModule):
             self.learner.imitate(batch)
         else:
             rollout = self.worker.roll_out(batch)
-            if self.learns_by_reward:
+            if self.learns_by_reward and not any(objective.refines for objective in self.objectives.values()):
                 self.signal.look(self.worker.last_rewards)
             full = self.groups.fill(rollout) if self.dynamic_sampling else rollout
             if full is not None:
@@ -274,18 +279,19 @@ class PolicyModule(L.LightningModule):
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
-        checkpoint["rollouts"] = {
-            "count": self.worker.num_rollouts,
-            "empty": self.signal.num_empty,
-            "waiting": self.groups.state_dict(),
-        }
-        if self.device_mesh is None:
-            name_optimizer_states(checkpoint, self, self.trainer.optimizers)
+        checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
+        if self.device_mesh is None and "optimizer_states" in checkpoint:  # not in one of weights alone
+            name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the random numbers that come next, and the groups that wait for a full batch."""
-        rollouts = checkpoint["rollouts"]
-        self.worker.num_rollouts, self.signal.num_empty = rollouts["count"], rollouts["empty"]
-        self.groups.load_state_dict(rollouts["waiting"])
+        if not is_training(self.trainer):
+            return
+        if "rollouts" not in checkpoint:
+            raise ValueError(
+                "ckpt_path is no checkpoint of PolicyModule: to start from its weights, set model.init_args.model to it"
+            )
+        self.worker.num_rollouts = checkpoint["rollouts"]["count"]
+        self.groups.load_state_dict(checkpoint["rollouts"]["waiting"])

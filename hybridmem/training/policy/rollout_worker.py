@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hybridmem.distributed import Meter, gather_groups, rank_and_size, unsharded
+from hybridmem.distributed import Meter, failing_together, gather_groups, rank_and_size, unsharded
 from hybridmem.rl.objectives.advantages import groups_with_signal
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rewards.functions import Rewards, RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
 from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.experience import Action, Rollout
+from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch
 from hybridmem.rl.rollouts.random_streams import RandomStream, generators
@@ -119,8 +120,10 @@ class RolloutWorker:
         completions = self._sample(prompts, actions, each)
         time = prompts.input_ids.shape[1] + completions.ids.shape[1]
         texts, rewards = self._rewarded(examples, completions)
+        turns, faulty = torch.ones(len(completions.ids), dtype=torch.long), torch.zeros_like(completions.mask)
+        shaped, kept = self._shape(rewards.total, turns, faulty, max_turns=1)
         cut = {family: action.cut(time) for family, action in actions.items()}
-        rollout = Rollout(asked, completions, rewards.total, cut)
+        rollout = Rollout(asked, completions, shaped, cut, kept=kept)
         for objective in self.objectives.values():
             rollout = objective.refine(rollout, examples, texts, self)
         return rollout
@@ -136,19 +139,20 @@ class RolloutWorker:
     def _sample(self, prompts: PromptBatch, actions: dict[str, Action], each: list[torch.Generator]) -> Completions:
         """Sample with every response under its own actions."""
         prefill_once = all(action.prefill_once for action in actions.values())
-        with evaluating(self.policy.model), ExitStack() as stack:
+        with failing_together(NonFiniteLogits), evaluating(self.policy.model), ExitStack() as stack:
             for action in actions.values():
                 stack.enter_context(action.applied(self.policy.model))
             return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, prefill_once)
 
     def _act(self, examples: list[Example], environments: Environments) -> Rollout:
         each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
-        acted = act_out(self.policy, environments, examples, self.num_generations, self.sampling, each)
+        with failing_together(NonFiniteLogits):
+            acted = act_out(self.policy, environments, examples, self.num_generations, self.sampling, each)
         _, rewards = self._rewarded(examples, acted.completions, acted.environments)
         for name, (value, weight) in acted.metrics().items():
             self.measure(name, value, weight)
         shaped, kept = self._shape(rewards.total, acted.turns.cpu(), acted.faulty, environments.max_turns)
-        return Rollout(acted.prompts, acted.completions, shaped, kept=kept & acted.completions.mask)
+        return Rollout(acted.prompts, acted.completions, shaped, kept=kept)
 
     def _shape(
         self,
@@ -156,16 +160,17 @@ class RolloutWorker:
         turns: Int[Tensor, " responses"],
         faulty: Bool[Tensor, "responses length"],
         max_turns: int,
-    ) -> tuple[Float[Tensor, " responses"], Bool[Tensor, "responses length"]]:
-        """Return the rewards that trajectories learn from, and the tokens that may carry loss."""
-        shaped, kept = rewards, torch.ones_like(faulty)
+    ) -> tuple[Float[Tensor, " responses"], Bool[Tensor, "responses length"] | None]:
+        """Return the rewards that responses learn from, and the tokens that may carry loss; None for all."""
+        shaped, kept = rewards, None
         for objective in self.objectives.values():
             changed = objective.shape_rewards(shaped, turns, max_turns)
             if changed is not None:
                 shaped = changed
                 self.measure("reward/shaped", shaped.mean())
             chosen = objective.kept_tokens(rewards, faulty, self.num_generations)
-            kept = kept if chosen is None else kept & chosen
+            if chosen is not None:
+                kept = chosen if kept is None else kept & chosen
         return shaped, kept
 
     def _rewarded(

@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hybridmem.distributed import rank_and_size
+from hybridmem.distributed import failing_together, rank_and_size
 from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
+from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Example
 from hybridmem.rl.rollouts.random_streams import RandomStream, generators
 from hybridmem.rl.rollouts.sampling import Sampling
@@ -66,9 +67,12 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
         return _validate_acting(worker, worker.environments, batch, first)
     policy = worker.policy
     prompts = policy.prompt_batch([policy.data.prompt(example) for example in batch])
-    texts, rewards = worker.reward(batch, policy.answer(prompts, 1, _greedy(worker)))
     each = _generators(worker, first, len(batch))
-    sampled, _ = policy.texts_and_ids(policy.answer(prompts, worker.num_generations, worker.sampling, each))
+    with failing_together(NonFiniteLogits):
+        greedy = policy.answer(prompts, 1, _greedy(worker))
+        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each)
+    texts, rewards = worker.reward(batch, greedy)
+    sampled, _ = policy.texts_and_ids(drawn)
     answered = Answered(batch, texts, sampled)
     values: Values = {"reward": rewards.total.mean()}
     if "answer" not in batch[0]:
@@ -81,10 +85,11 @@ def _validate_acting(
     worker: RolloutWorker, environments: Environments, batch: list[Example], first: int
 ) -> tuple[Answered, Values]:
     """Act on held-out examples; those that earn 1 or more are solved."""
-    acted = act_out(worker.policy, environments, batch, 1, _greedy(worker))
-    texts, rewards = worker.reward(batch, acted.completions, acted.environments)
     each = _generators(worker, first, len(batch))
-    tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each)
+    with failing_together(NonFiniteLogits):
+        acted = act_out(worker.policy, environments, batch, 1, _greedy(worker))
+        tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each)
+    texts, rewards = worker.reward(batch, acted.completions, acted.environments)
     repeated = [example for example in batch for _ in range(worker.num_generations)]
     sampled, earned = worker.reward(repeated, tried.completions, tried.environments)
     answered = Answered(batch, texts, sampled, *((x.total >= SOLVED).tolist() for x in (rewards, earned)))

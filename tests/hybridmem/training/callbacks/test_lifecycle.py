@@ -82,7 +82,7 @@ def test_dynamic_sampling_that_finds_nothing_is_stopped(tmp_path, monkeypatch):
     stopped(monkeypatch, "--config", config)
     saved = torch.load(tmp_path / "run" / "interrupted.ckpt", weights_only=True)
     assert saved["global_step"] == 0
-    assert saved["num_rollouts"] == 2
+    assert saved["rollouts"]["count"] == 2
 
 
 def test_a_module_that_saves_no_gradients_is_stopped_after_its_step(tmp_path, capsys):

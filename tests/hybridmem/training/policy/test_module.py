@@ -1,8 +1,10 @@
 """Reinforcement learning from the command line: it learns, resumes exactly, and says what is wrong."""
 
 import json
+from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -13,7 +15,7 @@ from hybridmem.data import TaskDataModule
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.rl import DAPO, GRPO, AttentionDistillation, AttentionRL
 from hybridmem.tasks.task import Split
-from hybridmem.training import PolicyModule
+from hybridmem.training import PolicyModule, WarmupCosine
 from tests.hybridmem.models import tiny_config
 from tests.hybridmem.training.runs import hybridmem, logged, weights
 
@@ -325,3 +327,49 @@ def test_a_group_of_one_is_enough_for_distillation_alone():
         PolicyModule("x", [distil, GRPO()], num_generations=1)
     with pytest.raises(ValueError, match="objectives names 2 of AttentionDistillation"):
         PolicyModule("x", [distil, distil])
+
+
+class Generous(Letters):
+    """Every response earns 99."""
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """A lot."""
+        return [99.0] * len(completions)
+
+
+def test_a_second_data_module_is_read_with_its_own_rewards(tmp_path):
+    write_config(tmp_path)
+    schedule = partial(WarmupCosine, warmup_steps=0)
+    module = PolicyModule(str(tmp_path / "policy"), [GRPO(beta=0.0)], num_generations=2, lr_scheduler=schedule)
+    settings = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = [TaskDataModule(task, mode="prompts", batch_size=2, num_val=2) for task in (Letters(), Generous())]
+    L.Trainer(max_steps=1, limit_val_batches=0, enable_model_summary=False, **settings).fit(module, data[0])
+    (found,) = L.Trainer(**settings).validate(module, data[1], verbose=False)
+    assert found["val/reward"] == 99
+    assert module.worker.policy.data is data[1]
+
+
+def test_only_solved_responses_are_learnt_from_outside_environments(tmp_path, monkeypatch):
+    objective = {"class_path": "hybridmem.rl.RejectionFineTune"}
+    config = write_config(
+        tmp_path, model__init_args__objectives=[objective], data__init_args__task=f"{__name__}.Silent"
+    )
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert set(logged(tmp_path, "rejection/kept")) == {0.0}
+    assert set(logged(tmp_path, "grad_norm")) == {0.0}
+
+
+def test_a_checkpoint_is_validated_with_other_groups(tmp_path, monkeypatch):
+    dapo = [{"class_path": "hybridmem.rl.DAPO"}]
+    config = write_config(tmp_path, model__init_args__objectives=dapo, trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    path = tmp_path / "run" / "step=2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    completions = (torch.zeros(4, 1).long(), torch.ones(4, 1) > 0, torch.zeros(4) > 0, torch.zeros(4, 1))
+    waits = {"prompt": ([1], None, None), "completions": completions, "rewards": torch.zeros(4), "kept": None}
+    checkpoint["rollouts"]["waiting"] = [waits]
+    torch.save(checkpoint, path)
+    path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+    hybridmem(
+        monkeypatch, "validate", "--config", config, "--ckpt_path", str(path), "--model.init_args.num_generations", "8"
+    )

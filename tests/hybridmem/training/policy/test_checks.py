@@ -1,0 +1,79 @@
+"""Objectives that cannot be combined are refused; an objective of the user's own needs no registration."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hybridmem.rl import DAPO, GRPO, SFT, AttentionRL, Objective
+from hybridmem.training.policy.checks import by_family, check_settings
+
+SETTINGS = dict(
+    num_generations=4, num_iterations=2, steps_per_generation=1, max_turns=1, call_format="plain",
+    max_observation_length=1, max_empty_rollouts=1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mine(Objective):
+    """The mean log-probability: an objective without a family of its own."""
+
+    def loss(self, policy, batch, scores, old, temperature) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Return minus the mean."""
+        return -scores.logps.mean(), {"mean": scores.logps.mean().detach()}
+
+
+@dataclass(frozen=True)
+class Given(Mine):
+    """Learns from given answers, and goes with others."""
+
+    samples: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Refining(Mine):
+    """Adds responses."""
+
+    refines: ClassVar[bool] = True
+
+
+def test_the_family_is_the_class_unless_it_says_otherwise():
+    assert list(by_family([Mine(), GRPO()])) == ["Mine", "TokenObjective"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ([], "objectives is empty"),
+        ([GRPO(), DAPO()], "objectives names 2 of TokenObjective; keep one"),
+        ([GRPO(), SFT()], "SFT learns from answers and samples none: remove it, or the others"),
+        ([GRPO(), Given()], "some learn from given answers and others from samples"),
+    ],
+)
+def test_combinations_that_cannot_work(objectives, message):
+    with pytest.raises(ValueError, match=message):
+        by_family(objectives)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ([DAPO(), AttentionRL(exploration=1.0)], "exploration does not go with dynamic_sampling"),
+        ([Refining(), AttentionRL(exploration=1.0)], "exploration does not go with Refining"),
+        ([Refining(), DAPO()], "dynamic_sampling drops the groups that Refining refines"),
+    ],
+)
+def test_ways_to_sample_that_exclude_one_another(objectives, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(by_family(objectives), **SETTINGS)
+
+
+def test_traits_have_defaults():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    assert Mine().loss_mask(mask, torch.zeros(2, dtype=torch.bool)) is mask
+    assert Mine().normaliser == "tokens"
+    assert not Mine().explores
+    assert Mine().trains_head
