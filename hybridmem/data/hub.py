@@ -146,7 +146,7 @@ class HubDataModule(L.LightningDataModule):
                 self.train_stream(),
                 self.hparams.batch_size,
                 num_workers=self.hparams.num_workers,
-                position=lambda: batches_trained(self.trainer),
+                position=lambda: batches_trained(self),
                 places=self.resumed_places(),
             )
         return self.train_loader

@@ -218,7 +218,7 @@ class TextDataModule(L.LightningDataModule):
     def rows_read(self) -> int:
         """How many rows of the endless sequence training has used, over all processes."""
         _, processes = share_of(self.trainer)
-        batches = batches_trained(self.trainer) - self.resumed["batches"]
+        batches = batches_trained(self) - self.resumed["batches"]
         return self.resumed["rows"] + batches * self.hparams.batch_size * processes
 
     def sequence(self, rows: PackedRows | ContinuousRows) -> dict[str, int | str]:
@@ -248,7 +248,7 @@ class TextDataModule(L.LightningDataModule):
             return {}
         return {
             "rows": self.rows_read(),
-            "batches": batches_trained(self.trainer),
+            "batches": batches_trained(self),
             "sequence": self.sequence(self.train_rows()),
         }
 

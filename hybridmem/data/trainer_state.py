@@ -1,10 +1,19 @@
 """What the data modules ask of their trainer."""
 
+from collections.abc import Callable
+
 import lightning as L
 
 
-def batches_trained(trainer: L.Trainer | None) -> int:
-    """Batches that training has used since its first start, through all resumes: Lightning's own count."""
+def batches_trained(data: L.LightningDataModule) -> int:
+    """Return how many of its batches training has used since its first start, through all resumes.
+
+    That is Lightning's own count, or a part's share of it in a MixedDataModule.
+    """
+    count: Callable[[], int] | None = getattr(data, "count_batches", None)
+    if count is not None:
+        return count()
+    trainer = data.trainer
     return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 

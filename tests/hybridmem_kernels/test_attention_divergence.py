@@ -23,12 +23,12 @@ CASES = {
     "grouped queries": dict(kv_heads=2),
     "one key for all heads": dict(kv_heads=1),
     "a window": dict(window=5, window_ref=5),
-    "a window beside everything": dict(window=4),
+    "a window beside everything": dict(window=4, window_ref=None),
     "everything beside a window": dict(window_ref=4),
     "a window of itself": dict(window=1),
     "a window wider than the row": dict(window=100, window_ref=7),
     "persistent keys": dict(num_persistent=3, num_persistent_ref=3),
-    "persistent keys on one side": dict(num_persistent=3, window=6),
+    "persistent keys on one side": dict(num_persistent=3, window=6, window_ref=None),
     "queries left out": dict(query_share=0.3),
     "no query": dict(query_share=0.0),
     "padding": dict(padded=True),
@@ -131,10 +131,59 @@ def test_any_shape_equals_the_definition(data, keys, kv_heads, padded):
         assert_equal_to_the_definition(inputs)
 
 
+def stats_differ(one, other):
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_reference_has_the_window_of_the_policy_by_default(backend):
+    inputs = random_inputs(window=5, backend=backend)
+    default, same, other = (
+        attention_divergence(**inputs, **given) for given in ({}, dict(window_ref="same"), dict(window_ref=None))
+    )
+    expected = attention_divergence(**inputs, window_ref=5)
+    for stats in (default, same):
+        for a, b in zip(expected, stats, strict=True):
+            assert torch.equal(a, b)
+    assert stats_differ(other, default)
+    everything = attention_divergence(**dict(inputs, window=None))
+    assert torch.equal(other.entropy_ref, everything.entropy_ref)
+
+
+def test_a_policy_with_a_window_is_at_no_distance_from_itself_by_default():
+    inputs = random_inputs(window=5, scale=0.7)
+    inputs.update(q_ref=inputs["q"], k_ref=inputs["k"])
+    stats = attention_divergence(**inputs)
+    assert (stats.divergence == 0).all()
+    assert torch.equal(stats.entropy, stats.entropy_ref)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_reference_has_the_scale_of_the_policy_by_default(backend):
+    inputs = random_inputs(scale=0.7, backend=backend)
+    expected = attention_divergence(**inputs, scale_ref=0.7)
+    for a, b in zip(expected, attention_divergence(**inputs), strict=True):
+        assert torch.equal(a, b)
+    own = attention_divergence(**inputs, scale_ref=None)
+    for a, b in zip(attention_divergence(**inputs, scale_ref=5**-0.5), own, strict=True):
+        assert torch.equal(a, b)
+    assert stats_differ(own, expected)
+
+
+def test_each_side_has_a_scale_of_its_own_dimension_where_none_is_given():
+    inputs = random_inputs()  # heads of 8 dimensions against heads of 5
+    expected = attention_divergence(**inputs, scale=8**-0.5, scale_ref=5**-0.5)
+    for given in ({}, dict(scale_ref=None), dict(scale_ref="same")):
+        for a, b in zip(expected, attention_divergence(**inputs, **given), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("divergence", ["jsd", "kl", "reverse_kl"])
 def test_gradcheck(divergence, backend):
-    inputs = random_inputs(queries=4, keys=6, heads=2, kv_heads=1, num_persistent=1, window=4, padded=True)
+    inputs = random_inputs(
+        queries=4, keys=6, heads=2, kv_heads=1, num_persistent=1, window=4, window_ref=None, padded=True
+    )
 
     def stats(q, k):
         out = attention_divergence(**dict(inputs, q=q, k=k), divergence=divergence, backend=backend)
@@ -222,7 +271,7 @@ def test_policies_that_look_at_other_keys_are_ln_2_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_worked_on_in_float32(dtype):
-    inputs = random_inputs(queries=33, dtype=dtype, window=12, num_persistent=2)
+    inputs = random_inputs(queries=33, dtype=dtype, window=12, window_ref=None, num_persistent=2)
     stats = attention_divergence(**inputs)
     double = dict(inputs)
     for name in ("q", "k", "q_ref", "k_ref"):
@@ -239,7 +288,9 @@ def test_low_precision_inputs_are_worked_on_in_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("divergence", ["jsd", "kl", "reverse_kl"])
 def test_huge_scores_stay_finite(dtype, divergence):
-    inputs = random_inputs(queries=33, dtype=dtype, num_persistent=2, window=8, divergence=divergence)
+    inputs = random_inputs(
+        queries=33, dtype=dtype, num_persistent=2, window=8, window_ref=None, divergence=divergence
+    )
     for name in ("q", "k", "q_ref", "k_ref"):
         inputs[name] = (inputs[name].detach() * 500).requires_grad_()
     stats = attention_divergence(**inputs)
@@ -295,7 +346,7 @@ def test_a_masked_query_costs_nothing_and_moves_nothing():
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_a_padded_row_reads_as_it_does_alone(padding):
-    alone = random_inputs(queries=12, keys=20, num_persistent=2, window=7)
+    alone = random_inputs(queries=12, keys=20, num_persistent=2, window=7, window_ref=None)
     stats = attention_divergence(**alone)
     ends = (0, 0, 5, 0) if padding == "left" else (0, 0, 0, 5)
     padded = dict(alone)
@@ -353,6 +404,9 @@ def test_only_inputs_and_two_numbers_per_query_and_head_are_saved():
         (dict(backend="cuda"), "backend='cuda' does not exist"),
         (dict(window=0), "window must be at least 1"),
         (dict(window_ref=-1), "window_ref must be at least 1"),
+        (dict(window=-1), "window must be at least 1"),
+        (dict(window_ref="none"), "window_ref"),
+        (dict(scale_ref="own"), "scale_ref"),
         (dict(num_persistent=-1), "num_persistent must be at least 0"),
         (dict(num_persistent=3), "k and k_ref must hold as many keys beside their persistent ones, got 30 and 33"),
         (dict(num_persistent_ref=20), "k_ref must hold num_persistent_ref=20 columns and a key for each of the 20"),

@@ -97,7 +97,7 @@ def test_memory_mlp_scan(filled, backend):
 def test_attention_divergence(masked, backend):
     generator = torch.Generator().manual_seed(0)
     q, k, q_ref, k_ref = (torch.randn(2, heads, 20, 16, generator=generator) for heads in (4, 2, 3, 1))
-    arguments = dict(q=q.requires_grad_(), k=k.requires_grad_(), q_ref=q_ref, k_ref=k_ref, window=7)
+    arguments = dict(q=q.requires_grad_(), k=k.requires_grad_(), q_ref=q_ref, k_ref=k_ref, window=7, window_ref=None)
     if masked:
         arguments |= {mask: torch.rand(2, 20, generator=generator) < 0.6 for mask in ("query_mask", "key_mask")}
     check(lambda **given: tuple(attention_divergence(**given)), arguments, [q, k])

@@ -1,4 +1,6 @@
-"""Attention as a policy: how far it is from another one's, how spread out, and how much of it looks back."""
+"""Attention as a policy: its divergence from another policy, its entropy, and the share of it that looks back."""
+
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +13,8 @@ from .reference import AttentionPolicy, AttentionStats, attention_divergence_ref
 
 __all__ = ["AttentionStats", "attention_divergence"]
 
+Setting = TypeVar("Setting", float | None, int | None)
+
 DIVERGENCES = ("jsd", "kl", "reverse_kl")
 
 
@@ -21,9 +25,9 @@ def attention_divergence(
     k_ref: Float[Tensor, "batch kv_heads_ref columns_ref dim_ref"],
     *,
     scale: float | None = None,
-    scale_ref: float | None = None,
+    scale_ref: float | Literal["same"] | None = "same",
     window: int | None = None,
-    window_ref: int | None = None,
+    window_ref: int | Literal["same"] | None = "same",
     num_persistent: int = 0,
     num_persistent_ref: int = 0,
     query_mask: Bool[Tensor, "batch queries"] | None = None,
@@ -42,8 +46,11 @@ def attention_divergence(
         q: queries after rotation: the last `queries` positions of the row, as with a cache.
         k: keys after rotation, `num_persistent` + `keys` columns; kv heads are shared by groups of heads.
         q_ref, k_ref: the same of the reference. They are constants: detached here, no gradient reaches them.
-        scale, scale_ref: what the scores are multiplied by; None: dim**-0.5.
-        window, window_ref: query t sees keys t - window < j <= t; None: all j <= t.
+        scale: factor of the scores; None: dim**-0.5.
+        scale_ref: factor of the reference's scores; "same": `scale`, None: dim_ref**-0.5. Where `scale` is None, both
+            mean dim_ref**-0.5.
+        window: query t sees keys t - window < j <= t; None: all j <= t.
+        window_ref: window of the reference; "same": `window`, None: no window, all j <= t.
         num_persistent, num_persistent_ref: columns in front of k that every query sees, window or not. They take
             part in the softmax but not in the distribution.
         query_mask: False for queries that do not count; only the positions that some row needs are worked on.
@@ -67,8 +74,9 @@ def attention_divergence(
             or backend, or a backend that cannot take them.
         ImportError: Triton is asked for and not installed.
     """
+    of_ref = (_of_reference("scale_ref", scale, scale_ref), _of_reference("window_ref", window, window_ref))
     policy = _policy("", q, k, scale, window, num_persistent)
-    policy_ref = _policy("_ref", q_ref.detach(), k_ref.detach(), scale_ref, window_ref, num_persistent_ref)
+    policy_ref = _policy("_ref", q_ref.detach(), k_ref.detach(), *of_ref, num_persistent_ref)
     _check_together(policy, policy_ref, query_mask, key_mask)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} does not exist; choose one of {', '.join(DIVERGENCES)}")
@@ -83,10 +91,19 @@ def attention_divergence(
     return attention_divergence_chunked(*arguments)
 
 
+def _of_reference(name: str, own: Setting, given: Setting | str) -> Setting:
+    """Return a setting of the reference: the given one, or the policy's own in the place of "same"."""
+    if not isinstance(given, str):
+        return given
+    if given != "same":
+        raise ValueError(f'{name}={given!r} is unknown; give a number, None or "same"')
+    return own
+
+
 def _policy(
     suffix: str, q: Tensor, k: Tensor, scale: float | None, window: int | None, num_persistent: int
 ) -> AttentionPolicy:
-    """Check what belongs to one policy; `suffix` tells the reference's arguments from the others."""
+    """Check the arguments of one policy; the reference's names end in `suffix`."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"q{suffix}, k{suffix} must be (batch, heads, time, dim), got q{suffix} {tuple(q.shape)}, "
@@ -115,7 +132,7 @@ def _policy(
 def _check_together(
     policy: AttentionPolicy, policy_ref: AttentionPolicy, query_mask: Tensor | None, key_mask: Tensor | None
 ) -> None:
-    """Raise a ValueError when policies and masks are not about the same rows."""
+    """Raise a ValueError when policies and masks belong to different rows."""
     q, q_ref = policy.q, policy_ref.q
     if (len(q_ref), q_ref.shape[2]) != (len(q), q.shape[2]):
         raise ValueError(f"q_ref must have the batch and queries of q {tuple(q.shape)}, got {tuple(q_ref.shape)}")
