@@ -1,14 +1,44 @@
 """Neural memory beside short-range attention, and rewards that train what a model attends to."""
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from hybridmem_kernels import MemoryMLPState, MemoryState
+
+from .model.attention import AttentionState
 from .model.configuration import HybridMemConfig
+from .model.convolution import ConvolutionState
+from .model.heads import FullKeys, HeadsState, WindowKeys
+from .model.memory import HeadMemoryState, NeuralMemoryState
+from .model.mixers import BranchStates, OpenSegment, SegmentStates
 from .model.modeling import HybridMemForCausalLM, HybridMemModel
+from .model.sequence import LastDocument
+from .model.sinks import Places
 
 __version__ = "0.1.0"
 
 AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
 AutoModel.register(HybridMemConfig, HybridMemModel)
 AutoModelForCausalLM.register(HybridMemConfig, HybridMemForCausalLM)
+
+# Checkpoints are loaded with weights_only, which makes tensors, plain values and these tuples of tensors only.
+torch.serialization.add_safe_globals(
+    [
+        AttentionState,
+        BranchStates,
+        ConvolutionState,
+        FullKeys,
+        HeadMemoryState,
+        HeadsState,
+        LastDocument,
+        MemoryMLPState,
+        MemoryState,
+        NeuralMemoryState,
+        OpenSegment,
+        Places,
+        SegmentStates,
+        WindowKeys,
+    ]
+)
 
 __all__ = ["HybridMemConfig", "HybridMemForCausalLM", "HybridMemModel"]

@@ -29,8 +29,8 @@ import torch
 import yaml
 
 from hybridmem.cli.main import main as hybridmem
-from hybridmem.training.checkpoints.contents import load_checkpoint
 from hybridmem.training.checkpoints.durable import PART, newest_good, read_checkpoint, to_go_on_from
+from hybridmem.training.checkpoints.loading import load_checkpoint
 
 STEPS = 40
 STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end

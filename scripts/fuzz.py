@@ -35,10 +35,11 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.cli.main import main as hybridmem
+from hybridmem.cli.parsing import settings_errors
 from hybridmem.data import HubDataModule, TaskDataModule, TextDataModule
 from hybridmem.data.tokenizer import byte_tokenizer
 from hybridmem.tasks import ProductSearch
-from hybridmem.training.errors import SettingsError, settings_errors
+from hybridmem.training.errors import SettingsError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SECONDS, ROOM = 60, 16 << 30  # of CPU time, and bytes of address space

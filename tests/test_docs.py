@@ -17,7 +17,7 @@ from tests.hybridmem.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PUBLIC = ("hybridmem", "hybridmem.data", "hybridmem.metrics", "hybridmem.rl", "hybridmem.tasks",
+PUBLIC = ("hybridmem", "hybridmem.convert", "hybridmem.data", "hybridmem.metrics", "hybridmem.rl", "hybridmem.tasks",
           "hybridmem.training", "hybridmem_kernels")  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from hybridmem.rl import AttentionRecorder
-from hybridmem.rl.attention.distributions import TARGETS, distribution
+from hybridmem.rl.attention.distributions import distribution
+from hybridmem.rl.attention.targets import TARGETS
 from tests.hybridmem.models import KINDS, tiny_model, tokens
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
 

@@ -54,6 +54,7 @@ def test_public_names_exist():
     for name in (
         "hybridmem",
         "hybridmem_kernels",
+        "hybridmem.convert",
         "hybridmem.data",
         "hybridmem.metrics",
         "hybridmem.rl",

@@ -20,32 +20,27 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from hybridmem.checks import at_least
-from hybridmem.compare.commands import compare, report
 from hybridmem.distributed import lost_a_process
 from hybridmem.training.allocator import keep_freed_memory
 from hybridmem.training.callbacks.lifecycle import FinalCheckpoint, GracefulStop, RandomState
 from hybridmem.training.callbacks.non_finite_guard import NonFiniteGuard
-from hybridmem.training.checkpoints.contents import check_same_model, consolidate, export, load_checkpoint
+from hybridmem.training.checkpoints.contents import check_same_model
 from hybridmem.training.checkpoints.durable import DurableCheckpointIO
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy, is_sharded
-from hybridmem.training.errors import (
-    CommandParser,
-    SettingsError,
-    StoppedError,
-    TrainingParser,
-    named,
-    one_line,
-    refuse_null_arguments,
-    refuse_nulls,
-    settings_errors,
-)
+from hybridmem.training.errors import SettingsError, StoppedError, named
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.pretrain import PretrainModule
 from hybridmem.training.retrofit import RetrofitModule
 from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 
+from .compare import compare
+from .consolidate import consolidate
 from .convert import convert
+from .export import export
 from .generate import generate
+from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
+from .report import report
 from .subnetwork import subnetwork
 
 Trained = PretrainModule | PolicyModule | RetrofitModule

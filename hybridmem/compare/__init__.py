@@ -1,6 +1,5 @@
 """Architecture against reward: the grid, its runs, its report."""
 
-from .commands import compare, report
 from .grid import CONTROLS, Comparison
 
-__all__ = ["CONTROLS", "Comparison", "compare", "report"]
+__all__ = ["CONTROLS", "Comparison"]

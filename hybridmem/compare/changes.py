@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybridmem.metrics.subnetwork import update_masks, update_sparsity
 from hybridmem.metrics.weights import shapes_of, write_masks
-from hybridmem.training.checkpoints.contents import load_checkpoint
+from hybridmem.training.checkpoints.loading import load_checkpoint
 
 from .grid import MASK
 

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse.typing import register_type
 
 from hybridmem.model.configuration import MEMORY_VARIANTS, VARIANTS
-from hybridmem.rl.attention.distributions import TARGETS
+from hybridmem.rl.attention.targets import TARGETS
 
 
 class FitOptions(UserDict[str, Any]):

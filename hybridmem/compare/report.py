@@ -34,6 +34,14 @@ pre { padding: .75rem; background: var(--box); white-space: pre-wrap; font-size:
 MAPS = "attention_maps"
 
 
+def show_report(results: dict[str, Any], root: Path, other: dict[str, Any] | None = None) -> None:
+    """Write a report, and print each task's answer and the page's path."""
+    path = write_report(results, root, other)
+    for name, task in results["tasks"].items():
+        print(f"{name}: {' '.join(answer(task))}")
+    print(f"report: {path}")
+
+
 def write_report(results: dict[str, Any], root: Path, other: dict[str, Any] | None = None) -> Path:
     """Write report.html and its pictures below `root`; with `other`, results of a second grid, beside it.
 

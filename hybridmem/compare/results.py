@@ -13,6 +13,7 @@ from .environment import read_environment
 from .grid import ACCURACY, START, Comparison, Run, plan, without_attention
 from .runs import reason, status
 
+RESULTS = "results.json"
 PASS_AT_1 = "val/pass@1"
 CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
 INNERMOST = re.compile(r"\[\n[^\[\]{}]*\]")  # lists that hold no others, over several lines

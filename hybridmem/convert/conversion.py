@@ -40,7 +40,7 @@ CARRIED = [
 ]
 FETCHED = [*CARRIED, "config.json", "*.safetensors", "*.safetensors.index.json"]
 SHARD_BYTES = 2 * 10**9
-SPARE_BYTES = 64 * 2**20  # code, tokenizer and what else is small
+SPARE_BYTES = 64 * 2**20  # code, tokenizer and other small files
 
 Sources = str | list[list[str]]
 

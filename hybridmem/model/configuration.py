@@ -165,9 +165,7 @@ class HybridMemConfig(PreTrainedConfig):
 
     @property
     def has_memory(self) -> bool:
-        """Whether any layer holds a neural memory."""
-        if any("memory" in sources for sources in self.head_sources or ()):
-            return True
+        """Whether any layer is of a variant with a `NeuralMemory`; memories of `mah` are named by head_sources."""
         return any(kind in MEMORY_VARIANTS for kind in self.layer_types or ())
 
     def validate_layer_type(self) -> None:

@@ -1,4 +1,4 @@
-"""Memory as heads (`mah`): every KV head reads a window and sinks, and beyond them what its own source offers.
+"""Memory as heads (`mah`): every KV head reads a window, sinks, and a source of its own beyond them.
 
 Softmax attention splits exactly: o_full = w · o_window + (1 - w) · o_far, where w is the window's share of the
 attention mass. A `full` head attends to everything. A `none` head drops the far part. A `memory` head models o_far by
@@ -63,7 +63,7 @@ class HeadTokens(NamedTuple):
 
 
 class HeadWindow(NamedTuple):
-    """Keys and values of [kept tokens, the call's tokens] and of the sinks, and what the next call needs of them."""
+    """Keys and values of [kept tokens, the call's tokens] and of the sinks, and those that the next call needs."""
 
     plan: WindowPlan
     keys: Float[Tensor, "batch kv_heads read dim"]
@@ -183,7 +183,7 @@ class HeadMixer(nn.Module):
     def _choice(
         self, choice: HeadChoice | None, batch: int | None = None
     ) -> tuple[HeadGroups, Float[Tensor, "rows kv_heads"] | None, str]:
-        """Return the heads of each source, the share of `full` in each, and a name for what their state holds."""
+        """Return the heads of each source, the share of `full` in each, and the name of their state's layout."""
         layers = None if choice is None else choice.sources
         if layers is None:
             assert self.config.head_sources is not None
@@ -225,7 +225,7 @@ class HeadMixer(nn.Module):
             before = state.full
             if documents is not None:
                 earlier = before.document_ids
-                if earlier is None:  # what was read without a word about documents is document 0
+                if earlier is None:  # earlier calls named no documents: theirs is document 0
                     earlier = documents.new_zeros(len(documents), before.keys.shape[2])
                 documents = torch.cat((earlier, documents), dim=1)
             keys = torch.cat((before.keys.to(keys.dtype), keys), dim=2)
@@ -235,7 +235,7 @@ class HeadMixer(nn.Module):
         return out, weights, state._replace(full=FullKeys(keys, values, documents))
 
     def _full_mask(self, q: Tensor, keys: Tensor, documents: Tensor | None, sequence: TokenSequence) -> Any:
-        """What the attention function takes as a mask for causal rows of documents; None: one causal row."""
+        """Return the attention function's mask for causal rows of documents, or None for one causal row."""
         implementation, past = self.config._attn_implementation, keys.shape[2] - q.shape[2]
         if implementation.startswith("flash_attention"):
             if documents is not None and documents.max() > 0:

@@ -261,7 +261,7 @@ def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"
 
 
 class HeadMemoryState(NamedTuple):
-    """The memory, and what it will write of tokens that are still in the window: unrotated keys, gates."""
+    """The memory, and unrotated keys and gates of the tokens in the window, which it writes later."""
 
     scan: MemoryState | MemoryMLPState | None  # None: nothing has left the window
     keys: Float[Tensor, "batch kv_heads kept dim"]

@@ -47,7 +47,7 @@ class Rows:
 
 
 class WindowPlan:
-    """Which keys the queries of one call meet and what the next call needs, in rows that hold one document.
+    """Keys that the queries of one call meet, and those that the next call needs, for rows of one document.
 
     Buffers hold [tokens that earlier calls kept, the call's tokens] along their third axis.
 
@@ -103,11 +103,11 @@ class WindowPlan:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether the queries of a block see other keys than a causal row or a single last token would."""
+        """Tell a block's keys from those of a causal row or of a single last token."""
         return self.folded or bool(self.seen_sinks and self.time > 1) or (self.time > 1 and self.kept > 0)
 
     def mask(self, batch: int) -> Bool[Tensor, "rows 1 queries keys"]:
-        """Which of its keys a query of each block sees."""
+        """Mark the keys of each block that a query sees."""
         if self._mask is None:
             self._mask = self._make_mask()
             if self.folded and len(self._mask) != batch * self.blocks:
@@ -146,7 +146,7 @@ class WindowPlan:
 
 
 class DocumentsPlan(WindowPlan):
-    """The same for rows of several documents, or of different lengths.
+    """A window's plan for rows of several documents, or of different lengths.
 
     A token outside the window of a block's query is a sink of one document only, the one that the block's first token
     belongs to: any other began within the window.
@@ -244,7 +244,7 @@ class DocumentsPlan(WindowPlan):
         return Places(documents, index, length)
 
     def _one_document(self, batch: int) -> Places:
-        """Places of what was read without a word about documents."""
+        """Return the places of tokens that earlier calls read as one document."""
         index = torch.arange(self.past - self.kept, self.past, device=self.device).expand(batch, -1)
         return Places(torch.zeros_like(index), index, torch.full((batch,), self.past, device=self.device))
 

@@ -21,14 +21,8 @@ from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.model.patches import embed_with_patches
 from hybridmem.model.sequence import PADDING
 from hybridmem.model.state import detach_state
-from hybridmem.training.checkpoints.contents import (
-    check_same_model,
-    name_optimizer_states,
-    own_cache,
-    restore_cache,
-    save_cache,
-    start_from,
-)
+from hybridmem.training.checkpoints.carried import own_cache, restore_cache, save_cache
+from hybridmem.training.checkpoints.contents import check_same_model, name_optimizer_states, start_from
 from hybridmem.training.checkpoints.model_card import training_facts
 
 from .errors import named

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
+from hybridmem.cli.export import export
 from hybridmem.convert import convert_folder
 from hybridmem.data import byte_tokenizer
-from hybridmem.training.checkpoints.contents import export
 from tests.hybridmem.convert.bases import base_model
 
 

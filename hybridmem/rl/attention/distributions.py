@@ -13,9 +13,7 @@ from hybridmem_kernels import memory_scan
 from hybridmem_kernels.memory_scan import state_dtype
 
 from .recorder import AttentionRecord, LayerRecord
-
-TARGETS = ("attention", "allocation", "memory", "unified")
-KINDS = ("persistent", "memory", "window")  # what `allocation` is over
+from .targets import TARGETS
 
 Distribution = Float[Tensor, "batch queries keys"]
 

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hybridmem.rl.attention.distributions import TARGETS, distribution
+from hybridmem.rl.attention.distributions import distribution
 from hybridmem.rl.attention.divergence import DIVERGENCES, TINY, divergence_of
 from hybridmem.rl.attention.exploration import Exploration, Noise, draw_noise, with_noise
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, Records, recording
+from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.prompts import PromptBatch, Times

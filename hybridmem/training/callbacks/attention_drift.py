@@ -10,9 +10,10 @@ from torch import Tensor
 from hybridmem.checks import at_least
 from hybridmem.metrics.distance import BeyondWindow, MeanDistance
 from hybridmem.metrics.entropy import entropy
-from hybridmem.rl.attention.distributions import KINDS, allocation, distribution
+from hybridmem.rl.attention.distributions import allocation, distribution
 from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord
+from hybridmem.rl.attention.targets import KINDS
 from hybridmem.rl.rollouts.sampling import evaluating, read
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.policy.module import PolicyModule

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hybridmem.rl.attention.distributions import KINDS, distribution
+from hybridmem.rl.attention.distributions import distribution
 from hybridmem.rl.attention.recorder import LayerRecord
+from hybridmem.rl.attention.targets import KINDS
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.policy.validation import SOLVED

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hybridmem.metrics.diversity import AttentionDiversity, DistinctPatterns, check_threshold
 from hybridmem.metrics.entropy import AllocationEntropy, EffectiveSpan
-from hybridmem.rl.attention.distributions import KINDS, TARGETS, allocation, distribution
+from hybridmem.rl.attention.distributions import allocation, distribution
+from hybridmem.rl.attention.targets import KINDS, TARGETS
 from hybridmem.training.policy.module import PolicyModule
 
 from .policy_probe import is_due, record_answers

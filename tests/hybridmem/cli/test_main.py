@@ -46,7 +46,7 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     assert torch.equal(model.lm_head.weight, weights(checkpoint)["model.lm_head.weight"])
     assert len(tokenizer) == 259
     texts = [file.read_text() for file in exported.iterdir() if file.suffix in (".json", ".md", ".py")]
-    assert not any(str(part) in text for text in texts for part in (tmp_path, Path.home(), Path(__file__).parents[2]))
+    assert not any(str(part) in text for text in texts for part in (tmp_path, Path.home(), Path(__file__).parents[3]))
     card = (exported / "README.md").read_text()
     assert "| optimiser steps | 6 |" in card
     assert "| path | text |" in card
@@ -345,7 +345,7 @@ def test_print_config_and_help(tmp_path, monkeypatch, capsys):
 
 def test_a_reader_that_goes_away_is_no_error():
     command = [PROGRAM, "compare", "--config", "configs/compare/full.yaml", "--list_runs", "true"]
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).parents[3]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.wait(timeout=120) == 128 + signal.SIGPIPE

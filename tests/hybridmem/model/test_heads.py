@@ -367,3 +367,21 @@ def test_shares_of_the_wrong_shape_are_named():
 def test_pick(wanted):
     x = torch.arange(8).view(1, 4, 2)
     assert pick(x, wanted).equal(x[:, wanted])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_states_are_loaded_as_plain_data(tmp_path, padded):
+    """A checkpoint holds carried states; it is read with weights_only, and names in states are kept."""
+    model, ids = tiny_model(variant="mah", head_sources=[["full", "memory"], ["none", "memory"]]), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 1 - padded
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    torch.save([layer.state for layer in cache.layers], tmp_path / "states.pt")
+    loaded = torch.load(tmp_path / "states.pt", weights_only=True)
+    expected = model(ids[:, :3], past_key_values=cache).logits
+    again = DynamicCache(config=model.config)
+    model(ids, attention_mask=mask, past_key_values=again)
+    for layer, state in zip(again.layers, loaded, strict=True):
+        layer.state = state
+    assert model(ids[:, :3], past_key_values=again).logits.equal(expected)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hybridmem.rl import AttentionRecorder
-from hybridmem.rl.attention.distributions import TARGETS, allocation, distribution, memory, unified
+from hybridmem.rl.attention.distributions import allocation, distribution, memory, unified
+from hybridmem.rl.attention.targets import TARGETS
 from tests.hybridmem.models import tiny_model, tokens
 
 HAS = {

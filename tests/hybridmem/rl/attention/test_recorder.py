@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from hybridmem.rl import AttentionRecorder
-from hybridmem.rl.attention.distributions import TARGETS, attention, distribution
+from hybridmem.rl.attention.distributions import attention, distribution
+from hybridmem.rl.attention.targets import TARGETS
 from tests.hybridmem.data.vision_models import vision_model
 from tests.hybridmem.models import tiny_model, tokens
 

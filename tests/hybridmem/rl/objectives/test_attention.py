@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybridmem.rl import AttentionRecorder, AttentionRL
-from hybridmem.rl.attention.distributions import TARGETS, distribution
+from hybridmem.rl.attention.distributions import distribution
 from hybridmem.rl.attention.divergence import divergence_of
 from hybridmem.rl.attention.exploration import draw_noise, explored
+from hybridmem.rl.attention.targets import TARGETS
 from tests.hybridmem.models import tiny_model, tokens
 
 ADVANTAGES = torch.tensor([1.5, -0.5], dtype=torch.float64)

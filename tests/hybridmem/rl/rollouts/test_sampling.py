@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hybridmem.data.vision import vision_prompt
-from hybridmem.rl.attention.distributions import TARGETS
 from hybridmem.rl.attention.exploration import cut_noise, draw_noise, explored
 from hybridmem.rl.attention.recorder import AttentionRecorder
+from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.objectives.attention import AttentionRL
 from hybridmem.rl.rollouts.prompts import pad_prompts, vision_positions
 from hybridmem.rl.rollouts.sampling import Sampling, sample

@@ -9,11 +9,14 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
+from hybridmem.cli.consolidate import consolidate
+from hybridmem.cli.export import export
 from hybridmem.cli.generate import generate
 from hybridmem.cli.subnetwork import subnetwork
 from hybridmem.training import PretrainModule
 from hybridmem.training.checkpoints import contents
-from hybridmem.training.checkpoints.contents import consolidate, export, load_checkpoint, load_policy
+from hybridmem.training.checkpoints.contents import load_policy
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from tests.hybridmem.data.helpers import byte_level_bpe
 from tests.hybridmem.models import tiny_config
 

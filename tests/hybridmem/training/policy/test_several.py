@@ -11,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from hybridmem.cli.consolidate import consolidate
 from hybridmem.distributed import shard
 from hybridmem.training import PretrainModule
-from hybridmem.training.checkpoints.contents import consolidate, load_checkpoint
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from tests.hybridmem.models import tiny_config, tiny_model
 from tests.hybridmem.training.runs import hybridmem, logged, write_config
 from tests.several import SECONDS, command, fit, start

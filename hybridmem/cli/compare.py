@@ -1,4 +1,4 @@
-"""`hybridmem compare` and `hybridmem report`: a grid from its configuration to its report."""
+"""`hybridmem compare`: a grid from its configuration to its report."""
 
 import json
 import re
@@ -12,16 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hybridmem.compare.grid import ACCURACY, Comparison, Run, check_grid, plan
+from hybridmem.compare.report import show_report
+from hybridmem.compare.results import RESULTS, as_json, collect
+from hybridmem.compare.runs import Status, check_settings, execute_all, held, reason, status
+from hybridmem.compare.subnetworks import add_subnetworks
 from hybridmem.training.logs import read_log
-
-from .answer import answer
-from .grid import ACCURACY, Comparison, Run, check_grid, plan
-from .report import write_report
-from .results import as_json, collect
-from .runs import Status, check_settings, execute_all, held, reason, status
-from .subnetworks import add_subnetworks
-
-RESULTS = "results.json"
 
 
 def compare(
@@ -71,21 +67,7 @@ def compare(
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
         add_subnetworks(results, output)
         (output / RESULTS).write_text(as_json(results))
-        report(output)
-
-
-def report(run_dir: Path, other: Path | None = None) -> None:
-    """Write the report of a grid again from its results.json.
-
-    Args:
-        run_dir: the output of `hybridmem compare`. The two can be given without their names: hybridmem report A B.
-        other: the output of another one, to set beside it.
-    """
-    results = _read(run_dir, "run_dir")
-    path = write_report(results, run_dir, None if other is None else _read(other, "other"))
-    for name, task in results["tasks"].items():
-        print(f"{name}: {' '.join(answer(task))}")
-    print(f"report: {path}")
+        show_report(results, output)
 
 
 def _command(arguments: list[str]) -> str:
@@ -127,15 +109,6 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
 def _check_start(run: Run, output: Path) -> None:
     if run.after is not None and status(output / run.after.folder) != "finished":
         raise ValueError(f"{run} goes on from {run.after}, which is not finished in output={output}: run that first")
-
-
-def _read(folder: Path, setting: str) -> dict[str, Any]:
-    path = folder / RESULTS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{setting}={folder} holds no {RESULTS}: give the output of a finished hybridmem compare"
-        )
-    return json.loads(path.read_text())
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""`hybridmem export`: a checkpoint's model as a Hugging Face folder."""
+
+from pathlib import Path
+
+from hybridmem.data.tokenizer import load_tokenizer
+from hybridmem.data.vision import load_processor
+from hybridmem.training.checkpoints.contents import model_of_checkpoint
+from hybridmem.training.checkpoints.loading import load_checkpoint
+from hybridmem.training.checkpoints.model_card import model_card
+
+
+def export(ckpt_path: Path, output: Path, license: str | None = None) -> None:
+    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code, card.
+
+    Args:
+        ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
+        output: the folder to write.
+        license: of the weights, for the model card: an identifier of the hub, such as apache-2.0.
+    """
+    output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
+    checkpoint = load_checkpoint(ckpt_path)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
+    model = model_of_checkpoint(checkpoint)
+    if tokenizer is not None:
+        ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        model.config.update(ends | dict(pad_token_id=tokenizer.pad_token_id))
+        model.generation_config.update(**ends, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(output)
+    if checkpoint.get("processor"):
+        load_processor(checkpoint["processor"]).save_pretrained(output)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    (output / "README.md").write_text(model_card(model.config, checkpoint, license))
+    print(f"wrote {output}")
