@@ -33,12 +33,12 @@ class MixedDataModule(L.LightningDataModule):
         ValueError: in the constructor or in `setup`, naming the setting to change.
     """
 
-    def __init__(self, parts: list[L.LightningDataModule], shares: list[float] | None = None, seed: int = 0):
+    def __init__(self, parts: list[L.LightningDataModule], shares: list[int | float] | None = None, seed: int = 0):
         super().__init__()
         at_least(0, seed=seed)
         if not parts:
             raise ValueError("parts names no data module: give at least one")
-        shares = [1.0] * len(parts) if shares is None else shares
+        shares = [1] * len(parts) if shares is None else shares
         if len(shares) != len(parts) or min(shares) < 0 or not sum(shares) > 0:
             raise ValueError(
                 f"shares={shares} must be one number for each of the {len(parts)} parts, none below 0 and some above"
@@ -70,17 +70,17 @@ class MixedDataModule(L.LightningDataModule):
         """Yield the part of every training batch from number `batches` on."""
         rng = np.random.default_rng((self.hparams.seed,))
         rng.random(batches)  # a draw a batch
-        ends = self.chances.cumsum()
-        ends[-1] = 1.0
         while True:
-            yield int(np.searchsorted(ends, rng.random(), side="right"))
+            yield int(self.part_of(rng.random(1))[0])
 
     def counts(self, batches: int) -> list[int]:
         """Return how many of the first `batches` training batches are each part's."""
-        ends = self.chances.cumsum()
-        ends[-1] = 1.0
-        drawn = np.searchsorted(ends, np.random.default_rng((self.hparams.seed,)).random(batches), side="right")
+        drawn = self.part_of(np.random.default_rng((self.hparams.seed,)).random(batches))
         return np.bincount(drawn, minlength=len(self.parts)).tolist()
+
+    def part_of(self, draws: np.ndarray) -> np.ndarray:
+        """Return the part that each number in [0, 1) stands for."""
+        return np.searchsorted(self.chances.cumsum()[:-1], draws, side="right")
 
     def batches_of(self, number: int) -> int:
         """Return how many of a part's batches training has used, or its loader was asked for while one starts."""

@@ -125,7 +125,9 @@ class Facts:
                 for paragraph in found[start:]:
                     if room <= 0:
                         return pieces
-                    pieces.append(paragraph[: max(1, room - 1)])
+                    left = room - len(paragraph) - 1
+                    # A single character could not be filled: it would be a line's end alone.
+                    pieces.append(paragraph[:-1] if left == 1 else paragraph[: room - 1])
                     room -= len(pieces[-1]) + 1
             if room == before:
                 raise ValueError(f"the {split} files hold no paragraph of {SHORTEST_PARAGRAPH} characters: give others")
