@@ -73,9 +73,10 @@ def regress_heads(model: HybridMemForCausalLM, batch: Batch, beyond: Bool[Tensor
         with torch.enable_grad():
             mixed, _, _ = mixer.mix(x.detach(), None, replace(sequence, heads=HeadChoice(sources, None)))
             error = relative_errors(mixed.unflatten(2, (mixer.kv_heads, -1)), target, heads, beyond)
-            found = torch.autograd.grad(error.sum() / total, parameters, allow_unused=True)
+            if error.requires_grad:  # else no row is longer than the window
+                found = torch.autograd.grad(error.sum() / total, parameters, allow_unused=True)
+                gradients.update({p: g for p, g in zip(parameters, found, strict=True) if g is not None})
         errors.append(error.detach())
-        gradients.update({p: g for p, g in zip(parameters, found, strict=True) if g is not None})
 
     mixers = {n: model.model.layers[n].mixer for n in fitted}
     handles = [mixer.o_proj.register_forward_pre_hook(partial(note, n)) for n, mixer in mixers.items()]
