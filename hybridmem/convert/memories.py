@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
-from hybridmem.model.heads import HeadMixer
 from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
 
@@ -45,8 +44,7 @@ def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: d
     """
     config = model.config
     sources = every_head(config, head_sources)
-    mixers = [layer.mixer for layer in model.model.layers]
-    assert all(isinstance(mixer, HeadMixer) for mixer in mixers)
+    mixers: list[Any] = [layer.mixer for layer in model.model.layers]
     for name, value in (settings or {}).items():
         if not name.startswith("memory_") or not hasattr(config, name):
             raise ValueError(f"memory={{{name!r}: {value!r}}}: {name} is no setting of HybridMemConfig's memories")

@@ -1,7 +1,7 @@
 """Key–value facts scattered through real text, one of which is asked for.
 
-    Return the canonical form of a path.  The access code of Lisbon is 4821.  Raise OSError if …
-    …  What is the access code of Lisbon?                  answer  The access code of Lisbon is 4821.
+Return the canonical form of a path.  The access code of Lisbon is 4821.  Raise OSError if …
+…  What is the access code of Lisbon?                  answer  The access code of Lisbon is 4821.
 """
 
 import ast

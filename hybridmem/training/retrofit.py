@@ -56,7 +56,8 @@ class RetrofitModule(L.LightningModule):
     predict the base model's next-token distribution. Both count the tokens that window and sinks do not cover. The
     teacher is the model itself with all heads `full`.
 
-    Memories and adapters are float32 in every precision; the base model takes the trainer's (`bf16-true` halves its memory).
+    Memories and adapters are float32 in every precision; the base model takes the trainer's (`bf16-true` halves its
+    memory).
 
     Args:
         base: a Hugging Face folder or name of a supported family, a converted folder, or a checkpoint of an earlier
@@ -227,8 +228,8 @@ class RetrofitModule(L.LightningModule):
         needed, free = trained * STATE_BYTES + logits, available_memory()
         if free is not None and needed > free:
             raise ValueError(
-                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory beside the model and {free / 1e9:.1f} GB are "
-                "free: lower batch_size or sequence_length, or use a machine with more"
+                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory beside the model and {free / 1e9:.1f} GB "
+                "are free: lower batch_size or sequence_length, or use a machine with more"
             )
 
     def check_schedule(self, trainer: L.Trainer) -> None:

@@ -57,7 +57,8 @@ def regress_heads(model: HybridMemForCausalLM, batch: Batch, beyond: Bool[Tensor
     sources = model.config.head_sources
     assert sources is not None
     fitted = [n for n, row in enumerate(sources) if "memory" in row]
-    total = sum(row.count("memory") for row in sources) * model.model.layers[0].mixer.num_key_value_groups
+    config = model.config
+    total = sum(row.count("memory") for row in sources) * config.num_attention_heads // config.num_key_value_heads
     errors: list[Tensor] = []
     gradients: dict[nn.Parameter, Tensor] = {}
     targets: dict[int, Tensor] = {}
@@ -78,7 +79,7 @@ def regress_heads(model: HybridMemForCausalLM, batch: Batch, beyond: Bool[Tensor
                 gradients.update({p: g for p, g in zip(parameters, found, strict=True) if g is not None})
         errors.append(error.detach())
 
-    mixers = {n: model.model.layers[n].mixer for n in fitted}
+    mixers: dict[int, Any] = {n: model.model.layers[n].mixer for n in fitted}
     handles = [mixer.o_proj.register_forward_pre_hook(partial(note, n)) for n, mixer in mixers.items()]
     handles += [mixer.register_forward_hook(partial(fit, n)) for n, mixer in mixers.items()]
     try:
@@ -112,7 +113,7 @@ class KnownGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return the gradients, scaled."""
         return None, None, *(grad.to(g.dtype) * g for g in ctx.gradients)
 

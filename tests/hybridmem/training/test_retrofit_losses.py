@@ -52,8 +52,9 @@ def test_gradients_equal_those_of_the_layers_alone(sources):
     inputs, outputs = {}, {}
     handles = []
     for n, layer in enumerate(model.model.layers):
-        handles.append(layer.mixer.register_forward_pre_hook(lambda _, given, n=n: inputs.update({n: given})))
-        handles.append(layer.mixer.o_proj.register_forward_pre_hook(lambda _, given, n=n: outputs.update({n: given[0]})))
+        mixer = layer.mixer
+        handles.append(mixer.register_forward_pre_hook(lambda _, given, n=n: inputs.update({n: given})))
+        handles.append(mixer.o_proj.register_forward_pre_hook(lambda _, given, n=n: outputs.update({n: given[0]})))
     with torch.no_grad():
         read(model, batch, every_source(model, "full"))
     for handle in handles:
