@@ -14,6 +14,7 @@ from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.retrofit_losses import beyond_window
 from tests.hybridmem.convert.bases import base_model
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
+from tests.several import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SPECIAL = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
@@ -140,6 +141,18 @@ def kl_beyond(checkpoint, base, folder):
     ids = torch.tensor([list(text) for text in texts])
     logs, wanted = (net(ids).logits[:, 10:].float().log_softmax(-1) for net in (model, other))
     return float((wanted.exp() * (wanted - logs)).sum(-1).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["regression", "kl"])
+def test_two_processes_train_together(base, tmp_path, stage):
+    options = dict(trainer__strategy="ddp", trainer__devices=2, model__init_args__stage=stage)
+    fit(2, "--config", config(tmp_path, base, **options))
+    before, after = weights(ckpt(tmp_path, 1)), weights(ckpt(tmp_path, 6))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert changed <= set(memories(before))
+    assert len(logged(tmp_path, "val/recovered")) == 2
 
 
 def module_and_batch(base, tmp_path, **options):
