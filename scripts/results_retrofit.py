@@ -1,11 +1,11 @@
-"""Retrofit SmolLM2 and measure what its memories recover: nats beyond the window, exact answers, bytes and time.
+"""Retrofit SmolLM2 and measure their share of the gap: nats beyond the window, exact answers, bytes and time.
 
     python scripts/results_retrofit.py train --base BASE [--cells plain,depth 2] [--seeds 0,1,2] [--steps 300]
     python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/results_retrofit.json [--ways full]
     python scripts/results_retrofit.py curve --run FOLDER          validation by step, from a run's log
 
 `train` runs configs/retrofit/smollm2.yaml with the changes of each cell, one run after another; a run that stopped goes
-on, a finished one is not run again. `measure` adds to its output what it measures, under the name of the checkpoint.
+on, a finished one is not run again. `measure` adds its figures to the output, under the name of the checkpoint.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write(path: Path, name: str, found: dict[str, Any]) -> None:
-    """Put figures in a JSON file, beside those of other checkpoints."""
+    """Put figures in a JSON file, under a name; other names stay."""
     held = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(held | {name: found}, indent=2) + "\n")
 

@@ -12,7 +12,7 @@ Sources = str | list[list[str]]
 
 
 def every_head(config: HybridMemConfig, source: Sources) -> list[list[str]]:
-    """Return the sources of all layers; a name stands for all heads.
+    """Return the sources of all layers; a single name applies to all heads.
 
     Raises:
         ValueError: an unknown name, a list of the wrong shape, or a layer that is not `mah`.

@@ -22,7 +22,7 @@ class MixedDataModule(L.LightningDataModule):
     counts its own batches. So a resumed run goes on with the very batch that would have been next. The mixture has no
     end: say how long to train with the trainer's `max_steps`, or how long an epoch is with `limit_train_batches`.
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, those of all parts.
+    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, which all parts share.
 
     Args:
         parts: data modules with the same tokenizer.
@@ -79,7 +79,7 @@ class MixedDataModule(L.LightningDataModule):
         return np.bincount(drawn, minlength=len(self.parts)).tolist()
 
     def part_of(self, draws: np.ndarray) -> np.ndarray:
-        """Return the part that each number in [0, 1) stands for."""
+        """Map numbers in [0, 1) to parts, by their shares."""
         return np.searchsorted(self.chances.cumsum()[:-1], draws, side="right")
 
     def batches_of(self, number: int) -> int:
@@ -88,7 +88,7 @@ class MixedDataModule(L.LightningDataModule):
         return counts[number]
 
     def train_dataloader(self) -> "MixedLoader":
-        """Return the endless sequence of training batches from where the run stands."""
+        """Return the endless sequence of training batches from the run's position on."""
         self.check_length()
         return MixedLoader(self, [part.train_dataloader() for part in self.parts])
 
@@ -105,7 +105,7 @@ class MixedDataModule(L.LightningDataModule):
 
     @contextmanager
     def starting(self, fetched: list[int]) -> Iterator[None]:
-        """Let the parts count what was fetched, not what was trained, inside the context."""
+        """Let the parts count fetched batches in place of trained ones, inside the context."""
         self.fetched = fetched
         try:
             yield
@@ -129,7 +129,7 @@ class MixedDataModule(L.LightningDataModule):
         return {"parts": [part.state_dict() for part in self.parts], "mixture": self.mixture()}
 
     def mixture(self) -> dict[str, Any]:
-        """Return what the order of the parts follows from."""
+        """Return the settings that fix the order of the parts."""
         return {"chances": self.chances.tolist(), "seed": self.hparams.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

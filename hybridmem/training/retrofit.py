@@ -64,8 +64,8 @@ class RetrofitModule(L.LightningModule):
             stage.
         stage: `regression` or `kl`.
         head_sources: the source of all heads, or a list of sources for each layer and KV head.
-        attention_window, num_sink_tokens: of heads that do not read everything. None: those of a converted base, else
-            256 and 4.
+        attention_window, num_sink_tokens: of heads that do not read everything. None: a converted base keeps its own,
+            others get 256 and 4.
         memory: settings of new memories, as HybridMemConfig names them, such as {memory_depth: 2}.
         frozen: patterns of memory parameters that are not trained, such as "q_map.*", for ablations.
         lora: settings of PEFT's LoraConfig, for stage `kl`; by default on q, k, v and o. None: the memories alone are
@@ -110,7 +110,7 @@ class RetrofitModule(L.LightningModule):
 
     @property
     def has_started(self) -> bool:
-        """Whether a training batch was begun: what fails earlier is a matter of settings."""
+        """Whether a training batch was begun. Earlier failures are a matter of settings."""
         return self._batch_started > 0
 
     @property
@@ -132,6 +132,8 @@ class RetrofitModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the base model once, give it memories, and freeze all else."""
+        if self.device_mesh is not None:
+            raise ValueError("RetrofitModule needs whole weights on every device: set trainer.strategy to auto or ddp")
         if self.model is not None:
             return
         try:
@@ -222,13 +224,13 @@ class RetrofitModule(L.LightningModule):
         self._check_memory(tokens)
 
     def _check_memory(self, tokens: int) -> None:
-        """Raise a ValueError when optimiser and logits would not fit beside the model."""
+        """Raise a ValueError when optimiser and logits would not fit next to the model."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         logits = tokens * self.config.vocab_size * LOGIT_BYTES if self.stage == "kl" else 0
         needed, free = trained * STATE_BYTES + logits, available_memory()
         if free is not None and needed > free:
             raise ValueError(
-                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory beside the model and {free / 1e9:.1f} GB "
+                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory in addition to the model, and {free / 1e9:.1f} GB "
                 "are free: lower batch_size or sequence_length, or use a machine with more"
             )
 
@@ -296,8 +298,16 @@ class RetrofitModule(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log what validation logs."""
+        """Log the same figures as validation."""
         self.on_validation_epoch_end()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Refuse.
+
+        Raises:
+            ValueError: always; an exported model predicts.
+        """
+        raise ValueError("RetrofitModule predicts nothing: export the checkpoint, or validate it")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return one optimiser of all trained parameters and the schedule that steps with it."""
@@ -309,7 +319,7 @@ class RetrofitModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, the tokenizer and what the model card says."""
+        """Add the configuration, the tokenizer and the facts for the model card."""
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["hybridmem_config"] = self.config.to_dict()
         checkpoint["lora"] = self.lora
@@ -329,7 +339,7 @@ def _is_ours(base: str) -> bool:
     try:
         return AutoConfig.from_pretrained(base).model_type == HybridMemConfig.model_type
     except (OSError, ValueError, KeyError):
-        return False  # the conversion says what is wrong
+        return False  # the conversion explains the error
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:

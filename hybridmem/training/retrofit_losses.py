@@ -108,7 +108,7 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        """Return the loss; `gradients` are those of `parameters`."""
+        """Return the loss; each of `gradients` belongs to one of `parameters`."""
         ctx.gradients = gradients
         return loss.clone()
 

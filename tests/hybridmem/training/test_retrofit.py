@@ -252,7 +252,7 @@ def test_another_tokenizer_and_too_little_memory(base, tmp_path, monkeypatch, ca
     other.save_pretrained(tmp_path / "other")
     for tokenizer, free, message in (
         (tmp_path / "other", None, "is not that of base="),
-        (base, 1000, "stage=regression needs 0.0 GB of memory beside the model"),
+        (base, 1000, "stage=regression needs 0.0 GB of memory in addition to the model"),
     ):
         settings["data"]["init_args"]["tokenizer"] = str(tokenizer)
         path.write_text(yaml.safe_dump(settings))
