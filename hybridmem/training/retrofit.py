@@ -230,8 +230,8 @@ class RetrofitModule(L.LightningModule):
         needed, free = trained * STATE_BYTES + logits, available_memory()
         if free is not None and needed > free:
             raise ValueError(
-                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory in addition to the model, and {free / 1e9:.1f} GB "
-                "are free: lower batch_size or sequence_length, or use a machine with more"
+                f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory in addition to the model, and "
+                f"{free / 1e9:.1f} GB are free: lower batch_size or sequence_length, or use a machine with more"
             )
 
     def check_schedule(self, trainer: L.Trainer) -> None:
