@@ -1,7 +1,10 @@
 """Key–value facts scattered through real text, one of which is asked for.
 
-Return the canonical form of a path.  The access code of Lisbon is 4821.  Raise OSError if …
-…  What is the access code of Lisbon?                  answer  The access code of Lisbon is 4821.
+Return the canonical form of a path.
+The access code of Lisbon is 4821.
+Raise OSError if …
+
+What is the access code of Lisbon?                    answer  The access code of Lisbon is 4821.
 """
 
 import ast
@@ -31,19 +34,17 @@ SHORTEST_PARAGRAPH = 20  # characters; shorter ones are headings and remains
 
 
 class Facts:
-    """Facts of the form "The access code of Lisbon is 4821." between paragraphs of text, then a question about one.
+    """Facts such as "The access code of Lisbon is 4821." between paragraphs of text, then a question about one.
 
-    The answer is the fact, word for word: instruct models answer in this form by themselves.
-
-    The asked fact is as likely to stand in any place as any other. Whole files are held out for validation; an
-    example's text comes from one file or, where that is too short, from several. Of .py files the docstrings are
-    the text, of other files all of it.
+    The answer is the fact, word for word: instruct models answer in this form by themselves. Each fact is equally
+    likely to be asked for. Whole files are held out for validation. An example's text comes from one file, or from
+    several if that is too short: the docstrings of .py files, and all of other files.
 
     The column `distance` is the number of characters from the end of the asked fact to the end of the prompt.
 
     Args:
-        length: characters of the prompt, question included; of the standard library's docstrings SmolLM2's tokenizer
-            makes about one token of four characters. The prompt is cut at a paragraph's end or within the last one.
+        length: characters of the prompt, question included. In the standard library's docstrings, a token of SmolLM2
+            has about four characters.
         num_facts: facts in a prompt.
         digits: of each value.
         path: a folder of text files; without one, the standard library of the running Python.
