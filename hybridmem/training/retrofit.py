@@ -26,7 +26,7 @@ from hybridmem.training.checkpoints.contents import (
     name_optimizer_states,
     tokenizer_of_policy,
 )
-from hybridmem.training.checkpoints.model_card import training_facts
+from hybridmem.training.checkpoints.model_card import public, training_facts
 
 from .errors import named
 from .optimizers import OptimizerFactory
@@ -325,7 +325,9 @@ class RetrofitModule(L.LightningModule):
         checkpoint["lora"] = self.lora
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
         name_optimizer_states(checkpoint, self, self.trainer.optimizers)
-        checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, f"retrofit, stage {self.stage}")
+        facts = training_facts(data, self.trainer.callback_metrics, f"retrofit, stage {self.stage}")
+        facts["data"] |= {"base model": public(self.base)}
+        checkpoint["facts"] = facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint."""

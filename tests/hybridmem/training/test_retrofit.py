@@ -89,7 +89,9 @@ def test_regression(base, tmp_path, monkeypatch):
     for name, tensor in memories(after).items():
         assert model.state_dict()[name.removeprefix("model.")].equal(tensor)
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").get_vocab() == byte_tokenizer().get_vocab()
-    assert "retrofit, stage regression" in (tmp_path / "exported" / "README.md").read_text()
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "retrofit, stage regression" in card
+    assert f"base model | {base.name} |" in card
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
