@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 
+from hybridmem.data import byte_tokenizer
 from hybridmem.training.checkpoints.contents import load_policy
+from tests.hybridmem.convert.bases import base_model
 from tests.hybridmem.data.vision_models import tiny_processor, write_vision_model
 from tests.hybridmem.sandbox.isolation import needs_sandbox
 from tests.hybridmem.training.runs import hybridmem, write_text
@@ -16,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 GRIDS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
 COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare")]
-PRETRAINING = [path for path in COMPLETE if path.parent.name != "rl"]
+PRETRAINING = [path for path in COMPLETE if path.parent.name not in ("rl", "retrofit")]
+RETROFITS = sorted((ROOT / "configs" / "retrofit").glob("*.yaml"))
 WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
 VISION = ROOT / "configs" / "rl" / "visual_search_qwen.yaml"
 OVERLAYS = [path for path in CONFIGS if path.parent.name == "overlays"]
@@ -101,6 +104,28 @@ def as_arguments(options: dict[str, object]) -> list[str]:
 def test_takes_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
     hybridmem(monkeypatch, "fit", "--config", path, *tiny_run(path, tmp_path))
     assert (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("path", RETROFITS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_retrofits_take_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
+    special = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
+    base_model("llama tied", dtype=torch.float32, vocab_size=259, **special).save_pretrained(tmp_path / "base")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{{ '\n' }}"
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"] |= dict(max_steps=3, val_check_interval=3, default_root_dir=str(tmp_path / "run"))
+    settings["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 3
+    module = settings["model"]["init_args"]
+    module |= dict(base=str(tmp_path / "base"), attention_window=8)
+    module["lr_scheduler"]["init_args"]["warmup_steps"] = 1
+    text, task = (part["init_args"] for part in settings["data"]["init_args"]["parts"])
+    text |= dict(tokenizer=module["base"], path=str(write_text(tmp_path / "text")), pattern="*.txt", sequence_length=32)
+    text |= dict(val_fraction=0.2)
+    task |= dict(tokenizer=module["base"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    hybridmem(monkeypatch, "fit", "--config", tmp_path / "config.yaml")
+    assert (tmp_path / "run" / "step=3.ckpt").exists()
 
 
 def goes_on_from(warm_up: Path) -> list[Path]:

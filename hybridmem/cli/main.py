@@ -31,6 +31,7 @@ from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy,
 from hybridmem.training.errors import SettingsError, StoppedError, named
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.pretrain import PretrainModule
+from hybridmem.training.retrofit import RetrofitModule
 from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 
 from .compare import compare
@@ -42,7 +43,7 @@ from .parsing import CommandParser, TrainingParser, one_line, refuse_null_argume
 from .report import report
 from .subnetwork import subnetwork
 
-Trained = PretrainModule | PolicyModule
+Trained = PretrainModule | PolicyModule | RetrofitModule
 COMMANDS = {
     "convert": convert,
     "export": export,
@@ -90,6 +91,9 @@ class ProcessLost(Exception):
 
 class HybridMemCLI(LightningCLI):
     """LightningCLI that checks settings, data and checkpoint before it starts to work."""
+
+    def _add_instantiators(self) -> None:
+        """Let data modules save their own arguments: Lightning would give a mixture's to each of its parts."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the configuration."""
@@ -204,7 +208,7 @@ class HybridMemCLI(LightningCLI):
         if path and path not in ("last", "best", "hpc", "registry"):
             rank, size = self.trainer.global_rank, self.trainer.world_size
             checkpoint = load_checkpoint(path, weights=False, rank=rank, size=size)
-            if isinstance(self.model, PretrainModule):
+            if isinstance(self.model, PretrainModule | RetrofitModule):
                 check_same_model(self.model.config, checkpoint)
 
     def _check_strategy(self, ckpt_path: Any) -> None:

@@ -4,6 +4,7 @@ from hybridmem.rl.rollouts.prompts import Prompt
 
 from .corpora import Document, list_documents, standard_library_files
 from .hub import HubDataModule
+from .mixed_module import MixedDataModule
 from .order import EndlessSampler
 from .packing import ContinuousRows, PackedRows
 from .task_module import TaskDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "Document",
     "EndlessSampler",
     "HubDataModule",
+    "MixedDataModule",
     "PackedRows",
     "Prompt",
     "TaskDataModule",

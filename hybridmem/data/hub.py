@@ -15,7 +15,7 @@ from .packing import PackedRows
 from .streaming import RowStream, StreamLoader, digest, read_records, texts_of, tokenize_texts
 from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import Corpus, document_marks
-from .trainer_state import batches_trained, is_training, share_of
+from .trainer_state import batches_used, is_training, share_of
 
 # What `datasets` reads by format: without files it would look for some in all folders below the current one.
 FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml"}
@@ -146,7 +146,7 @@ class HubDataModule(L.LightningDataModule):
                 self.train_stream(),
                 self.hparams.batch_size,
                 num_workers=self.hparams.num_workers,
-                position=lambda: batches_trained(self.trainer),
+                position=lambda: batches_used(self),
                 places=self.resumed_places(),
             )
         return self.train_loader

@@ -19,9 +19,10 @@ from .order import EndlessSampler, ResumableLoader, start_of_data, whole_steps
 from .packing import IGNORED, PADDING, Row
 from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import document_marks
-from .trainer_state import batches_of_steps, batches_trained, is_training, share_of
+from .trainer_state import batches_of_steps, batches_used, is_training, share_of
 from .vision import load_processor, vision_prompt
 
+MESSAGE = "0123456789abcdef"  # where a chat template puts the user's message
 FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
 Example = dict[str, Any]
 
@@ -59,6 +60,7 @@ class TaskDataModule(L.LightningDataModule):
             know, so that the accuracy of answers leaves their end out.
         observation_format: what stands around {}, the answer of an environment, between two turns; for a chat model
             its template's marks.
+        chat_template: write prompts by the tokenizer's chat template, as a user's message that the model answers.
         num_workers: processes that make examples; 0 makes them in the training process.
 
     Raises:
@@ -78,6 +80,7 @@ class TaskDataModule(L.LightningDataModule):
         max_prompt_length: int | None = None,
         train_on_prompt: bool = False,
         observation_format: str = "\n{}\n",
+        chat_template: bool = False,
         num_workers: int = 0,
     ):
         super().__init__()
@@ -91,6 +94,8 @@ class TaskDataModule(L.LightningDataModule):
             raise ValueError(
                 f"observation_format={observation_format!r} must hold {{}} once, where the observation goes"
             )
+        if processor is not None and chat_template:
+            raise ValueError("processor writes prompts by its own chat template: set chat_template to false")
         if processor is not None and mode != "prompts":
             raise ValueError("processor writes prompts to be answered: set mode to prompts")
         self.save_hyperparameters(ignore=["task"], logger=False)  # checkpoints hold plain values alone
@@ -105,6 +110,11 @@ class TaskDataModule(L.LightningDataModule):
             return
         if self.hparams.processor is None:
             self.tokenizer = load_tokenizer(self.hparams.tokenizer)
+            if self.hparams.chat_template and self.tokenizer.chat_template is None:
+                raise ValueError(
+                    f"chat_template=true but tokenizer={self.hparams.tokenizer!r} has none: set it to false, or take "
+                    "an instruct model's tokenizer"
+                )
         else:
             self.processor = load_processor(self.hparams.processor)
             self.tokenizer = self.processor.tokenizer
@@ -136,6 +146,8 @@ class TaskDataModule(L.LightningDataModule):
         assert self.tokenizer is not None
         if self.processor is not None:
             prompt = vision_prompt(self.processor, example["prompt"], example.get("images"))
+        elif self.hparams.chat_template:
+            prompt = Prompt(chat_tokens(self.tokenizer, example["prompt"]), example.get("images"))
         else:
             tokens = self.tokenizer(example["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
             prompt = Prompt(tokens, example.get("images"))
@@ -201,6 +213,8 @@ class TaskDataModule(L.LightningDataModule):
         """The answer's tokens as they follow the prompt's, without the space that some tokenizers begin with."""
         assert self.tokenizer is not None
         options = dict(split_special_tokens=True, verbose=False)
+        if self.hparams.chat_template:
+            return self.tokenizer(example["answer"], add_special_tokens=False, **options)["input_ids"]
         whole = self.tokenizer(example["prompt"] + example["answer"], **options)["input_ids"]
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
@@ -277,7 +291,7 @@ class TaskDataModule(L.LightningDataModule):
     def rows_read(self) -> int:
         """How many examples of the endless sequence training has used, over all processes."""
         _, processes = share_of(self.trainer)
-        batches = batches_trained(self.trainer) - self.resumed["batches"]
+        batches = batches_used(self) - self.resumed["batches"]
         return self.resumed["rows"] + batches * self.hparams.batch_size * processes
 
     def sequence(self) -> dict[str, int | str]:
@@ -300,12 +314,27 @@ class TaskDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How much of which sequence was used. It goes on with another batch size or number of processes."""
-        return {"rows": self.rows_read(), "batches": batches_trained(self.trainer), "sequence": self.sequence()}
+        return {"rows": self.rows_read(), "batches": batches_used(self), "sequence": self.sequence()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint's run ended, if this one trains."""
         if is_training(self.trainer):
             self.resumed = state
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """Return a user's message in the tokenizer's chat template, up to where the model answers.
+
+    Special tokens in the message itself are text.
+    """
+    chat = [{"role": "user", "content": MESSAGE}]
+    written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, _, after = written.partition(MESSAGE)
+    return [
+        token
+        for text, plain in ((before, False), (message, True), (after, False))
+        for token in tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]
+    ]
 
 
 class TaskRows(Dataset[Example]):

@@ -15,7 +15,7 @@ from .order import EndlessSampler, ResumableLoader, ordered_loader, start_of_dat
 from .packing import ContinuousRows, PackedRows
 from .tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
 from .tokens import Corpus, document_marks, tokenize
-from .trainer_state import batches_of_steps, batches_trained, is_training, share_of
+from .trainer_state import batches_of_steps, batches_used, is_training, share_of
 
 
 class TextDataModule(L.LightningDataModule):
@@ -227,7 +227,7 @@ class TextDataModule(L.LightningDataModule):
     def rows_read(self) -> int:
         """How many rows of the endless sequence training has used, over all processes."""
         _, processes = share_of(self.trainer)
-        batches = batches_trained(self.trainer) - self.resumed["batches"]
+        batches = batches_used(self) - self.resumed["batches"]
         return self.resumed["rows"] + batches * self.hparams.batch_size * processes
 
     def sequence(self, rows: PackedRows | ContinuousRows) -> dict[str, int | str]:
@@ -257,7 +257,7 @@ class TextDataModule(L.LightningDataModule):
             return {}
         return {
             "rows": self.rows_read(),
-            "batches": batches_trained(self.trainer),
+            "batches": batches_used(self),
             "sequence": self.sequence(self.train_rows()),
         }
 

@@ -1,14 +1,21 @@
 """What the data modules ask of their trainer."""
 
 import math
+from collections.abc import Callable
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def batches_trained(trainer: L.Trainer | None) -> int:
-    """Batches that training has used since its first start, through all resumes: Lightning's own count."""
+    """Return how many batches training has used since its first start, through all resumes: Lightning's own count."""
     return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def batches_used(data: L.LightningDataModule) -> int:
+    """Return how many of a data module's batches training has used: a part's share of them in a MixedDataModule."""
+    count: Callable[[], int] | None = getattr(data, "count_batches", None)
+    return batches_trained(data.trainer) if count is None else count()
 
 
 def share_of(trainer: L.Trainer | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .float64 import Float64Metric
+from .mean import RunningMean
 
 
 class BitsPerByte(Float64Metric):
@@ -35,6 +36,14 @@ class BitsPerByte(Float64Metric):
     def compute(self) -> Float[Tensor, ""]:
         """Bits per byte; NaN before any byte was seen."""
         return self.nats / self.bytes / math.log(2)
+
+
+class NatsPerToken(RunningMean):
+    """Negative log-likelihood per predicted token, in nats; nan before any token was seen."""
+
+    def update(self, nats: Float[Tensor, " *shape"]) -> None:
+        """Add predicted tokens' negative log-likelihoods."""
+        self.add(nats)
 
 
 class LossByPosition(Float64Metric):

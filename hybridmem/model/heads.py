@@ -137,6 +137,13 @@ class HeadMixer(nn.Module):
         Raises:
             ValueError: a head reads a memory that the layer lacks, or the state is of other sources.
         """
+        mixed, state, weights = self.mix(x, state, sequence)
+        return self.o_proj(mixed.flatten(-2)), state, weights
+
+    def mix(
+        self, x: Hidden, state: HeadsState | None, sequence: TokenSequence
+    ) -> tuple[Float[Tensor, "batch time heads dim"], HeadsState, Tensor | None]:
+        """Return what `forward` returns, with the heads' outputs before their projection."""
         groups, share, code = self._choice(sequence.heads, len(x))
         state = self._checked(state, code)
         rows = sequence.memo.setdefault("rows", None) or Rows(sequence)
@@ -157,7 +164,7 @@ class HeadMixer(nn.Module):
         if share is not None and groups.local:
             outputs = self._blend(outputs, groups, share)
             groups = groups._replace(full=[head for head in groups.full if head not in groups.local])
-        return self.o_proj(self._join(outputs, groups).flatten(-2)), state, None if groups.local else weights
+        return self._join(outputs, groups), state, None if groups.local else weights
 
     def project(self, x: Hidden, sequence: TokenSequence) -> HeadTokens:
         """Return queries, keys and values, before and after the rotary embedding."""

@@ -344,7 +344,7 @@ class HeadMemory(nn.Module):
             state: what earlier calls left.
         """
         heads = [head * self.groups + n for head in kv_heads for n in range(self.groups)]
-        found = memory_gates(self.config, self.gate_proj(x), self.eta_logit)
+        found = memory_gates(self.config, _project(self.gate_proj, x), self.eta_logit)
         gates = torch.stack([pick(gate, heads) for gate in found], dim=-1)
         scan: MemoryState | MemoryMLPState | None = None
         document = torch.full((len(x),), NO_DOCUMENT, device=x.device)
@@ -362,7 +362,7 @@ class HeadMemory(nn.Module):
     ) -> Tensor:
         """Weigh the window by its modelled share of the attention mass, which is 1 while the memory is empty."""
         start = plan.first_write
-        logits = pick(self.mixing_gate(x[:, start:]).to(mass.dtype), heads, 2)
+        logits = pick(_project(self.mixing_gate, x[:, start:]).to(mass.dtype), heads, 2)
         share = torch.sigmoid(logits + pick(self.window_mass, heads, 0).to(mass.dtype) * mass[:, start:])
         if plan.written is not None:
             share = share.where(plan.written[..., None], 1)
@@ -421,6 +421,11 @@ class HeadMemory(nn.Module):
     def _repeat(self, x: Tensor) -> Tensor:
         """Give each query head its KV head."""
         return x.repeat_interleave(self.groups, dim=1)
+
+
+def _project(linear: nn.Linear, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
+    """Project in the layer's dtype: memories may be more precise than the model around them."""
+    return linear(x.to(linear.weight.dtype))
 
 
 def pick(x: Tensor, wanted: Sequence[int], dim: int = 1) -> Tensor:

@@ -1,5 +1,6 @@
 """Tasks whose answers can be checked."""
 
+from .facts import Facts
 from .identifier import Identifier
 from .needle import NeedleRows
 from .product_search import ProductSearch
@@ -13,6 +14,7 @@ from .visual_search import VisualSearch
 from .workspace import Workspace
 
 __all__ = [
+    "Facts",
     "Identifier",
     "NeedleRows",
     "ProductSearch",

@@ -18,6 +18,7 @@ from .checkpoints.durable import DurableCheckpointIO
 from .optimizers import MatrixOptimizer, decay_groups
 from .policy.module import PolicyModule
 from .pretrain import PretrainModule
+from .retrofit import RetrofitModule
 from .schedules import WarmupCosine, WarmupStableDecay
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "PretrainModule",
     "RandomState",
     "RankingScores",
+    "RetrofitModule",
     "ServedRollouts",
     "SubnetworkMask",
     "WarmupCosine",

@@ -370,3 +370,34 @@ class TestCommandLine:
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("hybridmem: error: ")
         assert re.search(re.escape(message), last)
+
+
+TEMPLATE = "{% for m in messages %}<|bos|>{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}{{ '<|bos|>assistant:' }}"
+
+
+def chat_tokenizer(folder: Path) -> str:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_chat_template(tmp_path):
+    name = chat_tokenizer(tmp_path)
+    module = data(tokenizer=name, chat_template=True)
+    example = {"prompt": "Say <|eos|> twice", "answer": "no"}
+    prompt = module.prompt(example).tokens
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.decode(prompt) == "<|bos|>user\nSay <|eos|> twice<|eos|>\n<|bos|>assistant:"
+    assert prompt.count(EOS) == 1, "special tokens in the message are text"
+    row = module.row(prompt, example)
+    labels = row["shift_labels"]
+    assert labels[labels != IGNORED].tolist() == [*b"no", EOS]
+    assert row["input_ids"].tolist() == [*prompt, *b"no"]
+
+
+def test_chat_template_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="chat_template=true but tokenizer='bytes' has none"):
+        data(chat_template=True)
+    with pytest.raises(ValueError, match="set chat_template to false"):
+        TaskDataModule(Words(), mode="prompts", processor="somewhere", chat_template=True)

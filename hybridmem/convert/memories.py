@@ -1,0 +1,65 @@
+"""Memories for converted models."""
+
+from typing import Any
+
+import torch
+
+from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
+from hybridmem.model.memory import HeadMemory
+from hybridmem.model.modeling import HybridMemForCausalLM
+
+Sources = str | list[list[str]]
+
+
+def every_head(config: HybridMemConfig, source: Sources) -> list[list[str]]:
+    """Return the sources of all layers; a single name applies to all heads.
+
+    Raises:
+        ValueError: an unknown name, a list of the wrong shape, or a layer that is not `mah`.
+    """
+    others = sorted(set(config.layer_types or ()) - {"mah"})
+    if others:
+        raise ValueError(f"layer_types holds {', '.join(others)}: memories need a converted model, all of mah")
+    if isinstance(source, str):
+        if source not in HEAD_SOURCES:
+            raise ValueError(f"head_sources={source!r} is unknown: choose one of {', '.join(HEAD_SOURCES)}")
+        source = [[source] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
+    check_head_sources(source, config)
+    return [list(row) for row in source]
+
+
+def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: dict[str, Any] | None = None) -> None:
+    """Let heads of a converted model read these sources, and give layers the memories that they lack.
+
+    New memories are float32 and start near the plain window; existing ones stay as they are.
+
+    Args:
+        model: a converted model.
+        head_sources: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head.
+        settings: of the memories, as HybridMemConfig names them, such as {"memory_depth": 2}.
+
+    Raises:
+        ValueError: sources of the wrong shape, a setting that is none of a memory's, or another setting than that of
+            the memories that the model has.
+    """
+    config = model.config
+    sources = every_head(config, head_sources)
+    mixers: list[Any] = [layer.mixer for layer in model.model.layers]
+    for name, value in (settings or {}).items():
+        if not name.startswith("memory_") or not hasattr(config, name):
+            raise ValueError(f"memory={{{name!r}: {value!r}}}: {name} is no setting of HybridMemConfig's memories")
+        if getattr(config, name) != value and any(mixer.memory is not None for mixer in mixers):
+            raise ValueError(
+                f"memory={{{name!r}: {value!r}}}: the model's memories have {name}={getattr(config, name)!r}; leave it "
+                "out, or start from the base model"
+            )
+        setattr(config, name, value)
+    config.validate()
+    model.set_head_sources(sources)
+    for number, (mixer, row) in enumerate(zip(mixers, sources, strict=True)):
+        if "memory" in row and mixer.memory is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(number)
+                memory = HeadMemory(config)
+                memory.initialize()
+            mixer.memory = memory.to(mixer.q_proj.weight.device)
