@@ -378,11 +378,12 @@ def _mask_for(implementation: str, seen: Bool[Tensor, "rows 1 queries keys"], q:
         return torch.zeros((), dtype=q.dtype, device=q.device).where(seen, torch.finfo(q.dtype).min)
     if implementation == "flex_attention":
         rows = len(seen)
-
-        def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return seen[row if rows > 1 else 0, 0, query, key]
-
         return create_block_mask(
-            visible, rows if rows > 1 else None, None, seen.shape[2], seen.shape[3], device=q.device
+            lambda row, _, query, key: seen[row if rows > 1 else 0, 0, query, key],  # its signature is inspected
+            rows if rows > 1 else None,
+            None,
+            seen.shape[2],
+            seen.shape[3],
+            device=q.device,
         )
     return seen
