@@ -1,7 +1,9 @@
 """A look answers as the policy does, records what it attends to then, and leaves no trace."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import lightning as L
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def policy(variant="mag", task=None, **changes):
     sampling = Sampling(max_completion_length=5)
     module.worker = RolloutWorker(own, module.objectives, rewards, LocalSampler(), None, 8, sampling, 0, module.meter)
     precision = SimpleNamespace(forward_context=torch.no_grad)
-    module._trainer = SimpleNamespace(precision_plugin=precision, global_rank=0)
+    module._trainer = Mock(spec=L.Trainer, precision_plugin=precision, global_rank=0)
     return module
 
 
