@@ -423,7 +423,7 @@ class HeadMemory(nn.Module):
         return x.repeat_interleave(self.groups, dim=1)
 
 
-def _project(linear: nn.Linear, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
+def _project(linear: Any, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
     """Project in the layer's dtype: memories may be more precise than the model around them."""
     return linear(x.to(linear.weight.dtype))
 

@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from hybridmem.cli.consolidate import consolidate
 from hybridmem.data import TaskDataModule, TextDataModule
 from hybridmem.model.state import detach_state
 from hybridmem.tasks.task import Split
 from hybridmem.training import PretrainModule, RandomState, WarmupCosine
 from hybridmem.training.accumulation import Accumulation, check_epochs
-from hybridmem.training.checkpoints.contents import consolidate, load_checkpoint
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from tests.hybridmem.models import tiny_config
 from tests.hybridmem.training.policy.test_several import SHARDED
 from tests.hybridmem.training.runs import hybridmem, logged, write_config, write_text
