@@ -43,6 +43,8 @@ def convolve(
     sequence: TokenSequence,
 ) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
     """`ShortConvolution` as a function of its weight."""
+    if sequence.decodes and state is not None:
+        return _convolve_token(x, weight, state, sequence)
     batch, time, channels = x.shape
     now, mask, compaction = sequence.document_ids, sequence.mask, sequence.compaction
     if now is None and mask is not None:
@@ -66,7 +68,25 @@ def convolve(
     kept = end + torch.arange(taps, device=x.device)
     new_tail = extended.gather(1, kept[..., None].expand(-1, -1, channels))
     out = out if compaction is None else compaction.restore(out)
-    return out, ConvolutionState(new_tail, None if documents is None else documents.gather(1, kept))
+    if documents is None:
+        return out, ConvolutionState(new_tail, None)
+    of_tail = documents.gather(1, kept)
+    # No later token sees those of another document than the last one: as zeros, they need no mask in decoding.
+    return out, ConvolutionState(new_tail * (of_tail == of_tail[:, -1:])[..., None], of_tail)
+
+
+def _convolve_token(
+    x: Float[Tensor, "batch 1 channels"],
+    weight: Float[Tensor, "channels kernel"],
+    state: ConvolutionState,
+    sequence: TokenSequence,
+) -> tuple[Float[Tensor, "batch 1 channels"], ConvolutionState]:
+    """Convolve a token that continues the document of the tail."""
+    extended, documents = torch.cat((state.tail.to(x.dtype), x), dim=1), state.document_ids
+    if sequence.document_ids is not None:
+        before = torch.zeros_like(extended[:, 1:, 0], dtype=torch.long) if documents is None else documents
+        documents = torch.cat((before, sequence.document_ids), dim=1)[:, 1:]
+    return causal_convolution(extended, weight), ConvolutionState(extended[:, 1:], documents)
 
 
 def _extended_documents(

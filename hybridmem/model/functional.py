@@ -32,6 +32,8 @@ def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: 
     if x.is_cuda or torch.compiler.is_compiling():
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _normalized(x, weight, 1 / x.shape[-1], eps)[0]
     return _Normalize.apply(x, weight, 1 / x.shape[-1], eps)
 
 
@@ -40,6 +42,8 @@ def l2_normalize(x: Float[Tensor, "*lead dim"], eps: float = 1e-6) -> Float[Tens
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _normalized(x, None, 1.0, eps)[0]
     return _Normalize.apply(x, None, 1.0, eps)
 
 
@@ -47,11 +51,25 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast would round the sums inside a function that says itself what precision it works in."""
 
     @wraps(method)
-    def precise(ctx: Any, x: Tensor, *others: Any) -> Any:
+    def precise(*arguments: Any) -> Any:
+        x = arguments[0] if isinstance(arguments[0], Tensor) else arguments[1]  # after an autograd function's ctx
+        if not torch.is_autocast_enabled(x.device.type):  # entering the context takes as long as a small norm
+            return method(*arguments)
         with torch.autocast(x.device.type, enabled=False):
-            return method(ctx, x, *others)
+            return method(*arguments)
 
     return precise
+
+
+@_without_autocast
+def _normalized(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x · weight / sqrt(scale · sum(x²) + eps), and the factor of each row."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.linalg.vecdot(wide, wide).mul_(scale).add_(eps).rsqrt_().unsqueeze(-1)
+    out = wide * inverse
+    if weight is not None:
+        out *= weight
+    return out.to(x.dtype), inverse
 
 
 class _Normalize(torch.autograd.Function):
@@ -60,14 +78,10 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.linalg.vecdot(wide, wide).mul_(scale).add_(eps).rsqrt_().unsqueeze(-1)
-        out = wide * inverse
-        if weight is not None:
-            out *= weight
+        out, inverse = _normalized(x, weight, scale, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.scale = scale
-        return out.to(x.dtype)
+        return out
 
     @staticmethod
     @_without_autocast
@@ -106,7 +120,19 @@ def causal_convolution(
         if same_document is not None:
             terms = (term * same_document[..., i, None] for i, term in enumerate(terms))
         return torch.stack(list(terms)).sum(0)
+    if x.shape[1] == weight.shape[1] and same_document is None and not torch.is_grad_enabled():
+        return _convolved_token(x, weight)
     return _CausalConvolution.apply(x, weight, same_document)
+
+
+@_without_autocast
+def _convolved_token(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve a single token, with the roundings of `_CausalConvolution`."""
+    (first, *others), (tap, *taps) = x.unbind(1), weight.to(x.dtype).unbind(1)
+    out = first * tap
+    for token, tap in zip(others, taps, strict=True):
+        out.addcmul_(token, tap)
+    return out.unsqueeze(1)
 
 
 class _CausalConvolution(torch.autograd.Function):
@@ -161,7 +187,9 @@ def rotate(
     sin: Float[Tensor, "rows 1 time half"],
 ) -> Float[Tensor, "batch heads time dim"]:
     """Rotary position embedding (arXiv 2104.09864): channels i and i + half turn by the i-th angle, the rest stay."""
-    return _turn(x, cos, sin, 1) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _turn(x, cos, sin, 1)
+    return _Rotate.apply(x, cos, sin)
 
 
 def rotate_as_pretrained(

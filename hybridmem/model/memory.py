@@ -189,6 +189,7 @@ class NeuralMemory(nn.Module):
                 chunk_size=config.memory_chunk_size,
                 document_ids=sequence.document_ids,
                 mask=sequence.mask,
+                in_place=sequence.decodes,
             )
         assert not isinstance(state, MemoryState)
         return memory_mlp_scan(

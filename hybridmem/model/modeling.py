@@ -30,6 +30,7 @@ from .sequence import (
     HeadChoice,
     LastDocument,
     TokenSequence,
+    check_mask,
     compact_rows,
     inverse_frequencies,
     known_true,
@@ -310,6 +311,23 @@ class HybridMemModel(HybridMemPreTrainedModel):
             check_layers(past_key_values, self.config.layer_types or [])
             first: Any = past_key_values.layers[0]
             past, last = first.seen_tokens, first.last_document
+        check_mask(attention_mask, shape)
+        decodes = (
+            shape[1] == 1
+            and past > 0
+            and document_ids is None
+            and not torch.is_grad_enabled()
+            and (attention_mask is None or known_true(attention_mask[:, -1].all()))
+            and not torch.compiler.is_compiling()
+        )
+        if decodes:
+            if last is not None:
+                last = LastDocument(last.id.clamp(min=0), last.number)
+            documents = None if last is None else last.number[:, None]
+            angles = self._angles(position_ids, past, inputs_embeds)
+            return TokenSequence(
+                *angles, documents, last_document=last, past=past, heads=self.head_choice, decodes=True
+            )
         documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
         mask = fresh_rows = compaction = None
         if documents is not None and past_key_values is None and known_true((documents == documents[:, :1]).all()):
@@ -324,16 +342,17 @@ class HybridMemModel(HybridMemPreTrainedModel):
                 compaction = compact_rows(mask, begun)
             fresh_rows = rows_starting_afresh(documents, last)
             documents, last = number_documents(documents, mask, fresh_rows, last)
+        angles = self._angles(position_ids, past, inputs_embeds)
+        return TokenSequence(*angles, documents, mask, fresh_rows, compaction, last, past, self.head_choice)
+
+    def _angles(self, position_ids: Tensor | None, past: int, inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of the rotary embedding at every token."""
         if position_ids is None:
-            position_ids = past + torch.arange(shape[1], device=inputs_embeds.device)[None]
+            position_ids = past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         config, dtype = self.config, inputs_embeds.dtype
         if self.pretrained_rope is None:
-            cos, sin = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, dtype)
-        else:
-            cos, sin = pretrained_rotary_angles(
-                position_ids, *self.pretrained_rope, config.max_position_embeddings, dtype
-            )
-        return TokenSequence(cos, sin, documents, mask, fresh_rows, compaction, last, past, self.head_choice)
+            return rotary_angles(position_ids, config.rotary_dim, config.rope_theta, dtype)
+        return pretrained_rotary_angles(position_ids, *self.pretrained_rope, config.max_position_embeddings, dtype)
 
 
 class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):

@@ -72,6 +72,8 @@ class TokenSequence:
         last_document: where the call ends; None: in the one document that there is.
         past: tokens that earlier calls read.
         heads: the sources that heads of `mah` read; None: the configuration's.
+        decodes: the call is one token a row, which continues its document, without gradients; layers may write over
+            their states in the cache.
         memo: what layers work out from the above and share.
     """
 
@@ -84,6 +86,7 @@ class TokenSequence:
     last_document: LastDocument | None = None
     past: int = 0
     heads: HeadChoice | None = None
+    decodes: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -92,6 +95,18 @@ class TokenSequence:
         assert self.cos is not None
         assert self.sin is not None
         return self.cos, self.sin
+
+
+def check_mask(attention_mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raise a ValueError unless a mask covers a call's tokens."""
+    batch, time = shape
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < time
+    ):
+        raise ValueError(
+            f"attention_mask must be (batch, length), 0 for padding, over these {time} tokens of {batch} rows or over "
+            f"all read so far, got {tuple(attention_mask.shape)}"
+        )
 
 
 def read_documents(
@@ -108,13 +123,7 @@ def read_documents(
     positions start none. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
     """
     batch, time = shape
-    if attention_mask is not None and (
-        attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < time
-    ):
-        raise ValueError(
-            f"attention_mask must be (batch, length), 0 for padding, over these {time} tokens of {batch} rows or over "
-            f"all read so far, got {tuple(attention_mask.shape)}"
-        )
+    check_mask(attention_mask, shape)
     if document_ids is not None and document_ids.shape != shape:
         raise ValueError(f"document_ids must be (batch, time) = {shape}, got {tuple(document_ids.shape)}")
     padding = None

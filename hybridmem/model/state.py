@@ -1,4 +1,4 @@
-"""States are nested tuples of tensors with the batch in front, and names; this is all that is done to them."""
+"""States are nested tuples of tensors with the batch in front, names and numbers; this is all that is done to them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-State = TypeVar("State")  # a tensor, None, a name, or a (named) tuple of states
+State = TypeVar("State")  # a tensor, None, a name, a number, or a (named) tuple of states
 
 
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
     """Apply `function` to every tensor of a state, or of several of the same form, together."""
-    if state is None or isinstance(state, str):
+    if state is None or isinstance(state, str | int):
         return state
     if isinstance(state, Tensor):
         mapped: Any = function(state, *others)

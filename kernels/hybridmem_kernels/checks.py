@@ -39,3 +39,9 @@ def check_state(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor)
         raise ValueError(f"state.{name} must be {shape} here, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"state.{name} is on {tensor.device} but q is on {like.device}")
+
+
+def may_overwrite(state: Tensor) -> bool:
+    """Return whether a step may write over a state: it is dense, in no graph, and of the current inference mode."""
+    leaves_inference = state.is_inference() and not torch.is_inference_mode_enabled()
+    return state.is_contiguous() and not state.requires_grad and not leaves_inference

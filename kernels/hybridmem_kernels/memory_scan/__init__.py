@@ -1,13 +1,15 @@
 """Linear memory: surprise, momentum and forgetting, exact at any chunk size."""
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..checks import check_scan_inputs, check_state
+from ..checks import check_scan_inputs, check_state, may_overwrite
 from ..dispatch import choose_backend
 from . import library, triton_library  # noqa: F401  compiled graphs find them by name
 from .chunked import memory_scan_chunked
 from .reference import MemoryState, empty_state, memory_scan_reference, state_dtype
+from .step import memory_step
 
 __all__ = ["MemoryState", "memory_scan"]
 
@@ -25,6 +27,7 @@ def memory_scan(
     document_ids: Int[Tensor, "batch time"] | None = None,
     mask: Bool[Tensor, "batch time"] | None = None,
     backend: str | None = None,
+    in_place: bool = False,
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
     """Read and write a linear neural memory along a sequence (Titans, arXiv 2501.00663, eq. 9-14).
 
@@ -40,6 +43,7 @@ def memory_scan(
         mask: False for padding, which neither writes nor decays; the output there means nothing.
         backend: "torch", "triton" or "reference", the token-by-token definition; by default what `use_backend` or
             HYBRIDMEM_BACKEND say, else "triton" on a GPU and "torch" elsewhere.
+        in_place: the caller needs the given state no more: a single token without gradients may overwrite it.
 
     Returns:
         out in v's dtype: token t reads what it has just written; and the state after the last token.
@@ -67,4 +71,7 @@ def memory_scan(
         from .triton_autograd import memory_scan_triton
 
         return memory_scan_triton(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)
+    tensors = (q, k, v, alpha, eta, theta, *state)
+    if q.shape[2] == 1 and mask is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return memory_step(q, k, v, alpha, eta, theta, state, in_place and all(map(may_overwrite, state)))
     return memory_scan_chunked(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)

@@ -38,8 +38,8 @@ def empty_state(
 ) -> MemoryState:
     """A memory that has read nothing: zeros."""
     shape = (*q.shape[:2], q.shape[-1], v.shape[-1])
-    zeros = torch.zeros(shape, dtype=state_dtype(q.dtype), device=q.device)
-    return MemoryState(zeros, zeros)
+    weight, momentum = (torch.zeros(shape, dtype=state_dtype(q.dtype), device=q.device) for _ in range(2))
+    return MemoryState(weight, momentum)
 
 
 def memory_scan_reference(
