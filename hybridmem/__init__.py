@@ -9,8 +9,9 @@ from .model.attention import AttentionState
 from .model.configuration import HybridMemConfig
 from .model.convolution import ConvolutionState
 from .model.heads import FullKeys, HeadsState, WindowKeys
+from .model.keys import KeyBuffer, PlainKeys
 from .model.memory import HeadMemoryState, NeuralMemoryState
-from .model.mixers import BranchStates, OpenSegment, SegmentStates
+from .model.mixers import BranchStates, OpenSegment, SegmentBuffer, SegmentStates
 from .model.modeling import HybridMemForCausalLM, HybridMemModel
 from .model.sequence import LastDocument
 from .model.sinks import Places
@@ -30,12 +31,15 @@ torch.serialization.add_safe_globals(
         FullKeys,
         HeadMemoryState,
         HeadsState,
+        KeyBuffer,
         LastDocument,
         MemoryMLPState,
         MemoryState,
         NeuralMemoryState,
         OpenSegment,
         Places,
+        PlainKeys,
+        SegmentBuffer,
         SegmentStates,
         WindowKeys,
     ]

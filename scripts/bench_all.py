@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hybridmem.training.allocator import keep_freed_memory
+from hybridmem.training.denormals import flush_denormals
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "bench.json"
 Pair = tuple[Callable[[], object], Callable[[], object]]
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
+    flush_denormals()
     torch.set_num_threads(arguments.threads)
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
     ratios = {}

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.model.cache import state_bytes
 from hybridmem.training.allocator import keep_freed_memory
+from hybridmem.training.denormals import flush_denormals
 
 PIECE = 1_000
 SHAPE = dict(
@@ -38,6 +39,7 @@ def marks(tokens: int) -> list[int]:
 def stream(variant: str, tokens: int, threads: int) -> list[dict[str, float]]:
     """Read `tokens` random bytes; returns a row of figures per mark."""
     keep_freed_memory()
+    flush_denormals()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = HybridMemForCausalLM(HybridMemConfig(variant=variant, **SHAPE)).eval()

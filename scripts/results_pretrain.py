@@ -150,8 +150,10 @@ def time_steps(rounds: int = 6) -> None:
 
     from hybridmem import HybridMemConfig, HybridMemForCausalLM
     from hybridmem.training.allocator import keep_freed_memory
+    from hybridmem.training.denormals import flush_denormals
 
     keep_freed_memory()
+    flush_denormals()
     torch.set_num_threads(1)
     models = {
         name: HybridMemForCausalLM(HybridMemConfig(**(SHAPE | cell.config)))

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from hybridmem.checks import at_least
 from hybridmem.distributed import lost_a_process
@@ -28,8 +29,10 @@ from hybridmem.training.checkpoints.contents import check_same_model
 from hybridmem.training.checkpoints.durable import DurableCheckpointIO
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy, is_sharded
+from hybridmem.training.denormals import flush_denormals
 from hybridmem.training.errors import SettingsError, StoppedError, named
 from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.precision import choose_precision, precision_advice
 from hybridmem.training.pretrain import PretrainModule
 from hybridmem.training.retrofit import RetrofitModule
 from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
@@ -122,7 +125,14 @@ class HybridMemCLI(LightningCLI):
             check_barebones(self._get(self.config_init, "trainer"))
         elif self._get(self.config_init, "trainer.logger") in (None, True):
             settings["logger"] = [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
+        given = self._get(self.config_init, "trainer")
+        precision = choose_precision(given, type(self.model))
+        if precision is not None:
+            settings["precision"] = precision
         trainer = super().instantiate_trainer(**settings)
+        line = precision_advice(given, precision)
+        if line is not None and self.subcommand == "fit":
+            rank_zero_info(line)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root)
@@ -314,6 +324,7 @@ def main() -> None:
     # PolicyModule keeps its model in evaluation mode, which has no dropout, on purpose.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     keep_freed_memory()
+    flush_denormals()
     try:
         if arguments[0] in COMMANDS:
             with settings_errors():

@@ -36,14 +36,14 @@ def environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "commit": git.stdout.strip() if git.returncode == 0 else None,
         "machine": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
 
 
-def _processor() -> str:
-    """Its name as Linux tells it."""
+def processor() -> str:
+    """Return the processor's name as Linux reports it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -13,17 +13,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
 from .functional import linear_rows, rotate
-from .sequence import NOWHERE, TokenSequence, splits_tokens
+from .keys import KeyBuffer, PlainKeys, key_buffer
+from .sequence import NOWHERE, TokenSequence, known_true, splits_tokens
 from .state import map_state
+
+MASK_DECODING = ("sdpa", "eager")  # attention functions that take one token's mask, or none, as it is
 
 
 class AttentionState(NamedTuple):
     """The keys and values that later tokens can still see, rotated, and their documents (None: all of one)."""
 
-    keys: Float[Tensor, "batch kv_heads past dim"]
-    values: Float[Tensor, "batch kv_heads past dim"]
+    past: PlainKeys | KeyBuffer
     document_ids: Int[Tensor, "batch past"] | None
     convolution: ConvolutionState | None
+
+    @property
+    def keys(self) -> Float[Tensor, "batch kv_heads past dim"]:
+        """Return the keys."""
+        return self.past.keys
+
+    @property
+    def values(self) -> Float[Tensor, "batch kv_heads past dim"]:
+        """Return the values."""
+        return self.past.values
 
 
 @dataclass
@@ -132,6 +144,8 @@ class ShortRangeAttention(nn.Module):
         Columns of the weights are [persistent tokens, kept keys, `x`].
         """
         q, k, v, convolution = self.project(x, None if state is None else state.convolution, sequence)
+        if sequence.decodes and state is not None and self.config._attn_implementation in MASK_DECODING:
+            return self._decode(q, k, v, state, convolution, sequence)
         documents = _documents(sequence, state, x)
         keys, values = k, v
         if state is not None:
@@ -144,12 +158,44 @@ class ShortRangeAttention(nn.Module):
         out, weights = attend(q, keys, values, documents, sequence)
         kept = keys.shape[2] if self.window is None else min(self.window - 1, keys.shape[2])
         new_state = AttentionState(
-            _last(keys, kept, 2),
-            _last(values, kept, 2),
+            PlainKeys(_last(keys, kept, 2), _last(values, kept, 2)),
             map_state(lambda d: _last(d, kept, 1), documents),
             convolution,
         )
         return self.o_proj(out.flatten(-2)), new_state, weights
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: AttentionState,
+        convolution: ConvolutionState | None,
+        sequence: TokenSequence,
+    ) -> tuple[Tensor, AttentionState, Tensor | None]:
+        """Attend from one token to the keys in a buffer, which takes its own."""
+        past = state.past
+        if isinstance(past, PlainKeys):
+            past = key_buffer(past.keys.to(k.dtype), past.values.to(v.dtype), self.front(k))
+        buffer = past.followed_by(k, v)
+        documents, mask = decoding_mask(
+            sequence, state.document_ids, buffer.stop - buffer.start - 1, self.num_persistent, self.config, q
+        )
+        out, weights = self._call(q, *buffer.seen, mask)
+        if self.window is not None:
+            buffer = buffer.last(self.window - 1)
+            documents = None if documents is None else documents[:, 1 - self.window :]
+        return self.o_proj(out.flatten(-2)), AttentionState(buffer, documents, convolution), weights
+
+    def attend_seen(self, q: Tensor, buffer: KeyBuffer) -> Float[Tensor, "batch 1 hidden"]:
+        """Attend from one token to all that a buffer holds."""
+        return self.o_proj(self._call(q, *buffer.seen, None)[0].flatten(-2))
+
+    def front(self, like: Tensor) -> Float[Tensor, "batch two kv_heads front dim"]:
+        """Return the persistent tokens' keys and values for every row."""
+        if self.persistent_tokens is None:
+            return like.new_empty(len(like), 2, self.kv_heads, 0, self.head_dim)
+        return torch.stack(self._persistent(like.dtype)).expand(len(like), -1, -1, -1, -1)
 
     def project(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
@@ -158,8 +204,12 @@ class ShortRangeAttention(nn.Module):
         qkv = self.qkv_proj(x)
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
+        cos, sin = (angles.to(qkv.dtype) for angles in sequence.angles)
+        if sequence.decodes:  # one rotation for both
+            heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            turned, v = rotate(heads[:, : -self.kv_heads], cos, sin), heads[:, -self.kv_heads :]
+            return turned[:, : self.heads], turned[:, self.heads :], v, state
         q, k, v = self._split(qkv)
-        cos, sin = (angles.to(q.dtype) for angles in sequence.angles)
         return rotate(q, cos, sin), rotate(k, cos, sin), v, state
 
     def keys_and_values(
@@ -293,20 +343,24 @@ class ShortRangeAttention(nn.Module):
         return 0 if self.persistent_tokens is None else len(self.persistent_tokens)
 
     def with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the persistent tokens' keys and values in front.
-
-        They have no position, so their keys leave the channels that turn empty: a query's score with them must
-        not depend on where it stands.
-        """
+        """Put the persistent tokens' keys and values in front."""
         if self.persistent_tokens is None:
             return keys, values
-        kv = linear_rows(self.qkv_proj, self.persistent_tokens, self.heads * self.head_dim)
-        k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(keys.dtype).split(self.kv_heads)
-        k = F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0))
+        k, v = self._persistent(keys.dtype)
         return (
             torch.cat((k.expand(len(keys), -1, -1, -1), keys), dim=2),
             torch.cat((v.expand(len(values), -1, -1, -1), values), dim=2),
         )
+
+    def _persistent(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the persistent tokens' keys and values.
+
+        They have no position, so their keys leave the channels that turn empty: a query's score with them must
+        not depend on where it stands.
+        """
+        kv = linear_rows(self.qkv_proj, self.persistent_tokens, self.heads * self.head_dim)
+        k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(dtype).split(self.kv_heads)
+        return F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0)), v
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
@@ -324,6 +378,38 @@ def _block_pairs(x: Float[Tensor, "batch kv_heads time dim"], size: int) -> Floa
 def _last(x: Tensor, count: int, dim: int) -> Tensor:
     """The end of `x`, without keeping the rest of it alive."""
     return x if count == x.shape[dim] else x.narrow(dim, x.shape[dim] - count, count).clone()
+
+
+def decoding_mask(
+    sequence: TokenSequence,
+    document_ids: Int[Tensor, "batch past"] | None,
+    past: int,
+    front: int,
+    config: HybridMemConfig,
+    like: Tensor,
+) -> tuple[Int[Tensor, "batch read"] | None, Tensor | None]:
+    """Return the documents of `past` kept keys and of the one token that is decoded, and its attention mask.
+
+    The keys are all within the window; `front` tokens before them are always seen. Layers that keep the same tokens
+    share both.
+    """
+    if document_ids is None and sequence.document_ids is None:
+        return None, None
+    memo = ("decoded", past, front)
+    if memo not in sequence.memo:
+        now = sequence.document_ids
+        if now is None:
+            now = torch.zeros(len(like), 1, dtype=torch.long, device=like.device)
+        before = now.new_zeros(len(now), past) if document_ids is None else document_ids
+        documents = torch.cat((before, now), dim=1)
+        seen = F.pad(documents == now, (front, 0), value=True)[:, None, None]
+        mask: Tensor | None = seen
+        if known_true(seen.all()):
+            mask = None
+        elif config._attn_implementation == "eager":
+            mask = torch.zeros((), dtype=like.dtype, device=like.device).where(seen, torch.finfo(like.dtype).min)
+        sequence.memo[memo] = documents, mask
+    return sequence.memo[memo]
 
 
 def _documents(sequence: TokenSequence, state: AttentionState | None, x: Tensor) -> Int[Tensor, "batch read"] | None:

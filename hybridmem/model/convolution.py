@@ -82,10 +82,12 @@ def _convolve_token(
     sequence: TokenSequence,
 ) -> tuple[Float[Tensor, "batch 1 channels"], ConvolutionState]:
     """Convolve a token that continues the document of the tail."""
-    extended, documents = torch.cat((state.tail.to(x.dtype), x), dim=1), state.document_ids
-    if sequence.document_ids is not None:
-        before = torch.zeros_like(extended[:, 1:, 0], dtype=torch.long) if documents is None else documents
-        documents = torch.cat((before, sequence.document_ids), dim=1)[:, 1:]
+    extended, before, now = torch.cat((state.tail.to(x.dtype), x), dim=1), state.document_ids, sequence.document_ids
+    documents = None
+    if before is not None or now is not None:
+        zeros = torch.zeros_like(extended[:, 1:, 0], dtype=torch.long)
+        before, now = zeros if before is None else before, zeros[:, :1] if now is None else now
+        documents = torch.cat((before[:, 1:], now), dim=1)
     return causal_convolution(extended, weight), ConvolutionState(extended[:, 1:], documents)
 
 

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+PRECISE = (torch.float32, torch.float64)
+
 
 def linear_rows(
     linear: nn.Module, x: Float[Tensor, "*lead inputs"], start: int, stop: int | None = None
@@ -64,12 +66,15 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 @_without_autocast
 def _normalized(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """Return x · weight / sqrt(scale · sum(x²) + eps), and the factor of each row."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.linalg.vecdot(wide, wide).mul_(scale).add_(eps).rsqrt_().unsqueeze(-1)
+    wide = x if x.dtype in PRECISE else x.float()
+    squares = torch.linalg.vecdot(wide, wide)
+    if scale != 1:
+        squares.mul_(scale)
+    inverse = squares.add_(eps).rsqrt_().unsqueeze(-1)
     out = wide * inverse
     if weight is not None:
         out *= weight
-    return out.to(x.dtype), inverse
+    return (out if wide is x else out.to(x.dtype)), inverse
 
 
 class _Normalize(torch.autograd.Function):
@@ -194,16 +199,15 @@ def rotate(
 
 def rotate_as_pretrained(
     x: Float[Tensor, "batch heads time dim"],
-    cos: Float[Tensor, "rows 1 time half"],
-    sin: Float[Tensor, "rows 1 time half"],
+    cos: Float[Tensor, "rows 1 time turning"],
+    sin: Float[Tensor, "rows 1 time turning"],
 ) -> Float[Tensor, "batch heads time dim"]:
-    """Return what `rotate` returns, with the roundings of transformers' models."""
-    half = cos.shape[-1]
-    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    """Rotate as `rotate` does, with the roundings of transformers' models; each angle is given for both channels."""
+    dim = cos.shape[-1]
+    turning = x if dim == x.shape[-1] else x[..., :dim]
     first, second = turning.chunk(2, dim=-1)
-    turned = turning * torch.cat((cos, cos), dim=-1)
-    turned = turned + torch.cat((-second, first), dim=-1) * torch.cat((sin, sin), dim=-1)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if turning is x else torch.cat((turned, x[..., dim:]), dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import Visibility, eager_attention
+from .attention import MASK_DECODING, Visibility, decoding_mask, eager_attention
 from .configuration import HybridMemConfig
 from .functional import rotate, rotate_as_pretrained
+from .keys import KeyBuffer, PlainKeys, key_buffer
 from .memory import HeadMemory, HeadMemoryState, norm_layer, pick
 from .sequence import HeadChoice, TokenSequence
 from .sinks import Places, Rows, WindowPlan, plan_window
@@ -27,9 +28,18 @@ Hidden = Float[Tensor, "batch time hidden"]
 class FullKeys(NamedTuple):
     """All rotated keys and values so far, and their documents (None: one document)."""
 
-    keys: Float[Tensor, "batch kv_heads past dim"]
-    values: Float[Tensor, "batch kv_heads past dim"]
+    past: PlainKeys | KeyBuffer
     document_ids: Int[Tensor, "batch past"] | None
+
+    @property
+    def keys(self) -> Float[Tensor, "batch kv_heads past dim"]:
+        """Return the keys."""
+        return self.past.keys
+
+    @property
+    def values(self) -> Float[Tensor, "batch kv_heads past dim"]:
+        """Return the values."""
+        return self.past.values
 
 
 class WindowKeys(NamedTuple):
@@ -146,8 +156,9 @@ class HeadMixer(nn.Module):
         """Return what `forward` returns, with the heads' outputs before their projection."""
         groups, share, code = self._choice(sequence.heads, len(x))
         state = self._checked(state, code)
-        rows = sequence.memo.setdefault("rows", None) or Rows(sequence)
-        sequence.memo["rows"] = rows
+        if "rows" not in sequence.memo:
+            sequence.memo["rows"] = Rows(sequence)
+        rows = sequence.memo["rows"]
         tokens = self.project(x, sequence)
         aligned = tokens if rows.order is None else HeadTokens(*(rows.align(y, 2) for y in tokens))
         outputs: dict[str, Tensor] = {}
@@ -172,9 +183,14 @@ class HeadMixer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        cos, sin = (y.to(q.dtype) for y in sequence.angles)
-        turn = rotate_as_pretrained if self.config.is_pretrained else rotate
-        return HeadTokens(q, k, v, turn(q, cos, sin), turn(k, cos, sin))
+        if not self.config.is_pretrained:
+            cos, sin = (y.to(q.dtype) for y in sequence.angles)
+            return HeadTokens(q, k, v, rotate(q, cos, sin), rotate(k, cos, sin))
+        memo = ("both channels", q.dtype)
+        if memo not in sequence.memo:
+            sequence.memo[memo] = [torch.cat((y, y), dim=-1).to(q.dtype) for y in sequence.angles]
+        cos, sin = sequence.memo[memo]
+        return HeadTokens(q, k, v, rotate_as_pretrained(q, cos, sin), rotate_as_pretrained(k, cos, sin))
 
     def sources_code(self, sequence: TokenSequence) -> str:
         """Return the first letter of each KV head's source, and + where heads may also read `full`."""
@@ -221,6 +237,9 @@ class HeadMixer(nn.Module):
         """Attend to every key."""
         q, documents = self._queries(tokens.q, heads), sequence.document_ids
         keys, values = pick(tokens.k, heads), pick(tokens.v, heads)
+        implementation = self.config._attn_implementation
+        if sequence.decodes and state.full is not None and implementation in MASK_DECODING:
+            return self._decode_full(q, keys, values, state, state.full, sequence)
         if state.full is not None:
             before = state.full
             if documents is not None:
@@ -231,8 +250,21 @@ class HeadMixer(nn.Module):
             keys = torch.cat((before.keys.to(keys.dtype), keys), dim=2)
             values = torch.cat((before.values.to(values.dtype), values), dim=2)
         mask = self._full_mask(q, keys, documents, sequence)
-        out, weights = self._call(self.config._attn_implementation, q, keys, values, mask)
-        return out, weights, state._replace(full=FullKeys(keys, values, documents))
+        out, weights = self._call(implementation, q, keys, values, mask)
+        return out, weights, state._replace(full=FullKeys(PlainKeys(keys, values), documents))
+
+    def _decode_full(
+        self, q: Tensor, k: Tensor, v: Tensor, state: HeadsState, before: FullKeys, sequence: TokenSequence
+    ) -> tuple[Tensor, Tensor | None, HeadsState]:
+        """Attend from one token to every key in a buffer, which takes its own."""
+        past = before.past
+        if isinstance(past, PlainKeys):
+            front = k.new_empty(len(k), 2, k.shape[1], 0, self.head_dim)
+            past = key_buffer(past.keys.to(k.dtype), past.values.to(v.dtype), front)
+        buffer = past.followed_by(k, v)
+        documents, mask = decoding_mask(sequence, before.document_ids, buffer.stop - 1, 0, self.config, q)
+        out, weights = self._call(self.config._attn_implementation, q, buffer.keys, buffer.values, mask)
+        return out, weights, state._replace(full=FullKeys(buffer, documents))
 
     def _full_mask(self, q: Tensor, keys: Tensor, documents: Tensor | None, sequence: TokenSequence) -> Any:
         """Return the attention function's mask for causal rows of documents, or None for one causal row."""

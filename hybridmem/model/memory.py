@@ -125,8 +125,8 @@ class NeuralMemory(nn.Module):
         qkv = self.qkv_proj(x)
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
-        q, k, v = self._split(nn.functional.silu(qkv))
-        return ScanInputs(l2_normalize(q), l2_normalize(k), v, *self._gates(x)), state
+        q, k, v = self._split(nn.functional.silu(qkv), sequence.decodes)
+        return ScanInputs(q, k, v, *self._gates(x)), state
 
     def trace(
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
@@ -164,7 +164,7 @@ class NeuralMemory(nn.Module):
         q = linear_rows(self.qkv_proj, x, 0, self.inner)
         if self.convolution is not None:
             q, state = convolve(q, self.convolution.weight[: self.inner], state, sequence)
-        return l2_normalize(self._split(nn.functional.silu(q))[0]), state
+        return l2_normalize(self._heads(nn.functional.silu(q))), state
 
     def initial_scan_state(self, batch: int, like: Tensor) -> MemoryState | MemoryMLPState:
         """The state of a memory that has read nothing."""
@@ -206,9 +206,20 @@ class NeuralMemory(nn.Module):
         """alpha, eta and theta; theta within the bound of `memory_step`."""
         return memory_gates(self.config, self.gate_proj(x), self.eta_logit)
 
-    def _split(self, x: Float[Tensor, "batch time channels"]) -> list[Float[Tensor, "batch heads time dim"]]:
-        """Cut channels into heads, and those into q, k, v."""
-        return list(x.unflatten(-1, (-1, self.dim)).transpose(1, 2).split(self.heads, dim=1))
+    def _heads(self, x: Float[Tensor, "batch time channels"]) -> Float[Tensor, "batch heads time dim"]:
+        """Cut channels into heads."""
+        return x.unflatten(-1, (-1, self.dim)).transpose(1, 2)
+
+    def _split(
+        self, x: Float[Tensor, "batch time channels"], together: bool
+    ) -> tuple[Float[Tensor, "batch heads time dim"], ...]:
+        """Cut channels into normalised queries and keys, and values; `together` takes one norm for both."""
+        heads = self._heads(x)
+        if together:
+            normal, v = l2_normalize(heads[:, : 2 * self.heads]), heads[:, 2 * self.heads :]
+            return normal[:, : self.heads], normal[:, self.heads :], v
+        q, k, v = heads.split(self.heads, dim=1)
+        return l2_normalize(q), l2_normalize(k), v
 
     def _finish(
         self, out: Float[Tensor, "batch heads time dim"], x: Float[Tensor, "batch time hidden"]
@@ -241,12 +252,12 @@ def memory_gates(
     if not config.memory_momentum:
         eta = torch.zeros_like(write)
     elif eta_logit is not None:
-        eta = torch.sigmoid(eta_logit.to(write.dtype))[:, None].expand_as(write)
+        eta = torch.sigmoid(eta_logit.to(write.dtype))[:, None]
     else:
         eta = rest[0]
-    bound = write_bound(config.memory_step, eta)
+    theta = write * write_bound(config.memory_step, eta)
     # A deep memory has no certificate: every layer moves at once, so each gets its share of the step.
-    return alpha, eta, write * bound / config.memory_depth
+    return alpha, eta.expand_as(write), theta if config.memory_depth == 1 else theta / config.memory_depth
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:

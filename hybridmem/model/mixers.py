@@ -13,9 +13,10 @@ from hybridmem_kernels.blocks import even_blocks, split_blocks
 from .attention import AttentionState, ShortRangeAttention, Visibility
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState
+from .keys import KeyBuffer, key_buffer
 from .memory import NeuralMemory, NeuralMemoryState, RMSNorm
 from .sequence import NOWHERE, TokenSequence, known_true
-from .state import select_rows
+from .state import map_state, select_rows
 
 Hidden = Float[Tensor, "batch time hidden"]
 
@@ -131,10 +132,22 @@ class OpenSegment(NamedTuple):
         )
 
 
+class SegmentBuffer(NamedTuple):
+    """The open segment of rows that are decoded alike: a buffer in which each token's two columns are neighbours."""
+
+    columns: KeyBuffer
+
+    def open(self) -> OpenSegment:
+        """Return the segment column by column."""
+        keys, values = self.columns.keys, self.columns.values
+        valid = torch.ones(len(keys), keys.shape[2] // 2, dtype=torch.bool, device=keys.device)
+        return OpenSegment(keys[:, :, ::2], values[:, :, ::2], keys[:, :, 1::2], values[:, :, 1::2], valid)
+
+
 class SegmentStates(NamedTuple):
     """The state of a mac layer."""
 
-    segment: OpenSegment
+    segment: OpenSegment | SegmentBuffer
     filled: Int[Tensor, " batch"]  # tokens of the open segment; 0: the next token opens one
     segment_memory: MemoryState | MemoryMLPState  # as it stood before the open segment
     memory: NeuralMemoryState
@@ -169,8 +182,12 @@ class ContextMixer(nn.Module):
         Columns of the weights are [persistent tokens, recalled tokens, tokens]; the latter two begin with those
         of the segment that earlier calls left open.
         """
+        if sequence.decodes and state is not None and self._decodes_alike(state):
+            return *self._decode(x, state, sequence), None
         begun = None if state is None else state.filled
         state = self._initial(x) if state is None else state
+        if isinstance(state.segment, SegmentBuffer):
+            state = state._replace(segment=state.segment.open())
         if sequence.fresh_rows is not None:
             begun = None if begun is None else begun.where(~sequence.fresh_rows, 0)
         q, k, v, attention_convolution = self.attention.project(x, state.attention_convolution, sequence)
@@ -202,6 +219,49 @@ class ContextMixer(nn.Module):
         )
         mixed = segments.join(outputs) if outputs else torch.zeros_like(x)  # nothing but padding
         return mixed, state, self._join_weights(segments, weights)
+
+    def _decodes_alike(self, state: SegmentStates) -> bool:
+        """Return whether every row is at the same token of its segment, and all columns hold tokens."""
+        whole = isinstance(state.segment, SegmentBuffer) or known_true(state.segment.valid.all())
+        alike = whole and known_true((state.filled == state.filled[0]).all())
+        return alike and self.attention.config._attn_implementation == "sdpa"
+
+    def _decode(self, x: Hidden, state: SegmentStates, sequence: TokenSequence) -> tuple[Hidden, SegmentStates]:
+        """Mix one token, the same one of its segment in every row."""
+        attention, begins = self.attention, not state.filled[0]
+        q, k, v, attention_convolution = attention.project(x, state.attention_convolution, sequence)
+        queries, query_convolution = self.memory.queries(x, state.query_convolution, sequence)
+        recalled_from = state.memory.scan if begins else state.segment_memory
+        recalled = self.recalled_norm(self.memory.read(x, queries, recalled_from))
+        recalled_k, recalled_v = attention.keys_and_values(recalled, sequence)
+        columns = self._columns(state.segment, k, begins).followed_by(
+            torch.cat((recalled_k, k), dim=2), torch.cat((recalled_v, v), dim=2)
+        )
+        attended = attention.attend_seen(q, columns)
+        written = self.written_norm(x + attended)
+        memory = state.memory
+        if begins:  # the segment's tokens recall from the memory as it is now, which their writes leave alone
+            memory = memory._replace(scan=map_state(torch.clone, memory.scan))
+        remembered, memory = self.memory(written, memory, TokenSequence(decodes=True))
+        mixed = attended + (1 + written) * remembered
+        filled = (state.filled + 1) % self.segment_length
+        return mixed, SegmentStates(
+            SegmentBuffer(columns), filled, recalled_from, memory, attention_convolution, query_convolution
+        )
+
+    def _columns(self, segment: OpenSegment | SegmentBuffer, k: Tensor, begins: bool) -> KeyBuffer:
+        """Return the open segment's columns in a buffer that takes further ones."""
+        if begins:
+            nothing = k[:, :, :0]
+            front = self.attention.front(k)
+            return key_buffer(nothing, nothing, front, min(2 * self.segment_length, 128))
+        if isinstance(segment, SegmentBuffer):
+            return segment.columns
+        keys, values = (
+            torch.stack(pair, dim=3).flatten(2, 3).to(k.dtype)
+            for pair in ((segment.memory_keys, segment.keys), (segment.memory_values, segment.values))
+        )
+        return key_buffer(keys, values, self.attention.front(k))
 
     def _gone_on_with(
         self, segments: "_Segments", n: int, scan: MemoryState | MemoryMLPState, state: SegmentStates

@@ -32,4 +32,6 @@ def memory_step(
     momentum.addcmul_((key * theta).mT, error, value=-1)
     weight = torch.addcmul(momentum, weight, keep, out=weight if in_place else None)
     out = torch.bmm(query, weight).view(shape).to(v.dtype)
-    return out, state if in_place else MemoryState(*(x.view_as(y) for x, y in zip((weight, momentum), state, strict=True)))
+    return out, state if in_place else MemoryState(
+        *(x.view_as(y) for x, y in zip((weight, momentum), state, strict=True))
+    )

@@ -94,7 +94,10 @@ def write_config(folder: Path, **changes) -> Path:
 def hybridmem(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """Run `hybridmem` in this process."""
     monkeypatch.setattr(sys, "argv", ["hybridmem", *map(str, arguments)])
+    # Both are for the whole process, and results should not depend on the machine.
     monkeypatch.setattr("hybridmem.cli.main.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("hybridmem.cli.main.flush_denormals", lambda: False)
+    monkeypatch.setattr("hybridmem.training.precision.bfloat16_hardware", lambda: None)
     main()
 
 
