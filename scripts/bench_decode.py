@@ -12,6 +12,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,21 @@ def make_models(names: list[str]) -> dict[str, nn.Module]:
         "converted Llama, memory heads": lambda: convert(llama, head_source="memory"),
         "Mistral": lambda: mistral,
         "converted Mistral": lambda: convert(mistral),
-        "Mamba-2": lambda: Mamba2ForCausalLM(
-            Mamba2Config(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                num_hidden_layers=LAYERS,
-                expand=2,
-                head_dim=64,
-                num_heads=2 * WIDTH // 64,
-                n_groups=1,
-            )
-        ),
+        "Mamba-2": lambda: Mamba2ForCausalLM(mamba2_config()),
+        **{variant: partial(our_model, variant) for variant in OURS},
     }
-    for variant in OURS:
-        makers[variant] = lambda variant=variant: HybridMemForCausalLM(HybridMemConfig(variant=variant, **SHAPE))
     return {name: make().eval() for name, make in makers.items() if not names or name in names}
+
+
+def our_model(variant: str) -> HybridMemForCausalLM:
+    """Build a model of one variant."""
+    return HybridMemForCausalLM(HybridMemConfig(variant=variant, **SHAPE))
+
+
+def mamba2_config() -> Mamba2Config:
+    """Return a Mamba-2 of the same width and depth, inner channels twice as wide as usual there."""
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS)
+    return Mamba2Config(**sizes, expand=2, head_dim=64, num_heads=2 * WIDTH // 64, n_groups=1)
 
 
 def decoder(model: nn.Module, batch: int, prompt: int, compiled: bool = False) -> Callable[[], object]:

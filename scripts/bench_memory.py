@@ -32,7 +32,6 @@ from hybridmem.model.attention import ShortRangeAttention
 from hybridmem.model.memory import NeuralMemory
 from hybridmem.model.sequence import TokenSequence, rotary_angles
 from hybridmem.training.allocator import keep_freed_memory
-from hybridmem.training.denormals import flush_denormals
 from hybridmem_kernels import attention_divergence, memory_mlp_scan, memory_scan
 
 BATCH, WIDTH, HEADS, DIM, CHUNK, LENGTHS = 4, 256, 4, 64, 64, (1024, 4096)

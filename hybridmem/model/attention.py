@@ -195,7 +195,7 @@ class ShortRangeAttention(nn.Module):
         """Return the persistent tokens' keys and values for every row."""
         if self.persistent_tokens is None:
             return like.new_empty(len(like), 2, self.kv_heads, 0, self.head_dim)
-        return torch.stack(self._persistent(like.dtype)).expand(len(like), -1, -1, -1, -1)
+        return torch.stack(self._persistent(self.persistent_tokens, like.dtype)).expand(len(like), -1, -1, -1, -1)
 
     def project(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
@@ -346,19 +346,19 @@ class ShortRangeAttention(nn.Module):
         """Put the persistent tokens' keys and values in front."""
         if self.persistent_tokens is None:
             return keys, values
-        k, v = self._persistent(keys.dtype)
+        k, v = self._persistent(self.persistent_tokens, keys.dtype)
         return (
             torch.cat((k.expand(len(keys), -1, -1, -1), keys), dim=2),
             torch.cat((v.expand(len(values), -1, -1, -1), values), dim=2),
         )
 
-    def _persistent(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _persistent(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the persistent tokens' keys and values.
 
         They have no position, so their keys leave the channels that turn empty: a query's score with them must
         not depend on where it stands.
         """
-        kv = linear_rows(self.qkv_proj, self.persistent_tokens, self.heads * self.head_dim)
+        kv = linear_rows(self.qkv_proj, tokens, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(dtype).split(self.kv_heads)
         return F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0)), v
 

@@ -267,6 +267,7 @@ class ContextMixer(nn.Module):
         self, segments: "_Segments", n: int, scan: MemoryState | MemoryMLPState, state: SegmentStates
     ) -> tuple[MemoryState | MemoryMLPState, OpenSegment]:
         """The memory as it stood before the n-th segment, and what of that was read, where a row goes on with it."""
+        assert isinstance(state.segment, OpenSegment)
         if segments.alike:
             return state.segment_memory, state.segment
         begins = segments.begins(n)

@@ -167,3 +167,21 @@ def test_a_state_of_another_memory_is_named():
     inputs.state = MemoryState(torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4))
     with pytest.raises(ValueError, match=r"state.weight must be \(2, 2, 8, 8\)"):
         memory_scan(**inputs.arguments())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_single_tokens_advance_a_state_in_place_only_where_they_may(in_place):
+    inputs = scan_inputs(time=9, given_state=True)
+    whole, end = memory_scan(**inputs.arguments())
+    state, parts = MemoryState(*(x.detach().clone() for x in inputs.state)), []
+    first, before = state, [x.clone() for x in state]
+    for t in range(9):
+        part = inputs.slice(t, t + 1)
+        part.state = state
+        out, state = memory_scan(**part.arguments(), in_place=in_place)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-12)
+    for expected, got, given, old in zip(end, state, first, before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        assert torch.equal(given, got if in_place else old)

@@ -1,5 +1,7 @@
 """One forward, many pieces or token by token, padded or packed: the same logits."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,3 +185,31 @@ def test_a_document_may_start_after_calls_without_ids(kind):
     other = torch.full((2, 32), 3)
     logits = model(ids[:, 8:], document_ids=other, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(logits, model(ids[:, 8:]).logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_rows_are_decoded_as_they_are_alone(kind):
+    model, ids = tiny_model(**KINDS[kind]), tokens(time=30)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    cache, logits = DynamicCache(config=model.config), []
+    for end in [12, *range(13, 31)]:
+        start = 0 if end == 12 else end - 1
+        piece = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits
+        logits.append(piece)
+    decoded = torch.cat(logits, dim=1)
+    torch.testing.assert_close(decoded[0], model(ids[:1]).logits[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(decoded[1, 7:], model(ids[1:, 7:]).logits[0], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copied_cache_goes_its_own_way(kind):
+    model, ids = tiny_model(**KINDS[kind]), tokens(time=20)
+    _, cache = read_in_pieces(model, ids[:, :10], [8, 1, 1])
+    other = copy.deepcopy(cache)
+    for n in range(10, 14):  # another text in one of the two
+        model(ids[:, n : n + 1].flip(0), past_key_values=other, use_cache=True)
+    rest = model(ids[:, 10:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 10:], rtol=0, atol=1e-10)
