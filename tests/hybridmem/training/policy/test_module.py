@@ -218,8 +218,8 @@ def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__init_args__num_generations=1), "a group of one has no advantage"),
-        (dict(model__init_args__num_iterations=1), "its gradient would be zero"),
+        (dict(model__init_args__num_generations=1), "num_generations=1 gives every response an advantage of 0"),
+        (dict(model__init_args__num_iterations=1), "AttentionRL's gradient is zero"),
         (dict(model__init_args__objectives=[]), "objectives is empty"),
         (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
         (dict(trainer__max_steps=-1), "trainer.max_steps must be given"),
@@ -304,9 +304,9 @@ def other_tokenizer():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "has another tokenizer than the data"),
-        (lambda folder: distillation(folder, vocab_size=300), "a vocab_size of 300 and the student of 259"),
-        (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is not there"),
+        (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "differs from the data's in"),
+        (lambda folder: distillation(folder, vocab_size=300), "vocab_size=300, but the student has 259"),
+        (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is out of range"),
         (lambda folder: distilling("/no/such/folder"), "teacher='/no/such/folder' cannot be loaded"),
         (lambda folder: distilling("/no/such.ckpt"), "teacher='/no/such.ckpt' cannot be loaded"),
         (lambda folder: distilling("x", beta=2.0), "beta=2.0 must be between 0"),
@@ -323,7 +323,7 @@ def test_teachers_that_cannot_teach_stop_before_training(tmp_path, monkeypatch, 
 def test_a_group_of_one_is_enough_for_distillation_alone():
     distil = AttentionDistillation(teacher="x")
     PolicyModule("x", [distil], num_generations=1)
-    with pytest.raises(ValueError, match="a group of one has no advantage"):
+    with pytest.raises(ValueError, match="num_generations=1 gives every response an advantage of 0"):
         PolicyModule("x", [distil, GRPO()], num_generations=1)
     with pytest.raises(ValueError, match="objectives names 2 of AttentionDistillation"):
         PolicyModule("x", [distil, distil])
