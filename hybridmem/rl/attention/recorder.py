@@ -389,7 +389,7 @@ def _intercepted(implementation: str, wrap: Callable[[AttentionFunction], Attent
     """Wrap an attention function in transformers' registry inside the context."""
     if implementation == "eager":
         raise ValueError(
-            "cannot record attn_implementation='eager', which bypasses transformers' registry; set it to 'sdpa'"
+            "cannot record eager attention, which bypasses transformers' registry; set attn_implementation to 'sdpa'"
         )
     override = ALL_ATTENTION_FUNCTIONS._local_mapping.get(implementation)
     ALL_ATTENTION_FUNCTIONS[implementation] = wrap(ALL_ATTENTION_FUNCTIONS[implementation])

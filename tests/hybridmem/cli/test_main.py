@@ -172,7 +172,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(data__init_args__path="/nowhere/to/be/found"), "path='/nowhere/to/be/found' does not exist"),
         (dict(data__init_args__pattern="*.md"), "no file that matches pattern='*.md'"),
         (dict(data__init_args__tokenizer="/no/such/tokenizer"), "/no/such/tokenizer"),
-        (dict(data__init_args__sequence_length=100_000), "lower one of them, or give more text"),
+        (dict(data__init_args__sequence_length=100_000), "lower one of them, or set path to more text"),
         (dict(model__init_args__config__attention_widow=8), "attention_widow' is not accepted"),
         (dict(model__init_args__attn_implementation="foo"), 'attn_implementation="foo"'),
         (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),

@@ -161,7 +161,7 @@ def test_rewards_must_be_finite(wrong):
     def odd(prompts, **kwargs):
         return [0.0, wrong, None]
 
-    with pytest.raises(ValueError, match=r"'odd' gave (nan|-?inf) for the prompt '2\+2='"):
+    with pytest.raises(ValueError, match=r"'odd' returned (nan|-?inf) for the prompt '2\+2='"):
         score(odd, length)
 
 
@@ -169,7 +169,7 @@ def test_one_reward_for_each_sample():
     def short(**kwargs):
         return [1.0]
 
-    with pytest.raises(ValueError, match="reward function 'short' gave 1 rewards for 3 samples"):
+    with pytest.raises(ValueError, match="reward function 'short' returned 1 rewards for 3 samples"):
         score(short)
 
 
@@ -235,5 +235,5 @@ def test_format_reward():
     good = "<think>1\n2</think><answer>3</answer>"
     messages = [{"role": "assistant", "content": "well"}, {"role": "assistant", "content": good}]
     assert think(completions=[good, good + "!", "<think></think>", messages]) == [1, 0, 0, 1]
-    with pytest.raises(ValueError, match=r"pattern='\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern='\(' is not a valid regular expression"):
         FormatReward("(")
