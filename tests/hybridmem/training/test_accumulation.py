@@ -341,7 +341,9 @@ def test_exceptions(whole, tmp_path, moment, batch):
     with pytest.raises(RuntimeError, match="failed on purpose"):
         run(tmp_path, [saver, Fail(batch, moment)])
     if moment == "backward" and batch % 3:
-        with pytest.raises(ValueError, match="error cut the backward pass of batch 2 of accumulate_grad_batches=3"):
+        with pytest.raises(
+            ValueError, match="error interrupted the backward pass of batch 2 of accumulate_grad_batches=3"
+        ):
             run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", enable_checkpointing=False)
         return
     again, _ = run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", seed=1, enable_checkpointing=False)
@@ -360,7 +362,7 @@ def test_time_intervals_and_metrics_write_such_checkpoints(whole, tmp_path):
 
 
 def test_another_accumulation_is_refused_within_a_step(whole, tmp_path):
-    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches: resume with 3, or"
+    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches; set it to 3, or"
     with pytest.raises(ValueError, match=refused):
         run(whole[0], ckpt_path=whole[0] / "validation4.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)
     _, numbers = run(whole[0], ckpt_path=whole[0] / "end6.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)
