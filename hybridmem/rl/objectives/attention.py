@@ -17,7 +17,7 @@ from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, Reco
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
-from hybridmem.rl.rollouts.prompts import PromptBatch, Times
+from hybridmem.rl.rollouts.prompts import Times
 from hybridmem_kernels.attention_divergence import DIVERGENCES
 
 from .objective import LossAndMetrics, ModelLoader, Objective
@@ -95,15 +95,15 @@ class AttentionRL(Objective):
         AttentionRecorder(policy.model, self.layers)
 
     def act(
-        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
+        self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]
     ) -> Exploration | None:
         """Draw the noise that each response attends with."""
         if not self.exploration:
             return None
         layers = list(AttentionRecorder(policy.model, self.layers).layers)
         noise = draw_noise(
-            policy.model, self.target, layers, self.exploration, len(prompts.input_ids), num_generations,
-            prompts.input_ids.shape[1] + length, generators,
+            policy.model, self.target, layers, self.exploration, len(generators), num_generations,
+            time, generators,
         )  # fmt: skip
         return Exploration(self.target, noise)
 

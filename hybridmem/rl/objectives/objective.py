@@ -3,7 +3,7 @@
 A batch of prompts passes an objective in this order:
 
     prepare        once a run: check the policy, load frozen models
-    act            choose something for every response before it is sampled (attention noise), outside environments
+    act            choose something for every response before it is sampled (attention noise, an allocation)
     shape_rewards  change the rewards that responses learn from
     kept_tokens    leave responses or turns out of the loss
     refine         add responses to groups, outside environments
@@ -14,6 +14,7 @@ A batch of prompts passes an objective in this order:
     loss           the loss and its metrics
     normaliser     the number that the loss is a mean over
     metrics        further metrics of an optimiser step
+    settle         the choice that held-out prompts are answered with
 
 The learner adds the objectives' losses. It asks for traits, never for a class. Objectives that learn from given answers
 (`samples` is False) are asked for `loss`, `normaliser` and `metrics` only.
@@ -29,15 +30,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rewards.functions import Rewards
 from hybridmem.rl.rollouts.completions import Completions
-from hybridmem.rl.rollouts.experience import Action, Experience, Rollout, Scores
+from hybridmem.rl.rollouts.experience import Experience, Rollout, Scores
 from hybridmem.rl.rollouts.policy import Example, Policy
-from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch, Times
+from hybridmem.rl.rollouts.prompts import Prompt, Times
 
 Normaliser = Literal["responses", "tokens", "processes"]
 ModelLoader = Callable[[str], tuple[Any, PreTrainedTokenizerBase | None]]  # by name: a model and its tokenizer
 LossAndMetrics = tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]
+
+
+class ObjectiveError(Exception):
+    """The reason, in one line, why an objective cannot continue."""
 
 
 @runtime_checkable
@@ -70,6 +76,8 @@ class Objective(ABC):
     alone: ClassVar[str | None] = None  # the reason why no other objective goes with it
     refines: ClassVar[bool] = False  # overrides `refine`
     compares_with_rollout: ClassVar[bool] = False  # its loss reads its observation of the sampling policy
+    choice: ClassVar[str] = "exploration"  # the word for what `act` chooses
+    chooses_in_environments: ClassVar[bool] = False  # `act` goes with environments
     dynamic_sampling: bool = False  # replaces groups without signal
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -87,6 +95,23 @@ class Objective(ABC):
         """Whether its gradient reaches the model's language-model head."""
         return True
 
+    @property
+    def trains_model(self) -> bool:
+        """Whether its gradient reaches the model's weights; a model that no objective trains is frozen."""
+        return True
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether its loss reads the policy's passes over the responses."""
+        return True
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """Return optimiser groups of the parameters that the objective put into `policy.learned`."""
+        return []
+
+    def check_others(self, others: list["Objective"]) -> None:
+        """Raise a ValueError if the objective lacks another that it needs."""
+
     def check_run(self, steps_per_rollout: int) -> None:
         """Raise a ValueError if the objective cannot learn from so many optimiser steps per rollout."""
 
@@ -101,16 +126,13 @@ class Objective(ABC):
             ValueError: the policy lacks something that the objective needs.
         """
 
-    def act(
-        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
-    ) -> Action | None:
+    def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action | None:
         """Choose something for every response before it is sampled.
 
         Args:
             policy: the model that will respond.
-            prompts: one of each group.
-            num_generations: responses to each.
-            length: the most tokens of a response.
+            num_generations: responses to each prompt.
+            time: the most tokens of a prompt and its response; 0 in environments, where it is not known yet.
             generators: the random numbers of each prompt.
         """
         return None
@@ -178,6 +200,10 @@ class Objective(ABC):
             old: the pass of the policy that sampled them.
             temperature: of the sampling.
         """
+
+    def settle(self, policy: Policy) -> Action | None:
+        """Return the choice that held-out prompts are answered with, or None; its one row serves all responses."""
+        return None
 
     @property
     def normaliser(self) -> Normaliser:

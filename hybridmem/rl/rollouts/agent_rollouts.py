@@ -1,12 +1,13 @@
 """Multi-turn rollouts: a policy acts in environments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.environments.tools import act
 
 from .completions import Completions
@@ -63,8 +64,19 @@ def act_out(
     num_generations: int,
     sampling: Sampling,
     generator: Generators = None,
+    actions: Sequence[Action] = (),
 ) -> Trajectories:
-    """Act `num_generations` times on every example, each time in a new environment."""
+    """Act `num_generations` times on every example, each time in a new environment.
+
+    Args:
+        policy: acts.
+        environments: of the run.
+        examples: one of each group.
+        num_generations: trajectories on each example.
+        sampling: how tokens are drawn.
+        generator: of the random numbers, or one for each example.
+        actions: choices of objectives, one row a trajectory.
+    """
     worlds = [environments.factory() for _ in range(len(examples) * num_generations)]
     prompts = [
         begin(policy.data, example, worlds[n * num_generations : (n + 1) * num_generations])
@@ -83,7 +95,7 @@ def act_out(
     with evaluating(policy.model):
         completions, turns, faulty = sample_turns(
             policy.model, policy.prompt_batch(prompts), num_generations, sampling, environments.max_turns, respond,
-            policy.eos_token_ids, policy.data.pad_id, generator,
+            policy.eos_token_ids, policy.data.pad_id, generator, actions,
         )  # fmt: skip
     return Trajectories(prompts, completions, worlds, turns, faulty, **counted)
 

@@ -1,37 +1,16 @@
 """Rollouts, and the experience that objectives learn from."""
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import Action
+
 from .completions import Completions
 from .prompts import Prompt, PromptBatch, Times
-
-
-@runtime_checkable
-class Action(Protocol):
-    """A choice that an objective made for every response, besides its tokens."""
-
-    @property
-    def prefill_once(self) -> bool:
-        """Whether all responses read their prompt alike."""
-        ...
-
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the model runs with the choice, one row a response."""
-        ...
-
-    def cut(self, time: int) -> "Action":
-        """Return the choice for the first `time` tokens."""
-        ...
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "Action":
-        """Return the choice of some responses."""
-        ...
 
 
 @dataclass
@@ -72,6 +51,7 @@ class Experience:
     prompts: PromptBatch  # of each response
     group_of: Int[Tensor, " responses"]  # the number of its group, whose responses stand next to one another
     completions: Completions
+    rewards: Float[Tensor, " responses"]
     advantages: Float[Tensor, " responses"]
     mask: Bool[Tensor, "responses length"]  # the tokens that carry loss
     num_items: Float[Tensor, ""]  # such tokens in the whole rollout, for each step of a pass
@@ -100,6 +80,7 @@ class Experience:
             self.prompts.select(rows),
             self.group_of[rows],
             Completions(*(x[rows] for x in self.completions)),
+            self.rewards[rows],
             self.advantages[rows],
             self.mask[rows],
             self.num_items,

@@ -1,11 +1,14 @@
 """Log-probabilities of responses; a group reads its prompt once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+
+from hybridmem.rl.attention.action import Action, prefilled_once, reading
 
 from .completions import Completions
 from .prompts import PromptBatch, Times
@@ -20,7 +23,12 @@ def first_rows(times: int | Times, rows: int) -> Int[Tensor, " prompts"]:
 
 
 def completion_logps(
-    model: Any, prompts: PromptBatch, completions: Completions, temperature: float, times: int | Times = 1
+    model: Any,
+    prompts: PromptBatch,
+    completions: Completions,
+    temperature: float,
+    times: int | Times = 1,
+    actions: Sequence[Action] = (),
 ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
     """Log-probabilities of the generated tokens, and the entropy at each.
 
@@ -32,10 +40,27 @@ def completion_logps(
         times: how many responses, next to one another, answer one prompt; a number each where they are not as many.
             The prompt is then read once for them all, gradients included, where it has a token before its last one;
             1: each response reads its own.
+        actions: choices that the responses are read with, one row a response.
     """
+    if actions and prefilled_once(actions):
+        logits = _behind_shared_prompts(model, prompts, completions, times, actions)
+    else:
+        with reading(actions, model, "response"):
+            logits = _behind_prompts(model, prompts, completions, 1 if actions else times)
+    logps = (logits / (temperature or 1.0)).log_softmax(-1)
+    chosen = logps.gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(-1)
+    return chosen, entropy
+
+
+def _behind_prompts(
+    model: Any, prompts: PromptBatch, completions: Completions, times: int | Times
+) -> Float[Tensor, "responses length vocab"]:
+    """Return the logits of the generated tokens; responses may share a reading of all but their prompt's last token."""
     length, cache = completions.ids.shape[1], None
     shared = isinstance(times, Tensor) or times > 1
-    # What stands behind a response's end is seen by no token that counts.
+    # No unmasked token attends past the end of its response.
     rows = prompts.followed_by(completions.ids)
     if shared and prompts.input_ids.shape[1] > 1:
         cache = DynamicCache(config=model.config.get_text_config())
@@ -43,9 +68,22 @@ def completion_logps(
         repeats: Any = times.to(rows.input_ids.device) if isinstance(times, Tensor) else times  # a cache takes both
         cache.batch_repeat_interleave(repeats)
         rows = rows.last(length + 1)
-    logits = read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
-    logps = (logits / (temperature or 1.0)).log_softmax(-1)
-    chosen = logps.gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(logps.exp() * logps).sum(-1)
-    return chosen, entropy
+    return read(model, rows, cache, logits_to_keep=length + 1)[:, :-1]
+
+
+def _behind_shared_prompts(
+    model: Any, prompts: PromptBatch, completions: Completions, times: int | Times, actions: Sequence[Action]
+) -> Float[Tensor, "responses length vocab"]:
+    """Return the logits of the generated tokens as the rollout read them: first whole prompts, then responses."""
+    length, cache = completions.ids.shape[1], DynamicCache(config=model.config.get_text_config())
+    first = first_rows(times, len(completions.ids)).to(completions.ids.device)
+    with reading(actions, model, "prompt"):
+        behind_prompt = read(model, prompts.select(first), cache)
+    repeats: Any = times.to(first.device) if isinstance(times, Tensor) else times
+    cache.batch_repeat_interleave(repeats)
+    logits = [behind_prompt.repeat_interleave(repeats, dim=0)]
+    if length > 1:
+        rows = prompts.followed_by(completions.ids[:, :-1]).last(length - 1)
+        with reading(actions, model, "response"):
+            logits.append(read(model, rows, cache, logits_to_keep=length - 1))
+    return torch.cat(logits, dim=1)

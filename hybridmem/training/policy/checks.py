@@ -62,6 +62,7 @@ def check_settings(
         )
     for objective in objectives.values():
         objective.check_run(num_iterations * steps_per_generation)
+        objective.check_others([other for other in objectives.values() if other is not objective])
     _check_sampling(objectives)
 
 
@@ -69,12 +70,14 @@ def _check_sampling(objectives: dict[str, Objective]) -> None:
     """Raise a ValueError for objectives that want responses sampled in ways that exclude one another."""
     explore, replace = explorations(objectives), any(o.dynamic_sampling for o in objectives.values())
     if explore and replace:
-        raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+        raise ValueError(f"{explore[0]} does not go with dynamic_sampling: switch one of the two off")
+    if len(explore) > 1:
+        raise ValueError(f"{' and '.join(explore)} would both change how responses read: keep one (exploration: 0)")
     for name in refinements(objectives):
         if explore:
             raise ValueError(
-                f"exploration does not go with {name}, whose refinements are sampled without it: set exploration to 0, "
-                "or take DrGRPO"
+                f"{explore[0]} does not go with {name}, whose refinements are sampled without it: set it to 0, or take "
+                "DrGRPO"
             )
         if replace:
             raise ValueError(f"dynamic_sampling drops the groups that {name} refines: set it off")
@@ -82,7 +85,7 @@ def _check_sampling(objectives: dict[str, Objective]) -> None:
 
 def explorations(objectives: dict[str, Objective]) -> list[str]:
     """Return the names of the objectives' explorations, which need the trainer's own single-turn sampling."""
-    return [f"{type(objective).__name__}'s exploration" for objective in objectives.values() if objective.explores]
+    return [f"{type(o).__name__}'s {o.choice}" for o in objectives.values() if o.explores]
 
 
 def refinements(objectives: dict[str, Objective]) -> list[str]:
@@ -92,18 +95,28 @@ def refinements(objectives: dict[str, Objective]) -> list[str]:
 
 def check_acting(objectives: dict[str, Objective]) -> None:
     """Raise a ValueError if an objective does not go with environments."""
-    for name in [*explorations(objectives), *refinements(objectives)]:
+    choosing = {name: o for name, o in objectives.items() if not o.chooses_in_environments}
+    for name in [*explorations(choosing), *refinements(objectives)]:
         raise ValueError(f"{name} does not go with an environment, in which responses have many turns")
 
 
 def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
     """Raise a ValueError if DistributedDataParallel would wait for gradients that never come."""
     settings = getattr(strategy, "_ddp_kwargs", {})
-    trains_head = any(objective.trains_head for objective in objectives.values())
+    trained = [objective for objective in objectives.values() if objective.trains_model]
+    trains_head = not trained or any(objective.trains_head for objective in trained)
     if isinstance(strategy, DDPStrategy) and not trains_head and not settings.get("find_unused_parameters"):
         raise ValueError(
             "objectives on attention alone give the model's head no gradient, which strategy ddp waits for: set "
             "trainer.strategy to ddp_find_unused_parameters_true"
+        )
+
+
+def check_frozen(dtype: str, frozen: bool) -> None:
+    """Raise a ValueError if weights that are trained would be stored in a lower precision."""
+    if not frozen:
+        raise ValueError(
+            f"dtype={dtype} is for weights that are not trained: set lora, or trainer.precision to bf16-mixed instead"
         )
 
 
