@@ -158,6 +158,17 @@ class HeadMixer(nn.Module):
             state = state._replace(sliding=window.kept)
         elif groups.full:
             outputs["full"], weights, state = self._attend_full(tokens, groups.full, state, sequence)
+        if groups.local and not groups.memory and sequence.heads is not None and sequence.heads.all_full:
+            window = self._window(
+                aligned,
+                groups.none,
+                self.config.attention_window,
+                self.config.num_sink_tokens,
+                state.local,
+                rows,
+                sequence,
+            )
+            return outputs["full"], state._replace(local=window.kept), None
         if groups.local:
             local, state = self._attend_local(rows.align(x), aligned, groups, state, rows, sequence)
             outputs["local"] = rows.restore(local)

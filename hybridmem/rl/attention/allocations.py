@@ -36,7 +36,7 @@ class AllocationPolicy(nn.Module):
         self.num_heads = num_heads
         self.logits = nn.Parameter(torch.logit(torch.full(shape, initial, dtype=torch.float32)))
         self.register_buffer("price", torch.zeros((), dtype=torch.float64))  # λ
-        self.register_buffer("full_reward", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("full_reward", torch.zeros((), dtype=torch.float64))  # sum over rollouts
         self.register_buffer("num_rollouts", torch.zeros((), dtype=torch.long))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AllocationPolicy":
@@ -124,10 +124,9 @@ class Allocation:
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
         """Return a context in which the model reads by the allocation."""
-        share = self.policy.spread(self.opened.float())
         if part == "prompt" and self.prefill == "full":
-            share = torch.ones_like(share[:1])
-        return self.units.applied(model, share)
+            return self.units.applied(model, None)
+        return self.units.applied(model, self.policy.spread(self.opened.float()))
 
     def cut(self, time: int) -> "Allocation":
         """Return the allocation, which holds for all tokens."""

@@ -327,13 +327,15 @@ def record_heads(
 ) -> AttentionRecord:
     """Return the queries and keys of a `mah` layer.
 
+    Under an allocation (`full_share`) the record is that of all keys, which an open head attends to.
+
     Raises:
         ValueError: rows of several documents; heads that do not all read `full`, which no one window describes.
     """
     if sequence.document_ids is not None and sequence.document_ids.max() > 0:
         raise ValueError("rows of several documents cannot be recorded: give one document a row")
-    code = "f" * mixer.kv_heads
-    if mixer.sources_code(sequence) != code:
+    code = mixer.sources_code(sequence)
+    if not code.endswith("+") and code != "f" * mixer.kv_heads:
         raise ValueError(
             f"layer {mixer.layer_idx} has heads that do not read everything and cannot be recorded: record a layer "
             "whose head_sources are all full"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,18 +27,19 @@ AttentionMaskInterface.register(
 Share = Float[Tensor, "rows layers heads"]
 
 
+@runtime_checkable
 class Units(Protocol):
     """The units of a model that can be allocated."""
 
     layers: list[int]  # their numbers
     num_heads: int  # units of each layer
 
-    def applied(self, model: Any, share: Share) -> AbstractContextManager[None]:
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
         """Return a context in which a unit reads beyond the window by its share: 1 does, 0 does not, others mix.
 
         Args:
             model: the model, inside PEFT or not.
-            share: of each row, or of all rows if it has one.
+            share: of each row, or of all rows if it has one; None: every unit reads beyond the window.
         """
         ...
 
@@ -67,8 +68,10 @@ class HeadUnits:
                 )
         self.sources = [[source] * self.num_heads if number in self.layers else [] for number in range(self.num_layers)]
 
-    def applied(self, model: Any, share: Share) -> AbstractContextManager[None]:
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
         """Return a context in which heads mix `full` with the other source."""
+        if share is None:
+            return model.head_sources(self.sources, full_share=1.0)
         spread = share.new_ones(len(share), self.num_layers, self.num_heads)
         spread[:, self.layers] = share
         return model.head_sources(self.sources, full_share=spread)
@@ -87,8 +90,11 @@ class GateUnits:
         self.num_heads = model.config.num_attention_heads
 
     @contextmanager
-    def applied(self, model: Any, share: Share) -> Iterator[None]:
+    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
         """Run with gates mixed with a gate that takes the window alone."""
+        if share is None:
+            yield
+            return
         layers = decoder_layers(model)
         with ExitStack() as stack:
             for place, number in enumerate(self.layers):
@@ -129,8 +135,11 @@ class AttentionUnits:
         self.num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     @contextmanager
-    def applied(self, model: Any, share: Share) -> Iterator[None]:
+    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
         """Run with an attention function that mixes full and windowed attention head by head."""
+        if share is None:
+            yield
+            return
         place = {module: number for number, module in enumerate(decoder_layers(model))}
 
         def attend(

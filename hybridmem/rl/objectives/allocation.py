@@ -35,6 +35,7 @@ UNITS = ("head", "layer")
 PREFILLS = ("full", "allocated")
 ESTIMATORS = ("sampled", "mixed")
 MAX_LOG_RATIO = 20.0  # nats; exp overflows at 89
+PATIENCE = 10  # rollouts in which full attention has to earn something
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,8 @@ class AllocationRL(Gates, Objective):
     """Learns from reward which units read beyond their window, under a price for each that does.
 
     A price λ makes open units costly. With a `budget` it rises while more units are open than that, and falls when
-    fewer are. Without, it rises while the mean reward exceeds `min_reward` times the reward of full attention, and
-    falls below it. The first `calibration` rollouts read everything and measure the reward of full attention.
+    fewer are. Without, it rises while the mean reward exceeds `min_reward` times the reward of full attention on the
+    same prompts, and falls below it. The first response of each group then reads everything and is that reference.
 
     Alone, the objective leaves the model frozen and needs no pass over the responses. Beside a token objective or
     AttentionRL the model learns too, under the same allocations.
@@ -138,7 +139,6 @@ class AllocationRL(Gates, Objective):
             both outputs by σ(φ), and a token objective's gradient reaches φ.
         dual_lr: step of the price.
         epsilon: r is clipped to 1 ± epsilon.
-        calibration: rollouts with full attention before the first update; not needed with a budget.
         l1_price: of the sum of σ(φ), for `mixed`.
         min_priced_reward: mean reward from which `mixed` pays its price (RLKV's τ).
     """
@@ -152,9 +152,8 @@ class AllocationRL(Gates, Objective):
     min_reward: float = 0.9
     prefill: str = "full"
     estimator: str = "sampled"
-    dual_lr: float = 0.5
+    dual_lr: float = 1.0
     epsilon: float = 0.2
-    calibration: int = 4
     l1_price: float = 1e-3
     min_priced_reward: float = 0.5
 
@@ -167,12 +166,16 @@ class AllocationRL(Gates, Objective):
         for name in ("dual_lr", "epsilon", "l1_price"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
-        at_least(0 if self.budget is not None else 1, calibration=self.calibration)
 
     @property
     def explores(self) -> bool:
         """Responses are sampled under allocations."""
         return True
+
+    @property
+    def splits_reading(self) -> bool:
+        """Prompts that are read in full come first."""
+        return self.estimator == "sampled" and self.prefill == "full"
 
     @property
     def trains_model(self) -> bool:
@@ -194,6 +197,14 @@ class AllocationRL(Gates, Objective):
         """The loss is a mean over allocations, one a response."""
         return "responses"
 
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
+        """Raise a ValueError if a group holds fewer than two allocations beside its reference."""
+        if self.budget is None and num_generations < 3:
+            raise ValueError(
+                f"num_generations={num_generations}: one response of each group is full attention's, and one alone has "
+                "no advantage; sample 3 or more, or set a budget"
+            )
+
     def check_others(self, others: list[Objective]) -> None:
         """Raise a ValueError if `mixed` has no token objective whose gradient could reach φ."""
         if self.estimator == "mixed" and not any(other.trains_head for other in others):
@@ -212,13 +223,13 @@ class AllocationRL(Gates, Objective):
         return self.groups(policy)
 
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
-        """Draw an allocation for every response; full attention while calibrating."""
+        """Draw an allocation for every response, except references, which read everything."""
         gates, units = self.gates(policy), self.find_units(base_model(policy))
         if self.estimator == "mixed":
             return SoftAllocation(gates, units)
         opened = by_group(gates, num_generations, generators)
-        if self._calibrates(gates):
-            opened = torch.ones_like(opened)
+        if self.budget is None:
+            opened[::num_generations] = True
         with torch.no_grad():
             return Allocation(gates, units, opened, self.prefill, gates.log_likelihood(opened))
 
@@ -234,7 +245,6 @@ class AllocationRL(Gates, Objective):
             ObjectiveError: full attention earns nothing, so that min_reward sets no floor.
         """
         gates, rewards = self.gates(policy), experience.rewards.double()
-        calibrates = self._calibrates(gates)
         gates.num_rollouts += 1
         if self.estimator == "mixed":
             gates.price.fill_(self.l1_price if _global_mean(rewards) >= self.min_priced_reward else 0.0)
@@ -242,28 +252,30 @@ class AllocationRL(Gates, Objective):
         allocation: Any = experience.actions[self.family]
         size = experience.times
         assert isinstance(size, int)
-        if calibrates:
-            gates.full_reward += _global_mean(rewards) / self.calibration
-            if gates.num_rollouts == self.calibration and gates.full_reward <= 0:
-                raise ObjectiveError(
-                    f"min_reward={self.min_reward} is relative to full attention, which earned {gates.full_reward:.3g} "
-                    f"in {self.calibration} rollouts: choose easier prompts or another model, or set a budget"
-                )
-            advantages = torch.zeros_like(rewards)
-        else:
-            priced = group_advantages(allocation.costs.double(), size, "none")
-            advantages = group_advantages(rewards, size, "none") - gates.price * priced
-            self._move_price(gates, _global_mean(rewards), _global_mean(allocation.costs))
+        drawn, cost = torch.ones_like(rewards, dtype=torch.bool), allocation.costs.double()
+        if self.budget is None:
+            drawn[::size] = False
+        gained, paid = (
+            group_advantages(values[drawn], size - int(self.budget is None), "none") for values in (rewards, cost)
+        )
+        advantages = torch.zeros_like(rewards).masked_scatter(drawn, gained - gates.price * paid)
         experience.actions[self.family] = replace(allocation, advantages=advantages.float())
-
-    def _calibrates(self, gates: AllocationPolicy) -> bool:
-        return self.estimator == "sampled" and self.budget is None and bool(gates.num_rollouts < self.calibration)
-
-    def _move_price(self, gates: AllocationPolicy, reward: float, cost: float) -> None:
-        """Take a step of the dual variable."""
-        floor = self.min_reward * float(gates.full_reward)
-        slack = (reward - floor) / float(gates.full_reward) if self.budget is None else cost - self.budget
+        if self.budget is not None:
+            slack = _global_mean(cost) - self.budget
+        else:
+            full_reward = _global_mean(rewards[~drawn])
+            self._watch_reference(gates, full_reward)
+            slack = _global_mean(rewards[drawn]) - self.min_reward * full_reward
         gates.price.add_(self.dual_lr * slack).clamp_(min=0)
+
+    def _watch_reference(self, gates: AllocationPolicy, full_reward: float) -> None:
+        """Sum up the reward of full attention; without any there is no floor."""
+        gates.full_reward += full_reward
+        if gates.num_rollouts == PATIENCE and gates.full_reward <= 0:
+            raise ObjectiveError(
+                f"min_reward={self.min_reward} is relative to full attention, which earned nothing in {PATIENCE} "
+                "rollouts: choose easier prompts or another model, or set a budget"
+            )
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float

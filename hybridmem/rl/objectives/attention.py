@@ -81,13 +81,21 @@ class AttentionRL(Objective):
         """Attention alone gives the head no gradient."""
         return False
 
-    def check_run(self, steps_per_rollout: int) -> None:
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
         """Raise a ValueError if the objective's gradient would be zero in every step."""
         if self.weight and not self.exploration and steps_per_rollout == 1:
             raise ValueError(
                 "AttentionRL compares with the rollout's attention, from which one optimiser step per rollout never "
                 "moves: its gradient would be zero. Set num_iterations or steps_per_generation to 2 or more, or "
                 "AttentionRL's exploration above 0"
+            )
+
+    def check_others(self, others: list[Objective]) -> None:
+        """Raise a ValueError if the prompt's last query, which predicts the first token, will not be recorded."""
+        if self.positions == "predicting" and any(other.splits_reading for other in others):
+            raise ValueError(
+                "positions=predicting does not go with prefill=full of an allocation, which reads prompts apart: set "
+                "positions to generated, or prefill to allocated"
             )
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:

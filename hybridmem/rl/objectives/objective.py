@@ -91,6 +91,11 @@ class Objective(ABC):
         return False
 
     @property
+    def splits_reading(self) -> bool:
+        """Whether passes read prompts and responses in two parts, so that records hold the responses' queries alone."""
+        return False
+
+    @property
     def trains_head(self) -> bool:
         """Whether its gradient reaches the model's language-model head."""
         return True
@@ -112,8 +117,8 @@ class Objective(ABC):
     def check_others(self, others: list["Objective"]) -> None:
         """Raise a ValueError if the objective lacks another that it needs."""
 
-    def check_run(self, steps_per_rollout: int) -> None:
-        """Raise a ValueError if the objective cannot learn from so many optimiser steps per rollout."""
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
+        """Raise a ValueError if the objective cannot learn from so many optimiser steps and responses per rollout."""
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
         """Check the policy, and put the models that the objective reads into `policy.frozen`.

@@ -81,9 +81,6 @@ def _behind_shared_prompts(
         behind_prompt = read(model, prompts.select(first), cache)
     repeats: Any = times.to(first.device) if isinstance(times, Tensor) else times
     cache.batch_repeat_interleave(repeats)
-    logits = [behind_prompt.repeat_interleave(repeats, dim=0)]
-    if length > 1:
-        rows = prompts.followed_by(completions.ids[:, :-1]).last(length - 1)
-        with reading(actions, model, "response"):
-            logits.append(read(model, rows, cache, logits_to_keep=length - 1))
-    return torch.cat(logits, dim=1)
+    with reading(actions, model, "response"):  # the last token, too: its attention may be recorded
+        logits = read(model, prompts.followed_by(completions.ids).last(length), cache, logits_to_keep=length)
+    return torch.cat((behind_prompt.repeat_interleave(repeats, dim=0), logits[:, :-1]), dim=1)

@@ -61,7 +61,7 @@ def check_settings(
             f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
         )
     for objective in objectives.values():
-        objective.check_run(num_iterations * steps_per_generation)
+        objective.check_run(num_iterations * steps_per_generation, num_generations)
         objective.check_others([other for other in objectives.values() if other is not objective])
     _check_sampling(objectives)
 

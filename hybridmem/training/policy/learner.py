@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridmem.distributed import Meter, all_gather_object, gather_groups, global_mean_weights, own_groups
-from hybridmem.rl.attention.action import Action, prefilled_once
+from hybridmem.rl.attention.action import Action, prefilled_once, reading
 from hybridmem.rl.objectives.advantages import group_advantages
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rollouts.completions import Completions
@@ -191,8 +191,10 @@ class Learner:
         """
         if actions is None:
             actions = [action for action in batch.actions.values() if action.in_passes]
-        times = times if prefilled_once(actions) else 1
         with ExitStack() as stack:
+            if not prefilled_once(actions):  # before the recorders, which then see gates as the actions left them
+                stack.enter_context(reading(actions, self.policy.model, "response"))
+                times, actions = 1, []
             seen = {
                 family: stack.enter_context(self.objectives[family].observe(self.policy.model, times))
                 for family in families
