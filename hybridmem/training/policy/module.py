@@ -13,15 +13,15 @@ from hybridmem.data.trainer_state import is_training
 from hybridmem.distributed import Meter, shard
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.environments.tools import tools_of
-from hybridmem.rl.objectives.objective import Objective
+from hybridmem.rl.objectives.objective import Objective, ObjectiveError
 from hybridmem.rl.rewards.functions import RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, with_adapters
+from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, lower_precision, with_adapters
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
 from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
 from hybridmem.training.checkpoints.model_card import training_facts
-from hybridmem.training.errors import named
+from hybridmem.training.errors import StoppedError, named
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.optimizers import OptimizerFactory, decay_groups
 from hybridmem.training.schedules import SchedulerFactory, WarmupCosine, scheduled_steps
@@ -31,6 +31,7 @@ from .checks import (
     check_acting,
     check_answers,
     check_end,
+    check_frozen,
     check_prompts,
     check_settings,
     check_strategy,
@@ -74,7 +75,8 @@ class PolicyModule(L.LightningModule):
         optimizer: optimiser of the parameter groups; matrices decay, vectors and embeddings do not.
         lr_scheduler: learning-rate schedule over the optimiser steps of the run.
         max_grad_norm: gradients are clipped to this norm. None: no clipping.
-        lora: settings of PEFT's LoraConfig. None: train all weights.
+        lora: settings of PEFT's LoraConfig. None: train all weights, or none if no objective trains the model.
+        dtype: type of weights that are not trained, such as `bfloat16`. None: float32. Memories stay in float32.
         attn_implementation: `sdpa`, or another implementation in transformers' registry.
         rollouts: server that samples training responses (see ServedRollouts). None: the policy itself.
         seed: seed of the rollouts.
@@ -107,6 +109,7 @@ class PolicyModule(L.LightningModule):
         lr_scheduler: SchedulerFactory = WarmupCosine,
         max_grad_norm: float | None = 1.0,
         lora: dict[str, Any] | None = None,
+        dtype: str | None = None,
         attn_implementation: str = "sdpa",
         rollouts: ServedRollouts | None = None,
         seed: int = 0,
@@ -133,7 +136,7 @@ class PolicyModule(L.LightningModule):
         self.environment_factory, self.max_turns = environment_factory, max_turns
         self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
-        self.lora, self.attn_implementation = lora, attn_implementation
+        self.lora, self.dtype_name, self.attn_implementation = lora, dtype, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
         self.policy: Policy
@@ -174,6 +177,7 @@ class PolicyModule(L.LightningModule):
         if self.model is None:
             self.policy = self._load_policy()
             self.model = self.policy.model
+            self.learned = torch.nn.ModuleDict(self.policy.learned)
         self.policy.data = self.data
         if self.rollouts is not None:
             acting = [] if self.environments is None else ["an environment"]
@@ -203,6 +207,11 @@ class PolicyModule(L.LightningModule):
         policy = Policy(model, self.data, adapted=self.lora is not None, sharded=self.device_mesh is not None)
         for objective in self.objectives.values():
             objective.prepare(policy, self._load_frozen)
+        frozen = not any(objective.trains_model for objective in self.objectives.values())
+        model.requires_grad_(not frozen)
+        if self.dtype_name is not None:
+            check_frozen(self.dtype_name, frozen or self.lora is not None)
+            lower_precision(model, self.dtype_name)
         if self.lora is not None:
             policy.model = with_adapters(model, self.lora)
         if disable_dropout(policy.model):
@@ -251,7 +260,10 @@ class PolicyModule(L.LightningModule):
         """Roll out and learn, or learn from the given answers if no objective samples."""
         self.has_started = True
         with stopping_at_non_finite_logits(self.trainer):
-            self._learn_from(batch)
+            try:
+                self._learn_from(batch)
+            except ObjectiveError as error:
+                raise StoppedError(str(error)) from error
         for name, value in self.meter.pop_means().items():
             self.log(name, value, prog_bar=name in SHOWN)
 
@@ -292,7 +304,8 @@ class PolicyModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and the schedule that steps with it."""
         with named("optimizer"):
-            optimizer = self.optimizer(decay_groups(self.model))
+            own = [g for o in self.objectives.values() for g in o.parameter_groups(self.policy)]
+            optimizer = self.optimizer([*decay_groups(self.model), *own])
         with named("lr_scheduler"):
             return [optimizer], [self.lr_scheduler(optimizer, scheduled_steps(self.trainer, self.trainer.max_steps))]
 

@@ -232,8 +232,8 @@ def test_a_converted_folder_keeps_its_window(base, tmp_path):
         (dict(model__init_args__frozen=["*"]), "frozen=['*'] leave no memory to train"),
         (dict(model__init_args__attention_window=40), "sequence_length=32 must exceed attention_window + num_sink"),
         (dict(model__init_args__lora={"r": 2}), "stage=regression freezes the base model"),
-        (dict(model__init_args__base="nowhere"), "model=nowhere is no folder"),
-        (dict(model__init_args__memory={"memory_width": 2}), "memory_width is no setting of HybridMemConfig's"),
+        (dict(model__init_args__base="nowhere"), "model=nowhere is not a folder"),
+        (dict(model__init_args__memory={"memory_width": 2}), "memory_width is not a memory setting of HybridMemConfig"),
         (dict(model__init_args__memory={"memory_depth": 0}), "memory_depth=0 must be at least 1"),
     ],
 )  # fmt: skip

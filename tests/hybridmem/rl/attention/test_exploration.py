@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.rl import AttentionRecorder, AttentionRL, group_advantages
-from hybridmem.rl.attention.exploration import draw_noise, explored
+from hybridmem.rl.attention.exploration import Exploration, draw_noise, explored
 from hybridmem.rl.rollouts.prompts import PromptBatch
 from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
@@ -64,9 +64,10 @@ def test_a_spoilt_gate_recovers_by_reward_alone():
         rows, answers = questions(16, generator)
         prompts = PromptBatch(rows, None)
         noise = draw_noise(model, "allocation", [0], 1.0, 16, GENERATIONS, rows.shape[1] + 1, generator)
+        own_prompts = [Exploration("allocation", {})]
         with explored(model, "allocation", noise), AttentionRecorder(model) as recorder:
             one_token = Sampling(max_completion_length=1)
-            completions = sample(model, prompts, GENERATIONS, one_token, [], 0, generator, prefill_once=False)
+            completions = sample(model, prompts, GENERATIONS, one_token, [], 0, generator, own_prompts)
             completion_logps(model, prompts.repeat(GENERATIONS), completions, 1.0)
         used = {n: record.detach() for n, record in recorder.records.items()}
         rewards = (completions.ids[:, 0] == answers.repeat_interleave(GENERATIONS)).float()

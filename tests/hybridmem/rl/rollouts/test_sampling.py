@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hybridmem.data.vision import vision_prompt
-from hybridmem.rl.attention.exploration import cut_noise, draw_noise, explored
+from hybridmem.rl.attention.exploration import Exploration, cut_noise, draw_noise, explored
 from hybridmem.rl.attention.recorder import AttentionRecorder
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.objectives.attention import AttentionRL
@@ -52,7 +52,7 @@ def test_the_training_path_gives_the_samplers_log_probabilities(kind):
 def test_reading_a_prompt_once_or_for_every_response_is_the_same(kind):
     model = model_of(kind)
     _, once = roll_out(model, PROMPTS)
-    _, each = roll_out(model, PROMPTS, prefill_once=False)
+    _, each = roll_out(model, PROMPTS, actions=[Exploration("allocation", {})])
     assert torch.equal(once.ids, each.ids)
 
 
@@ -167,9 +167,9 @@ def test_exploration_in_the_rollout_and_in_the_training_path_is_the_same(kind, t
     noise = draw_noise(model, target, [0, 1], 2.0, 2, 4, 17, torch.Generator().manual_seed(0))
     for eps in noise.values():
         torch.testing.assert_close(eps[0::2], -eps[1::2])
-    with explored(model, target, noise):
-        completions = sample(model, prompts, 4, SAMPLING, [7], 0, torch.Generator().manual_seed(1), prefill_once=False)
-        logps, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)
+    actions = [Exploration(target, noise)]
+    completions = sample(model, prompts, 4, SAMPLING, [7], 0, torch.Generator().manual_seed(1), actions)
+    logps, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature, 4, actions)
     mask = completions.mask
     torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)
     plain, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)

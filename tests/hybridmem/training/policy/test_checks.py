@@ -77,3 +77,5 @@ def test_traits_have_defaults():
     assert Mine().normaliser == "tokens"
     assert not Mine().explores
     assert Mine().trains_head
+    assert Mine().trains_model
+    assert Mine().reads_scores
