@@ -1,7 +1,7 @@
-"""Triton's interpreter, which it decides on where kernels are declared, whichever test imports them first.
+"""Settings of every test: Triton's interpreter, no network, one thread, random numbers of its own.
 
-And one thread: on tiny tensors a second one costs more than it gives, and other work shares the cores.
-Every test draws the same numbers whichever ran before it, on however many processes.
+Triton reads the environment where kernels are declared, huggingface_hub where it is imported, so both are set first.
+On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order.
 """
 
 import os
@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Iterator
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,15 @@ import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' wrong names are not looked up, again and again
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: a process that began one last would keep the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +35,14 @@ def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the libraries underneath draw from it
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave shape checks out of tests marked `unchecked`."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # What launchers tell processes of one another, as Lightning writes it into this one's environment.

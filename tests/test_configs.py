@@ -174,6 +174,7 @@ for_every_warm_up = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @for_every_warm_up
 def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
     run, exported = learn_by_reward(path, tmp_path, monkeypatch, {}, {}), tmp_path / "exported"

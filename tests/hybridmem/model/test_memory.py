@@ -23,10 +23,10 @@ def adversarial(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("depth", "tokens"), [(1, 100_000), (2, 100_000), (3, 20_000), (4, 20_000)])
-def test_adversarial_streams_stay_finite(adversarial, depth, tokens, dtype):
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_adversarial_streams_stay_finite(adversarial, depth, dtype):
     """Every write is as large as the default rule allows, at momenta up to 0.99 (a million tokens: scripts)."""
-    found = adversarial.run(depth, dtype, tokens=tokens)
+    found = adversarial.run(depth, dtype, tokens=20_000)
     assert found["finite"]
     # A linear memory even stays near the size of what it was given to hold.
     assert depth > 1 or found["state"] < 100

@@ -9,6 +9,7 @@ from hybridmem.data import TaskDataModule
 from hybridmem.tasks import Recall
 from tests.hybridmem.models import tiny_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 WINDOW = 8
 LEARNT, BY_CHANCE = 0.7, 2.17  # nats a token, of two letters and the end after them: chance is two thirds of log 26
 
@@ -35,12 +36,10 @@ def trained_for(steps: int, variant: str) -> float:
     return sum(losses[-10:]) / 10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mag", "mac", "mal", "lmm"])
 def test_a_memory_learns_it(variant):
     assert trained_for(150, variant) < LEARNT
 
 
-@pytest.mark.slow
 def test_a_window_alone_does_not():
     assert trained_for(150, "swa") > 0.9 * BY_CHANCE

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 SHORT = {f"{case.operator}, {case.name}": case for case in cases(20, shrink=3)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of infinities that are masked
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, list(TOLERANCES)[n % len(TOLERANCES)]) for n, name in enumerate(SHORT)]
