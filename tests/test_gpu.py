@@ -1,4 +1,4 @@
-"""What runs on a CPU runs on a GPU, with the same numbers: models, streams, generation, and training by reward.
+"""Models, streams, generation and reinforcement learning on a GPU, compared with a CPU.
 
     TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py --numprocesses 8
 
@@ -25,10 +25,10 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-SHAPE = dict(memory_head_dim=16, memory_chunk_size=16)  # the smallest that the Triton kernels take
+SHAPE = dict(memory_head_dim=16, memory_chunk_size=16)  # the smallest sizes that the Triton kernels support
 RUN = {"trainer.accelerator": "gpu"} | {f"model.init_args.config.{name}": size for name, size in SHAPE.items()}
-WRITTEN = {name.replace(".", "__"): value for name, value in RUN.items()}  # as write_config takes them
-# Float32 in another order of sums, through two layers and a recurrence.
+WRITTEN = {name.replace(".", "__"): value for name, value in RUN.items()}  # keyword arguments of write_config
+# Tolerance of float32 sums in another order, over two layers and a recurrence.
 CLOSE = dict(rtol=1e-3, atol=1e-3)
 
 

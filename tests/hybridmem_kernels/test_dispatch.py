@@ -1,4 +1,4 @@
-"""Which backend is chosen, what is said of it, and what is refused."""
+"""Choice of the backend, its stated reason, and errors for unsupported inputs."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from hybridmem_kernels.dispatch import VARIABLE, choose_backend
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+    """Tensor that claims to be on a GPU."""
 
     device = torch.device("cuda")
 
@@ -104,7 +104,7 @@ def test_triton_on_a_cpu_is_an_error_but_for_the_interpreter(monkeypatch):
 
 
 def operators() -> dict:
-    """A call of every operator, of one argument: what else it is told."""
+    """Return one call per operator, as a function of its options."""
     x, gate = torch.randn(1, 1, 4, 16), torch.full((1, 1, 4), 0.1)
     weights = [torch.randn(1, 16, 16)] * 2
     return {
@@ -130,7 +130,7 @@ def test_operators_ask_and_do_not_fall_back(name, monkeypatch, caplog):
 
 
 def test_a_machine_without_triton_can_import_and_run():
-    """As on macOS and Windows: nothing imports Triton until it is asked for."""
+    """Triton is imported on demand only, which supports macOS and Windows."""
     code = """
 import sys
 sys.modules["triton"] = None

@@ -1,4 +1,4 @@
-"""`hybridmem subnetwork` says what the functions say, of folders of any layout."""
+"""`hybridmem subnetwork` agrees with the Python functions for folders of any layout."""
 
 import json
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 @pytest.fixture
 def folders(tmp_path):
-    """A model, and two that were made of it; the first one's weights in several files."""
+    """Write a model, sharded into several files, and two models derived from it."""
     torch.manual_seed(0)
     shape = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=11, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(**shape))

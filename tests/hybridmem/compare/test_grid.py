@@ -1,4 +1,4 @@
-"""Which runs a grid has, and what is wrong with one before anything runs."""
+"""Runs of a grid, and errors in grids that are found before any run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +36,11 @@ def labels(task, architecture):
 def test_every_cell_goes_on_from_its_seeds_warm_up():
     warm_ups, cells = plan({"recall": RECALL})
     assert [str(run) for run in warm_ups] == [
-        "recall swa warm-up seed 0", "recall mag warm-up seed 0", "recall swa warm-up seed 1",
+        "recall swa warm-up seed 0",
+        "recall mag warm-up seed 0",
+        "recall swa warm-up seed 1",
         "recall mag warm-up seed 1",
-    ]  # fmt: skip
+    ]
     assert len(cells) == 2 * 2 * (1 + len(CONTROLS))
     assert {cell.warm_up for cell in cells} == set(warm_ups)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -94,9 +96,14 @@ def test_targets_are_those_that_an_architecture_has():
     task = replace(RECALL, targets=["attention", "memory"])
     assert labels(task, "swa") == [START, *CONTROLS]
     assert labels(task, "mag") == [
-        START, "supervised", "token", "attention", "attention on memory", "token + attention",
+        START,
+        "supervised",
+        "token",
+        "attention",
+        "attention on memory",
+        "token + attention",
         "token + attention on memory",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_control_is_run_again_with_the_mask_of_its_first_run():

@@ -1,4 +1,4 @@
-"""The answer's words follow from the numbers, and the page holds all it needs and runs nothing it shows."""
+"""Verdicts of the report follow from the numbers, and its page is self-contained and escapes all text."""
 
 import re
 from html.parser import HTMLParser
@@ -14,10 +14,17 @@ RISE = [[9, 0.4], [19, 0.6]]
 
 def cell(architecture, label, seed, accuracy, status="finished", reason=None):
     found = {
-        "architecture": architecture, "label": label, "control": label, "target": "", "seed": seed, "status": status,
-        "reason": reason, "folder": f"{architecture}/{label}/{seed}", "masked": False,
+        "architecture": architecture,
+        "label": label,
+        "control": label,
+        "target": "",
+        "seed": seed,
+        "status": status,
+        "reason": reason,
+        "folder": f"{architecture}/{label}/{seed}",
+        "masked": False,
         "without": {"token + attention": "token", "attention": "start"}.get(label),
-    }  # fmt: skip
+    }
     if status == "finished":
         last = {"val/accuracy": accuracy, "val/pass@1": accuracy / 2, "val/accuracy_at/distance=3": accuracy}
         curves = {"val/accuracy": RISE, "val/attention/layer_1/effective_span": RISE}
@@ -43,7 +50,7 @@ def test_gains_are_paired_by_seed():
     rows = {(row["architecture"], row["label"]): row for row in summarise(THREE)}
     gain = rows["mag", "token"]["gain"]
     assert gain["mean"] == pytest.approx(0.1)
-    assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # each seed gains as much
+    assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # all seeds gain the same
     # mean 0.51, standard deviation 0.01, t = 4.303
     assert rows["mag", "token"]["score"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
 
@@ -107,7 +114,7 @@ def test_nothing_finished_is_said():
 
 
 class Page(HTMLParser):
-    """All tags and attributes of a page."""
+    """Collector of a page's tags and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -131,8 +138,11 @@ def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
     assert not re.search(r"https?://", path.read_text())
     assert "&lt;script&gt;" in path.read_text()
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == [
-        "attention.png", "by_column.png", "curves.png", "score.png",
-    ]  # fmt: skip
+        "attention.png",
+        "by_column.png",
+        "curves.png",
+        "score.png",
+    ]
 
 
 HOSTILE = (
@@ -146,7 +156,7 @@ HOSTILE = (
 
 
 def test_hostile_names_and_answers_stay_text(tmp_path):
-    """Whatever a model, an error or a user writes is shown and not run, and nothing is fetched."""
+    """Text of models, errors and users is shown but never executed, and the page fetches nothing."""
     everything = " ".join(HOSTILE)
     script = HOSTILE[0]
     cells = [cell(script, label, seed, 0.5) for label in (script, "start") for seed in range(2)]

@@ -174,7 +174,7 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_compressed_text_is_read_like_text(tmp_path, ending):
-    text = "naïve text\n" * 200_000  # more than is decompressed at once
+    text = "naïve text\n" * 200_000  # exceeds one decompression buffer
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "", "two\n"))
     (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](lines.encode()))
     (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))

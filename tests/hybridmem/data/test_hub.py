@@ -1,4 +1,4 @@
-"""Streams through `datasets` itself, from local files."""
+"""Streaming of local files through the real `datasets` library."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ def data(files, setup=False, **options) -> HubDataModule:
 
 
 def files_of(batches) -> set[str]:
-    """The files whose documents are in some batches."""
+    """Return the files of the documents in some batches."""
     seen = "\n".join(byte_tokenizer().decode(row) for batch in batches for row in batch["input_ids"])
     return set(re.findall(r"<(\d)-\d\d>", seen))
 

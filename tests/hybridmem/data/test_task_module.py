@@ -21,7 +21,7 @@ pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:GPU availa
 
 
 class Words:
-    """Prompts and answers of different lengths."""
+    """Task with prompts and answers of different lengths."""
 
     def example(self, split: str, index: int) -> dict:
         return {"prompt": f"{split} {'x' * (index % 5)}?", "answer": str(index), "index": index}
@@ -41,7 +41,7 @@ def data(task: Task | None = None, **options) -> TaskDataModule:
 
 
 def read(batch: dict, row: int, tokenizer="bytes") -> tuple[str, str]:
-    """The text of a row without padding, and that of its labels."""
+    """Return the text of a row without padding, and the text of its labels."""
     tokenizer = load_tokenizer(tokenizer)
     inputs = batch["input_ids"][row][batch["document_ids"][row] != PADDING]
     labels = batch["shift_labels"][row][batch["shift_labels"][row] != IGNORED]
@@ -155,7 +155,7 @@ def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path,
 
 
 def refusal_of(task, tmp_path, monkeypatch, capsys) -> str:
-    """The line with which the command line refuses a task."""
+    """Return the command line's error for a task."""
     init_args = {"task": {"class_path": f"{__name__}.{task.__name__}"}}
     settings = {"class_path": "hybridmem.data.TaskDataModule", "init_args": init_args}
     with pytest.raises(SystemExit) as stopped:
@@ -268,7 +268,7 @@ def test_refusals(tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the index of every training example."""
+    """Recorder of every training example's index."""
 
     def __init__(self):
         super().__init__()
@@ -349,7 +349,7 @@ class TestCommandLine:
         hybridmem(monkeypatch, "fit", "--config", write_recall(whole))
         config = write_recall(resumed)
         hybridmem(monkeypatch, "fit", "--config", config, "--trainer.limit_train_batches", 4)
-        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch is four batches: step 5 is in the second
+        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch has four batches, so step 5 is in the second
             later.unlink()
         hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", resumed / "run" / "step=5.ckpt")
         for name, weight in weights(whole / "run" / "step=7.ckpt").items():

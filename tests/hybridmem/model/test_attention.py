@@ -29,7 +29,7 @@ def sequence(time, past=0, documents=None):
 
 
 def by_definition(layer, x, documents=None):
-    """Softmax over [persistent, tokens of the window and document], token by token."""
+    """Compute the softmax over persistent tokens and the document's tokens in the window, token by token."""
     q, k, v, _ = layer.project(x, None, sequence(x.shape[1]))
     k, v = layer.with_persistent(k, v)
     k, v = (y.repeat_interleave(layer.num_key_value_groups, dim=1) for y in (k, v))
@@ -98,7 +98,7 @@ def test_the_state_holds_what_the_window_can_still_see():
     layer = attention(window=5)
     _, state, _ = layer(torch.randn(1, 20, 16, dtype=torch.float64), None, sequence(20))
     assert state.keys.shape[2] == 4
-    assert state.keys.untyped_storage().nbytes() == state.keys.numel() * 8  # not a view of all twenty
+    assert state.keys.untyped_storage().nbytes() == state.keys.numel() * 8  # not a view of all twenty keys
 
 
 def test_visibility_as_a_mask():
@@ -108,7 +108,7 @@ def test_visibility_as_a_mask():
 
 
 def flash_as_eager(module, query, key, value, attention_mask, sliding_window=None, scaling=None, **_):
-    """What FlashAttention computes: causal from the end, a window, padding by a mask over keys. No GPU needed."""
+    """Emulate FlashAttention on a CPU: causal from the end, with a window and a key mask for padding."""
     queries, keys = query.shape[2], key.shape[2]
     distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
     seen = (distance >= 0) & ((distance < sliding_window) if sliding_window else True)

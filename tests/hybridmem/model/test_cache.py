@@ -1,4 +1,4 @@
-"""Caches of every kind that transformers offers: the streaming state, or an error that names the remedy."""
+"""Caches of every kind in transformers, which either hold the streaming state or raise an error with a remedy."""
 
 import pytest
 import torch

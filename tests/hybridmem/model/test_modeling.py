@@ -1,4 +1,4 @@
-"""What users of transformers do with a model works with ours."""
+"""Common uses of transformers models: saving, loading, generation and training."""
 
 import inspect
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_save_and_load_give_the_same_model(kind, tmp_path):
 
 
 def greedy(model, ids, steps):
-    """Without a cache: the whole text again for every token."""
+    """Decode greedily without a cache, with a forward pass over the whole text for every token."""
     for _ in range(steps):
         ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
     return ids
@@ -240,7 +240,7 @@ def test_stopping_and_processors_see_every_token():
     ids=str,
 )
 def test_every_part_starts_as_the_initialisation_says(changes):
-    """Modules without parameters of their own too: transformers passes over them in code that is not its own."""
+    """This includes modules with only submodules, which transformers skips in custom code."""
     mixer = HybridMemForCausalLM(tiny_config(**changes)).model.layers[0].mixer
     assert (mixer.attention_norm.weight == 0.2).all()
     assert (mixer.allocation_gate.weight == 0).all()

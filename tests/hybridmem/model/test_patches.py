@@ -1,4 +1,4 @@
-"""Patches stand where embeddings do, as long as they are, and apart from one another."""
+"""Patch embeddings: their scale, their place codes and their position in the row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What calls return, whatever the code does besides."""
+"""Results of calls to untrusted code, whatever else the code does."""
 
 import pytest
 

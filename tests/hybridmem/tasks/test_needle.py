@@ -20,7 +20,7 @@ def rows(name: str = "bytes", length: int = 600, text: str = TEXT, **options) ->
 
 
 def read(item: dict, name: str = "bytes") -> str:
-    """The row with its answer, as text."""
+    """Return a row and its answer as text."""
     tokens = [*item["input_ids"].tolist(), int(item["shift_labels"][-1])]
     return TOKENIZERS[name].decode(tokens, skip_special_tokens=True)
 

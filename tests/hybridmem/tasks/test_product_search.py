@@ -1,4 +1,4 @@
-"""ESCI-style files: judgements, their splits and gains, and what is wrong with them."""
+"""Files in ESCI's format: judgements, splits, gains and errors."""
 
 import json
 
@@ -36,8 +36,9 @@ def test_examples_and_rewards(tmp_path):
     assert "Query: usb c hub" in example["prompt"]
     assert example["answer"] == write_answer("usb c hub")
     assert example["relevance"] == {"H": 1.0, "C": 0.01}
-    rewards = task.reward([""] * 3, [write_answer("dock"), write_answer("lamp"), "dock"], [""] * 3,
-                          relevance=[example["relevance"]] * 3)  # fmt: skip
+    rewards = task.reward(
+        [""] * 3, [write_answer("dock"), write_answer("lamp"), "dock"], [""] * 3, relevance=[example["relevance"]] * 3
+    )
     best = 1 + 0.01 / 1.584962500721156
     assert rewards == [pytest.approx(0.1 + 1 / best), 0, -2]
 

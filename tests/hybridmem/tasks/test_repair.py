@@ -1,4 +1,4 @@
-"""Bugs in functions that stand alone: found by running them, repaired by tools, judged by tests."""
+"""Bugs in self-contained functions: found by running, repaired with tools, and judged by tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.hybridmem.sandbox.isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 
-# Ten functions that stand alone, and some that do not.
+# Ten self-contained functions, and some others.
 SOURCE = '''
 import os
 

@@ -1,4 +1,4 @@
-"""SWE-bench's rows as examples, from a local file."""
+"""Examples from SWE-bench's rows in a local file."""
 
 import json
 

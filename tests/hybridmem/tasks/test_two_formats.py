@@ -68,9 +68,17 @@ def test_an_example_follows_from_seed_split_and_index():
 def test_the_right_sum_counts_in_any_format():
     answer = "7+5=12, 3+4=7, so 82"
     completions = {
-        "7+5=12, 3+4=7, so 82": True, "a=7+5#12;b=3+4#7;r=82": True, "82": True, "it is 82 \n": True, "r=082": True,
-        "7+5=12, 3+4=7, so 81": False, "182": False, "82.": False, "": False, "7+5=12": False,
-    }  # fmt: skip
+        "7+5=12, 3+4=7, so 82": True,
+        "a=7+5#12;b=3+4#7;r=82": True,
+        "82": True,
+        "it is 82 \n": True,
+        "r=082": True,
+        "7+5=12, 3+4=7, so 81": False,
+        "182": False,
+        "82.": False,
+        "": False,
+        "7+5=12": False,
+    }
     answers = [answer] * len(completions)
     assert TASK.is_right([*completions], answers) == [*completions.values()]
     rewards = TASK.reward(["37,45:"] * len(answers), [*completions], answer=answers, format=["equation"] * len(answers))

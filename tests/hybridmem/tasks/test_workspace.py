@@ -1,4 +1,4 @@
-"""A folder that is really there: the demonstrations find the file, and nothing outside can be read."""
+"""Workspace folders on disk: demonstrations find the file, and paths outside the folder are rejected."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What scripts/check_gpu does, as far as it can be done without a GPU: its comparisons, in Triton's interpreter."""
+"""The comparisons of scripts/check_gpu without a GPU, in Triton's interpreter."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 SHORT = {f"{case.operator}, {case.name}": case for case in cases(20, shrink=3)}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of infinities that are masked
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from masked infinities in the interpreter
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, list(TOLERANCES)[n % len(TOLERANCES)]) for n, name in enumerate(SHORT)]
 )

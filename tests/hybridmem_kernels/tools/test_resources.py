@@ -1,4 +1,4 @@
-"""What counts as too much, and the committed table."""
+"""Limits of kernel resources, and the committed table."""
 
 from dataclasses import replace
 

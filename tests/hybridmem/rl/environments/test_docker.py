@@ -1,4 +1,4 @@
-"""Containers, with a stand-in for Docker that keeps a folder for each and writes its calls down."""
+"""Docker environment, with a fake docker command that uses one folder per container and logs its calls."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ import pytest
 from hybridmem.rl.environments.docker import Container, ContainerError
 from hybridmem.rl.environments.tools import act, tools_of
 
-# `exec` runs in the container's folder what it is given; `run` makes the folder, `rm` takes it away.
+# `run` creates the container's folder, `exec` runs a command in it, and `rm` deletes it.
 DOCKER = """#!{python} -IS
 import os, shutil, subprocess, sys
 home, arguments = {home!r}, sys.argv[1:]
@@ -35,7 +35,7 @@ EXAMPLE = {"image": "repository:1", "test_command": "test $(sh area.sh 2 3) = 6"
 
 @pytest.fixture
 def docker(tmp_path, monkeypatch) -> Path:
-    """The stand-in's home."""
+    """Install the fake docker command and return its folder."""
     for folder in ("bin", "containers", "image"):
         (tmp_path / folder).mkdir()
     (tmp_path / "image" / "area.sh").write_text("# area of a rectangle\necho $(($1 + $2))\n")

@@ -1,4 +1,4 @@
-"""Calls are read as they are written, and what goes wrong in a tool is said, counted, and ends nothing."""
+"""Tool calls in both formats; errors of tools are reported and counted and never raise."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from hybridmem.rl.environments.tools import Call, CallError, act, parse_calls, t
 
 
 class Counter:
-    """Counts, by TRL's conventions."""
+    """Counting environment with TRL's interface."""
 
     def __init__(self):
         self.count = 0

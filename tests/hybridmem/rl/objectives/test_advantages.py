@@ -1,4 +1,4 @@
-"""Advantages are relative to a group; equal rewards have none, exactly."""
+"""Group-relative advantages, which are exactly 0 for equal rewards."""
 
 import pytest
 import torch

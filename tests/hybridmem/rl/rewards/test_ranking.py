@@ -1,4 +1,4 @@
-"""Rec-R1's reward: what a query finds, what none gets, and what happens when the retriever fails."""
+"""Rec-R1's reward for queries, malformed responses and retriever failures."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""BM25 finds what shares rare words; a retriever over HTTP that fails costs its own queries alone."""
+"""BM25, and HTTP retrievers, whose failures affect only their own queries."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Pictures show the distributions, with the text on their axes where there is room."""
+"""Attention maps as images, labelled with the text if there is room."""
 
 import pytest
 import torch

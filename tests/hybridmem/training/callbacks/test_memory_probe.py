@@ -1,4 +1,4 @@
-"""What is logged about memory and attention is what happened, and the look leaves no trace."""
+"""Logged memory and attention metrics are correct, and the probe leaves no trace."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What an exported folder says of where it was made: nothing."""
+"""Exported folders reveal nothing about the machine that wrote them."""
 
 import getpass
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_no_path_and_no_user_name(tmp_path, kind):
         else LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape, num_key_value_heads=2))
     )
     model.save_pretrained(tmp_path / "start")
-    loaded = load_policy(str(tmp_path / "start"))  # remembers where it came from
+    loaded = load_policy(str(tmp_path / "start"))  # stores the folder it was loaded from
     checkpoint = {
         "hybridmem_config" if kind == "ours" else "transformers_config": loaded.config.to_dict(),
         "state_dict": {f"model.{name}": weight for name, weight in loaded.state_dict().items()},
@@ -74,7 +74,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path, changes, message
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A folder that holds an adapter of PEFT and a tokenizer, but no model."""
+    """Write a folder with a PEFT adapter and a tokenizer, but no model."""
     shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=330)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
     model.save_pretrained(tmp_path / "base")
