@@ -42,7 +42,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_says_what_it_takes(path):
+def test_starts_with_a_comment(path):
     assert path.read_text().startswith("# ")
 
 
@@ -177,7 +177,7 @@ for_every_warm_up = pytest.mark.parametrize(
 
 
 @for_every_warm_up
-def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+def test_reinforcement_learning_continues_its_warm_up(path, tmp_path, monkeypatch):
     run, exported = learn_by_reward(path, tmp_path, monkeypatch, {}, {}), tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()

@@ -72,7 +72,7 @@ def test_the_likeliest_tokens_are_those_of_a_cpu(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", ["mag", "mac"])
-def test_what_is_recorded_is_that_of_a_cpu(variant, target):
+def test_records_equal_a_cpu(variant, target):
     def policy(device, dtype):
         model = tiny_model(dtype, variant=variant, **SHAPE).to(device)
         with AttentionRecorder(model) as recorder:
@@ -84,7 +84,7 @@ def test_what_is_recorded_is_that_of_a_cpu(variant, target):
 
 
 @for_every_warm_up
-def test_training_by_reward_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+def test_training_by_reward_continues_its_warm_up(path, tmp_path, monkeypatch):
     run = learn_by_reward(path, tmp_path, monkeypatch, RUN, {"trainer.accelerator": "gpu"})
     assert (run / "last.ckpt").exists()
 
@@ -97,7 +97,7 @@ def test_training_by_reward_in_16_bits(precision, tmp_path, monkeypatch):
     assert all(x.isfinite().all() for x in weights(run / "last.ckpt").values())
 
 
-def test_a_run_goes_on_with_the_numbers_it_would_have_had(tmp_path, monkeypatch):
+def test_resumed_runs_have_the_numbers_of_uninterrupted_ones(tmp_path, monkeypatch):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for folder in (whole, rest):
         folder.mkdir()

@@ -227,7 +227,7 @@ def test_the_reference_is_a_constant():
     assert other.q.grad is None
 
 
-def test_what_is_kept_grows_with_queries_and_heads_alone():
+def test_saved_tensors_grow_with_queries_and_heads_only():
     saved = []
     one, other = policy(), policy(seed=1)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -266,7 +266,7 @@ def test_slabs_hold_every_tile_that_is_seen_and_no_map(queries, window, past):
     ],
 )
 @pytest.mark.parametrize("reference", [False, True])
-def test_what_has_no_kernel_is_named(change, message, reference):
+def test_unsupported_inputs_are_named(change, message, reference):
     policies = [policy(), policy(**change)]
     with pytest.raises(ValueError, match=message):
         compare(*(policies if reference else reversed(policies)))

@@ -33,13 +33,13 @@ def test_the_device_decides():
     assert choose_backend("scan", None, GPU) == "triton"
 
 
-def test_float64_goes_to_torch_on_a_gpu_and_says_so(caplog):
+def test_float64_on_a_gpu_uses_torch_with_a_reason(caplog):
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         assert choose_backend("scan", None, torch.zeros(1, dtype=torch.float64).as_subclass(OnGPU)) == "torch"
     assert "float64" in caplog.text
 
 
-def test_without_triton_a_gpu_takes_torch_and_says_so(monkeypatch, caplog):
+def test_a_gpu_without_triton_uses_torch_with_a_reason(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         assert choose_backend("scan", None, GPU) == "torch"
@@ -64,7 +64,7 @@ def test_the_context_is_left_after_an_error():
     assert choose_backend("scan", None, CPU) == "torch"
 
 
-def test_a_choice_is_said_once_with_its_reason(monkeypatch, caplog):
+def test_a_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         for _ in range(3):
             choose_backend("scan", None, CPU)

@@ -199,7 +199,7 @@ def test_one_state_per_chunk_is_kept_for_the_backward():
         (dict(dtype=torch.float64), "q is torch.float64"),
     ],
 )
-def test_what_there_is_no_kernel_for_is_named(change, message):
+def test_unsupported_inputs_are_named(change, message):
     chunk_size = change.pop("chunk_size", 16)
     with pytest.raises(ValueError, match=message):
         scan(inputs_of(time=2, **change), chunk_size)
@@ -222,7 +222,7 @@ def test_builds_name_every_argument(chunk_size, restores):
         assert {name for name, kind in build.signature.items() if kind == "constexpr"} == set(build.constexprs)
 
 
-def test_what_is_launched_is_what_is_built(monkeypatch):
+def test_launches_use_the_built_kernels(monkeypatch):
     launches = []
     run = triton_autograd.Launch.run
     monkeypatch.setattr(triton_autograd.Launch, "run", lambda launch: launches.append(launch) or run(launch))

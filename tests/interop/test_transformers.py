@@ -154,7 +154,7 @@ print(model(ids).logits.sum().item(), model.generate(ids, max_new_tokens=4, do_s
     assert generated == str(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 
 
-def test_without_the_package_the_error_says_what_to_install(exported, tmp_path):
+def test_missing_package_error_names_the_remedy(exported, tmp_path):
     code = f"""
 import sys
 sys.modules["hybridmem_kernels"] = None

@@ -29,7 +29,7 @@ def test_a_ratio_is_taken_round_by_round(bench):
     assert bench("bench_measure").ratio({"a": [2, 20, 2], "b": [1, 10, 2]}, "a", "b") == 2
 
 
-def test_products_are_those_that_run(bench):
+def test_executed_products_are_counted(bench):
     memory: ModuleType = bench("bench_memory")
     a, b, vector = torch.randn(3, 8, 16), torch.randn(3, 16, 32), torch.randn(3, 16, 1)
     with memory.Products() as products:
@@ -57,7 +57,7 @@ def test_models_have_the_parameters_that_are_wanted(bench):
     assert memory.parameters(memory.our_model("swa", wanted)) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_report_says_how_a_ratio_changed(bench):
+def test_the_report_shows_changed_ratios(bench):
     report = bench("bench_all")
     assert report.line("scan", 1.5, 1.2).endswith("before    1.200  +25%")
     assert report.line("scan", 1.5, None).endswith("new")

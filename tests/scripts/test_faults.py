@@ -62,7 +62,7 @@ def test_broken_settings_and_files_are_taken_or_named(script, tmp_path):
     assert {outcome for outcome, _ in found.values()} == {"accepted", "refused, naming the cause"}
 
 
-def test_a_traceback_and_a_line_without_the_cause_are_told_apart(script):
+def test_tracebacks_and_lines_without_a_cause_are_distinguished(script):
     fuzz = script("fuzz")
 
     def unnamed():

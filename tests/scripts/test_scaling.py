@@ -39,7 +39,7 @@ def counted(model: HybridMemForCausalLM, backward: bool) -> float:
     return counter.get_total_flops() / TIME
 
 
-def test_operations_are_those_that_are_counted(scaling):
+def test_formulas_equal_counted_operations(scaling):
     config = small()
     model, formula = HybridMemForCausalLM(config), scaling.Model.of(config)
     forward = formula.forward()
@@ -66,7 +66,7 @@ def test_a_state_is_as_large_as_measured(scaling, changes):
     assert scaling.Model.of(config).state_bytes(width=4) == state_bytes(cache)
 
 
-def test_what_a_step_sends(scaling):
+def test_bytes_sent_per_step(scaling):
     """Computed by hand: 4 ranks with one micro-batch of one row each, and 1,000 weights of 4 bytes."""
     model = scaling.Model(small(), 1000, 1000)
     step = scaling.Step(model, 4, 4 * scaling.SEQUENCE)

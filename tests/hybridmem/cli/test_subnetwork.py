@@ -64,7 +64,7 @@ def test_three_folders_and_ranks(folders, tmp_path, monkeypatch, capsys):
         assert f"{value:.1%}" in shown
 
 
-def test_what_did_not_change_has_no_overlap(folders, tmp_path, monkeypatch, capsys):
+def test_unchanged_tensors_have_no_overlap(folders, tmp_path, monkeypatch, capsys):
     hybridmem(monkeypatch, "subnetwork", folders[0], folders[0], folders[1], "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sparsity"]["total"] == 1

@@ -59,7 +59,7 @@ def write_grid(folder, **changes):
     return path
 
 
-def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys):
     config = write_grid(tmp_path)
     hybridmem(monkeypatch, "compare", "--config", config)
     results = json.loads((tmp_path / "grid" / "results.json").read_text())
@@ -109,7 +109,7 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     assert "was made with other settings" in capsys.readouterr().err
 
 
-def test_a_grid_that_is_told_to_stop_lets_its_runs_save(tmp_path):
+def test_a_stopped_grid_lets_its_runs_save(tmp_path):
     endless = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000}
     config = write_grid(tmp_path, **endless)
     command = [sys.executable, "-m", "hybridmem", "compare", "--config", config]

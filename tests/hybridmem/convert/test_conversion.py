@@ -199,7 +199,7 @@ def test_broken_folders_are_named(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_other_shapes_than_the_configuration_says_are_named(folder, tmp_path):
+def test_shapes_that_contradict_the_configuration_are_named(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(intermediate_size=40)))
     with pytest.raises(ValueError, match=r"gate_proj\.weight has shape \[48, 32\], the configuration says \[40, 32\]"):

@@ -159,7 +159,7 @@ def test_a_linked_file_is_one_document(tmp_path):
     assert names(list_documents(folder, pattern="same.py")) == ["file_001.py"]
 
 
-def test_hidden_and_installed_folders_are_skipped_behind_links_too(tmp_path):
+def test_hidden_and_installed_folders_are_skipped_also_through_links(tmp_path):
     write_files(tmp_path / "outside" / ".hidden", count=1)
     write_files(tmp_path / "outside" / "site-packages", count=1)
     write_files(tmp_path / "outside" / "seen", count=1)
@@ -211,7 +211,7 @@ def test_the_case_of_a_name_matters(tmp_path):
         list_documents(tmp_path, pattern="FILE*.txt")
 
 
-def test_endings_of_compressed_files_are_told(tmp_path):
+def test_errors_list_endings_of_compressed_files(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(ValueError, match=r"\(it has 1 \.txt\.gz\)"):
         list_documents(tmp_path, pattern="*.txt")

@@ -115,7 +115,7 @@ def test_passes_follow_each_other_in_new_order(files):
     assert first != second
 
 
-def test_a_stream_goes_on_from_every_place(files):
+def test_a_stream_resumes_at_every_place(files):
     stream = data(files, setup=True).train_stream()
     whole = list(islice(stream.rows(START), 260))
     for stop in (1, 30, 100, 150, 200):

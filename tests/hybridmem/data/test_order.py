@@ -29,7 +29,7 @@ def test_every_epoch_has_every_row(num_rows, seed, epochs):
 
 
 @given(st.integers(1, 40), st.integers(0, 100), st.integers(0, 3))
-def test_goes_on_from_any_row(num_rows, start, seed):
+def test_resumes_at_any_row(num_rows, start, seed):
     assert sequence(num_rows, 50, start, seed=seed) == sequence(num_rows, start + 50, seed=seed)[start:]
 
 

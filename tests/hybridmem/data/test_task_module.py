@@ -132,7 +132,7 @@ FLAWS = [
 
 
 @pytest.mark.parametrize(("task", "message"), FLAWS, ids=lambda x: getattr(x, "__name__", ""))
-def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
+def test_errors_name_the_missing_members_of_a_task(task, message):
     with pytest.raises(ValueError, match=message):
         check_task(task())
 
@@ -223,7 +223,7 @@ def test_names_of_special_tokens_are_text():
     assert batch["input_ids"].shape == (4, 14)
 
 
-def test_images_stand_beside_the_text():
+def test_images_are_batched_separately():
     module = data(VisualSearch(grid=3))
     batch = next(iter(module.val_dataloader()))
     assert batch["images"].shape == (4, 9, 64)
@@ -297,7 +297,7 @@ def train(tmp_path, max_steps, ckpt_path=None, **options) -> tuple[L.Trainer, li
 
 @pytest.mark.parametrize("stop", [2, 6, 8])  # within the first epoch of six batches, at its end, within the second
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_same_examples(tmp_path, stop, num_workers):
+def test_a_resumed_run_continues_with_the_same_examples(tmp_path, stop, num_workers):
     everything = train(tmp_path, 15)[1]
     run, _ = train(tmp_path, stop, num_workers=num_workers)
     run.save_checkpoint(tmp_path / "saved.ckpt")

@@ -51,7 +51,7 @@ def test_batches(folder, mode, num_workers):
         assert all(len(batch["input_ids"]) == shape[0] for batch in batches[:-1])
 
 
-def test_what_setup_offers(folder):
+def test_attributes_after_setup(folder):
     module = data(folder)
     assert module.vocab_size == len(module.tokenizer) == 259
     assert module.token_byte_lengths.tolist() == [1] * 256 + [0] * 3

@@ -38,7 +38,7 @@ def test_window_attention_stays_within_its_window():
     assert narrower.compute() > 0
 
 
-def test_masked_rows_count_for_nothing_whatever_they_hold():
+def test_masked_rows_are_ignored():
     rows = torch.cat((ATTENTION, torch.full((1, 2, 4), torch.nan)))
     mask = torch.tensor([[True, True], [False, False]])
     metric = MeanDistance()

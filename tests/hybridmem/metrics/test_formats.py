@@ -37,7 +37,7 @@ def test_shares_entropy_and_accuracy():
     )
 
 
-def test_what_was_not_judged_or_not_seen_has_no_accuracy():
+def test_unjudged_and_unseen_formats_have_no_accuracy():
     metric = FormatShare(PATTERNS)
     metric.update(["def f", "four"])
     metric.update(["def f"], [True])

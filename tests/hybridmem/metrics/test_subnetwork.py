@@ -110,7 +110,7 @@ masks_of = arrays.arrays(bool, (2, 3, 4))
 
 @settings(max_examples=60, deadline=None)
 @given(masks_of, masks_of, st.sampled_from([2, 3]))
-def test_overlap_is_what_sets_of_places_say(one, two, count):
+def test_overlap_equals_that_of_index_sets(one, two, count):
     three = two ^ one[::-1]
     drawn = [one, two, three][:count]
     masks = [{f"h.{n}.w": torch.tensor(mask[n]) for n in range(2)} for mask in drawn]
@@ -134,7 +134,7 @@ def test_overlap_is_what_sets_of_places_say(one, two, count):
             assert found.by_layer["h.0"] == found.by_tensor["h.0.w"]
 
 
-def test_chance_is_what_random_masks_share():
+def test_chance_equals_the_overlap_of_random_masks():
     torch.manual_seed(0)
     dense, thin = torch.rand(400, 400) < 0.4, torch.rand(400, 400) < 0.1
     found = subnetwork_overlap({"w": dense}, {"w": thin}).total
@@ -142,7 +142,7 @@ def test_chance_is_what_random_masks_share():
     assert found.chance == pytest.approx([0.1, 0.4], abs=0.01)
 
 
-def test_agreement_about_tensors_is_told_from_agreement_about_entries():
+def test_agreement_on_tensors_and_on_entries_are_distinguished():
     torch.manual_seed(0)
     masks = [{"a": torch.rand(300, 300) < 0.5, "b": torch.zeros(300, 300, dtype=torch.bool)} for _ in range(2)]
     found = subnetwork_overlap(*masks).total

@@ -68,7 +68,7 @@ def test_masks_are_written_while_they_are_made(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mask.safetensors"]
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist: give a Hugging Face folder"):
         StoredWeights(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").touch()

@@ -94,7 +94,7 @@ def test_folding_never_makes_a_full_map(monkeypatch):
     assert largest == time * (2 * 8 + 2)
 
 
-def test_the_state_holds_what_the_window_can_still_see():
+def test_the_state_holds_the_visible_keys_only():
     layer = attention(window=5)
     _, state, _ = layer(torch.randn(1, 20, 16, dtype=torch.float64), None, sequence(20))
     assert state.keys.shape[2] == 4
@@ -150,7 +150,7 @@ def test_flash_attention_is_asked_for_the_same(variant, persistent, monkeypatch)
         (dict(variant="mac"), None, "mac"),
     ],
 )
-def test_what_flash_attention_cannot_do_is_said(changes, documents, message, monkeypatch):
+def test_unsupported_uses_of_flash_attention_raise(changes, documents, message, monkeypatch):
     model, ids = tiny_model(**changes), tokens()
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_as_eager)
     model.config._attn_implementation = "flash_attention_2"

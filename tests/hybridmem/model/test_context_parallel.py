@@ -68,5 +68,5 @@ def refuse(rank):
     return True
 
 
-def test_what_cannot_be_split_is_refused():
+def test_unsupported_models_and_inputs_raise():
     assert as_processes(2, refuse) == [True, True]

@@ -327,7 +327,7 @@ def test_a_flood_of_output_is_cut(folder):
     assert outcome.returncode != 0
 
 
-def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder):
+def test_programs_change_only_a_copy_of_the_folder(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "file").write_text("text")
     code = "import shutil, os\nshutil.rmtree('deep'); os.unlink('brought'); os.unlink('code.py')\nprint(os.listdir())"
@@ -353,12 +353,12 @@ def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder)
     ],
     ids=["module", "imports", "temporary", "process", "thread", "asyncio", "C", "input", "random", "text", "files"],
 )
-def test_what_tests_need_works(code, said, folder):
+def test_ordinary_programs_work(code, said, folder):
     (folder / "run.py").write_text(code)
     assert run_python(folder, ["run.py"]) == Outcome(0, said)
 
 
-def test_an_error_is_told(folder):
+def test_errors_are_reported(folder):
     outcome = run_python(folder, ["-c", "import os, sys\nprint('said')\nsys.stdout.flush()\nos._exit(3)"])
     assert outcome == Outcome(3, "said\n")
     outcome = run_python(folder, ["-c", "1 / 0"])
@@ -380,7 +380,7 @@ def test_many_threads_may_run_programs_at_once(folder):
     assert sorted(outcome.output for outcome in outcomes) == ["0\n", "1\n", "2\n", "3\n"]
 
 
-def test_where_isolation_is_missing_nothing_runs_and_the_error_says_why(folder, monkeypatch):
+def test_without_isolation_nothing_runs_and_the_error_gives_the_reason(folder, monkeypatch):
     """The test creates this situation inside a sandbox, which cannot contain another one."""
     (folder / "jail.py").write_text(Path(jail.__file__).read_text())
     inner = run_python(

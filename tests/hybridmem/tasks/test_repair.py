@@ -144,7 +144,7 @@ def test_only_some_kinds_of_bugs_and_lengths(code):
     assert all(len(text) <= 100 for example in examples for text in example["files"].values())
 
 
-def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
+def test_repairing_only_the_shown_calls_earns_nothing(task):
     example, folder = begun(task)
     answers = dict(map(tuple, example["shown"]))
     table = ", ".join(f"{call.partition('(')[2][:-1]!r}: {right}" for call, right in answers.items())
@@ -155,7 +155,7 @@ def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
     assert folder.get_reward() == 0
 
 
-def test_what_is_not_submitted_earns_nothing(task):
+def test_repairs_without_submission_earn_nothing(task):
     example, folder = begun(task)
     for said, _ in example["turns"][:-1]:
         act(folder, said, "plain", 1000)

@@ -31,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_examples_have_what_a_container_needs(tmp_path):
+def test_examples_have_all_arguments_of_a_container(tmp_path):
     task = task_of(tmp_path, [row(n) for n in range(10)])
     assert isinstance(task, Task)
     example = task.example("train", 0)

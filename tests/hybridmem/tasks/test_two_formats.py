@@ -85,7 +85,7 @@ def test_the_right_sum_counts_in_any_format():
     assert rewards == [float(right) for right in completions.values()]
 
 
-def test_neither_format_is_told_by_a_wrong_or_broken_answer():
+def test_wrong_answers_have_a_format_and_broken_ones_none():
     share = FormatShare(TASK.formats)
     share.update(["7+5=13, 3+4=9, so 1", "a=1+1#3;r=4", "82", "7+5=12, 3+4=7", "a=7+5#12;r="])
     values = share.compute()

@@ -68,7 +68,7 @@ def test_one_process_cannot_hold_a_lock_twice(lock):
         pass
 
 
-def test_what_was_acquired_before_a_refusal_is_released(lock, other, tmp_path):
+def test_locks_acquired_before_a_refusal_are_released(lock, other, tmp_path):
     with pytest.raises(LockedError):
         hold(tmp_path / "free.lock", lock).__enter__()
     assert not (tmp_path / "free.lock").exists()

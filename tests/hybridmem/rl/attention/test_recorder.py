@@ -142,7 +142,7 @@ def test_mac_attends_within_its_segment():
 @torch.no_grad()
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("earlier", [1, 5, 6, 7, 12, 15])
-def test_mac_says_the_same_of_the_last_tokens_where_the_first_were_read_before(earlier, target):
+def test_mac_records_equal_with_a_cache_of_the_first_tokens(earlier, target):
     model, ids = tiny_model(variant="mac"), tokens(time=20)
     queries = 20 - earlier
     with AttentionRecorder(model) as recorder:
@@ -183,7 +183,7 @@ def test_a_pass_with_a_cache_holds_every_key(name):
         torch.testing.assert_close(attention(recorder.records[1], 4), whole, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_says_so():
+def test_unsupported_models_and_inputs_raise():
     model = tiny_model(variant="mag")
     with pytest.raises(ValueError, match="must be different indices into the model's 2 layers"):
         AttentionRecorder(model, [2])

@@ -77,7 +77,7 @@ def test_a_repository_is_read_changed_tested_and_judged(container, docker):
     assert containers(docker) == []
 
 
-def test_what_is_wrong_earns_nothing(container, docker):
+def test_failed_tests_earn_nothing(container, docker):
     say(container, "submit")
     assert container.get_reward() == 0
     assert containers(docker) == []
@@ -105,7 +105,7 @@ def test_a_patch_that_does_not_fit_earns_nothing(docker):
     assert container.get_reward() == 0
 
 
-def test_what_takes_too_long_is_ended(container):
+def test_slow_commands_time_out(container):
     assert say(container, "bash sleep 60") == "\n(timed out)"
 
 
@@ -124,7 +124,7 @@ def test_long_output_is_cut(container):
         ("edit area.sh 0 x", "lines 1 to 2, but line is 0"),
     ],
 )
-def test_mistakes_are_told(container, turn, said):
+def test_mistakes_are_reported(container, turn, said):
     assert said in say(container, turn)
 
 
@@ -144,7 +144,7 @@ def test_an_image_that_is_not_there_is_named(docker):
         Container().reset(image="missing", test_command="true")
 
 
-def test_without_docker_the_error_says_so(monkeypatch, tmp_path):
+def test_a_missing_docker_command_raises(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ContainerError, match="the docker command is not on PATH"):
         Container()

@@ -82,7 +82,7 @@ def test_calls_are_read(counter, turn, call_format, calls):
         ('<tool_call>{"name": "_hidden"}</tool_call>', "json", "there is no tool '_hidden'"),
     ],
 )
-def test_calls_that_cannot_be_made_are_told(counter, turn, call_format, message):
+def test_invalid_calls_are_reported(counter, turn, call_format, message):
     with pytest.raises(CallError) as error:
         parse_calls(turn, tools_of(counter), call_format)
     assert message in str(error.value)

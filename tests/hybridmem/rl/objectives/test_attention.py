@@ -105,7 +105,7 @@ def test_exploration_pulls_from_the_first_step_on(target):
     assert loss_now() < 0.95 * first
 
 
-def test_padding_and_what_is_not_generated_do_not_count():
+def test_padding_and_prompt_tokens_are_ignored():
     _, now, before = two_policies()
     objective = AttentionRL()
     loss, _ = objective.compute_loss(now, before, ADVANTAGES, MASK)

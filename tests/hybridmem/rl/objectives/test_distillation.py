@@ -152,7 +152,7 @@ def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
         torch.testing.assert_close(each, alone)
 
 
-def test_the_logits_are_those_that_the_tokens_were_drawn_from():
+def test_observed_logits_are_those_of_the_generated_tokens():
     model, (prompts, completions) = llama(), responses()
     with observed(model, -1) as seen:
         logps, _ = completion_logps(model, prompts, completions, 1.0)
@@ -161,7 +161,7 @@ def test_the_logits_are_those_that_the_tokens_were_drawn_from():
     assert not model._forward_hooks
 
 
-def test_what_stands_behind_a_response_does_not_count():
+def test_tokens_after_a_response_are_ignored():
     student, teacher, mask = observe(llama()), observe(other_teacher()), responses()[1].mask
     objective = AttentionDistillation(teacher="x")
     expected, _ = objective.compute_loss(student, teacher, mask)

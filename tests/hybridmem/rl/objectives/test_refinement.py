@@ -157,7 +157,7 @@ def test_trains(objectives, changes, tmp_path, monkeypatch):
     assert logged(tmp_path, "critique/refined_groups")
 
 
-def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch):
+def test_refinements_are_scored_after_the_original_prompt(tmp_path, monkeypatch):
     scored, sampled = [], []
 
     def score(self, batch, times, families, original=Learner._score):

@@ -53,7 +53,7 @@ def loss_of(objective, ratio=RATIO, advantages=ADVANTAGES, mask=MASK, ref=None, 
         ("dr_grpo", {"max_completion_length": 4}, (-2.7 + 2.3) / (2 * 4)),
     ],
 )
-def test_clipped_loss_and_what_it_is_divided_by(loss_type, denominators, expected):
+def test_clipped_loss_and_its_denominator(loss_type, denominators, expected):
     loss, metrics, _ = loss_of(GRPO(loss_type=loss_type, beta=0.0), **denominators)
     assert loss == pytest.approx(expected)
     # 1.5 is clipped at A > 0 and 0.5 at A < 0: one of five tokens each.
@@ -76,7 +76,7 @@ def test_clip_higher():
     assert gradient[0, 1].item() == pytest.approx(-1.5 / 5)
 
 
-def test_delta_bounds_what_clipping_leaves_open():
+def test_delta_bounds_unclipped_ratios():
     """Clipping ignores large ratios at A < 0; delta bounds their loss and stops their gradient."""
     loss, _, gradient = loss_of(GRPO(loss_type="bnpo", beta=0.0, delta=1.3))
     assert loss == pytest.approx((-2.7 + 1.3 + 0.8) / 5)
@@ -127,7 +127,7 @@ def test_kl_is_measured_without_weight():
 
 
 @pytest.mark.parametrize("objective", [GRPO(), DrGRPO(), DAPO(), GSPO(), CISPO(beta=0.1), GRPO(loss_type="bnpo")])
-def test_what_is_masked_does_not_matter(objective):
+def test_masked_values_are_ignored(objective):
     """This holds even for NaN; responses without tokens count as 0, never as 0 / 0."""
     denominators = {"num_items": 5, "max_completion_length": 4}
     ref = RATIO + 0.1
@@ -228,7 +228,7 @@ def test_settings_that_cannot_work(algorithm, settings, message):
 @pytest.mark.parametrize(
     ("objective", "missing"), [(GRPO(), "ref_logps"), (DAPO(), "num_items"), (DrGRPO(), "max_completion_length")]
 )
-def test_what_an_algorithm_needs_is_asked_for(objective, missing):
+def test_missing_arguments_of_an_algorithm_raise(objective, missing):
     with pytest.raises(ValueError, match=f"pass {missing}"):
         loss_of(objective)
 
@@ -256,7 +256,7 @@ def test_groups_that_always_or_never_succeed_are_left_out():
     assert not SWEDapo(max_solve_rate=0.5).kept(rewards, 2).any()
 
 
-def test_what_was_not_solved_is_rejected():
+def test_unsolved_trajectories_are_rejected():
     objective = RejectionFineTune()
     assert objective.kept(torch.tensor([0.0, 1.0, 0.9])).tolist() == [False, True, False]
     logps, mask = torch.tensor([[-1.0, -2.0], [-4.0, -8.0]]), torch.tensor([[True, False], [True, True]])

@@ -38,7 +38,7 @@ def score(*functions, weights=None, **columns):
     return RewardSum(functions, weights)(PROMPTS, COMPLETIONS, IDS, **columns)
 
 
-def test_the_weighted_sum_leaves_out_what_does_not_apply():
+def test_the_weighted_sum_skips_functions_that_do_not_apply():
     rewards = score(accuracy, length, weights=[2.0, -0.5], answer=ANSWERS)
     torch.testing.assert_close(
         rewards.per_function, torch.tensor([[1.0, 1.0], [0.0, 1.0], [math.nan, 2.0]]), equal_nan=True
@@ -61,7 +61,7 @@ def test_metrics_have_trl_names():
     )
 
 
-def test_metrics_leave_out_what_no_sample_has():
+def test_metrics_omit_functions_without_samples():
     summed = RewardSum([accuracy, length])
     metrics = summed.metrics(summed(PROMPTS[2:], COMPLETIONS[2:], IDS[2:], answer=[None]))
     assert {name: value.item() for name, value in metrics.items()} == {"reward": 2.0, "rewards/length/mean": 2.0}

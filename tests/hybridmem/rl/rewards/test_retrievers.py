@@ -27,7 +27,7 @@ def write(path, *records):
     return path
 
 
-def test_finds_what_shares_words():
+def test_finds_documents_with_common_words():
     find = BM25.of(DOCUMENTS)
     assert find(["USB ports", "lamp", "nothing of it", ""], 10) == [["hub", "cable"], ["lamp"], [], []]
     assert find(["usb"], 1) == [["cable"]]

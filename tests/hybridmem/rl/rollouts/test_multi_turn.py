@@ -65,7 +65,7 @@ def test_turns_and_observations_stand_in_the_order_that_they_came():
             place += len(reply.tokens)
 
 
-def test_what_needs_more_turns_or_tokens_is_truncated():
+def test_trajectories_beyond_the_limits_are_truncated():
     never = lambda number, turn: Reply([], failed=False, ended=False)  # noqa: E731
     _, found = act(model_of("mag"), never, max_turns=1, length=200)
     assert found.completions.truncated.all()
@@ -79,7 +79,7 @@ def test_what_needs_more_turns_or_tokens_is_truncated():
     assert found.completions.mask.sum(1).max() == found.completions.ids.shape[1]  # the last observation is not read
 
 
-def test_what_everyone_is_told_is_read_at_once():
+def test_common_observation_tokens_are_read_in_one_call():
     model, calls = model_of("mag"), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     turn = lambda number, turn: Reply([5] * 20, failed=False, ended=False)  # noqa: E731

@@ -201,7 +201,7 @@ def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
     torch.testing.assert_close(attention(maps, 10), found, rtol=0, atol=1e-5)
 
 
-def test_exploration_that_is_not_defined_says_so():
+def test_undefined_exploration_raises():
     with pytest.raises(ValueError, match="a layer of mac supports no exploration"):
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
     with pytest.raises(ValueError, match="a layer of swa supports no exploration"):

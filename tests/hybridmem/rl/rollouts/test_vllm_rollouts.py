@@ -48,7 +48,7 @@ class Server:
         return {"index": row, "token_ids": found.ids[row][mask].tolist(), "logprobs": logps, "finish_reason": reason}
 
 
-def test_a_policy_learns_from_what_a_server_samples(tmp_path, monkeypatch):
+def test_a_policy_learns_from_a_servers_samples(tmp_path, monkeypatch):
     server = Server(tmp_path / "policy")
     with serving(server) as (url, requests):
         rollouts = {"url": url, "model": "base", "folder": str(tmp_path / "adapters")}
@@ -78,7 +78,7 @@ def test_a_policy_learns_from_what_a_server_samples(tmp_path, monkeypatch):
         ("llama", {"lora": LORA}, {"sync": "disk"}, "sync"),
     ],
 )
-def test_what_a_server_cannot_do_is_refused(tmp_path, monkeypatch, capsys, model, changes, rollouts, message):
+def test_unsupported_runs_on_a_server_raise(tmp_path, monkeypatch, capsys, model, changes, rollouts, message):
     settings = {"url": "http://127.0.0.1:1", "model": "base", "folder": str(tmp_path), **rollouts}
     settings = {name: value for name, value in settings.items() if value is not None}
     arguments = {f"model__init_args__{name}": value for name, value in changes.items()}

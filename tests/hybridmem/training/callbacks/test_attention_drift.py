@@ -45,7 +45,7 @@ def test_it_measures_how_far_attention_has_moved(model, tmp_path, monkeypatch):
     assert all(torch.equal(watched[name], alone[name]) for name in watched)
 
 
-def test_a_policy_that_stands_still_has_not_moved(tmp_path, monkeypatch):
+def test_an_unchanged_policy_has_no_drift(tmp_path, monkeypatch):
     still = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}}
     config = write_config(tmp_path, trainer__callbacks=[DRIFT], model__init_args__optimizer=still)
     hybridmem(monkeypatch, "fit", "--config", config)

@@ -143,7 +143,7 @@ def test_a_stop_keeps_the_checkpoint_from_before(tmp_path, monkeypatch):
         (dict(), "lmm", "has no attention; choose target='memory'"),
     ],
 )
-def test_what_the_policy_cannot_follow_stops_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
+def test_unsuitable_policies_stop_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
     objective = {**ATTENTION, "init_args": {"target": "memory"}} if model == "lmm" else ATTENTION
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", guarded(tmp_path, guard, model, objective))

@@ -35,7 +35,7 @@ def answers_as_written(module: PolicyModule, batch: list[dict[str, Any]], batch_
     return Answered(batch, sampled[::4], sampled).judged(module.data.task)
 
 
-def test_it_logs_what_was_counted(tmp_path, monkeypatch):
+def test_logged_metrics_equal_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(PolicyModule, "validation_step", answers_as_written)
     config = write_config(tmp_path, trainer__callbacks=[WATCH], data__init_args__task=TWO)
     hybridmem(monkeypatch, "fit", "--config", config)

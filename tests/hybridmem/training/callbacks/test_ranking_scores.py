@@ -28,7 +28,7 @@ def trainer_of(task):
     return Mock(spec=L.Trainer, datamodule=SimpleNamespace(task=task))
 
 
-def test_means_of_what_was_found():
+def test_means_of_ranking_scores():
     ranking = RankingReward("ndcg", 2, find, think=False)
     logs = {}
     asked.clear()

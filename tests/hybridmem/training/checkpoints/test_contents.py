@@ -111,7 +111,7 @@ def test_the_remedy_for_an_adapter_works(adapter, tmp_path):
     assert isinstance(load_policy(str(tmp_path / "merged")), LlamaForCausalLM)
 
 
-def test_an_adapter_that_says_nothing_of_its_model(tmp_path):
+def test_an_adapter_without_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{broken")
     with pytest.raises(ValueError, match="is a PEFT adapter, not a model"):
         load_policy(str(tmp_path))
@@ -124,7 +124,7 @@ def test_an_adapter_of_the_hub_is_called_by_its_name(adapter, monkeypatch):
         load_policy("someone/adapter")
 
 
-def test_a_folder_that_is_no_checkpoint_is_told_from_one_that_is_missing(tmp_path):
+def test_missing_and_unsuitable_folders_are_distinguished(tmp_path):
     with pytest.raises(ValueError, match=rf"ckpt_path={tmp_path} is a folder without a checkpoint: give a \.ckpt file"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -23,7 +23,7 @@ def steps(folder):
     return {file.name: read_checkpoint(file)["step"] for file in folder.iterdir()}
 
 
-def test_what_is_replaced_or_removed_last_is_kept(tmp_path):
+def test_the_last_replaced_or_removed_file_is_kept(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "deep" / "last.ckpt")
     folder = tmp_path / "deep"
     assert steps(folder) == {"last.ckpt": 1}
@@ -44,7 +44,7 @@ def test_an_old_file_does_not_take_the_place_of_a_newer_one(tmp_path):
     assert steps(tmp_path) == {"last.ckpt": 3, "interrupted.ckpt": 4, "previous.ckpt": 2}
 
 
-def test_a_stopped_run_goes_on_from_the_newer_of_two(tmp_path):
+def test_a_stopped_run_resumes_from_the_newer_of_two(tmp_path):
     assert to_go_on_from(tmp_path) is None
     for name, time in (("step=9.ckpt", 9), ("interrupted.ckpt", 2)):
         (tmp_path / name).touch()
@@ -112,7 +112,7 @@ def test_a_broken_file_is_refused_with_a_good_one_named(tmp_path, damage):
     assert "go on with" not in str(refused.value)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert steps(tmp_path) == {"last.ckpt": 1}
 
 
-def test_a_missing_file_names_what_is_there(tmp_path):
+def test_a_missing_file_error_names_the_newest_good_one(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     with pytest.raises(
         FileNotFoundError, match=r"other\.ckpt does not exist; the newest good one there is .*last\.ckpt"

@@ -19,7 +19,7 @@ def facts(data=None, **metrics):
     return training_facts(data, metrics, "GRPO and AttentionRL")
 
 
-def test_the_card_says_data_steps_metrics_and_licence():
+def test_the_card_lists_data_steps_metrics_and_licence():
     data = TaskDataModule(Recall(), tokenizer="bytes", num_train=123)
     shown = facts(data, **{"val/accuracy": torch.tensor(0.123456), "train/tokens_per_second": torch.tensor(7.0)})
     card = model_card(
@@ -41,7 +41,7 @@ def test_the_card_says_data_steps_metrics_and_licence():
     assert "tokens_per_second" not in card
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_facts_are_omitted():
     card = model_card(HybridMemConfig(), {})
     assert "license" not in yaml.safe_load(card.split("---")[1])
     assert "The checkpoint does not say what it was trained on." in card

@@ -51,7 +51,7 @@ def test_a_file_that_changed_or_went_is_found(folder, name):
         check_shards(folder)
 
 
-def test_what_a_folder_replaces_is_kept(folder):
+def test_the_replaced_checkpoint_is_kept(folder):
     """This applies to folders, and to files of runs without sharding."""
     place, previous = folder.with_name("last.ckpt"), folder.with_name("previous.ckpt")
     place.write_text("first")

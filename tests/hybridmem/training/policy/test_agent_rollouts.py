@@ -131,7 +131,7 @@ def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):
         ),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, capsys, changes, message):
+def test_impossible_settings_give_one_line_errors(tmp_path, monkeypatch, capsys, changes, message):
     changes = {"objectives": [SWE], **changes}
     config = acting(tmp_path, **{f"model__init_args__{name}": value for name, value in changes.items()})
     with pytest.raises(SystemExit):

@@ -45,7 +45,7 @@ class Refining(Mine):
     refines: ClassVar[bool] = True
 
 
-def test_the_family_is_the_class_unless_it_says_otherwise():
+def test_the_family_defaults_to_the_class_name():
     assert list(by_family([Mine(), GRPO()])) == ["Mine", "TokenObjective"]
 
 

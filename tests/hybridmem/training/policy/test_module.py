@@ -186,7 +186,7 @@ def test_the_reward_rises(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("objectives", ["both", "explored"])
-def test_resuming_goes_on_as_if_never_stopped(tmp_path, monkeypatch, objectives):
+def test_resumed_runs_equal_uninterrupted_ones(tmp_path, monkeypatch, objectives):
     changes = {}
     if objectives == "explored":
         explored = {**ATTENTION, "init_args": {"exploration": 0.5, "positions": "predicting"}}
@@ -292,7 +292,7 @@ def test_distillation_needs_neither_rewards_nor_groups(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["ours", "llama"])
-def test_distillation_beside_other_objectives(tmp_path, monkeypatch, model):
+def test_distillation_with_other_objectives(tmp_path, monkeypatch, model):
     """Distillation in several steps per pass, and with LoRA on a model of another family."""
     changes: dict[str, Any] = dict(
         model__init_args__objectives=[TOKENS, ATTENTION, distillation(tmp_path)],

@@ -153,7 +153,7 @@ class Unknown(DDPStrategy):
         ({"ckpt_path": "sharded"}, "hybridmem consolidate --ckpt_path"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, changes, message):
+def test_unsupported_strategies_raise(tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sharded").mkdir()
     torch.save({}, tmp_path / "sharded" / "meta.pt")
@@ -163,7 +163,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, changes, mes
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_what_shards_cannot_do_is_refused():
+def test_unsupported_settings_of_sharded_runs_raise():
     module = PretrainModule(tiny_config(), matrix_optimizer=torch.optim.Muon)
     module._device_mesh = {}  # as the strategy sets it
     with pytest.raises(ValueError, match="set it to null, or trainer"):
