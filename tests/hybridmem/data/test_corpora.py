@@ -193,7 +193,9 @@ def test_damaged_compressed_files_are_named(tmp_path, ending, name, damage):
     content = COMPRESS[ending](b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(99)))
     file = tmp_path / (name + ending)
     file.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=f"{name}{ending} cannot be decompressed .*: get it again, or drop the ending"):
+    with pytest.raises(
+        ValueError, match=f"{name}{ending} cannot be decompressed .*: fetch it again, or remove the extension"
+    ):
         list_documents(file)
 
 

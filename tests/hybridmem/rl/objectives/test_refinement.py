@@ -184,4 +184,4 @@ def test_exploration_is_refused(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, model__init_args__objectives=[critique(), explored])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "exploration does not go with CritiqueGRPO" in capsys.readouterr().err
+    assert "exploration is incompatible with CritiqueGRPO" in capsys.readouterr().err

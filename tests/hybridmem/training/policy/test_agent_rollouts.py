@@ -127,7 +127,7 @@ def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):
         (dict(objectives=[REJECTION, SWE]), "RejectionFineTune learns from solved trajectories only"),
         (
             dict(objectives=[{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"exploration": 1.0}}]),
-            "AttentionRL's exploration does not go with an environment",
+            "AttentionRL's exploration supports single turns only",
         ),
     ],
 )

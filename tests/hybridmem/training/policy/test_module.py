@@ -234,11 +234,11 @@ def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__init_args__num_generations=1), "a group of one has no advantage"),
+        (dict(model__init_args__num_generations=1), "num_generations=1 gives every response an advantage of 0"),
         (dict(model__init_args__num_iterations=1), "AttentionRL's gradient is zero"),
         (dict(model__init_args__objectives=[]), "objectives is empty"),
         (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
-        (dict(trainer__max_steps=-1), "trainer.max_steps must be given"),
+        (dict(trainer__max_steps=-1), "trainer.max_steps=-1 must be at least 1"),
         (dict(model__init_args__model="/no/such/folder"), "/no/such/folder"),
         (dict(model__init_args__model="a: b"), "model: Repo id must use alphanumeric chars"),
         (dict(model__init_args__lora={}), "lora={} is not accepted by PEFT's LoraConfig: Please specify"),
@@ -254,7 +254,7 @@ def test_settings_that_cannot_work_stop_before_training(tmp_path, monkeypatch, c
 def test_one_step_is_enough_for_exploration_and_tokens():
     PolicyModule("x", [AttentionRL(exploration=0.5)], num_iterations=1)
     PolicyModule("x", [GRPO()], num_iterations=1)
-    with pytest.raises(ValueError, match="exploration does not go with dynamic_sampling"):
+    with pytest.raises(ValueError, match="exploration is incompatible with dynamic_sampling"):
         PolicyModule("x", [DAPO(), AttentionRL(exploration=0.5)])
 
 
@@ -343,9 +343,9 @@ def test_teachers_that_cannot_teach_stop_before_training(tmp_path, monkeypatch, 
 def test_a_group_of_one_is_enough_for_distillation_alone():
     distil = AttentionDistillation(teacher="x")
     PolicyModule("x", [distil], num_generations=1)
-    with pytest.raises(ValueError, match="a group of one has no advantage"):
+    with pytest.raises(ValueError, match="num_generations=1 gives every response an advantage of 0"):
         PolicyModule("x", [distil, GRPO()], num_generations=1)
-    with pytest.raises(ValueError, match="objectives names 2 of AttentionDistillation"):
+    with pytest.raises(ValueError, match="objectives has 2 of family AttentionDistillation"):
         PolicyModule("x", [distil, distil])
 
 
