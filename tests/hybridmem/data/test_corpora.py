@@ -81,7 +81,7 @@ def test_errors_name_the_remedy(tmp_path):
         ("{not json", r"bad\.jsonl:2 is not JSON"),
         (
             json.dumps({"body": "x"}),
-            r"bad\.jsonl:2 has no text in text_column='text'; set text_column to one of \['body'\]",
+            r"bad\.jsonl:2 has no text in text_column='text' \(it has \['body'\]\)",
         ),
         (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in text_column"),
         (json.dumps(["x"]), r"bad\.jsonl:2 has no text .*\(it has list\)"),
