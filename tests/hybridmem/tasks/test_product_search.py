@@ -54,9 +54,9 @@ def test_binary_gains_and_splits_of_our_own(tmp_path):
 @pytest.mark.parametrize(
     ("judged", "settings", "message"),
     [
-        ([{"query": "a", "product_id": "H"}], {}, ":1 has no esci_label"),
-        ([{**JUDGED[0], "esci_label": "X"}], {}, "label 'X'"),
-        ([{**JUDGED[0], "split": "dev"}], {}, "split 'dev'"),
+        ([{"query": "a", "product_id": "H"}], {}, ":1 lacks esci_label"),
+        ([{**JUDGED[0], "esci_label": "X"}], {}, "esci_label='X'"),
+        ([{**JUDGED[0], "split": "dev"}], {}, "split='dev'"),
         (JUDGED[:2], {}, "no usable query in split val"),
         (JUDGED[4:], {}, "gain above 0"),
         ([{**row, "product_id": "none"} for row in JUDGED[:3:2]], {}, "none of the products"),

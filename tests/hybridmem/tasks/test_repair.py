@@ -226,7 +226,7 @@ def test_its_folder_goes_with_it(task):
         ({"num_files": 9, "val_fraction": 0.3}, "too few for num_files=9"),
         ({"num_shown": 16}, "num_shown=16 must be below 16"),
         ({"kinds": ["typo"]}, "kinds must be one of operator, comparison, constant, condition, not 'typo'"),
-        ({"max_length": 10}, "leave 0 functions with bugs: raise max_length"),
+        ({"max_length": 10}, "leave 0 functions with bugs; raise max_length"),
         ({"val_fraction": 0.01}, "val_fraction=0.01"),
     ],
 )
