@@ -30,10 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
-    torch.set_num_threads(1)  # benchmarks set others, with which a process that is forked later would hang
+    torch.set_num_threads(1)  # benchmarks change it, and a process forked later would hang
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the libraries underneath draw from it
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed)
 
 
@@ -45,13 +45,13 @@ def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-# What launchers tell processes of one another, as Lightning writes it into this one's environment.
+# Variables that launchers set for distributed processes, and that Lightning writes into this process's environment.
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE")
 
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """Strategies of several processes leave theirs behind, which processes that a later test starts would take over."""
+    """Destroy the process group that a distributed strategy left, before a later test's processes inherit it."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

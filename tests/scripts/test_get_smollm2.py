@@ -1,4 +1,4 @@
-"""The script that builds a pretrained model's folder: one line for every failure, and no work twice."""
+"""The script that builds a pretrained model's folder: one-line errors, and no repeated work."""
 
 import importlib
 import json

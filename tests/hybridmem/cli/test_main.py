@@ -1,4 +1,4 @@
-"""The commands, as a user calls them."""
+"""Commands of the command line, called as by a user."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     assert checkpoint.exists()
     losses = logged(tmp_path, "train/loss")
     assert len(losses) == 6
-    validated = logged(tmp_path, "val/bits_per_byte")[0]  # the last checkpoint is written before the second validation
+    validated = logged(tmp_path, "val/bits_per_byte")[0]  # the last checkpoint precedes the second validation
     assert losses[-1] < losses[0]
     assert logged(tmp_path, "train/tokens_per_second")
     for command in ("validate", "predict"):
@@ -114,7 +114,7 @@ def test_the_last_checkpoint_holds_the_weights_beside_their_average(tmp_path, mo
 
 @pytest.mark.slow
 def test_two_sharded_processes_train_and_export(tmp_path):
-    """FSDP2 on two CPU processes; the folder that a sharded run writes becomes a model."""
+    """FSDP2 on two CPU processes; the sharded checkpoint is then exported as a model."""
     strategy = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},

@@ -1,4 +1,4 @@
-"""Which runs a grid has, and what is wrong with one before anything runs."""
+"""Runs of a grid, and errors in grids that are found before any run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +33,14 @@ def labels(task, architecture):
     return [cell.label for cell in cells if cell.architecture == architecture and cell.seed == 0]
 
 
-def test_every_cell_goes_on_from_its_seeds_warm_up():
+def test_every_cell_continues_its_seeds_warm_up():
     warm_ups, cells = plan({"recall": RECALL})
     assert [str(run) for run in warm_ups] == [
-        "recall swa warm-up seed 0", "recall mag warm-up seed 0", "recall swa warm-up seed 1",
+        "recall swa warm-up seed 0",
+        "recall mag warm-up seed 0",
+        "recall swa warm-up seed 1",
         "recall mag warm-up seed 1",
-    ]  # fmt: skip
+    ]
     assert len(cells) == 2 * 2 * (1 + len(CONTROLS))
     assert {cell.warm_up for cell in cells} == set(warm_ups)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -90,13 +92,18 @@ def test_cells_differ_in_their_objectives_alone():
     assert all(found == options[0] for found in options)
 
 
-def test_targets_are_those_that_an_architecture_has():
+def test_unsupported_targets_of_an_architecture_are_skipped():
     task = replace(RECALL, targets=["attention", "memory"])
     assert labels(task, "swa") == [START, *CONTROLS]
     assert labels(task, "mag") == [
-        START, "supervised", "token", "attention", "attention on memory", "token + attention",
+        START,
+        "supervised",
+        "token",
+        "attention",
+        "attention on memory",
+        "token + attention",
         "token + attention on memory",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_control_is_run_again_with_the_mask_of_its_first_run():
@@ -151,6 +158,6 @@ def test_options_are_read_back_as_they_were():
         (dict(controls={"start": Objectives()}), "the name of the warm-up itself"),
     ],
 )
-def test_a_grid_that_cannot_run_says_so(changes, message):
+def test_invalid_grids_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         check_grid({"recall": replace(RECALL, **changes)})

@@ -1,4 +1,4 @@
-"""One forward, many pieces or token by token, padded or packed: the same logits."""
+"""Equal logits from one forward pass, from pieces and token by token, padded or packed."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.hybridmem.models import KINDS, VARIANTS, tiny_model, tokens
 
 
 def read_in_pieces(model, ids, pieces, **rows):
-    """Logits of `ids` fed in pieces through one cache, with per-token arguments cut alike."""
+    """Return the logits of `ids` read in pieces through one cache, with per-token arguments cut accordingly."""
     cache, logits = DynamicCache(config=model.config), []
     cut = {name: row.split(pieces, dim=1) for name, row in rows.items()}
     for n, piece in enumerate(ids.split(pieces, dim=1)):
@@ -142,7 +142,7 @@ def test_the_state_does_not_grow(variant, depth):
 
 @torch.no_grad()
 def test_positions_far_out_are_as_exact_as_near_ones():
-    """RoPE depends on distances only: at 2,000,000 float32 angles would be off by a quarter of a radian."""
+    """RoPE depends on distances only; at 2,000,000, float32 angles would be off by a quarter of a radian."""
     model, ids = tiny_model(torch.float32, variant="swa"), tokens()
     near = model(ids).logits
     far = model(ids, position_ids=2_000_000 + torch.arange(40)[None]).logits

@@ -1,4 +1,4 @@
-"""Rollouts sample what the model says, and the training path agrees with them."""
+"""Rollouts sample from the model's distribution, and scoring reproduces their log-probabilities."""
 
 from itertools import product
 
@@ -71,10 +71,10 @@ def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts
     repeated, completions = roll_out(model, prompts)
     mask, weight = completions.mask, torch.linspace(-1, 1, completions.ids.numel()).view_as(completions.ids)
     found = []
-    for times in (1, 4, torch.tensor([3, 1] + [4] * (len(prompts) - 1))):  # a step may hold parts of a group
+    for times in (1, 4, torch.tensor([3, 1] + [4] * (len(prompts) - 1))):  # a step may contain part of a group
         logps, entropy = completion_logps(model, repeated, completions, SAMPLING.temperature, times)
         found.append((logps[mask], entropy[mask], gradients(model, (logps * weight * mask).sum())))
-    tolerance = 1e-5 if kind == "llama" else 1e-10  # whose norms are in float32 whatever the model is in
+    tolerance = 1e-5 if kind == "llama" else 1e-10  # Llama's norms are always float32
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found[2], found[0], rtol=tolerance, atol=tolerance)
 
@@ -105,7 +105,7 @@ def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, po
     noise = cut_noise(draw_noise(model, target, [1], sigma, 3, 4, time + 2, generator), time) if sigma else None
     found = []
     for times in (1, 4, torch.tensor([3, 1, 4, 4])):
-        of_rollout = 1 if sigma else times  # the rollout's policy reads under noise
+        of_rollout = 1 if sigma else times  # the sampling policy attends with noise
         with torch.no_grad(), AttentionRecorder(before, times=of_rollout) as recorder:
             completion_logps(before, prompts, completions, 1.0, of_rollout)
             old = recorder.records
@@ -201,7 +201,7 @@ def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
     torch.testing.assert_close(attention(maps, 10), found, rtol=0, atol=1e-5)
 
 
-def test_exploration_that_is_not_defined_says_so():
+def test_undefined_exploration_raises():
     with pytest.raises(ValueError, match="a layer of mac supports no exploration"):
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
     with pytest.raises(ValueError, match="a layer of swa supports no exploration"):
