@@ -1,6 +1,5 @@
 """Gradient accumulation: the gradient of one large batch, steps of whole accumulations, exact resumption within one."""
 
-import logging
 import re
 from collections import defaultdict
 from datetime import timedelta
@@ -67,7 +66,6 @@ def pretraining(**settings):
 
 def train(module, data, **options):
     steps = Steps()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     settings = dict(accelerator="cpu", devices=1, max_steps=1, max_epochs=-1, limit_val_batches=0, precision="64-true")
     trainer = L.Trainer(**{**settings, **quiet, **options, "callbacks": [steps, *options.get("callbacks", [])]})
@@ -293,7 +291,6 @@ class Numbers(L.Callback):
 def run(folder, callbacks=(), ckpt_path=None, seed=0, **options):
     """Train on a few small files; the weights at the end, and what was noted."""
     L.seed_everything(seed, verbose=False)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     text = write_text(folder / "text")
     data = TextDataModule(
         str(text), pattern="*.txt", sequence_length=64, batch_size=4, mode="continuous", val_fraction=0.2

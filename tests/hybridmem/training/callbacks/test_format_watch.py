@@ -75,7 +75,7 @@ def test_formats_can_be_given_and_answers_are_then_texts(tmp_path, monkeypatch):
     ("watch", "message"),
     [
         (dict(), "FormatWatch needs formats, and the task Letters has none; set formats"),
-        (dict(formats={"a": "("}), "is no regular expression"),
+        (dict(formats={"a": "("}), "is not a regular expression"),
         (dict(formats={"a": "a"}, k=[2, 5]), "FormatWatch's k=[2, 5] must be between 2 and num_generations=4"),
         (dict(formats={"a": "a"}, k=[1]), "FormatWatch's k=[1] must be between 2 and"),
         (dict(k=[]), "k=[] has no group size"),

@@ -49,7 +49,7 @@ def test_the_family_is_the_class_unless_it_says_otherwise():
     [
         ([], "objectives is empty"),
         ([GRPO(), DAPO()], "objectives has 2 of family TokenObjective; keep one"),
-        ([GRPO(), SFT()], "SFT learns from answers and samples none: remove it, or the others"),
+        ([GRPO(), SFT()], "SFT learns from given answers and samples no responses: remove it, or the others"),
         ([GRPO(), Given()], "some learn from given answers and others from samples"),
     ],
 )
