@@ -218,13 +218,8 @@ def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-<<<<<<< HEAD
-        (dict(model__init_args__num_generations=1), "a group of one has no advantage"),
-        (dict(model__init_args__num_iterations=1), "AttentionRL's gradient is zero"),
-=======
         (dict(model__init_args__num_generations=1), "num_generations=1 gives every response an advantage of 0"),
-        (dict(model__init_args__num_iterations=1), "its gradient would be zero"),
->>>>>>> 91e3808
+        (dict(model__init_args__num_iterations=1), "AttentionRL's gradient is zero"),
         (dict(model__init_args__objectives=[]), "objectives is empty"),
         (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
         (dict(trainer__max_steps=-1), "trainer.max_steps=-1 must be at least 1"),
