@@ -177,9 +177,7 @@ class Drill:
             output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            sys.stdout = sys.stderr = os.fdopen(
-                1, "w", closefd=False
-            )  # replaces streams that the caller may have redirected
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # replaces redirected streams
             sys.argv = arguments
             hybridmem()
             code = 0

@@ -138,9 +138,7 @@ class HybridMemCLI(LightningCLI):
             trainer.strategy.__class__ = DurableModelParallelStrategy
         if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, NonFiniteGuard())
-        trainer.callbacks.insert(
-            0, FinalCheckpoint()
-        )  # before WeightAveraging swaps in the averaged weights at the end
+        trainer.callbacks.insert(0, FinalCheckpoint())  # before WeightAveraging swaps the weights at the end
         return trainer
 
     def _set_seed(self) -> None:

@@ -192,7 +192,7 @@ class RetrofitModule(L.LightningModule):
         return self
 
     def train(self, mode: bool = True) -> "RetrofitModule":
-        """Set the mode of adapters only; the base model stays in eval mode, without dropout."""
+        """Set the mode, but keep a model without adapters in eval mode, without dropout."""
         super().train(mode)
         if self.model is not None and self.lora is None:
             self.model.eval()
