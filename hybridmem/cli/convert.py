@@ -1,4 +1,4 @@
-"""A pretrained model as a HybridMem folder with the same logits."""
+"""`hybridmem convert`: conversion of a pretrained model to a HybridMem folder with the same logits."""
 
 from pathlib import Path
 
@@ -15,18 +15,23 @@ def convert(
     head_source: list[list[str]] | str = "full",
     memory_depth: int = 1,
 ) -> None:
-    """Convert a pretrained model of the families Llama, Mistral, Qwen2 or Qwen3.
+    """Convert a pretrained Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model to a HybridMem folder.
 
     Args:
-        model: a Hugging Face folder or name.
-        output: the folder to write; it must be empty or absent.
-        attention_window: tokens that heads see which do not read everything.
-        num_sink_tokens: first tokens of a document that these heads see too.
+        model: Hugging Face folder or name.
+        output: folder to write, which must be empty or absent.
+        attention_window: window in tokens of heads without full attention.
+        num_sink_tokens: number of sink tokens at the start of a document that these heads also see.
         head_source: full, memory or none for all heads, or a list of these for each layer and KV head.
-        memory_depth: layers of each memory; 1 is linear.
+        memory_depth: number of layers of each memory; 1 is a linear memory.
     """
     convert_folder(
-        model, output, attention_window, num_sink_tokens, head_source, memory_depth,
+        model,
+        output,
+        attention_window,
+        num_sink_tokens,
+        head_source,
+        memory_depth,
         track=lambda shards: track(shards, "writing weights"),
-    )  # fmt: skip
+    )
     print(f"wrote {output}")

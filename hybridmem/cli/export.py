@@ -1,4 +1,4 @@
-"""`hybridmem export`: a checkpoint's model as a Hugging Face folder."""
+"""`hybridmem export`: export of a checkpoint's model as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from hybridmem.training.checkpoints.model_card import model_card
 
 
 def export(ckpt_path: Path, output: Path, license: str | None = None) -> None:
-    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code, card.
+    """Write a Hugging Face folder with a checkpoint's weights, configuration, tokenizer, model code and model card.
 
     Args:
-        ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
-        output: the folder to write.
-        license: of the weights, for the model card: an identifier of the hub, such as apache-2.0.
+        ckpt_path: checkpoint of `hybridmem fit`; its averaged weights (EMA) are exported if it has any.
+        output: folder to write.
+        license: licence of the weights for the model card, a hub identifier such as apache-2.0.
     """
-    output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
+    output.mkdir(parents=True, exist_ok=True)  # fails before the long computation if the folder is not writable
     checkpoint = load_checkpoint(ckpt_path)
     tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
     model = model_of_checkpoint(checkpoint)

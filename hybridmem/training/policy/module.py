@@ -61,7 +61,10 @@ class PolicyModule(L.LightningModule):
         num_generations: responses per prompt. They form a group, whose mean reward is the baseline. Distillation needs
             only 1.
         max_completion_length: maximum tokens of a response, including observations. None: the task's own value.
-        temperature, top_k, top_p, min_p: sampling parameters of responses (see Sampling).
+        temperature: sampling temperature of responses (see Sampling).
+        top_k: number of most likely tokens to sample from; 0 disables it.
+        top_p: total probability of the most likely tokens to sample from; 1 disables it.
+        min_p: minimum probability of a token relative to the most likely one; 0 disables it.
         num_iterations: passes over the responses.
         steps_per_generation: optimiser steps per pass.
         reward_funcs: reward functions with TRL's signature. None: the task's own.

@@ -75,7 +75,7 @@ def test_unchanged_tensors_have_no_overlap(folders, tmp_path, monkeypatch, capsy
     ("arguments", "message"),
     [
         (["A"], "subnetwork.after"),
-        (["A", "B", "C", "A"], "subnetwork takes 3 folders at most, not 4: "),
+        (["A", "B", "C", "A"], "subnetwork takes at most 3 folders, not 4: "),
         (["A", "missing"], "missing does not exist: give a Hugging Face folder"),
         (["A", "empty"], "holds neither model.safetensors nor model.safetensors.index.json"),
         (["A", "other.safetensors"], "only "),

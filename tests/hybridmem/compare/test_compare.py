@@ -99,14 +99,14 @@ def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys)
     assert mixed["environments"] == [*results["environments"], {"cores": 64}, None]
     page = (tmp_path / "grid" / "report.html").read_text()
     assert page.count("Versions and machine of 1 run<") == 3
-    assert "not on record" in page
+    assert "not recorded" in page
     hybridmem(monkeypatch, "report", tmp_path / "grid")
     hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
     assert output.stat().st_mtime_ns == before
 
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path, **{"data.init_args.num_val": 2}))
-    assert "was made with other settings" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
 
 
 def test_a_stopped_grid_lets_its_runs_save(tmp_path):
@@ -127,7 +127,7 @@ def test_a_stopped_grid_lets_its_runs_save(tmp_path):
 def test_a_cell_waits_for_its_warm_up(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "1")
-    assert "run that first" in capsys.readouterr().err
+    assert "execute that run first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "9")
     assert "below 4" in capsys.readouterr().err

@@ -67,10 +67,13 @@ def test_a_warm_up_may_begin_with_the_weights_of_an_easier_tasks():
 @pytest.mark.parametrize(
     ("hard", "message"),
     [
-        (dict(init_from="nowhere"), "tasks.hard.init_from='nowhere' is no other task of the grid: easy, hard"),
-        (dict(init_from="hard"), "is no other task"),
-        (dict(seeds=[0, 3]), "has no warm-up of the same seed 3"),
-        (dict(architectures={"mag": FitOptions(variant="mag", num_hidden_layers=3)}), "no warm-up of the same mag"),
+        (
+            dict(init_from="nowhere"),
+            "tasks.hard.init_from='nowhere' is not another task of the grid; choose from easy, hard",
+        ),
+        (dict(init_from="hard"), "is not another task"),
+        (dict(seeds=[0, 3]), "has no warm-up with the same seed 3"),
+        (dict(architectures={"mag": FitOptions(variant="mag", num_hidden_layers=3)}), "no warm-up with the same mag"),
     ],
 )
 def test_weights_that_a_grid_does_not_make_are_refused(hard, message):
@@ -80,7 +83,7 @@ def test_weights_that_a_grid_does_not_make_are_refused(hard, message):
 
 def test_weights_come_from_a_task_that_begins_without_any():
     chain = {"one": RECALL, "two": replace(RECALL, init_from="one"), "three": replace(RECALL, init_from="two")}
-    with pytest.raises(ValueError, match=r"tasks.three.init_from='two' has an init_from itself: begin with 'one'"):
+    with pytest.raises(ValueError, match=r"tasks.three.init_from='two' has an init_from itself; use 'one'"):
         check_grid(chain)
 
 
@@ -150,12 +153,15 @@ def test_options_are_read_back_as_they_were():
     [
         (dict(warm_up=Path("no.yaml")), "warm_up=no.yaml does not exist"),
         (dict(seeds=[]), "seeds is empty"),
-        (dict(controls={0.1: Objectives()}), "reads the name 0.1 as no text"),
-        (dict(masked=["tokens"]), "masked: 'tokens' is none of start, supervised, token"),
-        (dict(seeds=[1, 1]), "names a seed twice"),
-        (dict(targets=["gaze"]), "'gaze' is none of attention"),
-        (dict(architectures={"a": FitOptions(variant="rnn")}), r"architectures\.a: variant 'rnn' is none of"),
-        (dict(controls={"start": Objectives()}), "the name of the warm-up itself"),
+        (dict(controls={0.1: Objectives()}), "does not read the name 0.1 as text"),
+        (dict(masked=["tokens"]), "masked: 'tokens' is not in the grid; choose from start, supervised, token"),
+        (dict(seeds=[1, 1]), "contains a seed twice"),
+        (dict(targets=["gaze"]), "'gaze' is unknown; choose from attention"),
+        (
+            dict(architectures={"a": FitOptions(variant="rnn")}),
+            r"architectures\.a: variant 'rnn' is unknown; choose from",
+        ),
+        (dict(controls={"start": Objectives()}), "is reserved for the warm-up"),
     ],
 )
 def test_invalid_grids_raise(changes, message):

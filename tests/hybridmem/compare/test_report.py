@@ -59,7 +59,7 @@ def test_gains_are_paired_by_seed():
     ("values", "words"),
     [
         ([0.10, 0.12, 0.11], "+11.0 ± 2.5 points over 3 seeds"),
-        ([0.10, -0.10, 0.02], "which the seeds do not tell from no difference"),
+        ([0.10, -0.10, 0.02], "not a significant difference"),
         ([0.1], "+10.0 points (one seed, so no interval)"),
     ],
 )
@@ -69,9 +69,9 @@ def test_differences_have_intervals_over_seeds(values, words):
 
 def test_the_answer_names_the_winner_and_the_gain_of_attention():
     first, second = answer(results(THREE)["tasks"]["recall"])
-    assert "Best is mag with token" in first
+    assert "The best result is mag with token" in first
     assert "+30.0 ± 0.0 points over 3 seeds" in first
-    assert "reward on attention beside token changes accuracy by +0.0 ± 0.0" in second
+    assert "attention reward added to token changes accuracy by +0.0 ± 0.0" in second
 
 
 def test_scores_of_unchanged_prompts_are_shown_if_logged(tmp_path):
@@ -80,17 +80,17 @@ def test_scores_of_unchanged_prompts_are_shown_if_logged(tmp_path):
         for found in THREE
     ]
     task = {"metric": "val/ndcg@10", "cells": cells, "summary": summarise(cells, "val/ndcg@10"), "warm_ups": []}
-    assert "ndcg@10 40.0 ± 0.0 %, where the prompts as they stand are at 34.6 %" in answer(task)[0]
+    assert "ndcg@10 40.0 ± 0.0 %, compared with 34.6 % for the unchanged prompts" in answer(task)[0]
     page = write_report({"tasks": {"query": task}, "command": "", "environments": [{}]}, tmp_path).read_text()
-    assert "prompts as they stand</td><td>34.6</td>" in page
-    assert "as they stand" not in write_report(results(THREE), tmp_path).read_text()
+    assert "unchanged prompts</td><td>34.6</td>" in page
+    assert "unchanged prompts" not in write_report(results(THREE), tmp_path).read_text()
 
 
 def test_controls_that_add_the_same_kind_are_distinguished():
     more = [cell("mag", "weight 10", seed, 0.55 + 0.01 * seed) | {"without": "token"} for seed in range(3)]
     second = answer(results([*THREE, *more])["tasks"]["recall"])[1]
-    assert "beside token, as in 'token + attention', changes accuracy by +0.0" in second
-    assert "beside token, as in 'weight 10', changes accuracy by +5.0" in second
+    assert "added to token, as in 'token + attention', changes accuracy by +0.0" in second
+    assert "added to token, as in 'weight 10', changes accuracy by +5.0" in second
 
 
 def test_a_cell_with_fewer_seeds_does_not_win():
@@ -102,14 +102,14 @@ def test_a_grid_without_reward_on_attention_compares_controls():
     scores = {"start": 0.2, "GRPO": 0.4, "Critique-GRPO": 0.5}
     cells = [cell("mag", label, seed, score + 0.01 * seed) for label, score in scores.items() for seed in range(3)]
     _, second = answer(results(cells)["tasks"]["recall"])
-    assert second == "On mag it is ahead of GRPO by +10.0 ± 0.0 points over 3 seeds."
+    assert second == "On mag, it leads GRPO by +10.0 ± 0.0 points over 3 seeds."
     only = [each for each in cells if each["label"] == "GRPO"]
     assert len(answer(results(only)["tasks"]["recall"])) == 1
 
 
 def test_a_report_without_finished_runs():
     assert answer(results([cell("mag", "token", 0, 0, status="missing")])["tasks"]["recall"]) == [
-        "No cell is finished yet."
+        "No cell has finished yet."
     ]
 
 
@@ -187,7 +187,7 @@ def test_weight_changes_are_shown_by_kind_of_tensor(tmp_path):
             share = {"mean": 0.5, "half": None, "values": [0.5]}
             row |= {"sparsity": share, "sparsity_by_kind": {"mlp.up_proj.weight": share}, "overlap": None}
     text = write_report(found, tmp_path).read_text()
-    assert "untouched in mag" in text
+    assert "unchanged in mag" in text
     assert "<td>mlp.up_proj.weight</td><td>50.0</td><td>50.0</td>" in text
 
 

@@ -99,7 +99,7 @@ def test_a_masked_run_waits_for_the_run_that_makes_its_mask(tmp_path, made):
 def test_two_processes_do_not_make_the_same_run(tmp_path):
     warm_ups, cells = plan({"recall": RECALL})
     with held(warm_ups, tmp_path):
-        with pytest.raises(ValueError, match="another process makes recall swa warm-up seed 0 there"):
+        with pytest.raises(ValueError, match="is running recall swa warm-up seed 0 there"):
             held([cells[0], warm_ups[0]], tmp_path).__enter__()
         with held(cells, tmp_path):
             pass
