@@ -1,9 +1,12 @@
 """Conversion of a pretrained causal LM, in memory or from folder to folder."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_h
 from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
 
+from .allocation import Allocation, kv_heads
 from .family import refuse_unsupported, shared_settings
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -39,6 +43,8 @@ CARRIED = [
     *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 ]
 FETCHED = [*CARRIED, "config.json", "*.safetensors", "*.safetensors.index.json"]
+ALLOCATION = "allocation.json"
+MEMORY = re.compile(r"model\.layers\.(\d+)\.mixer\.memory\.")
 SHARD_BYTES = 2 * 10**9
 SPARE_BYTES = 64 * 2**20  # code, tokenizer and other small files
 
@@ -47,22 +53,26 @@ Sources = str | list[list[str]]
 
 def convert(
     model: PreTrainedModel | str | Path,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
+    allocation: Allocation | str | Path | None = None,
 ) -> HybridMemForCausalLM:
     """Convert a pretrained model to a HybridMem model.
 
     Every layer becomes `mah`. With all heads `full`, the logits are identical to the pretrained model's.
 
     Args:
-        model: a causal LM of transformers, or a Hugging Face folder or name. Weights of a given model are copied.
-        attention_window: number of tokens visible to heads other than `full`.
-        num_sink_tokens: first tokens of a document that these heads see as well.
+        model: a causal LM of transformers, or a Hugging Face folder or name. Weights of a given model are copied. With
+            an allocation, the model may be converted already.
+        attention_window: number of tokens visible to heads other than `full`. None: the allocation's, or else 256.
+        num_sink_tokens: first tokens of a document that these heads see as well. None: the allocation's, or else 4.
         head_source: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head. Layers
-            with a `memory` head get memories, whose gates are initially closed (see `HeadMemory`).
-        memory_depth: number of layers of each memory; 1 is linear.
+            with a `memory` head get memories, whose gates are initially closed (see `HeadMemory`). None: full.
+        memory_depth: number of layers of each new memory; 1, the default, is linear.
+        allocation: the sources of all heads in place of head_source, or their file. The model must hold the memories
+            that it names; memories that no head reads are left out.
 
     Raises:
         ValueError: the model type, a feature or a setting is not supported; the message names it.
@@ -71,17 +81,15 @@ def convert(
     """
     with ExitStack() as files:
         if isinstance(model, PreTrainedModel):
-            base, folder = model.config, None
-            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
-            config.dtype = model.dtype
-            found = weights_of_model(model)
+            base, folder, found = deepcopy(model.config), None, weights_of_model(model)
+            base.dtype = model.dtype
         else:
             folder = find_folder(model)
-            base = _read_config(folder)
-            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
-            found = weights_of_folder(folder, files)
+            base, found = _read_config(folder), weights_of_folder(folder, files)
+        settings = (attention_window, num_sink_tokens, head_source, memory_depth)
+        config, found = _plan(base, found, _settled(allocation, *settings), *settings)
         empty = _empty_model(config)
-        weights = check_weights(found | _new_memories(config), empty, config.tie_word_embeddings)
+        weights = check_weights(found, empty, config.tie_word_embeddings)
         _check_memory(sum(weight.nbytes for weight in weights.values()))
         # A model may mix dtypes; a folder is loaded in the dtype of its configuration.
         tensors = dict(read_all(weights, None if folder is None else config.dtype))
@@ -99,19 +107,21 @@ def convert(
 def convert_folder(
     model: str | Path,
     output: Path,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
+    allocation: Allocation | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> HybridMemConfig:
     """Convert a Hugging Face folder or name to a folder, with one shard in memory at a time.
 
-    Tokenizer, chat template, generation configuration and licence are copied, and the model's code is added.
+    Tokenizer, chat template, generation configuration and licence are copied, and the model's code is added, with an
+    allocation as `allocation.json`.
 
     Args:
-        model, attention_window, num_sink_tokens, head_source, memory_depth: as in `convert`.
+        model, attention_window, num_sink_tokens, head_source, memory_depth, allocation: as in `convert`.
         output: the folder to write; it appears only when complete.
         shard_bytes: maximum size of a file of weights.
         track: wrapper of the list of shards that shows progress.
@@ -124,12 +134,13 @@ def convert_folder(
         OSError: the output folder is not writable or not empty, or the disk has too little space.
     """
     _check_output(output)
+    settings = (attention_window, num_sink_tokens, head_source, memory_depth)
+    allocation = _settled(allocation, *settings)
     source = find_folder(model)
     base = _read_config(source)
-    config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
     with ExitStack() as files:
+        config, found = _plan(base, weights_of_folder(source, files), allocation, *settings)
         empty = _empty_model(config)
-        found = weights_of_folder(source, files) | _new_memories(config)
         weights = check_weights(found, empty, config.tie_word_embeddings)
         shards = plan_shards(weights, shard_bytes)
         _check_memory(2 * max(sum(weights[name].nbytes for name in shard) for shard in shards))
@@ -143,6 +154,8 @@ def convert_folder(
             write_shards(weights, shards, folder, track)
             _write_configuration(empty, folder)
             (folder / "README.md").write_text(_card(str(model), config))
+            if allocation is not None:
+                allocation.save(folder / ALLOCATION)
             if output.is_dir():
                 output.rmdir()
             folder.rename(output)
@@ -151,16 +164,22 @@ def convert_folder(
 
 def converted_config(
     base: PreTrainedConfig,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
 ) -> HybridMemConfig:
     """Return the configuration of a converted model.
 
     Raises:
         ValueError: the model type, a feature or a setting is not supported.
     """
+    attention_window = 256 if attention_window is None else attention_window
+    num_sink_tokens = 4 if num_sink_tokens is None else num_sink_tokens
+    head_source = "full" if head_source is None else head_source
+    memory_depth = 1 if memory_depth is None else memory_depth
+    if base.model_type == HybridMemConfig.model_type:
+        raise ValueError("the model is converted already: give an allocation, or the model that it was converted from")
     family = FAMILIES.get(base.model_type)
     if family is None:
         raise ValueError(f"model_type={base.model_type!r} is not supported: choose a model of {', '.join(FAMILIES)}")
@@ -185,6 +204,53 @@ def converted_config(
     check_head_sources(head_source, config)
     config.head_sources = [list(row) for row in head_source]
     return config
+
+
+def _settled(
+    allocation: Allocation | str | Path | None,
+    attention_window: int | None,
+    num_sink_tokens: int | None,
+    head_source: Sources | None,
+    memory_depth: int | None,
+) -> Allocation | None:
+    """Return the allocation, read from its file, with the window that is set."""
+    if allocation is None:
+        return None
+    for name, value in (("head_source", head_source), ("memory_depth", memory_depth)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} and an allocation exclude each other: leave one of them out")
+    found = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation)
+    return replace(
+        found,
+        attention_window=found.attention_window if attention_window is None else attention_window,
+        num_sink_tokens=found.num_sink_tokens if num_sink_tokens is None else num_sink_tokens,
+    )
+
+
+def _plan(
+    base: PreTrainedConfig,
+    found: dict[str, Weight],
+    allocation: Allocation | None,
+    attention_window: int | None,
+    num_sink_tokens: int | None,
+    head_source: Sources | None,
+    memory_depth: int | None,
+) -> tuple[HybridMemConfig, dict[str, Weight]]:
+    """Return the configuration to convert to, and the weights with the memories that heads read."""
+    if allocation is None:
+        config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
+        return config, found | _new_memories(config)
+    window, sinks = allocation.attention_window, allocation.num_sink_tokens
+    config = deepcopy(base) if isinstance(base, HybridMemConfig) else converted_config(base, window, sinks)
+    heads = kv_heads(config)
+    memory_of = {name: int(match[1]) for name in found if (match := MEMORY.match(name)) and heads[int(match[1])]}
+    allocation.check(config, set(memory_of.values()))
+    shape = dict(max_position_embeddings=config.max_position_embeddings, sliding_windows=config.sliding_windows)
+    _check_settings(shape, window, sinks)
+    config.attention_window, config.num_sink_tokens = window, sinks
+    config.head_sources = [list(row) for row in allocation.head_sources]
+    unread = {name for name, layer in memory_of.items() if "memory" not in config.head_sources[layer]}
+    return config, {name: weight for name, weight in found.items() if name not in unread}
 
 
 def find_folder(model: str | Path) -> Path:

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 
 from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
+from hybridmem.model.heads import HeadMixer
 from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
+
+from .allocation import Allocation
 
 Sources = str | list[list[str]]
 
@@ -63,3 +66,23 @@ def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: d
                 memory = HeadMemory(config)
                 memory.initialize()
             mixer.memory = memory.to(mixer.q_proj.weight.device)
+
+
+def allocate(model: HybridMemForCausalLM, allocation: Allocation) -> None:
+    """Fix the sources of a converted model's heads, and drop the memories that none of them reads.
+
+    Args:
+        model: a converted model.
+        allocation: the sources, and the window of the heads that do not read everything.
+
+    Raises:
+        ValueError: as in `Allocation.check`.
+    """
+    mixers = {n: layer.mixer for n, layer in enumerate(model.model.layers) if isinstance(layer.mixer, HeadMixer)}
+    allocation.check(model.config, [layer for layer, mixer in mixers.items() if mixer.memory is not None])
+    model.config.attention_window = allocation.attention_window
+    model.config.num_sink_tokens = allocation.num_sink_tokens
+    model.set_head_sources(allocation.head_sources)
+    for layer, mixer in mixers.items():
+        if "memory" not in allocation.head_sources[layer]:
+            mixer.memory = None

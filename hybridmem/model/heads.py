@@ -230,6 +230,8 @@ class HeadMixer(nn.Module):
         """Attend to every key."""
         q, documents = self._queries(tokens.q, heads), sequence.document_ids
         keys, values = pick(tokens.k, heads), pick(tokens.v, heads)
+        if state.full is None and len(heads) < self.kv_heads:  # as views they would keep the other heads' keys alive
+            keys, values = keys.clone(), values.clone()
         if state.full is not None:
             before = state.full
             if documents is not None:

@@ -61,7 +61,10 @@ def name_optimizer_states(
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
-    """Return a checkpoint's model, with averaged weights (EMA) if it has any, and with adapters merged."""
+    """Return a checkpoint's model, with averaged weights (EMA) if it has any, and with adapters merged.
+
+    Memories of layers in which no head reads one are left out.
+    """
     if "hybridmem_config" in checkpoint:
         kept = {k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED}
         model: Any = HybridMemForCausalLM(HybridMemConfig(**kept))
@@ -77,7 +80,8 @@ def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("model.")
     }
-    model.load_state_dict(weights)
+    read = model.state_dict().keys()
+    model.load_state_dict({name: w for name, w in weights.items() if name in read or ".mixer.memory." not in name})
     return model.merge_and_unload() if checkpoint.get("lora") else model
 
 
