@@ -10,11 +10,11 @@ from hybridmem.training.policy.validation import Answered
 
 
 class AccuracyBy(L.Callback):
-    """Logs, at every validation, `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE`.
+    """Logs, at every validation, `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE`; in tests, `test/…`.
 
     Args:
         column: of the task's examples, with few values: Recall has `distance`, Identifier `distance`, VisualSearch
-            `question`.
+            `question`, Ruler `subtask`.
 
     Raises:
         ValueError: a module that is no PolicyModule; examples without the column, or without answers.
@@ -53,5 +53,10 @@ class AccuracyBy(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the shares."""
+        stage = "test" if trainer.testing else "val"
         for (name, value), right in self._right.items():
-            pl_module.log(f"val/{name}_at/{self.column}={value}", sum(right) / len(right), sync_dist=True)
+            pl_module.log(f"{stage}/{name}_at/{self.column}={value}", sum(right) / len(right), sync_dist=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
