@@ -296,12 +296,21 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
         """Answer held-out prompts, and return the answers for callbacks."""
+        return self._answer(batch, batch_idx, "val")
+
+    @torch.no_grad()
+    def test_step(self, batch: list[Example], batch_idx: int) -> Answered:
+        """Answer held-out prompts as in validation."""
+        return self._answer(batch, batch_idx, "test")
+
+    def _answer(self, batch: list[Example], batch_idx: int, stage: str) -> Answered:
+        """Answer held-out prompts and log the metrics under the stage's name."""
         first = batch_idx * self.data.hparams.batch_size
         with stopping_at_non_finite_logits(self.trainer):
             answered, values = validate(self.worker, self.data.task, batch, first)
         for name, value in values.items():
             shown = name in SHOWN_IN_VALIDATION
-            self.log(f"val/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
+            self.log(f"{stage}/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return answered
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

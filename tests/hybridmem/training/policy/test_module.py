@@ -393,3 +393,18 @@ def test_a_checkpoint_is_validated_with_other_groups(tmp_path, monkeypatch):
     hybridmem(
         monkeypatch, "validate", "--config", config, "--ckpt_path", str(path), "--model.init_args.num_generations", "8"
     )
+
+
+def test_a_policy_is_tested_on_a_task(tmp_path, monkeypatch):
+    task = {
+        "class_path": "hybridmem.tasks.Ruler",
+        "init_args": {"num_tokens": 300, "subtasks": ["single", "variables"]},
+    }
+    watched = [{"class_path": "hybridmem.training.AccuracyBy", "init_args": {"column": "subtask"}}]
+    config = write_config(
+        tmp_path, data__init_args__task=task, trainer__callbacks=watched, model__init_args__max_completion_length=4
+    )
+    hybridmem(monkeypatch, "test", "--config", config)
+    assert logged(tmp_path, "test/reward") == [0.0]
+    assert logged(tmp_path, "test/accuracy_at/subtask=single") == [0.0]
+    assert logged(tmp_path, "test/accuracy_at/subtask=variables") == [0.0]
