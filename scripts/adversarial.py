@@ -1,6 +1,6 @@
 """Streams that try to blow a memory up, a million tokens long, in float32 and bfloat16: whether all stays finite.
 
-    python scripts/adversarial.py --tokens 1000000 --output docs/adversarial.json
+    python scripts/adversarial.py --tokens 1000000 --output docs/data/adversarial.json
 
 Nothing limits writes but the default rule, memory_step "certified"; momenta up to 0.99, gates at their ends.
 """

@@ -1,7 +1,7 @@
 """A minute of ratios, each against a baseline timed in the same run, beside those written down before.
 
-    python scripts/bench_all.py                          # compare with docs/bench.json
-    python scripts/bench_all.py --output docs/bench.json # write them down
+    python scripts/bench_all.py                          # compare with docs/data/bench.json
+    python scripts/bench_all.py --output docs/data/bench.json # write them down
 
 A ratio hardly depends on the machine, so a change of one is a change of the code; on a busy machine it strays by some
 tens of percent. The script reports and never fails on a figure. Ratios are time over the baseline's: less is better.
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from hybridmem.training.allocator import keep_freed_memory
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "bench.json"
+COMMITTED = Path(__file__).parents[1] / "docs" / "data" / "bench.json"
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 

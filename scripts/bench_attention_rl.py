@@ -1,6 +1,6 @@
 """The divergence of two attention policies, tile by tile beside full maps: peak memory and time, forward and backward.
 
-    python scripts/bench_attention_rl.py [--output docs/attention_rl.json]
+    python scripts/bench_attention_rl.py [--output docs/data/attention_rl.json]
 
 One row, 4 heads of 32, every query counted. Each figure comes from a process of its own. Memory is the highest resident
 set of the first forward and backward, less what was resident before; time is the best of some more. Full maps are

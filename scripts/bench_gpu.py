@@ -1,6 +1,6 @@
 """How fast models of configs/pretrain/170m.yaml train on one GPU, with the memory's operators in Triton and in PyTorch.
 
-    python scripts/bench_gpu.py [--output docs/gpu.json]
+    python scripts/bench_gpu.py [--output docs/data/gpu.json]
 
 Forward and backward of 4 texts of 4,096 tokens in bfloat16 autocast, nothing recomputed, without an optimiser. Each
 figure is the median of eight calls, timed on the device after two that are not counted; memory is the most that the

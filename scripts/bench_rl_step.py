@@ -1,6 +1,6 @@
 """Seconds per step of reinforcement learning, beside TRL's GRPOTrainer on the same small Llama (extra `dev`).
 
-    python scripts/bench_rl_step.py [--output docs/rl_step.json]
+    python scripts/bench_rl_step.py [--output docs/data/rl_step.json]
 
 A step answers 8 prompts 4 times with 32 tokens and takes two optimiser steps on them (num_iterations=2): attention can
 only be compared with the rollout's once it has moved. All are timed in one process, in turn; figures are medians.

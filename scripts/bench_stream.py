@@ -1,6 +1,6 @@
 """Read 2,000,000 tokens through one streaming state: resident memory and time per token, beside a full-attention model.
 
-    python scripts/bench_stream.py [--tokens 2000000] [--output docs/stream.json]
+    python scripts/bench_stream.py [--tokens 2000000] [--output docs/data/stream.json]
 
 A piece of 1,000 tokens is read at a time; at every mark 32 more are decoded one by one. Memory is the process's
 resident set, each model in a process of its own. The full-attention model stops where a piece takes ten times as long

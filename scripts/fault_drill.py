@@ -1,6 +1,6 @@
 """Kills, starves and corrupts small training runs, and looks whether they resume to the same bits or say what is wrong.
 
-    python scripts/fault_drill.py --kills 50 --output docs/reliability.json
+    python scripts/fault_drill.py --kills 50 --output docs/data/reliability.json
 
 A start is a fork of this process, which has imported everything. Every loss of every start is compared with those of a
 run that nothing happened to, and so are the weights at the end.

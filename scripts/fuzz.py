@@ -1,6 +1,6 @@
 """Feeds broken settings and broken data files to `hybridmem fit`: each is taken, or refused in a line with its cause.
 
-    python scripts/fuzz.py --settings 2000 --files 500 --output docs/fuzz.json
+    python scripts/fuzz.py --settings 2000 --files 500 --output docs/data/fuzz.json
 
 Every case runs in a fork of this process, with limits of time and memory, as far as the first batch. Settings are those
 of configs/, all defaults spelt out, with models made tiny; one or two of them are changed.

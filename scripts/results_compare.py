@@ -1,6 +1,6 @@
-"""Write the tables of a grid (`hybridmem compare`) into docs/results.md, between the markers of their task.
+"""Write the tables of a grid (`hybridmem compare`) into docs/results/, between the markers of their task.
 
-    python scripts/results_compare.py docs/compare/full/results.json
+    python scripts/results_compare.py docs/data/compare/full/results.json
 
 A task NAME of a grid in the folder GRID goes between `<!-- GRID/NAME -->` and `<!-- end of GRID/NAME -->`.
 """

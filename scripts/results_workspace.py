@@ -1,7 +1,7 @@
-"""Run the pipeline of configs/rl/workspace*.yaml over three seeds, and write its table in docs/results.md.
+"""Run the pipeline of configs/rl/workspace*.yaml over three seeds, and write its table.
 
     python scripts/results_workspace.py run             what is not finished yet, two seeds at a time, one thread each
-    python scripts/results_workspace.py write           docs/results_workspace.json and the table
+    python scripts/results_workspace.py write           docs/data/workspace.json and the table
 
 Each stage goes on from the one before. A stage that was stopped goes on from its newest checkpoint.
 """
@@ -92,7 +92,7 @@ def run_pipeline(seed: int) -> None:
 
 
 def write() -> None:
-    """Write the JSON, and the table in docs/results.md."""
+    """Write the JSON, and the table in docs/results/workspace.md."""
     results = {}
     table = [["stage", "folders of", "seeds", *FIGURES]]
     for stage in STAGES[1:]:
@@ -106,7 +106,7 @@ def write() -> None:
         shares = [percent(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
         turns = mean_and_half(figures["turns"]["values"], digits=2)
         table.append([stage.name, files, str(len(finished)), *shares, turns])
-    Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/data/workspace.json").write_text(json.dumps(results, indent=1) + "\n")
     write_tables("workspace", [table])
 
 
