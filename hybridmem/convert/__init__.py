@@ -1,4 +1,4 @@
-"""Pretrained models of other families become HybridMem models with the same logits; a file a family."""
+"""Conversion of pretrained models to HybridMem models with identical logits, with one file per model family."""
 
 from .conversion import convert, convert_folder
 

@@ -1,4 +1,4 @@
-"""Convert a pretrained causal LM, in memory or from folder to folder."""
+"""Conversion of a pretrained causal LM, in memory or from folder to folder."""
 
 import shutil
 import tempfile
@@ -52,22 +52,22 @@ def convert(
     head_source: Sources = "full",
     memory_depth: int = 1,
 ) -> HybridMemForCausalLM:
-    """Return a HybridMem model with the logits of a pretrained model.
+    """Convert a pretrained model to a HybridMem model.
 
-    Every layer becomes `mah`. With all heads `full` the logits are those of the pretrained model.
+    Every layer becomes `mah`. With all heads `full`, the logits are identical to the pretrained model's.
 
     Args:
-        model: a causal LM of transformers, or a Hugging Face folder or name. A model keeps its own weights.
-        attention_window: tokens that heads see which do not read everything.
-        num_sink_tokens: first tokens of a document that these heads see too.
+        model: a causal LM of transformers, or a Hugging Face folder or name. Weights of a given model are copied.
+        attention_window: number of tokens visible to heads other than `full`.
+        num_sink_tokens: first tokens of a document that these heads see as well.
         head_source: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head. Layers
-            in which a head names memory get memories, which start out closed (see `HeadMemory`).
-        memory_depth: layers of each memory; 1 is linear.
+            with a `memory` head get memories, whose gates are initially closed (see `HeadMemory`).
+        memory_depth: number of layers of each memory; 1 is linear.
 
     Raises:
-        ValueError: a model type, feature or setting that is not supported; the message names it.
-        FileNotFoundError: no such folder or name.
-        MemoryError: the weights do not fit.
+        ValueError: the model type, a feature or a setting is not supported; the message names it.
+        FileNotFoundError: the folder or name does not exist.
+        MemoryError: the weights do not fit into memory.
     """
     with ExitStack() as files:
         if isinstance(model, PreTrainedModel):
@@ -83,7 +83,7 @@ def convert(
         empty = _empty_model(config)
         weights = check_weights(found | _new_memories(config), empty, config.tie_word_embeddings)
         _check_memory(sum(weight.nbytes for weight in weights.values()))
-        # A model may mix dtypes; a folder is loaded in the one that its configuration names.
+        # A model may mix dtypes; a folder is loaded in the dtype of its configuration.
         tensors = dict(read_all(weights, None if folder is None else config.dtype))
     converted = empty
     converted.load_state_dict(tensors, strict=False, assign=True)
@@ -106,22 +106,22 @@ def convert_folder(
     shard_bytes: int = SHARD_BYTES,
     track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> HybridMemConfig:
-    """Convert a Hugging Face folder or name to a folder, a shard in memory at a time.
+    """Convert a Hugging Face folder or name to a folder, with one shard in memory at a time.
 
-    The folder also takes tokenizer, chat template, generation configuration and licence along, and the model's code.
+    Tokenizer, chat template, generation configuration and licence are copied, and the model's code is added.
 
     Args:
         model, attention_window, num_sink_tokens, head_source, memory_depth: as in `convert`.
-        output: the folder to write; it appears when it is complete.
-        shard_bytes: size of a file of weights.
-        track: wraps the list of shards, to show progress.
+        output: the folder to write; it appears only when complete.
+        shard_bytes: maximum size of a file of weights.
+        track: wrapper of the list of shards that shows progress.
 
     Returns:
-        the converted model's configuration.
+        the configuration of the converted model.
 
     Raises:
         ValueError, FileNotFoundError, MemoryError: as in `convert`.
-        OSError: the output folder cannot be written or holds something, or the disk is too full.
+        OSError: the output folder is not writable or not empty, or the disk has too little space.
     """
     _check_output(output)
     source = find_folder(model)
@@ -159,7 +159,7 @@ def converted_config(
     """Return the configuration of a converted model.
 
     Raises:
-        ValueError: a model type, feature or setting that is not supported.
+        ValueError: the model type, a feature or a setting is not supported.
     """
     family = FAMILIES.get(base.model_type)
     if family is None:
@@ -175,19 +175,23 @@ def converted_config(
     if memory_depth < 1:
         raise ValueError(f"memory_depth={memory_depth} must be at least 1")
     config = HybridMemConfig(
-        **settings, variant="mah", attention_window=attention_window, num_sink_tokens=num_sink_tokens,
-        num_persistent_tokens=0, memory_depth=memory_depth,
-    )  # fmt: skip
+        **settings,
+        variant="mah",
+        attention_window=attention_window,
+        num_sink_tokens=num_sink_tokens,
+        num_persistent_tokens=0,
+        memory_depth=memory_depth,
+    )
     check_head_sources(head_source, config)
     config.head_sources = [list(row) for row in head_source]
     return config
 
 
 def find_folder(model: str | Path) -> Path:
-    """Return a Hugging Face folder, fetched from the hub if need be.
+    """Return a Hugging Face folder, downloaded from the hub if necessary.
 
     Raises:
-        FileNotFoundError: no such folder, and no such name that the hub offers.
+        FileNotFoundError: the model is neither a folder nor available from the hub.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -198,7 +202,7 @@ def find_folder(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=FETCHED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"model={model} is no folder, and the hub offers no such model or is out of reach: check the name, the "
+            f"model={model} is not a folder, and the hub has no such model or is unreachable: check the name, the "
             "network, or HF_TOKEN"
         ) from error
 
@@ -240,8 +244,8 @@ def _check_memory(needed: int) -> None:
     free = available_memory()
     if free is not None and needed > free:
         raise MemoryError(
-            f"{needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free: close other programs, "
-            "convert from folder to folder (hybridmem convert), or use a machine with more"
+            f"{needed / 1e9:.1f} GB of memory are needed, but {free / 1e9:.1f} GB are free: close other programs, "
+            "convert from folder to folder (hybridmem convert), or use a machine with more memory"
         )
 
 
@@ -250,19 +254,19 @@ def _check_disk(output: Path, needed: int) -> None:
     free, needed = shutil.disk_usage(place).free, needed + SPARE_BYTES
     if needed > free:
         raise OSError(
-            f"output={output} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room or name "
+            f"output={output} needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are free: make room or name "
             "a folder on another disk"
         )
 
 
 def _empty_model(config: HybridMemConfig) -> HybridMemForCausalLM:
-    """A model without numbers: names and shapes."""
+    """Create a model on the meta device, with names and shapes only."""
     with torch.device("meta"):
         return HybridMemForCausalLM(config)
 
 
 def _new_memories(config: HybridMemConfig) -> dict[str, Weight]:
-    """Memories as they start, for the layers that name them; drawn from a seed of their own."""
+    """Initialise memories for the layers with `memory` heads, with a separate seed."""
     assert config.head_sources is not None
     found = {}
     for layer, sources in enumerate(config.head_sources):
@@ -279,13 +283,13 @@ def _new_memories(config: HybridMemConfig) -> dict[str, Weight]:
 
 
 def _carried(source: Path) -> Iterator[Path]:
-    """The files beside weights that a converted model needs too."""
+    """List the files other than weights that a converted model needs."""
     found = {path for pattern in CARRIED for path in source.glob(pattern) if path.is_file()}
     return iter(sorted(found))
 
 
 def _write_configuration(model: HybridMemForCausalLM, folder: Path) -> None:
-    """Write config.json, and the code that it names."""
+    """Write config.json and the code that it refers to."""
     config = model.config
     config.architectures = [type(model).__name__]
     model.set_auto_map()
@@ -294,7 +298,7 @@ def _write_configuration(model: HybridMemForCausalLM, folder: Path) -> None:
 
 
 def _card(base: str, config: HybridMemConfig) -> str:
-    """The folder's model card."""
+    """Return the folder's model card."""
     assert config.head_sources is not None
     sources = [source for row in config.head_sources for source in row]
     counts = ", ".join(f"{sources.count(source)} {source}" for source in HEAD_SOURCES if source in sources)
@@ -309,8 +313,8 @@ pipeline_tag: text-generation
 
 # A model converted by hybridmem
 
-Converted from {origin}. KV heads by source: {counts}. Heads that do not read everything see the last {window} tokens
-and the first {sinks}. The licence is the base model's.
+Converted from {origin}. KV heads by source: {counts}. Heads other than `full` see the last {window} tokens and the
+first {sinks}. The licence is the base model's.
 
 ```python
 import hybridmem  # or trust_remote_code=True

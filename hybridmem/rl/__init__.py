@@ -1,4 +1,4 @@
-"""Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
+"""Reinforcement learning: objectives on attention and on tokens, distillation, rewards and rollouts."""
 
 from .attention.recorder import AttentionRecorder
 from .objectives.advantages import group_advantages, groups_with_signal

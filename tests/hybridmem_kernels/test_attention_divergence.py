@@ -399,7 +399,7 @@ def test_only_inputs_and_two_numbers_per_query_and_head_are_saved():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(divergence="js"), "divergence='js' does not exist; choose one of jsd"),
+        (dict(divergence="js"), "divergence='js' is unknown; choose one of jsd"),
         (dict(backend="cuda"), "backend='cuda' does not exist"),
         (dict(window=0), "window must be at least 1"),
         (dict(window_ref=-1), "window_ref must be at least 1"),
@@ -407,9 +407,9 @@ def test_only_inputs_and_two_numbers_per_query_and_head_are_saved():
         (dict(window_ref="none"), "window_ref"),
         (dict(scale_ref="own"), "scale_ref"),
         (dict(num_persistent=-1), "num_persistent must be at least 0"),
-        (dict(num_persistent=3), "k and k_ref must hold as many keys beside their persistent ones, got 30 and 33"),
+        (dict(num_persistent=3), "k and k_ref must hold equally many keys after their persistent ones, got 30 and 33"),
         (dict(num_persistent_ref=20), "k_ref must hold num_persistent_ref=20 columns and a key for each of the 20"),
-        (dict(k=torch.zeros(3, 3, 33, 8)), "the heads of q must be a multiple of those of k, got 4 and 3"),
+        (dict(k=torch.zeros(3, 3, 33, 8)), "the heads of q must be a multiple of k's heads, got 4 and 3"),
         (dict(q_ref=torch.zeros(3, 6, 19, 5)), "'q_ref'|q_ref must have the batch and queries of q"),
         (dict(key_mask=torch.ones(3, 20, dtype=torch.bool)), r"key_mask must be \(batch, 33\)"),
         (dict(k=torch.zeros(3, 4, 33, 8, device="meta")), "k is on meta but q is on cpu"),

@@ -176,7 +176,7 @@ def test_autocast_does_not_round_the_backward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(weights=[torch.zeros(2, 6, 6, dtype=torch.float64)]), "depth 1 is memory_scan"),
+        (dict(weights=[torch.zeros(2, 6, 6, dtype=torch.float64)]), "use memory_scan for depth 1"),
         (dict(weights=[torch.zeros(2, 6, 5, dtype=torch.float64)] * 2), r"weights\[1\] must be"),
         (dict(max_grad_norm=0.0), "max_grad_norm must be above 0"),
     ],

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses; a group reads its prompt once."""
+"""Log-probabilities of responses with one prefill per group."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .sampling import read
 
 
 def first_rows(times: int | Times, rows: int) -> Int[Tensor, " prompts"]:
-    """Where each prompt's responses begin, of which there are `times` next to one another."""
+    """Return the row of each prompt's first response; `times` adjacent responses share a prompt."""
     if isinstance(times, Tensor):
         return times.cumsum(0) - times
     return torch.arange(0, rows, times)
@@ -22,20 +22,20 @@ def first_rows(times: int | Times, rows: int) -> Int[Tensor, " prompts"]:
 def completion_logps(
     model: Any, prompts: PromptBatch, completions: Completions, temperature: float, times: int | Times = 1
 ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
-    """Log-probabilities of the generated tokens, and the entropy at each.
+    """Return the log-probability of each generated token, and the entropy of its distribution.
 
     Args:
         model: the policy.
-        prompts: of each response, repeated.
+        prompts: one prompt per response, repeated within groups.
         completions: the responses.
-        temperature: that the logits are divided by; 0 counts as 1.
-        times: how many responses, next to one another, answer one prompt; a number each where they are not as many.
-            The prompt is then read once for them all, gradients included, where it has a token before its last one;
-            1: each response reads its own.
+        temperature: divides the logits; 0 counts as 1.
+        times: the number of adjacent responses that share a prompt, or one number per group if group sizes differ.
+            Prompts of two or more tokens are then prefilled once per group, with gradients through the shared cache.
+            1 makes each response read its own prompt.
     """
     length, cache = completions.ids.shape[1], None
     shared = isinstance(times, Tensor) or times > 1
-    # What stands behind a response's end is seen by no token that counts.
+    # No token that carries loss attends past EOS, so padding after it needs no mask.
     rows = prompts.followed_by(completions.ids)
     if shared and prompts.input_ids.shape[1] > 1:
         cache = DynamicCache(config=model.config.get_text_config())

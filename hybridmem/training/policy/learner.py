@@ -1,4 +1,4 @@
-"""The learner: takes optimiser steps on a rollout, or on given answers."""
+"""Learner that takes optimiser steps on a rollout or on given answers."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,12 +24,12 @@ class OptimizerStep:
     """Backward pass, gradient clipping, optimiser and learning-rate schedule.
 
     Args:
-        model: its gradients are clipped.
-        optimizer, schedule: step once for each loss.
-        backward: the backward pass of a loss.
-        max_grad_norm: gradients are clipped to this norm; None leaves them.
-        is_last: returns whether all optimiser steps of the run are taken.
-        log: takes the gradient norm.
+        model: model whose gradients are clipped.
+        optimizer, schedule: stepped once for each loss.
+        backward: runs the backward pass of a loss.
+        max_grad_norm: gradients are clipped to this norm; None disables clipping.
+        is_last: returns True once the run has taken all its optimiser steps.
+        log: logs the gradient norm.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class OptimizerStep:
         self.backward, self.max_grad_norm, self.is_last, self.log = backward, max_grad_norm, is_last, log
 
     def __call__(self, loss: Float[Tensor, ""]) -> None:
-        """Take one step down a loss."""
+        """Take one optimiser step on a loss."""
         self.optimizer.zero_grad()
         self.backward(loss)
         if self.max_grad_norm is not None:
@@ -57,17 +57,17 @@ class OptimizerStep:
 
 
 class Learner:
-    """Turns rollouts into experience, and takes optimiser steps on the sum of the objectives' losses.
+    """Learner that turns rollouts into experience and minimises the sum of the objectives' losses.
 
     Args:
-        policy: the policy.
-        objectives: by family.
+        policy: policy to train.
+        objectives: objectives by family.
         step: takes an optimiser step.
         num_generations: responses to each prompt.
         num_iterations: passes over a rollout.
-        steps_per_generation: optimiser steps of a pass.
-        sampling: how responses were drawn.
-        meter: takes the metrics.
+        steps_per_generation: optimiser steps per pass.
+        sampling: sampling parameters of the rollout.
+        meter: collects the metrics.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Learner:
                 batch = experience.select(rows)
                 scores = self._score(batch, self.policy.shared_times(batch.times), self.objectives.keys())
                 old = scores.detach(self.compared) if batch.old is None else batch.old
-                if self.steps_per_generation == 1:  # one step a pass: the first pass is the rollout's policy
+                if self.steps_per_generation == 1:  # the first pass still has the policy that sampled the rollout
                     experience.old = old
                 entropy, generated = scores.entropy, batch.completions.mask
                 self.meter.measure("entropy", (entropy * generated).sum() / generated.sum(), generated.sum())
@@ -109,7 +109,7 @@ class Learner:
                 first = False
 
     def imitate(self, examples: list[Example]) -> None:
-        """Take as many optimiser steps on the examples' answers as on a rollout of as many prompts."""
+        """Take optimiser steps on the examples' answers, as many as on a rollout of these examples."""
         for _ in range(self.num_iterations):
             for rows in self._steps(len(examples), len(examples)):
                 if self.step.is_last():
@@ -127,23 +127,28 @@ class Learner:
     def _steps(self, responses: int, sampled: int) -> tuple[Tensor, ...]:
         """Return the rows of each optimiser step of a pass.
 
-        Every rank takes as many steps, though ranks may have refined different numbers of responses.
+        All ranks take equally many steps, even if they refined different numbers of responses.
         """
         return torch.arange(responses).tensor_split(min(self.steps_per_generation, sampled))
 
     def _experience(self, rollout: Rollout) -> Experience:
-        """Return everything that the objectives read of a rollout, except the policy's own passes."""
+        """Return the inputs of the objectives that follow from a rollout alone, without passes of the policy."""
         even = torch.full((len(rollout.prompts),), self.num_generations)
         sizes = even if rollout.sizes is None else rollout.sizes
         completions = Completions(*(x.to(self.policy.device) for x in rollout.completions))
         mask = self._loss_mask(rollout, completions)
         items = torch.stack(all_gather_object(mask.sum().cpu())).double().mean().to(self.policy.device)
         experience = Experience(
-            self.policy.prompt_batch(rollout.prompts).repeat(sizes), torch.arange(len(sizes)).repeat_interleave(sizes),
-            completions, self._advantages(rollout.rewards, sizes).to(self.policy.device), mask,
-            items / self.steps_per_generation, self.sampling.max_completion_length, actions=rollout.actions,
+            self.policy.prompt_batch(rollout.prompts).repeat(sizes),
+            torch.arange(len(sizes)).repeat_interleave(sizes),
+            completions,
+            self._advantages(rollout.rewards, sizes).to(self.policy.device),
+            mask,
+            items / self.steps_per_generation,
+            self.sampling.max_completion_length,
+            actions=rollout.actions,
             refined=None if rollout.refined is None else rollout.refined.to(self.policy.device),
-        )  # fmt: skip
+        )
         if rollout.actions or ((self.learns_by_reward or self.compared) and self.steps_per_generation > 1):
             experience.old = self._score_rollout(experience)
         for objective in self.objectives.values():
@@ -158,7 +163,7 @@ class Learner:
         return Experience(prompts, groups, answers, zeros, answers.mask, items, length)
 
     def _loss_mask(self, rollout: Rollout, completions: Completions) -> Bool[Tensor, "responses length"]:
-        """Return the tokens that carry loss."""
+        """Return the mask of tokens that carry loss."""
         mask = completions.mask
         for objective in self.objectives.values():
             mask = objective.loss_mask(mask, completions.truncated)
@@ -167,7 +172,7 @@ class Learner:
     def _advantages(
         self, rewards: Float[Tensor, " responses"], sizes: Int[Tensor, " groups"]
     ) -> Float[Tensor, " responses"]:
-        """Return the advantages of the objective that defines them, or zeros if none learns by reward."""
+        """Return group-relative advantages, an objective's own advantages, or zeros if no objective uses rewards."""
         if not self.learns_by_reward:
             return torch.zeros_like(rewards)
         for objective in self.objectives.values():
@@ -178,7 +183,7 @@ class Learner:
         return own_groups(everyones, self.num_generations)
 
     def _score(self, batch: Experience, times: int | Times, families: Any) -> Scores:
-        """Read responses with the policy, recording the observations of some objectives."""
+        """Score responses with the policy, recording the observations of the objectives in `families`."""
         with ExitStack() as stack:
             seen = {
                 family: stack.enter_context(self.objectives[family].observe(self.policy.model, times))
@@ -191,16 +196,16 @@ class Learner:
 
     @torch.no_grad()
     def _score_rollout(self, experience: Experience) -> Scores:
-        """Score a rollout under the policy that sampled it, with its actions."""
+        """Score a rollout under the policy that sampled it, with the rollout's actions."""
         if not experience.actions:
             return self._score(experience, self.policy.shared_times(experience.times), self.compared)
         with ExitStack() as stack:
             for action in experience.actions.values():
                 stack.enter_context(action.applied(self.policy.model))
-            return self._score(experience, 1, self.compared)  # responses read differently
+            return self._score(experience, 1, self.compared)  # each response has its own actions
 
     def _loss(self, batch: Experience, scores: Scores, old: Scores) -> Float[Tensor, ""]:
-        """Return the sum of the objectives' losses; its mean over ranks is the loss of all their responses."""
+        """Return the sum of the objectives' losses; its mean over ranks is the loss over all ranks' responses."""
         loss, tokens = scores.logps.new_zeros(()), batch.mask.sum()
         of_responses, of_tokens = global_mean_weights(torch.tensor(len(batch.mask), device=tokens.device), tokens)
         weight = {"responses": of_responses, "tokens": of_tokens, "processes": torch.ones_like(of_tokens)}
@@ -214,7 +219,7 @@ class Learner:
         return loss
 
     def _measure_sampling(self, completions: Completions, logps: Float[Tensor, "responses length"]) -> None:
-        """Measure how far log-probabilities are from those of the sampling, under TRL's names."""
+        """Measure the gap between training and sampling log-probabilities, under TRL's metric names."""
         difference = ((logps - completions.sampled_logps).abs() * completions.mask).detach()
         count = completions.mask.sum()
         self.meter.measure("sampling/sampling_logp_difference/mean", difference.sum() / count.clamp(min=1), count)

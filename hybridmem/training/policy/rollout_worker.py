@@ -1,4 +1,4 @@
-"""The rollout worker: samples responses to a batch of prompts and rewards them."""
+"""Rollout worker that samples responses to a batch of prompts and rewards them."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from hybridmem.rl.rollouts.sampling import Sampling, evaluating
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Samples the responses of a rollout: the trainer itself, or a server."""
+    """Source of a rollout's responses: the trainer itself, or a server."""
 
     def respond(
         self,
@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
 
 class LocalSampler:
-    """Samples with the trainer's own copy of the policy."""
+    """Sampler that uses the trainer's own copy of the policy."""
 
     def respond(
         self,
@@ -56,18 +56,18 @@ class LocalSampler:
 
 
 class RolloutWorker:
-    """Samples responses, in environments or not, and rewards them.
+    """Worker that samples responses, single-turn or in environments, and rewards them.
 
     Args:
-        policy: the policy.
-        objectives: by family; they may choose actions, shape rewards and add responses.
-        rewards: the reward functions.
-        sampler: samples responses outside environments.
-        environments: None outside environments.
+        policy: policy that responds.
+        objectives: objectives by family, which may choose actions, shape rewards and add responses.
+        rewards: reward functions.
+        sampler: sampler of single-turn responses.
+        environments: environments of multi-turn responses; None for single turns.
         num_generations: responses to each prompt.
-        sampling: how tokens are drawn.
-        seed: of the random numbers.
-        meter: takes the metrics.
+        sampling: sampling parameters.
+        seed: seed of the random numbers.
+        meter: collects the metrics.
     """
 
     def __init__(
@@ -85,29 +85,29 @@ class RolloutWorker:
         self.policy, self.objectives, self.rewards = policy, objectives, rewards
         self.sampler, self.environments = sampler, environments
         self.num_generations, self.sampling, self.seed, self.meter = num_generations, sampling, seed, meter
-        self.num_rollouts = 0  # since the run's first start
+        self.num_rollouts = 0  # since the run began, across restarts
         self.last_responses: list[tuple[str, str, float]] = []  # prompt, response and reward of the last rollout
         self.last_rewards: Float[Tensor, " responses"]  # of all ranks' sampled responses in the last rollout
 
     def generators(self, stream: RandomStream, places: Sequence[tuple[int, ...]]) -> list[torch.Generator]:
-        """Return the random numbers of prompts in this rank's batch; they do not depend on the number of ranks.
+        """Return a random generator for each prompt of this rank's batch, independent of the number of ranks.
 
         Args:
-            stream: the purpose of the numbers.
-            places: each prompt's place in the batch, followed by anything that tells it from others of that place.
+            stream: purpose of the random numbers.
+            places: each prompt's place in the batch, followed by numbers that distinguish entries at that place.
         """
         rank, size = rank_and_size()
         keys = [(self.seed, int(stream), self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
         return generators(self.policy.device, *keys)
 
     def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
-        """Log a mean over all ranks by weight."""
+        """Record a metric, to be averaged over all ranks by weight."""
         self.meter.measure(name, value, weight)
 
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
-        """Sample and reward responses to a batch of prompts, and measure them under TRL's names."""
-        with unsharded(self.policy.model):  # until the end: ranks may sample different numbers of tokens
+        """Sample and reward responses to a batch of prompts, and measure them under TRL's metric names."""
+        with unsharded(self.policy.model):  # throughout, because ranks may sample different numbers of tokens
             rollout = self._answer(examples) if self.environments is None else self._act(examples, self.environments)
         self.num_rollouts += 1
         return rollout
@@ -137,7 +137,7 @@ class RolloutWorker:
         return {family: action for family, action in found.items() if action is not None}
 
     def _sample(self, prompts: PromptBatch, actions: dict[str, Action], each: list[torch.Generator]) -> Completions:
-        """Sample with every response under its own actions."""
+        """Sample responses, each under its own actions."""
         prefill_once = all(action.prefill_once for action in actions.values())
         with failing_together(NonFiniteLogits), evaluating(self.policy.model), ExitStack() as stack:
             for action in actions.values():
@@ -161,7 +161,7 @@ class RolloutWorker:
         faulty: Bool[Tensor, "responses length"],
         max_turns: int,
     ) -> tuple[Float[Tensor, " responses"], Bool[Tensor, "responses length"] | None]:
-        """Return the rewards that responses learn from, and the tokens that may carry loss; None for all."""
+        """Return shaped rewards, and a mask of the tokens that may carry loss, or None for all tokens."""
         shaped, kept = rewards, None
         for objective in self.objectives.values():
             changed = objective.shape_rewards(shaped, turns, max_turns)
@@ -176,7 +176,7 @@ class RolloutWorker:
     def _rewarded(
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
-        """Return texts and rewards of all responses; metrics are those of all ranks together."""
+        """Return texts and rewards of this rank's responses, and measure the rewards of all ranks."""
         repeated = [example for example in examples for _ in range(self.num_generations)]
         texts, rewards = self.reward(repeated, completions, environments)
         everyones = Rewards(*(gather_groups(x, self.num_generations) for x in rewards))
@@ -194,7 +194,7 @@ class RolloutWorker:
     def reward(
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
-        """Return the texts of responses, one to each example, and their rewards."""
+        """Return the texts and rewards of responses, one per example."""
         texts, ids = self.policy.texts_and_ids(completions)
         columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
         if environments is not None:
@@ -202,6 +202,6 @@ class RolloutWorker:
         return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
 
     def answer_refinements(self, prompts: list[Prompt], places: Sequence[tuple[int, int]]) -> Completions:
-        """Return one response to each prompt; `places` are (group, response within it)."""
+        """Return one response to each prompt; `places` holds each prompt's (group, response within the group)."""
         each = self.generators(RandomStream.REFINEMENT, places)
         return self.policy.answer(self.policy.prompt_batch(prompts), 1, self.sampling, each)

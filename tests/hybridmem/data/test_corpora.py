@@ -71,7 +71,7 @@ def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"no file that matches pattern='\*\.py' \(it has 2 \.txt\)"):
         list_documents(tmp_path)
     (tmp_path / "empty.py").touch()
-    with pytest.raises(ValueError, match="all documents are empty"):
+    with pytest.raises(ValueError, match="contains only empty documents"):
         list_documents(tmp_path)
 
 
@@ -79,8 +79,11 @@ def test_errors_name_the_remedy(tmp_path):
     ("line", "message"),
     [
         ("{not json", r"bad\.jsonl:2 is not JSON"),
-        (json.dumps({"body": "x"}), r"bad\.jsonl:2 has no text in the column text_column='text' \(it has \['body'\]\)"),
-        (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in the column"),
+        (
+            json.dumps({"body": "x"}),
+            r"bad\.jsonl:2 has no text in text_column='text'; set text_column to one of \['body'\]",
+        ),
+        (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in text_column"),
         (json.dumps(["x"]), r"bad\.jsonl:2 has no text .*\(it has list\)"),
     ],
 )
@@ -112,7 +115,7 @@ def test_split_depends_on_the_seed():
 def test_limit_takes_what_fits(sizes, limit, seed):
     documents = made_up(sizes)
     if limit < min(sizes):
-        with pytest.raises(ValueError, match=f"max_bytes={limit} has room for no document"):
+        with pytest.raises(ValueError, match=f"max_bytes={limit} is too small for any document"):
             limit_bytes(documents, limit, seed, "max_bytes")
         return
     chosen = limit_bytes(documents, limit, seed, "max_bytes")
@@ -190,7 +193,9 @@ def test_damaged_compressed_files_are_named(tmp_path, ending, name, damage):
     content = COMPRESS[ending](b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(99)))
     file = tmp_path / (name + ending)
     file.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=f"{name}{ending} cannot be decompressed .*: get it again, or drop the ending"):
+    with pytest.raises(
+        ValueError, match=f"{name}{ending} cannot be decompressed .*: fetch it again, or remove the extension"
+    ):
         list_documents(file)
 
 

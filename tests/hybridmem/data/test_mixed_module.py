@@ -84,20 +84,20 @@ def test_validation_is_the_first_part(folder):
 
 
 def test_errors(folder, tmp_path):
-    with pytest.raises(ValueError, match="parts names no data module"):
+    with pytest.raises(ValueError, match="parts is empty"):
         MixedDataModule([])
     for shares in ((1.0,), (-1.0, 2.0), (0.0, 0.0)):
-        with pytest.raises(ValueError, match="must be one number for each of the 2 parts"):
+        with pytest.raises(ValueError, match="must be one non-negative number per part, 2 in all"):
             mixture(folder, shares)
     saver = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=1)
     train(folder, tmp_path, 2, callbacks=[saver])
-    with pytest.raises(ValueError, match="the checkpoint's mixture was"):
+    with pytest.raises(ValueError, match="the checkpoint has the mixture"):
         train(folder, tmp_path, 4, tmp_path / "saved" / "step=2.ckpt", seed=1)
-    with pytest.raises(ValueError, match="a mixture has no end"):
+    with pytest.raises(ValueError, match="a mixture is endless"):
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(AnyRecorder(), mixture(folder))
 
 
 def test_parts_with_different_tokenizers(folder, tmp_path):
     byte_level_bpe().save_pretrained(tmp_path / "bpe")
-    with pytest.raises(ValueError, match=r"parts\[1\] has tokenizer='bytes' and parts\[0\]"):
+    with pytest.raises(ValueError, match=r"parts\[1\] has tokenizer='bytes', but parts\[0\]"):
         mixture(folder, tokenizer=str(tmp_path / "bpe")).setup("fit")

@@ -145,7 +145,7 @@ def test_lanes_may_not_change(folder, tmp_path):
 def test_other_data_is_refused(folder, tmp_path):
     run, _ = train(folder, tmp_path, 2)
     run.save_checkpoint(tmp_path / "two.ckpt")
-    with pytest.raises(ValueError, match="resume with the data settings and the files of the checkpoint"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's data settings and files"):
         train(folder, tmp_path, 4, tmp_path / "two.ckpt", {"seed": 1})
     run.validate(Recorder(), data(folder, seed=1), ckpt_path=tmp_path / "two.ckpt", verbose=False)
 

@@ -113,18 +113,21 @@ def factory():
 
 
 FLAWS = [
-    (NoReward, r"NoReward is no task: it lacks the method reward\(.*\), which must return a list with a float"),
+    (NoReward, r"NoReward is not a task: it lacks the method reward\(.*\), which must return a list with a float"),
     (
         NumberForReward,
-        r"NumberForReward is no task: its reward is no method but float; reward\(.*\) must",
+        r"NumberForReward is not a task: its reward has type float; reward\(.*\) must",
     ),
     (
         TextForExample,
-        r"TextForExample is no task: its example is no method but str; example\(split, index\) must",
+        r"TextForExample is not a task: its example has type str; example\(split, index\) must",
     ),
-    (NoLength, r"NoLength is no task: it lacks the property max_completion_length, which must return a positive int"),
-    (LengthAsMethod, r"LengthAsMethod is no task: its max_completion_length is a method; make it a property"),
-    (LengthAsText, r"LengthAsText is no task: its max_completion_length is '3'; it must return a positive int"),
+    (
+        NoLength,
+        r"NoLength is not a task: it lacks the property max_completion_length, which must return a positive int",
+    ),
+    (LengthAsMethod, r"LengthAsMethod is not a task: its max_completion_length is a method; make it a property"),
+    (LengthAsText, r"LengthAsText is not a task: its max_completion_length is '3'; it must return a positive int"),
 ]
 
 
@@ -138,13 +141,13 @@ def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (NoReward, "NoReward is no task: it lacks the method reward("),
-        (NumberForReward, "NumberForReward is no task: its reward is no method but float"),
-        (TextForExample, "TextForExample is no task: its example is no method but str"),
-        (LengthAsMethod, "LengthAsMethod is no task: its max_completion_length is a method"),
-        (LengthAsText, "LengthAsText is no task: its max_completion_length is '3'"),
+        (NoReward, "NoReward is not a task: it lacks the method reward("),
+        (NumberForReward, "NumberForReward is not a task: its reward has type float"),
+        (TextForExample, "TextForExample is not a task: its example has type str"),
+        (LengthAsMethod, "LengthAsMethod is not a task: its max_completion_length is a method"),
+        (LengthAsText, "LengthAsText is not a task: its max_completion_length is '3'"),
         (Unannotated, "declare def example(self, split: Literal['train', 'val'], index: int) -> dict[str, Any]"),
-        (factory, "is no class: name the class of a task"),
+        (factory, "is not a class; set the class of a task"),
     ],
 )
 def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path, monkeypatch, capsys):
@@ -254,7 +257,7 @@ def test_refusals(tmp_path):
     for options, message in [
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(max_prompt_length=5), "max_prompt_length=5 is too short for a prompt of 7 tokens"),
-        (dict(tokenizer=str(tmp_path)), "cannot be loaded"),
+        (dict(tokenizer=str(tmp_path)), "cannot load tokenizer="),
     ]:
         with pytest.raises(ValueError, match=message):
             data(**options)
@@ -305,9 +308,9 @@ def test_a_resumed_run_goes_on_with_the_same_examples(tmp_path, stop, num_worker
 def test_other_examples_are_refused(tmp_path):
     run, _ = train(tmp_path, 2)
     run.save_checkpoint(tmp_path / "saved.ckpt")
-    with pytest.raises(ValueError, match="resume with the task"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's task"):
         train(tmp_path, 4, tmp_path / "saved.ckpt", num_train=30)
-    with pytest.raises(ValueError, match="resume with the task"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's task"):
         train(tmp_path, 4, tmp_path / "saved.ckpt", task=Recall())
 
 
@@ -397,7 +400,7 @@ def test_chat_template(tmp_path):
 
 
 def test_chat_template_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="chat_template=true but tokenizer='bytes' has none"):
+    with pytest.raises(ValueError, match="chat_template=true, but tokenizer='bytes' has no chat template"):
         data(chat_template=True)
     with pytest.raises(ValueError, match="set chat_template to false"):
         TaskDataModule(Words(), mode="prompts", processor="somewhere", chat_template=True)

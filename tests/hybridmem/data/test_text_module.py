@@ -90,7 +90,7 @@ def test_separate_validation_is_not_trained_on(folder):
     assert len(module.corpora["val"]) == 2
     assert len(module.corpora["train"]) == 10
     assert "file_001" not in text_of(module.train_dataloader())
-    with pytest.raises(ValueError, match="holds all documents of path"):
+    with pytest.raises(ValueError, match="contains all documents of path"):
         data(folder, val_path=str(folder))
 
 
@@ -199,9 +199,9 @@ def test_a_trainer_of_two_processes_keeps_our_sampler(folder, tmp_path):
         ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1"),
         ({"val_fraction": 0.01}, "change val_fraction, or set val_path"),
         ({"needle_lengths": [100, 0]}, "needle_lengths must be at least 1"),
-        ({"max_bytes": 1}, "max_bytes=1 has room for no document"),
-        ({"max_val_bytes": 1}, "max_val_bytes=1 has room for no document"),
-        ({"tokenizer": "/no/such/folder"}, "tokenizer='/no/such/folder' cannot be loaded"),
+        ({"max_bytes": 1}, "max_bytes=1 is too small for any document"),
+        ({"max_val_bytes": 1}, "max_val_bytes=1 is too small for any document"),
+        ({"tokenizer": "/no/such/folder"}, "cannot load tokenizer='/no/such/folder'"),
         ({"pattern": "*.c"}, r"no file that matches pattern='\*\.c' \(it has 12 \.py\)"),
     ],
 )

@@ -25,7 +25,7 @@ def test_patches_are_drawn_row_by_row():
 
 
 def test_patches_must_fill_a_square():
-    with pytest.raises(ValueError, match=r"images are \(3, 64\)"):
+    with pytest.raises(ValueError, match=r"images have shape \(3, 64\)"):
         picture(torch.zeros(3, 64))
 
 
@@ -56,9 +56,9 @@ def test_settings_that_cannot_work(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="set mode to prompts"):
         TaskDataModule(VisualSearch(grid=2), processor="somewhere")
     load_processor.cache_clear()
-    with pytest.raises(ValueError, match=r"processor=.* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"cannot load processor="):
         load_processor(str(tmp_path))
-    for missing, message in (("image_processor", "takes no images"), ("chat_template", "no chat template")):
+    for missing, message in (("image_processor", "accepts no images"), ("chat_template", "no chat template")):
         processor = tiny_processor()
         setattr(processor, missing, None)
         monkeypatch.setattr(vision.AutoProcessor, "from_pretrained", lambda _, found=processor: found)

@@ -54,7 +54,7 @@ def test_a_function_may_classify():
     metric.update(TEXTS)
     shares = [value.item() for name, value in metric.compute().items() if name.startswith("share/")]
     assert shares == [3 / 8, 1 / 8, 1 / 8, 3 / 8]
-    with pytest.raises(ValueError, match="gives 'so', which is none of names"):
+    with pytest.raises(ValueError, match="returned 'so', which is not in names"):
         FormatShare(first_word, names=["def"]).update(["so be it"])
 
 
@@ -67,12 +67,12 @@ def test_it_can_be_sent_to_another_process():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({"a": "("},), "a='\\(' is no regular expression"),
+        (({"a": "("},), "a='\\(' is not a regular expression"),
         (({},), "must differ and not be 'other'"),
         (({"other": "x"},), "must differ and not be 'other'"),
         ((first_word, ["a", "a"]), "must differ"),
-        ((first_word,), "names are those of a function"),
-        (({"a": "x"}, ["a"]), "names are those of a function"),
+        ((first_word,), "names goes with a function"),
+        (({"a": "x"}, ["a"]), "names goes with a function"),
     ],
 )
 def test_refusals(arguments, message):

@@ -426,5 +426,5 @@ def test_settings_that_cannot_be(folder):
     (folder / "large").write_bytes(bytes(2**20))
     with pytest.raises(ValueError, match="disk=1000000 is too small for a copy"):
         run_python(folder, ["-c", "print(1)"], Limits(disk=10**6))
-    with pytest.raises(NotADirectoryError, match="is no folder"):
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
         run_python(folder / "code.py", ["-c", "print(1)"])

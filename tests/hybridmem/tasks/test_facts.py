@@ -102,12 +102,12 @@ def test_docstrings():
 def test_impossible_settings(folder, options, message):
     with pytest.raises(ValueError, match=message):
         Facts(path=str(folder), **{"pattern": "*.txt", "val_fraction": 0.2, **options})
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Facts(path="nowhere")
 
 
 def test_files_without_text(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match="the train files hold no paragraph of 20 characters"):
+    with pytest.raises(ValueError, match="the train files contain no paragraph of 20 characters"):
         Facts(path=str(tmp_path), val_fraction=0.5).example("train", 0)

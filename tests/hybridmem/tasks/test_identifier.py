@@ -133,7 +133,7 @@ def test_refusals(folder):
     ]:
         with pytest.raises(ValueError, match=message):
             Identifier(**options)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Identifier(path=str(folder / "none"))
     too_far = Identifier(path=str(folder), window=10_000, context_length=20_000, val_fraction=0.3)
     with pytest.raises(ValueError, match=r"no train file has an identifier .* window=10000"):

@@ -92,7 +92,7 @@ def test_short_text_is_repeated():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="a row of 100 tokens cannot hold needle_keys=4"):
+    with pytest.raises(ValueError, match="needle_lengths=100 is too short for needle_keys=4"):
         rows(length=100, num_keys=4)
-    with pytest.raises(ValueError, match="no line ends"):
+    with pytest.raises(ValueError, match="no token of the held-out text ends a line"):
         rows(text="no end")

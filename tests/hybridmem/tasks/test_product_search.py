@@ -56,10 +56,10 @@ def test_binary_gains_and_splits_of_our_own(tmp_path):
         ([{"query": "a", "product_id": "H"}], {}, ":1 has no esci_label"),
         ([{**JUDGED[0], "esci_label": "X"}], {}, "label 'X'"),
         ([{**JUDGED[0], "split": "dev"}], {}, "split 'dev'"),
-        (JUDGED[:2], {}, "no usable query of the split val"),
+        (JUDGED[:2], {}, "no usable query in split val"),
         (JUDGED[4:], {}, "gain above 0"),
         ([{**row, "product_id": "none"} for row in JUDGED[:3:2]], {}, "none of the products"),
-        (JUDGED, {"prompt": "ask"}, "must have {query}"),
+        (JUDGED, {"prompt": "ask"}, "must contain {query}"),
         (JUDGED, {"k": 0}, "k must be at least 1"),
     ],
 )
@@ -70,5 +70,5 @@ def test_what_cannot_work_is_named(tmp_path, judged, settings, message):
 
 @pytest.mark.parametrize("name", ["examples", "products"])
 def test_files_that_are_not_there_are_named(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' is no file"):
+    with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' does not exist"):
         ProductSearch(**{**write(tmp_path, JUDGED), name: "nowhere"})

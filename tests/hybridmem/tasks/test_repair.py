@@ -191,7 +191,7 @@ def test_no_path_leads_out(turn, path, task, tmp_path):
     try:
         step = act(folder, turn.format(path.format(outside=outside)), "plain", 1000)
         assert step.failures == 1
-        assert "outside of the folder" in step.observation or "does not exist" in step.observation
+        assert "outside the folder" in step.observation or "does not exist" in step.observation
         assert outside.read_text() == "as it was\n"
     finally:
         outside.unlink()
@@ -205,7 +205,7 @@ def test_tools_read_and_change(task):
     assert folder.open("a.py") == "1 one\n2 two\n3 three"
     assert act(folder, "edit a.py 2     2 a\n    2 b", "plain", 100).observation == "edited"
     assert folder.open("a.py") == "1 one\n2     2 a\n3     2 b\n4 three"
-    assert "lines 1 to 4, and none is 5" in act(folder, "edit a.py 5 x", "plain", 100).observation
+    assert "lines 1 to 4, but line is 5" in act(folder, "edit a.py 5 x", "plain", 100).observation
     assert "line='x' is no" in act(folder, "edit a.py x y", "plain", 100).observation
     assert len(act(folder, "open a.py", "plain", 10).observation) < 45
     assert set(tools_of(folder)) == {"ls", "grep", "open", "edit", "test", "submit"}

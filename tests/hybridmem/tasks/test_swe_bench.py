@@ -57,5 +57,7 @@ def test_rows_can_bring_their_image_and_command(tmp_path):
 
 def test_a_missing_column_is_named(tmp_path):
     rows = [{"instance_id": "a", "problem_statement": "b"}] * 4
-    with pytest.raises(ValueError, match="has no column FAIL_TO_PASS, PASS_TO_PASS: it has instance_id, problem"):
+    with pytest.raises(
+        ValueError, match=r"lacks the columns FAIL_TO_PASS, PASS_TO_PASS; .* it has instance_id, problem"
+    ):
         task_of(tmp_path, rows)

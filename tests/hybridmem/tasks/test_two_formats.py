@@ -91,7 +91,7 @@ def test_it_is_a_task():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mixture=1.2), r"mixture=1\.2 is the share of one of two formats"),
+        (dict(mixture=1.2), r"mixture=1\.2 must be between 0 and 1"),
         (dict(digits=0), "digits must be at least 1"),
         (dict(digits=4), "digits=4 must be at most 3"),
         (dict(val_fraction=0.0), "val_fraction must lie between 0 and 1"),

@@ -1,6 +1,5 @@
 """Gradient accumulation: the gradient of one large batch, steps of whole accumulations, exact resumption within one."""
 
-import logging
 import re
 from collections import defaultdict
 from datetime import timedelta
@@ -67,7 +66,6 @@ def pretraining(**settings):
 
 def train(module, data, **options):
     steps = Steps()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     settings = dict(accelerator="cpu", devices=1, max_steps=1, max_epochs=-1, limit_val_batches=0, precision="64-true")
     trainer = L.Trainer(**{**settings, **quiet, **options, "callbacks": [steps, *options.get("callbacks", [])]})
@@ -293,7 +291,6 @@ class Numbers(L.Callback):
 def run(folder, callbacks=(), ckpt_path=None, seed=0, **options):
     """Train on a few small files; the weights at the end, and what was noted."""
     L.seed_everything(seed, verbose=False)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     text = write_text(folder / "text")
     data = TextDataModule(
         str(text), pattern="*.txt", sequence_length=64, batch_size=4, mode="continuous", val_fraction=0.2
@@ -344,7 +341,9 @@ def test_exceptions(whole, tmp_path, moment, batch):
     with pytest.raises(RuntimeError, match="failed on purpose"):
         run(tmp_path, [saver, Fail(batch, moment)])
     if moment == "backward" and batch % 3:
-        with pytest.raises(ValueError, match="error cut the backward pass of batch 2 of accumulate_grad_batches=3"):
+        with pytest.raises(
+            ValueError, match="error interrupted the backward pass of batch 2 of accumulate_grad_batches=3"
+        ):
             run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", enable_checkpointing=False)
         return
     again, _ = run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", seed=1, enable_checkpointing=False)
@@ -363,7 +362,7 @@ def test_time_intervals_and_metrics_write_such_checkpoints(whole, tmp_path):
 
 
 def test_another_accumulation_is_refused_within_a_step(whole, tmp_path):
-    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches: resume with 3, or"
+    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches; set it to 3, or"
     with pytest.raises(ValueError, match=refused):
         run(whole[0], ckpt_path=whole[0] / "validation4.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)
     _, numbers = run(whole[0], ckpt_path=whole[0] / "end6.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)

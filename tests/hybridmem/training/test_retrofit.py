@@ -231,7 +231,7 @@ def test_a_converted_folder_keeps_its_window(base, tmp_path):
         (dict(model__init_args__head_sources="full"), "leave no memory to train"),
         (dict(model__init_args__frozen=["*"]), "frozen=['*'] leave no memory to train"),
         (dict(model__init_args__attention_window=40), "sequence_length=32 must exceed attention_window + num_sink"),
-        (dict(model__init_args__lora={"r": 2}), "stage=regression trains no weights of the base model"),
+        (dict(model__init_args__lora={"r": 2}), "stage=regression freezes the base model"),
         (dict(model__init_args__base="nowhere"), "model=nowhere is no folder"),
         (dict(model__init_args__memory={"memory_width": 2}), "memory_width is no setting of HybridMemConfig's"),
         (dict(model__init_args__memory={"memory_depth": 0}), "memory_depth=0 must be at least 1"),
@@ -253,7 +253,7 @@ def test_another_tokenizer_and_too_little_memory(base, tmp_path, monkeypatch, ca
     other.add_tokens(["word"])
     other.save_pretrained(tmp_path / "other")
     for tokenizer, free, message in (
-        (tmp_path / "other", None, "is not that of base="),
+        (tmp_path / "other", None, "differs from the tokenizer of base="),
         (base, 1000, "stage=regression needs 0.0 GB of memory in addition to the model"),
     ):
         settings["data"]["init_args"]["tokenizer"] = str(tokenizer)

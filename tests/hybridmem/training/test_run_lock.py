@@ -165,7 +165,7 @@ class TestFit:
         assert stopped.value.code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"default_root_dir={tmp_path / 'run'} is in use by another run (process {other.pid} on " in error
-        assert f"wait for its end, stop it (kill {other.pid}), or choose another folder" in error
+        assert f"wait until it ends, stop it (kill {other.pid}), or choose another folder" in error
 
     def test_others_read_in_the_folder_of_a_run(self, tmp_path, lock, monkeypatch):
         config = write_config(tmp_path, trainer__max_steps=3)

@@ -75,4 +75,4 @@ def test_kernels_stay_within_the_committed_table(target, match):
 def test_asking_for_no_kernel_is_an_error():
     done = run("-m", "hybridmem_kernels.tools.aot", "--match", "no such kernel")
     assert done.returncode == 2
-    assert "no kernel is asked for" in done.stderr
+    assert "no kernel is selected" in done.stderr

@@ -65,7 +65,7 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path):
     hidden = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert done.returncode == 1
-    assert done.stderr.startswith("no GPU here")
+    assert done.stderr.startswith("no GPU found")
     assert not (tmp_path / "result.json").exists()
 
 

@@ -22,8 +22,8 @@ def test_what_is_as_committed_is_no_problem():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (changed(spills=8), "sm80 scan: spills 8 bytes of registers a thread"),
-        (changed(shared=163 * 1024 + 1), "sm80 scan: needs 166913 bytes of shared memory, 166912 are there"),
+        (changed(spills=8), "sm80 scan: spills 8 bytes of registers per thread"),
+        (changed(shared=163 * 1024 + 1), "sm80 scan: needs 166913 bytes of shared memory, but 166912 are available"),
         (changed(tensor_core=0), "sm80 scan: multiplies matrices without tensor cores"),
     ],
     ids=["spill", "shared memory", "no tensor cores"],

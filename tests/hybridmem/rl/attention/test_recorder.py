@@ -95,7 +95,7 @@ def test_heads_of_other_sources_are_refused():
     model = tiny_model(variant="mah", head_sources=[["full", "none"], ["full", "full"]])
     with AttentionRecorder(model, [1]):
         model(tokens())
-    with AttentionRecorder(model, [0]), pytest.raises(ValueError, match="heads that do not read everything"):
+    with AttentionRecorder(model, [0]), pytest.raises(ValueError, match="heads with a source other than full"):
         model(tokens())
 
 
@@ -179,17 +179,17 @@ def test_a_pass_with_a_cache_holds_every_key(name):
 
 def test_what_cannot_be_recorded_says_so():
     model = tiny_model(variant="mag")
-    with pytest.raises(ValueError, match="must name different ones of the model's 2 layers"):
+    with pytest.raises(ValueError, match="must be different indices into the model's 2 layers"):
         AttentionRecorder(model, [2])
-    with pytest.raises(ValueError, match="no causal attention modules"):
+    with pytest.raises(ValueError, match="no module has is_causal and layer_idx"):
         AttentionRecorder(torch.nn.Linear(1, 1))
     mac, ids = tiny_model(variant="mac"), tokens(time=9)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    with pytest.raises(ValueError, match="give prompts of one length"), AttentionRecorder(mac):
+    with pytest.raises(ValueError, match="use prompts of equal length"), AttentionRecorder(mac):
         mac(ids, attention_mask=mask)
     documents = torch.arange(9).expand(2, -1) // 4
-    with pytest.raises(ValueError, match="a document each"), AttentionRecorder(mac):
+    with pytest.raises(ValueError, match="one document each"), AttentionRecorder(mac):
         mac(ids, document_ids=documents)
     other = other_model("llama")
     other.set_attn_implementation("eager")

@@ -106,7 +106,7 @@ def test_a_patch_that_does_not_fit_earns_nothing(docker):
 
 
 def test_what_takes_too_long_is_ended(container):
-    assert say(container, "bash sleep 60") == "\n(its time was over)"
+    assert say(container, "bash sleep 60") == "\n(timed out)"
 
 
 def test_long_output_is_cut(container):
@@ -120,8 +120,8 @@ def test_long_output_is_cut(container):
     [
         ("open none.sh", "No such file"),
         ("edit none.sh 1 x", "No such file"),
-        ("edit area.sh 3 x", "lines 1 to 2, and none is 3"),
-        ("edit area.sh 0 x", "lines 1 to 2, and none is 0"),
+        ("edit area.sh 3 x", "lines 1 to 2, but line is 3"),
+        ("edit area.sh 0 x", "lines 1 to 2, but line is 0"),
     ],
 )
 def test_mistakes_are_told(container, turn, said):
@@ -140,13 +140,13 @@ def test_the_container_is_removed_with_its_environment_and_before_the_next_one(d
 
 
 def test_an_image_that_is_not_there_is_named(docker):
-    with pytest.raises(ContainerError, match="image='missing' cannot be started: Unable to find image"):
+    with pytest.raises(ContainerError, match="cannot start image='missing': Unable to find image"):
         Container().reset(image="missing", test_command="true")
 
 
 def test_without_docker_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ContainerError, match="need the docker command, and it is not on PATH"):
+    with pytest.raises(ContainerError, match="the docker command is not on PATH"):
         Container()
 
 

@@ -41,7 +41,7 @@ def counter():
 
 def test_tools_are_the_public_methods(counter):
     assert set(tools_of(counter)) == {"add", "name", "later", "fail"}
-    with pytest.raises(ValueError, match="Bare has no method reset"):
+    with pytest.raises(ValueError, match="Bare lacks a method reset"):
         tools_of(type("Bare", (), {})())
     with pytest.raises(ValueError, match="has no tool"):
         tools_of(type("Silent", (), {"reset": lambda self: None})())

@@ -99,11 +99,11 @@ def test_which_groups_are_refined():
         ({"refine_groups": "some"}, "refine_groups must be one of failed, all"),
         ({"join": "add"}, "join must be one of union, replace"),
         ({"scale_rewards": "batch"}, "scale_rewards must be one of none, group"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be token"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' does not apply"),
         ({"dynamic_sampling": True}, "dynamic_sampling"),
-        ({"template": "{critique}"}, "must name"),
+        ({"template": "{critique}"}, "must contain"),
         ({"template": "{prompt}{critique}{answer}"}, "no other"),
-        ({"template": "{prompt}{critique}{"}, "no format string"),
+        ({"template": "{prompt}{critique}{"}, "not a valid format string"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

@@ -109,7 +109,7 @@ def test_no_critique_and_no_room_are_no_refinement(caplog):
     assert fake.logs["critique/unrefined"] == 4
     assert fake.logs["critique/sampled"] == 0
     assert "max_prompt_length=40" in caplog.text
-    with pytest.raises(ValueError, match="gave 1 critiques for 4 responses"):
+    with pytest.raises(ValueError, match="returned 1 critiques for 4 responses"):
         CritiqueGRPO(critic=lambda **_: [None]).refine(rollout, examples, [""] * 4, fake)
 
 
@@ -180,4 +180,4 @@ def test_exploration_is_refused(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, model__init_args__objectives=[critique(), explored])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "exploration does not go with CritiqueGRPO" in capsys.readouterr().err
+    assert "exploration is incompatible with CritiqueGRPO" in capsys.readouterr().err

@@ -195,9 +195,9 @@ def test_groups_with_signal():
 
 @pytest.mark.parametrize("function", [group_advantages, groups_with_signal])
 def test_groups_must_be_whole_and_of_more_than_one(function):
-    with pytest.raises(ValueError, match="num_generations=1: a group of one has no advantage"):
+    with pytest.raises(ValueError, match="num_generations=1 gives every response an advantage of 0"):
         function(REWARDS, 1)
-    with pytest.raises(ValueError, match="8 rewards are not whole groups of num_generations=3"):
+    with pytest.raises(ValueError, match="8 rewards cannot be split into groups of num_generations=3"):
         function(REWARDS, 3)
 
 
@@ -213,7 +213,7 @@ def test_unknown_scale():
         (GRPO, {"epsilon": math.nan}, "epsilon=nan must be above 0"),
         (DAPO, {"epsilon_high": -0.1}, "epsilon_high=-0.1 must be above 0"),
         (GRPO, {"delta": 1.2}, r"delta=1.2 must be above 1 \+ epsilon_high = 1.2"),
-        (GRPO, {"beta": -0.1}, "beta=-0.1 must be 0, for no reference model, or a positive number"),
+        (GRPO, {"beta": -0.1}, "must be 0 .no reference model. or a positive number"),
         (GRPO, {"beta": math.inf}, "beta=inf"),
         (CISPO, {"epsilon_high": 0.28}, "epsilon_high=0.28 must be above 1"),
         (GRPO, {"loss_type": "cispo"}, "loss_type='cispo' is unknown; choose one of grpo, bnpo, dapo, dr_grpo"),
@@ -268,7 +268,7 @@ def test_what_was_not_solved_is_rejected():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(dynamic_sampling=True), "samples no group again"),
+        (dict(dynamic_sampling=True), "not supported by SWEDapo"),
         (dict(free_turns=-1), "free_turns=-1"),
         (dict(min_solve_rate=0.5, max_solve_rate=0.5), "must be below max_solve_rate"),
     ],

@@ -42,9 +42,9 @@ def test_reads_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"id": 1, "text": "a b"}', '{"id": "1", "text": "c"}'], ":2 has the id '1' of an earlier"),
+        (['{"id": 1, "text": "a b"}', '{"id": "1", "text": "c"}'], ":2 repeats the id '1' of an earlier"),
         (['{"text": "a"}'], "id_column='id'"),
-        (["[1]"], "is no JSON object but list"),
+        (["[1]"], "is of type list, not a JSON object"),
         (["{"], ":1 is not JSON"),
         (['{"id": 1, "text": "--"}'], r"d\.jsonl.*: no document has a word in text_columns=\[.text.\]"),
     ],

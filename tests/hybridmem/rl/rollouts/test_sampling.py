@@ -202,9 +202,9 @@ def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
 
 
 def test_exploration_that_is_not_defined_says_so():
-    with pytest.raises(ValueError, match="not defined in a layer of mac"):
+    with pytest.raises(ValueError, match="a layer of mac supports no exploration"):
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
-    with pytest.raises(ValueError, match="not defined in a layer of swa"):
+    with pytest.raises(ValueError, match="a layer of swa supports no exploration"):
         draw_noise(model_of("swa"), "allocation", [1], 1.0, 1, 2, 9, torch.Generator())
 
 

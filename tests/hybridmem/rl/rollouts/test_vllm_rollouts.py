@@ -65,12 +65,12 @@ def test_a_policy_learns_from_what_a_server_samples(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "changes", "rollouts", "message"),
     [
-        ("ours", {"lora": LORA}, {}, "vLLM serves no HybridMem model"),
-        ("llama", {}, {}, "sync=lora does not go with lora=None"),
+        ("ours", {"lora": LORA}, {}, "vLLM cannot serve HybridMem models"),
+        ("llama", {}, {}, "sync=lora cannot be combined with lora=None"),
         ("llama", {"lora": LORA, "objectives": [TOKENS, {**ATTENTION, "init_args": {"exploration": 0.5}}]}, {},
-         "a server knows nothing of AttentionRL's exploration"),
-        ("llama", {"lora": LORA}, {"folder": None}, "set folder to a path that the server can read"),
-        ("llama", {"lora": LORA}, {"url": "http://127.0.0.1:1/v1"}, "must have no path"),
+         "a server does not support AttentionRL's exploration"),
+        ("llama", {"lora": LORA}, {"folder": None}, "set folder to a path that the server reads"),
+        ("llama", {"lora": LORA}, {"url": "http://127.0.0.1:1/v1"}, "contains a path"),
         ("llama", {"lora": LORA}, {"sync": "disk"}, "sync"),
     ],
 )  # fmt: skip
@@ -88,10 +88,10 @@ def test_what_a_server_cannot_do_is_refused(tmp_path, monkeypatch, capsys, model
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ([{"index": 0, "text": "a"}], "it must be a vLLM server that knows return_token_ids"),
+        ([{"index": 0, "text": "a"}], "use a version of vLLM that supports return_token_ids"),
         (
             [{"index": 0, "token_ids": [], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}],
-            "without a token",
+            "or an empty response",
         ),
         (
             [{"index": 0, "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}] * 2,

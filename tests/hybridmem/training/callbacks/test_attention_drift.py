@@ -56,5 +56,5 @@ def test_a_policy_that_stands_still_has_not_moved(tmp_path, monkeypatch):
 def test_settings_that_cannot_work():
     with pytest.raises(ValueError, match="num_prompts must be at least 1"):
         AttentionDrift(num_prompts=0)
-    with pytest.raises(ValueError, match="window=4 goes with a target that looks at tokens"):
+    with pytest.raises(ValueError, match="window=4 needs a target over tokens, not allocation"):
         AttentionDrift(target="allocation", window=4)

@@ -74,11 +74,11 @@ def test_formats_can_be_given_and_answers_are_then_texts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("watch", "message"),
     [
-        (dict(), "FormatWatch: the task Letters tells no formats apart: give formats"),
-        (dict(formats={"a": "("}), "is no regular expression"),
-        (dict(formats={"a": "a"}, k=[2, 5]), "FormatWatch's k=[2, 5] must be from 2 to num_generations=4"),
-        (dict(formats={"a": "a"}, k=[1]), "FormatWatch's k=[1] must be from 2"),
-        (dict(k=[]), "k names no size of a group"),
+        (dict(), "FormatWatch needs formats, and the task Letters has none; set formats"),
+        (dict(formats={"a": "("}), "is not a regular expression"),
+        (dict(formats={"a": "a"}, k=[2, 5]), "FormatWatch's k=[2, 5] must be between 2 and num_generations=4"),
+        (dict(formats={"a": "a"}, k=[1]), "FormatWatch's k=[1] must be between 2 and"),
+        (dict(k=[]), "k=[] has no group size"),
     ],
 )
 def test_settings_that_cannot_work_stop_before_training(tmp_path, monkeypatch, capsys, watch, message):
@@ -92,4 +92,4 @@ def test_it_looks_at_policies_alone(tmp_path, monkeypatch, capsys):
     watch = {"class_path": "hybridmem.training.FormatWatch"}
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", pretraining(tmp_path, trainer__callbacks=[watch]))
-    assert "FormatWatch looks at PolicyModule, not PretrainModule: remove it" in capsys.readouterr().err
+    assert "FormatWatch supports PolicyModule, not PretrainModule; remove it" in capsys.readouterr().err

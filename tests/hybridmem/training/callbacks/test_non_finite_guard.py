@@ -77,7 +77,7 @@ def test_patience_has_an_end(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, trainer__callbacks=[guard(action="skip", patience=2), *spoiling, CHECKPOINTS])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "optimiser step 4, after 2 skipped ones" in capsys.readouterr().err
+    assert "optimiser step 4, after 2 skipped steps" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_work():

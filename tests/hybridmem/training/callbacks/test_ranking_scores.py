@@ -52,5 +52,5 @@ def test_it_needs_a_ranking():
     trainer = trainer_of(object())
     with pytest.raises(ValueError, match="needs a task with a ranking"):
         RankingScores().setup(trainer, Mock(spec=PolicyModule), "fit")
-    with pytest.raises(ValueError, match="looks at PolicyModule"):
+    with pytest.raises(ValueError, match="supports PolicyModule"):
         RankingScores().setup(trainer, Mock(spec=L.LightningModule), "fit")

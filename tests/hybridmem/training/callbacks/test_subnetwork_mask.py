@@ -138,10 +138,10 @@ def nothing(masks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_names, "is of another model: it lacks"),
-        (other_shapes, "is of another model: model.embed_tokens.weight is [1], here [259, 16]"),
-        (numbers, "in F32: a mask is bool"),
-        (nothing, "names no weight: nothing would be trained"),
+        (other_names, "belongs to another model: the mask lacks"),
+        (other_shapes, "belongs to another model: model.embed_tokens.weight has shape [1] there and [259, 16] here"),
+        (numbers, "has dtype F32 for"),
+        (nothing, "selects no weight, so nothing would be trained"),
         (None, "does not exist: give a Hugging Face folder or a safetensors file"),
     ],
 )

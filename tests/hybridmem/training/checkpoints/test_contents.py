@@ -62,8 +62,11 @@ def test_training_starts_from_another_models_weights_with_another_window(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(intermediate_size=20), r"init_from: .* is another model: model.layers.0.*there and .* here"),
-        (dict(num_hidden_layers=1), r"init_from: .* is another model: model.layers.1.* is .* there and absent here"),
+        (dict(intermediate_size=20), r"init_from: .* is another model: model.layers.0.* differs \(.* there, .* here\)"),
+        (
+            dict(num_hidden_layers=1),
+            r"init_from: .* is another model: model.layers.1.* differs \(.* there, absent here\)",
+        ),
     ],
 )
 def test_weights_of_another_shape_are_refused_by_name(tmp_path, changes, message):
@@ -125,7 +128,7 @@ def test_an_adapter_of_the_hub_is_called_by_its_name(adapter, monkeypatch):
 
 
 def test_a_folder_that_is_no_checkpoint_is_told_from_one_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=rf"ckpt_path={tmp_path} is a folder without a checkpoint: give a \.ckpt file"):
+    with pytest.raises(ValueError, match=rf"ckpt_path={tmp_path} is not a checkpoint folder; give a \.ckpt file"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         export(tmp_path / "absent", tmp_path / "out")

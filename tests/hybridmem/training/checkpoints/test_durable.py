@@ -105,11 +105,11 @@ def test_a_broken_file_is_refused_with_a_good_one_named(tmp_path, damage):
     last.write_bytes({"flipped": data, "truncated": data[: len(data) // 2], "emptied": b""}[damage])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read") as refused:
         FILES.load_checkpoint(last)
-    assert f"go on with --ckpt_path {tmp_path / 'previous.ckpt'}" in str(refused.value)
+    assert f"resume with --ckpt_path {tmp_path / 'previous.ckpt'}" in str(refused.value)
     (tmp_path / "previous.ckpt").unlink()
     with pytest.raises(ValueError, match="cannot be read") as refused:
         FILES.load_checkpoint(last)
-    assert "go on with" not in str(refused.value)
+    assert "resume with" not in str(refused.value)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 def test_a_missing_file_names_what_is_there(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     with pytest.raises(
-        FileNotFoundError, match=r"other\.ckpt does not exist; the newest good one there is .*last\.ckpt"
+        FileNotFoundError, match=r"other\.ckpt does not exist; the newest intact checkpoint there is .*last\.ckpt"
     ):
         FILES.load_checkpoint(tmp_path / "other.ckpt")
     assert newest_good(tmp_path, but=tmp_path / "last.ckpt") is None

@@ -37,8 +37,8 @@ def test_the_card_says_data_steps_metrics_and_licence():
 def test_what_is_not_known_is_not_made_up():
     card = model_card(HybridMemConfig(), {})
     assert "license" not in yaml.safe_load(card.split("---")[1])
-    assert "The checkpoint does not say what it was trained on." in card
-    assert "None was logged." in card
+    assert "The checkpoint does not record its training data." in card
+    assert "No metrics were logged." in card
     assert "not stated" in card
     assert "None |" not in card
 

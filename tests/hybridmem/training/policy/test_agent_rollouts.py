@@ -122,12 +122,12 @@ def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):
     [
         (dict(call_format="xml"), "call_format must be"),
         (dict(max_turns=0), "max_turns must be at least 1"),
-        (dict(environment_factory=f"{__name__}.Moody"), "one example begin with 2 different texts"),
-        (dict(environment_factory="pathlib.Path"), "has no method reset"),
-        (dict(objectives=[REJECTION, SWE]), "RejectionFineTune learns from what was solved alone"),
+        (dict(environment_factory=f"{__name__}.Moody"), "returned 2 different texts for one example"),
+        (dict(environment_factory="pathlib.Path"), "lacks a method reset"),
+        (dict(objectives=[REJECTION, SWE]), "RejectionFineTune learns from solved trajectories only"),
         (
             dict(objectives=[{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"exploration": 1.0}}]),
-            "AttentionRL's exploration does not go with an environment",
+            "AttentionRL's exploration supports single turns only",
         ),
     ],
 )

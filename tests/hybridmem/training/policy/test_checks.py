@@ -48,8 +48,8 @@ def test_the_family_is_the_class_unless_it_says_otherwise():
     ("objectives", "message"),
     [
         ([], "objectives is empty"),
-        ([GRPO(), DAPO()], "objectives names 2 of TokenObjective; keep one"),
-        ([GRPO(), SFT()], "SFT learns from answers and samples none: remove it, or the others"),
+        ([GRPO(), DAPO()], "objectives has 2 of family TokenObjective; keep one"),
+        ([GRPO(), SFT()], "SFT learns from given answers and samples no responses: remove it, or the others"),
         ([GRPO(), Given()], "some learn from given answers and others from samples"),
     ],
 )
@@ -61,8 +61,8 @@ def test_combinations_that_cannot_work(objectives, message):
 @pytest.mark.parametrize(
     ("objectives", "message"),
     [
-        ([DAPO(), AttentionRL(exploration=1.0)], "exploration does not go with dynamic_sampling"),
-        ([Refining(), AttentionRL(exploration=1.0)], "exploration does not go with Refining"),
+        ([DAPO(), AttentionRL(exploration=1.0)], "exploration is incompatible with dynamic_sampling"),
+        ([Refining(), AttentionRL(exploration=1.0)], "exploration is incompatible with Refining"),
         ([Refining(), DAPO()], "dynamic_sampling drops the groups that Refining refines"),
     ],
 )

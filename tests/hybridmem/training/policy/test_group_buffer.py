@@ -48,7 +48,7 @@ def test_waiting_groups_go_through_a_checkpoint(tmp_path):
     assert first.prompts == second.prompts
     for one, other in zip(first.completions, second.completions, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(ValueError, match="num_generations=3, but groups of 2"):
+    with pytest.raises(ValueError, match="waiting groups of 2 responses; resume with num_generations=2"):
         GroupBuffer(3, 0).load_state_dict(torch.load(tmp_path / "state", weights_only=True))
 
 
@@ -60,12 +60,12 @@ def test_a_warning_then_an_end(endless):
         warnings.simplefilter("error")
         for rewards in (equal, equal, different, equal, equal):
             watch.look(rewards)
-    with pytest.warns(UserWarning, match=r"3 rollouts in a row judge gave .* same reward \(0.5, 1\)"):
+    with pytest.warns(UserWarning, match=r"3 consecutive rollouts, judge gave .* same reward \(0.5, 1\)"):
         watch.look(equal)
     for _ in range(26):
         watch.look(equal)
     if endless:
-        with pytest.raises(StoppedError, match="in 30 rollouts in a row judge"):
+        with pytest.raises(StoppedError, match="in 30 consecutive rollouts, judge"):
             watch.look(equal)
     else:
         watch.look(equal)
@@ -97,7 +97,7 @@ def test_dynamic_sampling_without_signal_ends(tmp_path, monkeypatch, capsys):
         hybridmem(monkeypatch, "fit", "--config", config)
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert "in 10 rollouts in a row reward gave all responses of each group the same reward (0.1)" in said
+    assert "in 10 consecutive rollouts, reward gave all responses of each group the same reward (0.1)" in said
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -149,7 +149,7 @@ class Unknown(DDPStrategy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": {"class_path": f"{__name__}.Unknown"}}, "Unknown is not supported: choose auto, ddp"),
+        ({"strategy": {"class_path": f"{__name__}.Unknown"}}, "Unknown is not supported; choose auto, ddp"),
         ({"ckpt_path": "sharded"}, "hybridmem consolidate --ckpt_path"),
     ],
 )
