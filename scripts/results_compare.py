@@ -21,11 +21,11 @@ Rows = list[dict[str, Any]]
 def main_table(task: dict[str, Any], rows: Rows) -> Table:
     """The score, what was gained, what it cost and which weights changed."""
     table = [
-        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "weights left", "shared", "seconds"]
+        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "unchanged", "shared", "seconds"]
     ]
     prompts = of_prompts(task)
     if prompts is not None:
-        table.append(["", "prompts as they stand", "", percent(prompts), *[""] * 5])
+        table.append(["", "unchanged prompts", "", percent(prompts), *[""] * 5])
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
         table.append([
