@@ -57,4 +57,4 @@ def main(warm_up: int = 150, steps: int = 40, games: int = 16, width: int = 64, 
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

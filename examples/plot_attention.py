@@ -46,4 +46,4 @@ def main(model: str, layer: int = -1, text: str = TEXT, output: str = "attention
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

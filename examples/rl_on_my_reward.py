@@ -57,4 +57,4 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)
