@@ -1,6 +1,6 @@
 """Adversarial streams of a million tokens that test, in float32 and bfloat16, that a memory remains finite.
 
-    python scripts/adversarial.py --tokens 1000000 --output docs/adversarial.json
+    python scripts/adversarial.py --tokens 1000000 --output docs/data/adversarial.json
 
 Writes are limited only by the default rule, memory_step "certified". Momenta go up to 0.99, and gates to their limits.
 """

@@ -1,7 +1,7 @@
 """One-minute benchmark of time ratios against baselines, compared with the committed ratios.
 
-    python scripts/bench_all.py                          # compare with docs/bench.json
-    python scripts/bench_all.py --output docs/bench.json # update docs/bench.json
+    python scripts/bench_all.py                          # compare with docs/data/bench.json
+    python scripts/bench_all.py --output docs/data/bench.json # update docs/data/bench.json
 
 Each ratio is a time divided by the time of a baseline in the same run; lower is better. Ratios hardly depend on the
 machine, so a changed ratio means changed code. On a busy machine they vary by some tens of percent. The script only
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from hybridmem.training.allocator import keep_freed_memory
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "bench.json"
+COMMITTED = Path(__file__).parents[1] / "docs" / "data" / "bench.json"
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 

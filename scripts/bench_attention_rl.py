@@ -1,6 +1,6 @@
 """Peak memory and time of the divergence of two attention policies, tile by tile and with full maps.
 
-    python scripts/bench_attention_rl.py [--output docs/attention_rl.json]
+    python scripts/bench_attention_rl.py [--output docs/data/attention_rl.json]
 
 The input is one row with 4 heads of 32, and all queries count. Each result comes from its own process. Memory is the
 peak resident set of the first forward and backward pass minus the resident set before; time is the best of several

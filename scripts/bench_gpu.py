@@ -1,6 +1,6 @@
 """Training speed of models of configs/pretrain/170m.yaml on one GPU, with the memory's Triton and PyTorch operators.
 
-    python scripts/bench_gpu.py [--output docs/gpu.json]
+    python scripts/bench_gpu.py [--output docs/data/gpu.json]
 
 Each result is for the forward and backward pass of 4 rows of 4,096 tokens in bfloat16 autocast, without activation
 checkpointing and without an optimiser. Times are medians of eight calls on the device after two warm-up calls, and

@@ -1,6 +1,6 @@
 """Seconds per RL step, compared with TRL's GRPOTrainer on the same small Llama (extra `dev`).
 
-    python scripts/bench_rl_step.py [--output docs/rl_step.json]
+    python scripts/bench_rl_step.py [--output docs/data/rl_step.json]
 
 A step samples 4 answers of 32 tokens to each of 8 prompts and takes two optimiser steps on them (num_iterations=2),
 because attention only differs from the rollout's after the first. All are timed in turn in one process; results are

@@ -1,6 +1,6 @@
 """Streams 2,000,000 tokens through one state, and compares memory and time per token with a full-attention model.
 
-    python scripts/bench_stream.py [--tokens 2000000] [--output docs/stream.json]
+    python scripts/bench_stream.py [--tokens 2000000] [--output docs/data/stream.json]
 
 Tokens are read in pieces of 1,000, and at every mark 32 more are decoded one by one. Memory is the resident set of the
 process; each model has its own. The full-attention model stops once a piece takes ten times as long as its first ones.

@@ -1,6 +1,6 @@
 """Injects faults into small training runs, and checks that they resume bit for bit or report the cause.
 
-    python scripts/fault_drill.py --kills 50 --output docs/reliability.json
+    python scripts/fault_drill.py --kills 50 --output docs/data/reliability.json
 
 Every run is a fork of this process, which has imported everything. All losses and the final weights are compared with a
 reference run without faults.

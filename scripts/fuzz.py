@@ -1,6 +1,6 @@
 """Feeds broken settings and data files to `hybridmem fit`, and checks for one-line errors that name the cause.
 
-    python scripts/fuzz.py --settings 2000 --files 500 --output docs/fuzz.json
+    python scripts/fuzz.py --settings 2000 --files 500 --output docs/data/fuzz.json
 
 Every case runs up to the first batch, in a fork of this process with limits on time and memory. Settings come from
 configs/, with all defaults and tiny models, and with one or two values changed.

@@ -1,6 +1,6 @@
-"""Writes the tables of a grid (`hybridmem compare`) into docs/results.md, between the markers of each task.
+"""Writes the tables of a grid (`hybridmem compare`) into docs/results/, between the markers of each task.
 
-    python scripts/results_compare.py docs/compare/full/results.json
+    python scripts/results_compare.py docs/data/compare/full/results.json
 
 The tables of task NAME in the folder GRID go between `<!-- GRID/NAME -->` and `<!-- end of GRID/NAME -->`.
 """

@@ -1,8 +1,8 @@
-"""Trains the small models of docs/results.md, and writes their table.
+"""Trains the small models of docs/results/pretraining.md, and writes their table.
 
     python scripts/results_pretrain.py time             measure seconds per step of every model, in turn
     python scripts/results_pretrain.py run              train the missing models, two at a time
-    python scripts/results_pretrain.py write            write docs/results_pretrain.json and the tables
+    python scripts/results_pretrain.py write            write docs/data/pretrain.json and the tables
 
 Runs use configs/quickstart.yaml with 300 or 600 steps, on one thread each. Interrupted runs are resumed, and finished
 ones are skipped.
@@ -204,9 +204,9 @@ def parameters(config: dict[str, Any]) -> int:
 
 
 def write() -> None:
-    """Write the JSON file, and the table in docs/results.md."""
+    """Write the JSON file, and the table in docs/results/pretraining.md."""
     results = collect()
-    Path("docs/results_pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/data/pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
     table = [["model", "parameters", "steps", "s/step", "bits per byte", "first 64", "64-255", "256-1023", "1024-4095"]]
     for name, row in results.items():
         ranges = [mean_and_half(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]

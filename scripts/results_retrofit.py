@@ -1,7 +1,7 @@
 """Retrofits SmolLM2, and measures nats beyond the window, exact answers, state bytes and time.
 
     python scripts/results_retrofit.py train --base BASE [--cells plain,depth 2] [--seeds 0,1,2] [--steps 300]
-    python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/results_retrofit.json [--ways full]
+    python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/data/retrofit.json [--ways full]
     python scripts/results_retrofit.py curve --run FOLDER
 
 `train` runs configs/retrofit/smollm2.yaml with the changes of each cell, one run after another; it resumes interrupted
@@ -207,7 +207,7 @@ def main() -> None:
     command.add_argument("--ways", default=",".join(WAYS), help="head sources to measure")
     command.add_argument("--rows", type=int, default=40, help="number of rows of held-out text")
     command.add_argument("--prompts", default="48,24,8", help="number of prompts of 400, 1,000 and 4,000 tokens")
-    command.add_argument("--output", default="docs/results_retrofit.json")
+    command.add_argument("--output", default="docs/data/retrofit.json")
     command = commands.add_parser("curve")
     command.add_argument("--run", type=Path, required=True)
     options = parser.parse_args()

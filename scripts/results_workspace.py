@@ -1,7 +1,7 @@
-"""Runs the pipeline of configs/rl/workspace*.yaml over three seeds, and writes its table in docs/results.md.
+"""Runs the pipeline of configs/rl/workspace*.yaml over three seeds, and writes its table in docs/results/workspace.md.
 
     python scripts/results_workspace.py run             run unfinished stages, two seeds at a time, one thread each
-    python scripts/results_workspace.py write           write docs/results_workspace.json and the table
+    python scripts/results_workspace.py write           write docs/data/workspace.json and the table
 
 Each stage starts from the previous one. An interrupted stage resumes from its newest checkpoint.
 """
@@ -98,7 +98,7 @@ def run_pipeline(seed: int) -> None:
 
 
 def write() -> None:
-    """Write the JSON file, and the table in docs/results.md."""
+    """Write the JSON file, and the table in docs/results/workspace.md."""
     results = {}
     table = [["stage", "folders of", "seeds", *FIGURES]]
     for stage in STAGES[1:]:
@@ -112,7 +112,7 @@ def write() -> None:
         shares = [percent(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
         turns = mean_and_half(figures["turns"]["values"], digits=2)
         table.append([stage.name, files, str(len(finished)), *shares, turns])
-    Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/data/workspace.json").write_text(json.dumps(results, indent=1) + "\n")
     write_tables("workspace", [table])
 
 

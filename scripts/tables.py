@@ -1,10 +1,10 @@
-"""Tables in docs/results.md, each between its markers `<!-- PLACE -->` and `<!-- end of PLACE -->`."""
+"""Tables in docs/results/, each between its markers `<!-- PLACE -->` and `<!-- end of PLACE -->`."""
 
 from pathlib import Path
 
 from hybridmem.metrics import mean_interval
 
-PAGE = Path("docs/results.md")
+PAGES = Path("docs/results")
 Table = list[list[str]]
 
 
@@ -21,10 +21,12 @@ def mean_and_half(values: list[float], digits: int = 3) -> str:
 
 
 def write_tables(place: str, tables: list[Table]) -> None:
-    """Replace the tables between the markers of a place in the page."""
-    text = PAGE.read_text()
+    """Replace the tables between the markers of a place, on the page that has them."""
     start, end = f"<!-- {place} -->", f"<!-- end of {place} -->"
-    if start not in text or end not in text:
-        raise SystemExit(f"{PAGE} lacks the markers {start} and {end}; add them where the tables belong")
-    before, after = text.split(start)[0], text.split(end)[1]
-    PAGE.write_text(before + start + "\n" + "\n\n".join(map(markdown, tables)) + "\n" + end + after)
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text()
+        if start in text and end in text:
+            before, after = text.split(start)[0], text.split(end)[1]
+            page.write_text(before + start + "\n" + "\n\n".join(map(markdown, tables)) + "\n" + end + after)
+            return
+    raise SystemExit(f"no page in {PAGES} has the markers {start} and {end}; add them where the tables belong")

@@ -16,7 +16,7 @@ from hybridmem.data import byte_tokenizer
 from tests.hybridmem.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = (
     "hybridmem",
     "hybridmem.convert",

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_link_leads_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -23,7 +23,7 @@ def test_every_link_leads_somewhere():
 
 def commands() -> list[list[str]]:
     """Return the `hybridmem` commands in README and guides with their options."""
-    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))]
     blocks = "\n".join(block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.S))
     lines = blocks.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("hybridmem ")]

@@ -10,7 +10,7 @@ from hybridmem.training.policy.validation import Answered
 
 
 class AccuracyBy(L.Callback):
-    """Callback that logs `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE` at every validation, and `test/…` in tests.
+    """Callback that logs `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE`, and `test/…` in tests.
 
     Args:
         column: column of the task's examples, with few distinct values, such as `distance` for Recall and Identifier,
