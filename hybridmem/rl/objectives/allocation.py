@@ -43,7 +43,7 @@ class Gates:
     """Settings that every way to learn an allocation shares.
 
     Args:
-        source: what a closed unit reads beyond its window, `none` or `memory`.
+        source: the source of a closed unit beyond its window, `none` or `memory`.
         unit: `head` (a KV head; a head of mag's gate) or `layer`.
         attention_window, num_sink_tokens: a converted model's window and first tokens; None keeps the model's.
         initial: probability of an open unit at the start.
