@@ -137,7 +137,7 @@ class Ruler:
                 raise ValueError(self._too_short(subtask, least))
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "subtask"}."""
+        """Return {"prompt", "answer", "subtask"}."""
         rng = example_generator(self.seed, split, index)
         subtask = self.subtasks[index % len(self.subtasks)]
         puzzle = self.puzzle(subtask, self.material[split], rng)
@@ -165,7 +165,7 @@ class Ruler:
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest answer in a sentence and its end, if each byte is a token."""
+        """Return the tokens of the longest answer in a sentence, EOS included, with one token per byte."""
         items: dict[Subtask, int] = {
             "single": 2,
             "multi_key": 2,
