@@ -47,8 +47,11 @@ def test_every_model_is_measured_at_every_length(bench, options, tmp_path, capsy
     assert heads == pytest.approx({"full": 4, "50% none": 2, "learned": 1}, rel=0.1)
     assert all(row["decode_ms_per_token"] > 0 < row["prefill_ms_per_token"] for row in rows(tmp_path))
     assert {row["model"]: row["closed"] for row in rows(tmp_path)} == {
-        "full": 0, "50% none": 0.5, "50% memory": 0.5, "learned": 0.75,
-    }  # fmt: skip
+        "full": 0,
+        "50% none": 0.5,
+        "50% memory": 0.5,
+        "learned": 0.75,
+    }
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 9
     assert table[1].split()[:2] == ["64", "full"]

@@ -1,4 +1,4 @@
-"""Allocations: which units of a model read beyond their window, and the policy that draws them."""
+"""Allocations, which open some units of a model beyond their window, and the policy that draws them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -49,7 +49,7 @@ class AllocationPolicy(nn.Module):
 
     @property
     def probabilities(self) -> Logits:
-        """The probability of each unit to be open."""
+        """Return each unit's probability to be open."""
         return torch.sigmoid(self.logits)
 
     def draw(self, num_generations: int, generator: torch.Generator) -> Bool[Tensor, "responses layers heads"]:
@@ -83,7 +83,7 @@ class AllocationPolicy(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep every unit exploring."""
+        """Clamp φ, so that every unit keeps exploring."""
         self.logits.clamp_(-MAX_LOGIT, MAX_LOGIT)
 
 
@@ -109,17 +109,17 @@ class Allocation:
 
     @property
     def prefill_once(self) -> bool:
-        """One reading of a prompt serves all responses if it does not follow the allocation."""
+        """Return True if prompts are prefilled independently of the allocation."""
         return self.prefill == "full"
 
     @property
     def in_passes(self) -> bool:
-        """The policy's tokens are scored as they were sampled."""
+        """Return True, because responses are scored under the allocation that sampled them."""
         return True
 
     @property
     def costs(self) -> Float[Tensor, " rows"]:
-        """The share of units that are open."""
+        """Return the share of open units."""
         return self.opened.float().mean((1, 2))
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
@@ -147,16 +147,16 @@ class SoftAllocation:
 
     @property
     def prefill_once(self) -> bool:
-        """All responses read alike, but prompts are read with gradients."""
+        """Return False, because prompts are read with gradients."""
         return False
 
     @property
     def in_passes(self) -> bool:
-        """The gradient comes from the passes."""
+        """Return True, because φ gets its gradient from the scoring passes."""
         return True
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
-        """Return a context in which the model mixes by today's probabilities."""
+        """Return a context in which the model mixes by the current probabilities."""
         return self.units.applied(model, self.policy.spread(self.policy.probabilities[None]))
 
     def cut(self, time: int) -> "SoftAllocation":

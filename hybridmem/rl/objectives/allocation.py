@@ -40,10 +40,10 @@ PATIENCE = 10  # rollouts in which full attention has to earn something
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Settings that every way to learn an allocation shares.
+    """Settings shared by all objectives that learn an allocation.
 
     Args:
-        source: what a closed unit reads beyond its window, `none` or `memory`.
+        source: the source of a closed unit beyond its window, `none` or `memory`.
         unit: `head` (a KV head; a head of mag's gate) or `layer`.
         attention_window, num_sink_tokens: a converted model's window and first tokens; None keeps the model's.
         initial: probability of an open unit at the start.
@@ -106,7 +106,7 @@ class Gates:
         return [{"params": [self.gates(policy).logits], "lr": self.lr, "weight_decay": 0.0}]
 
     def fixed(self, policy: Policy) -> Allocation:
-        """Return the allocation that today's φ fixes: the likeliest units, as many as the budget allows."""
+        """Return the allocation of the current φ: the likeliest units within the budget."""
         gates = self.gates(policy)
         count = gates.logits.numel()
         probable = int((gates.probabilities >= 0.5).sum())
@@ -169,32 +169,32 @@ class AllocationRL(Gates, Objective):
 
     @property
     def explores(self) -> bool:
-        """Responses are sampled under allocations."""
+        """Return True: responses are sampled under allocations."""
         return True
 
     @property
     def splits_reading(self) -> bool:
-        """Prompts that are read in full come first."""
+        """Return True if `sampled` prefills prompts with all units open."""
         return self.estimator == "sampled" and self.prefill == "full"
 
     @property
     def trains_model(self) -> bool:
-        """Only φ gets a gradient from `sampled`; in `mixed` it comes through the model, whose weights may rest."""
+        """Return False: `sampled` trains φ only, and `mixed` reaches φ through a model that may be frozen."""
         return False
 
     @property
     def trains_head(self) -> bool:
-        """The model's head gets no gradient."""
+        """Return False: the LM head gets no gradient."""
         return False
 
     @property
     def reads_scores(self) -> bool:
-        """The likelihood of an allocation needs no pass of the model."""
+        """Return False: the likelihood of an allocation needs no pass of the model."""
         return False
 
     @property
     def normaliser(self) -> Normaliser:
-        """The loss is a mean over allocations, one a response."""
+        """Return `responses`, because the loss is a mean over one allocation per response."""
         return "responses"
 
     def check_run(self, steps_per_rollout: int, num_generations: int) -> None:

@@ -92,7 +92,7 @@ class Objective(ABC):
 
     @property
     def splits_reading(self) -> bool:
-        """Whether passes read prompts and responses in two parts, so that records hold the responses' queries alone."""
+        """Return True if passes read prompt and response separately, so records hold only responses' queries."""
         return False
 
     @property
