@@ -95,7 +95,7 @@ def test_frozen_weights_in_bfloat16(tmp_path, monkeypatch):
             {},
             "exploration: 0",
         ),
-        ([{"class_path": "hybridmem.rl.DAPO"}, allocation()], {}, "does not go with dynamic_sampling"),
+        ([{"class_path": "hybridmem.rl.DAPO"}, allocation()], {}, "is incompatible with dynamic_sampling"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, monkeypatch, capsys, objectives, changes, message):
