@@ -1,12 +1,12 @@
-"""Learn allocations of SmolLM2's heads and measure accuracy against the share of closed heads.
+"""Learns allocations of SmolLM2's heads, and measures accuracy against the share of closed heads.
 
     python scripts/results_allocation.py train --model runs/smollm2 --controls reward --sources none --seeds 0
     python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/regression/step=300.ckpt
     python scripts/results_allocation.py figures
 
-`train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; a run that stopped goes
-on, a finished one is not run again. `measure` answers held-out prompts in blocks and adds each block to a row of the
-output, so that the same command goes on where it stopped. `figures` draws the curve and the map of heads.
+`train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
+runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
+so that an interrupted command can be repeated. `figures` draws the curve and the map of heads.
 """
 
 import argparse
@@ -39,7 +39,7 @@ DATA = Path("docs/data/allocation.json")
 FIGURE = Path("docs/results/allocation.png")
 MAP = Path("docs/results/allocation_map.png")
 BLOCK, WINDOW, SINKS = 16, 64, 4
-CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # of a prompt of about so many tokens
+CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
 ALLOCATION = "model.init_args.objectives"
 CONTROLS: dict[str, dict[str, Any]] = {  # the objective's settings
     "reward": {},
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
 
 def train(model: str, control: str, source: str, seed: int, steps: int, tokenizer: str) -> None:
-    """Run a control with a seed, or go on with it."""
+    """Train a control with a seed, resuming an interrupted run."""
     folder = run_folder(control, source, seed)
     if (folder / f"step={steps}.ckpt").exists():
         return
@@ -111,7 +111,7 @@ def sources(cell: Cell, order: Tensor, shape: tuple[int, int]) -> list[list[str]
 def answer_block(
     model: HybridMemForCausalLM, tokenizer: Any, task: Facts, chosen: list[list[str]], first: int
 ) -> list[bool]:
-    """Answer a block of held-out prompts greedily, everything read by the allocation."""
+    """Answer a block of held-out prompts greedily, with all tokens read under the allocation."""
     examples = [task.example("val", first + n) for n in range(BLOCK)]
     prompts = [Prompt(chat_tokens(tokenizer, example["prompt"])) for example in examples]
     with evaluating(model), model.head_sources(chosen):
@@ -143,7 +143,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> None:
-    """Answer prompts until every cell has as many as asked for."""
+    """Answer prompts until every cell has the requested number."""
     model = load_policy(options.memory or options.model)
     tokenizer = tokenizer_of_policy(options.model)
     model.config.attention_window, model.config.num_sink_tokens = options.window, SINKS
@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that tell rows apart."""
+    """Return the values that identify a row."""
     return tuple(row.get(name) for name in ("trained_with", "task", *Cell._fields))
 
 
@@ -184,7 +184,7 @@ def find_row(cell: Cell, trained_with: str) -> dict[str, Any]:
 
 
 def put_row(row: dict[str, Any]) -> None:
-    """Write a row in place of the one with the same key."""
+    """Write a row, replacing any row with the same key."""
     kept = [other for other in rows() if key(other) != key(row)]
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     DATA.parent.mkdir(parents=True, exist_ok=True)
@@ -233,12 +233,14 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Train, measure or draw, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "measure", "figures"):
         command = commands.add_parser(name)
-        command.add_argument("--tokens", type=int, default=400, choices=CHARACTERS, help="of a prompt, about")
+        command.add_argument(
+            "--tokens", type=int, default=400, choices=CHARACTERS, help="approximate length of a prompt"
+        )
         command.add_argument("--window", type=int, default=WINDOW)
         if name == "figures":
             continue

@@ -70,7 +70,7 @@ def test_a_second_run_measures_missing_cells_alone(bench, options, tmp_path, mon
     bench.main([*options, "--closed", "0.5", "0.75", "--sources", "none", "--lengths", "64", "96"])
     assert measured == [(0.75, 64), (0.0, 96), (0.5, 96), (0.75, 96), (0.75, 96)]
     assert rows(tmp_path)[: len(before)] == before
-    with pytest.raises(ValueError, match="holds rows of other settings"):
+    with pytest.raises(ValueError, match="holds rows with other settings"):
         bench.main([*options, "--window", "9"])
 
 
