@@ -7,6 +7,7 @@ L      = − mean_i min(r_i A_i, clip(r_i) A_i)     r_i = π_φ(a_i) / π_old(a_
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridmem.checks import at_least, one_of
+from hybridmem.convert.allocation import Allocation as AllocationFile
 from hybridmem.distributed import all_gather_object
 from hybridmem.rl.attention.action import Action
 from hybridmem.rl.attention.allocations import (
@@ -112,6 +114,21 @@ class Gates:
         probable = int((gates.probabilities >= 0.5).sum())
         opened = gates.ranked(probable if self.budget is None else round(self.budget * count))
         return shared(opened, gates, self.find_units(base_model(policy)))
+
+    def as_file(self, policy: Policy, objective: str) -> dict[str, Any]:
+        """Return today's allocation as the entry of a checkpoint; none for gates, which no file describes.
+
+        Args:
+            policy: the policy.
+            objective: provenance, the name of the objective.
+        """
+        fixed, config = self.fixed(policy), base_model(policy).config
+        sources = fixed.units.sources_of(fixed.policy.spread(fixed.opened.float())[0] > 0.5)
+        if sources is None:
+            return {}
+        window, sinks = fixed.units.window_and_sinks
+        trained = {"objective": objective, "rollouts": int(fixed.policy.num_rollouts)}
+        return {"allocation": AllocationFile(Path(config.name_or_path).name, window, sinks, sources, trained).to_dict()}
 
 
 def base_model(policy: Policy) -> Any:
@@ -232,6 +249,10 @@ class AllocationRL(Gates, Objective):
             opened[::num_generations] = True
         with torch.no_grad():
             return Allocation(gates, units, opened, self.prefill, gates.log_likelihood(opened))
+
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return the allocation of KV heads that would be fixed now, for `hybridmem export`."""
+        return self.as_file(policy, type(self).__name__)
 
     def settle(self, policy: Policy) -> Allocation:
         """Return the allocation that would be fixed now."""

@@ -206,6 +206,10 @@ class Objective(ABC):
             temperature: the sampling temperature.
         """
 
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return entries for checkpoints, as plain values that an export can use."""
+        return {}
+
     def settle(self, policy: Policy) -> Action | None:
         """Return the choice that held-out prompts are answered with, or None; its one row serves all responses."""
         return None

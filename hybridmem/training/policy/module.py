@@ -296,6 +296,8 @@ class PolicyModule(L.LightningModule):
         checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
         if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
+        for objective in self.objectives.values():
+            checkpoint.update(objective.artefacts(self.policy))
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 

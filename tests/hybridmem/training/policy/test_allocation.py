@@ -129,3 +129,16 @@ def test_validation_answers_by_the_fixed_allocation(tmp_path, monkeypatch):
     (tmp_path / "fixed.yaml").write_text(json.dumps(settings))
     hybridmem(monkeypatch, "validate", "--config", tmp_path / "fixed.yaml")
     assert abs(logged(tmp_path, "val/reward")[-1] - last) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["converted", "llama"])
+def test_an_exported_folder_reads_by_the_learned_allocation(tmp_path, monkeypatch, kind):
+    config = config_of(tmp_path, kind, [allocation(budget=0.5, num_sink_tokens=2)])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", tmp_path / "exported")
+    model = HybridMemForCausalLM.from_pretrained(tmp_path / "exported")
+    found = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    opened = [source == "full" for layer in model.config.head_sources for source in layer]
+    assert sum(opened) == 2
+    assert min(found.flatten()[torch.tensor(opened)]) >= max(found.flatten()[~torch.tensor(opened)])
+    assert (model.config.attention_window, model.config.num_sink_tokens) == (4, 2)
