@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybridmem.model.mixers import GateMixer
 from hybridmem.model.modeling import HybridMemForCausalLM
 
+from .allocations import Share, Units
 from .recorder import decoder_layers
 
 IMPLEMENTATION = "hybridmem_allocated"
@@ -23,34 +24,6 @@ OPEN_GATE = 30.0  # a logit at which mag's gate takes the window alone: sigmoid(
 AttentionMaskInterface.register(
     IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 )
-
-Share = Float[Tensor, "rows layers heads"]
-
-
-@runtime_checkable
-class Units(Protocol):
-    """The units of a model that can be allocated."""
-
-    layers: list[int]  # their numbers
-    num_heads: int  # units of each layer
-
-    @property
-    def window_and_sinks(self) -> tuple[int, int]:
-        """Return the tokens of a closed unit's window, and the first tokens that it sees."""
-        ...
-
-    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]] | None:
-        """Return the source of every KV head of the model, or None if units are not KV heads."""
-        ...
-
-    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context in which a unit reads beyond the window by its share: 1 does, 0 does not, others mix.
-
-        Args:
-            model: the model, inside PEFT or not.
-            share: of each row, or of all rows if it has one; None: every unit reads beyond the window.
-        """
-        ...
 
 
 class HeadUnits:

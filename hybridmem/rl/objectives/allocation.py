@@ -37,6 +37,7 @@ UNITS = ("head", "layer")
 PREFILLS = ("full", "allocated")
 ESTIMATORS = ("sampled", "mixed")
 MAX_LOG_RATIO = 20.0  # nats; exp overflows at 89
+COLLAPSED = 30  # rollouts far below the floor at no price
 PATIENCE = 10  # rollouts in which full attention has to earn something
 
 
@@ -287,6 +288,7 @@ class AllocationRL(Gates, Objective):
             full_reward = _global_mean(rewards[~drawn])
             self._watch_reference(gates, full_reward)
             slack = _global_mean(rewards[drawn]) - self.min_reward * full_reward
+            self._watch_collapse(gates, _global_mean(rewards[drawn]), full_reward)
         gates.price.add_(self.dual_lr * slack).clamp_(min=0)
 
     def _watch_reference(self, gates: AllocationPolicy, full_reward: float) -> None:
@@ -296,6 +298,16 @@ class AllocationRL(Gates, Objective):
             raise ObjectiveError(
                 f"min_reward={self.min_reward} is relative to full attention, which earned nothing in {PATIENCE} "
                 "rollouts: choose easier prompts or another model, or set a budget"
+            )
+
+    def _watch_collapse(self, gates: AllocationPolicy, reward: float, full_reward: float) -> None:
+        """Stop a run that stays below half its floor although open units cost nothing."""
+        below = bool(gates.price == 0) and reward < self.min_reward * full_reward / 2
+        gates.num_collapsed.fill_(int(gates.num_collapsed) + 1 if below else 0)
+        if gates.num_collapsed == COLLAPSED:
+            raise ObjectiveError(
+                f"the allocation collapsed: for {COLLAPSED} rollouts its reward was below half of min_reward="
+                f"{self.min_reward} at a price of 0; resume from an earlier checkpoint with a smaller lr or dual_lr"
             )
 
     def loss(

@@ -142,3 +142,24 @@ def test_an_exported_folder_reads_by_the_learned_allocation(tmp_path, monkeypatc
     assert sum(opened) == 2
     assert min(found.flatten()[torch.tensor(opened)]) >= max(found.flatten()[~torch.tensor(opened)])
     assert (model.config.attention_window, model.config.num_sink_tokens) == (4, 2)
+
+
+@pytest.mark.parametrize("objective", ["AllocationSFT", "AllocationDistillation"])
+@pytest.mark.parametrize("kind", ["converted", "llama", "mag"])
+def test_supervised_gates_leave_the_model_frozen(tmp_path, monkeypatch, objective, kind):
+    settings = {"l1_price": 1.0, "budget": 0.5, "attention_window": None if kind == "mag" else 2}
+    objectives = [{"class_path": f"hybridmem.rl.{objective}", "init_args": settings}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, kind, objectives))
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    assert all(torch.equal(checkpoint[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert (checkpoint["learned.Allocation.logits"] < 1.3).all()  # the price closes every unit
+    assert logged(tmp_path, "allocation/closed")[-1] > logged(tmp_path, "allocation/closed")[0]
+    assert logged(tmp_path, "val/accuracy")
+
+
+def test_distillation_is_zero_while_every_unit_is_open(tmp_path, monkeypatch):
+    objective = {"class_path": "hybridmem.rl.AllocationDistillation", "init_args": {"l1_price": 0.0}}
+    objective["init_args"] |= {"attention_window": 64, "initial": 0.5}  # no text is longer than the window
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=[objective], trainer__max_steps=2))
+    assert max(logged(tmp_path, "loss")) < 1e-10
