@@ -163,3 +163,20 @@ def test_distillation_is_zero_while_every_unit_is_open(tmp_path, monkeypatch):
     objective["init_args"] |= {"attention_window": 64, "initial": 0.5}  # no text is longer than the window
     hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=[objective], trainer__max_steps=2))
     assert max(logged(tmp_path, "loss")) < 1e-10
+
+
+def test_maps_are_drawn_during_training(tmp_path, monkeypatch):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps", "init_args": {"every_n_steps": 3}}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, trainer__callbacks=maps))
+    assert sorted(path.name for path in (tmp_path / "run" / "allocation_maps").iterdir()) == [
+        "step_3.png",
+        "step_6.png",
+    ]
+
+
+def test_maps_without_an_allocation_are_refused(tmp_path, monkeypatch, capsys):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps"}]
+    config = config_of(tmp_path, objectives=[TOKENS], trainer__callbacks=maps)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert "add it to objectives" in capsys.readouterr().err
