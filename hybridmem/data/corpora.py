@@ -83,8 +83,7 @@ def find_files(path: Path, pattern: str, setting: str) -> list[Path]:
         counts = Counter(_ending(file) for file in found)
         endings = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5)) or "no files at all"
         raise ValueError(
-            f"{setting}={str(path)!r} has no file that matches pattern={pattern!r}; change pattern (the folder has "
-            f"{endings})"
+            f"{setting}={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings}); change pattern"
         )
     return files
 
@@ -153,6 +152,8 @@ def _json_text(line: bytes, name: str, text_column: str) -> bytes:
     text = record.get(text_column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         has = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{name} has no text in text_column={text_column!r}; set text_column to one of {has}")
+        raise ValueError(
+            f"{name} has no text in text_column={text_column!r} (it has {has}); set text_column to a column with text"
+        )
     # JSON allows unpaired surrogates, which strict UTF-8 cannot encode.
     return text.encode("utf-8", "surrogatepass")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
 from hybridmem.rl.rollouts.prompts import Prompt
-from hybridmem.tasks.task import Split, Task, check_example, check_task
+from hybridmem.tasks.task import MeasuredTask, Split, Task, check_example, check_task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data, whole_steps
 from .packing import IGNORED, PADDING, Row
@@ -120,6 +121,8 @@ class TaskDataModule(L.LightningDataModule):
             self.tokenizer = self.processor.tokenizer
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
+        if isinstance(self.task, MeasuredTask):
+            self.task.measure_with(partial(count_tokens, self.processor or self.tokenizer, self.hparams.chat_template))
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
         for split in splits:
             example = self.task.example(split, 0)
@@ -146,10 +149,8 @@ class TaskDataModule(L.LightningDataModule):
         assert self.tokenizer is not None
         if self.processor is not None:
             prompt = vision_prompt(self.processor, example["prompt"], example.get("images"))
-        elif self.hparams.chat_template:
-            prompt = Prompt(chat_tokens(self.tokenizer, example["prompt"]), example.get("images"))
         else:
-            tokens = self.tokenizer(example["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
+            tokens = prompt_tokens(self.tokenizer, self.hparams.chat_template, example["prompt"])
             prompt = Prompt(tokens, example.get("images"))
         limit = self.hparams.max_prompt_length
         if limit is not None and len(prompt.tokens) > limit:
@@ -321,6 +322,20 @@ class TaskDataModule(L.LightningDataModule):
         """Continue from the checkpoint's position if this run trains."""
         if is_training(self.trainer):
             self.resumed = state
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: bool, text: str) -> list[int]:
+    """Return a prompt's tokens: a user's message in the chat template, or as the tokenizer begins texts."""
+    if chat_template:
+        return chat_tokens(tokenizer, text)
+    return tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def count_tokens(tokenizer: Any, chat_template: bool, text: str) -> int:
+    """Return the number of a prompt's tokens, for a tokenizer or a processor."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return len(prompt_tokens(tokenizer, chat_template, text))
+    return len(vision_prompt(tokenizer, text, None).tokens)
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:

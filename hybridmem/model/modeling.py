@@ -144,7 +144,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     def head_sources(
         self,
         sources: list[list[str]] | None = None,
-        full_share: Float[Tensor, "rows layers kv_heads"] | None = None,
+        full_share: Float[Tensor, "rows layers kv_heads"] | float | None = None,
     ) -> Iterator[None]:
         """Change the sources of the KV heads of `mah` layers temporarily, inside the context.
 
@@ -152,7 +152,8 @@ class HybridMemPreTrainedModel(PreTrainedModel):
             sources: as in `set_head_sources`; None: the configuration's sources.
             full_share: for each row (or for all rows, if it has one row) the share of `full` in a head's output; the
                 rest comes from the head's source. 1 and 0 select, numbers in between mix. Caches then hold all keys as
-                well as the other source's state, so that a head may change its share from call to call.
+                well as the other source's state, so that a head may change its share from call to call. The number 1.0
+                means a share of 1 everywhere and skips the other source's output.
 
         Raises:
             ValueError: `sources` or `full_share` has the wrong shape.
@@ -161,12 +162,15 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         if sources is not None:
             check_head_sources(sources, config)
         wanted = (config.num_hidden_layers, config.num_key_value_heads)
-        if full_share is not None and full_share.shape[1:] != wanted:
+        all_full = isinstance(full_share, float)
+        share = torch.ones(1, *wanted, device=self.device) if isinstance(full_share, float) else full_share
+        if isinstance(full_share, float) and full_share != 1:
+            raise ValueError(f"full_share={full_share} must be 1.0, or a tensor of (rows, layers, KV heads)")
+        if share is not None and share.shape[1:] != wanted:
             raise ValueError(
-                f"full_share must be (rows, layers, KV heads) = (…, {wanted[0]}, {wanted[1]}), "
-                f"got {tuple(full_share.shape)}"
+                f"full_share must be (rows, layers, KV heads) = (…, {wanted[0]}, {wanted[1]}), got {tuple(share.shape)}"
             )
-        before, decoder.head_choice = decoder.head_choice, HeadChoice(sources, full_share)
+        before, decoder.head_choice = decoder.head_choice, HeadChoice(sources, share, all_full)
         try:
             yield
         finally:

@@ -55,6 +55,7 @@ class HeadChoice(NamedTuple):
 
     sources: Sequence[Sequence[str]] | None  # a list for each layer; None: as configured
     full_share: Float[Tensor, "rows layers kv_heads"] | None  # mixes `full` with the head's own source
+    all_full: bool = False  # every share is 1: other sources only keep their states
 
 
 @dataclass

@@ -33,6 +33,52 @@ QUESTION = "What is the access code of {key}?"
 SHORTEST_PARAGRAPH = 20  # characters; shorter paragraphs are headings and fragments
 
 
+class Paragraphs:
+    """Paragraphs of text files: the docstrings of .py files, and all of other files. Whole files are held out.
+
+    Args:
+        path: a folder of text files; None: the standard library of the running Python.
+        pattern: files of the folder to read.
+        val_fraction: share of the files to hold out.
+        seed: of the split.
+    """
+
+    def __init__(self, path: str | None, pattern: str, val_fraction: float, seed: int):
+        self.files = split_files(text_files(path, pattern), val_fraction, seed)
+        self.read: dict[Path, list[str]] = {}
+
+    def text(self, split: Split, room: int, rng: np.random.Generator) -> list[str]:
+        """Return paragraphs that take `room` characters in total, with one newline after each."""
+        pieces: list[str] = []
+        order = rng.permutation(len(self.files[split])).tolist()
+        while room > 0:
+            before = room
+            for number in order:
+                found = self.of(self.files[split][number])
+                start = int(rng.integers(len(found))) if found else 0
+                for paragraph in found[start:]:
+                    if room <= 0:
+                        return pieces
+                    left = room - len(paragraph) - 1
+                    # Do not leave a single character, which could only hold a newline.
+                    pieces.append(paragraph[:-1] if left == 1 else paragraph[: room - 1])
+                    room -= len(pieces[-1]) + 1
+            if room == before:
+                raise ValueError(
+                    f"the {split} files contain no paragraph of {SHORTEST_PARAGRAPH} characters; change path"
+                )
+        return pieces
+
+    def of(self, file: Path) -> list[str]:
+        """Return a file's paragraphs, each joined to one line; the file is read on first use."""
+        if file not in self.read:
+            text = read_file(file).decode("utf-8", "replace")
+            parts = docstrings(text) if file.suffix == ".py" else [text]
+            lines = [" ".join(paragraph.split()) for part in parts for paragraph in part.split("\n\n")]
+            self.read[file] = [line for line in lines if len(line) >= SHORTEST_PARAGRAPH]
+        return self.read[file]
+
+
 class Facts:
     """Facts such as "The access code of Lisbon is 4821." between paragraphs of text, then a question about one.
 
@@ -83,8 +129,7 @@ class Facts:
                 f"length={length} is too short for num_facts={num_facts} and the question, which take up to {needed} "
                 "characters; raise length or lower num_facts"
             )
-        self.files = split_files(text_files(path, pattern), val_fraction, seed)
-        self.paragraphs: dict[Path, list[str]] = {}
+        self.paragraphs = Paragraphs(path, pattern, val_fraction, seed)
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
         """Return {"prompt", "answer", "distance" in characters}."""
@@ -97,7 +142,7 @@ class Facts:
         facts = [FACT.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         head = f"{question}\n\n" if self.question_first else ""
         room = self.length - sum(len(fact) + 1 for fact in facts) - len(head) - len(question) - 1
-        pieces = self.text(split, room, rng)
+        pieces = self.paragraphs.text(split, room, rng)
         places = np.sort(rng.integers(0, len(pieces) + 1, self.num_facts)).tolist()
         for place, fact in reversed(list(zip(places, facts, strict=True))):
             pieces.insert(place, fact)
@@ -113,37 +158,6 @@ class Facts:
     def max_completion_length(self) -> int:
         """Return the number of tokens in the longest fact, EOS included, with one token per byte."""
         return len(FACT.format(key=max(KEYS, key=len), value="")) + self.digits + END_OF_ANSWER
-
-    def text(self, split: Split, room: int, rng: np.random.Generator) -> list[str]:
-        """Return paragraphs that take `room` characters in total, with one newline after each."""
-        pieces: list[str] = []
-        order = rng.permutation(len(self.files[split])).tolist()
-        while room > 0:
-            before = room
-            for number in order:
-                found = self.paragraphs_of(self.files[split][number])
-                start = int(rng.integers(len(found))) if found else 0
-                for paragraph in found[start:]:
-                    if room <= 0:
-                        return pieces
-                    left = room - len(paragraph) - 1
-                    # Do not leave a single character, which could only hold a newline.
-                    pieces.append(paragraph[:-1] if left == 1 else paragraph[: room - 1])
-                    room -= len(pieces[-1]) + 1
-            if room == before:
-                raise ValueError(
-                    f"the {split} files contain no paragraph of {SHORTEST_PARAGRAPH} characters; change path"
-                )
-        return pieces
-
-    def paragraphs_of(self, file: Path) -> list[str]:
-        """Return a file's paragraphs, each joined to one line; the file is read on first use."""
-        if file not in self.paragraphs:
-            text = read_file(file).decode("utf-8", "replace")
-            parts = docstrings(text) if file.suffix == ".py" else [text]
-            lines = [" ".join(paragraph.split()) for part in parts for paragraph in part.split("\n\n")]
-            self.paragraphs[file] = [line for line in lines if len(line) >= SHORTEST_PARAGRAPH]
-        return self.paragraphs[file]
 
 
 def text_files(path: str | None, pattern: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """The interface of tasks with verifiable answers, its checks, and shared helpers."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,15 @@ class Task(Protocol):
     @property
     def max_completion_length(self) -> int:
         """Return the number of tokens in the longest answer, EOS included, with one token per byte."""
+        ...
+
+
+@runtime_checkable
+class MeasuredTask(Task, Protocol):
+    """A task whose prompts have a length in tokens, so that it has to know the tokenizer."""
+
+    def measure_with(self, count: Callable[[str], int]) -> None:
+        """Take the function that counts the tokens of a prompt's text."""
         ...
 
 

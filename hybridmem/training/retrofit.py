@@ -63,8 +63,8 @@ class RetrofitModule(L.LightningModule):
         base: Hugging Face folder or name of a supported family, converted folder, or checkpoint of an earlier stage.
         stage: `regression` or `kl`.
         head_sources: one source for all heads, or a list of sources for each layer and KV head.
-        attention_window, num_sink_tokens: reach of heads without full attention. None: a converted base keeps its own
-            values, any other gets 256 and 4.
+        attention_window: window of heads without full attention. None: a converted base's own, or else 256.
+        num_sink_tokens: sink tokens of heads without full attention. None: a converted base's own, or else 4.
         memory: settings of new memories, named as in HybridMemConfig, such as {memory_depth: 2}.
         frozen: patterns of memory parameters to freeze for ablations, such as "q_map.*".
         lora: settings of PEFT's LoraConfig, for stage `kl`; adapters are on q, k, v and o by default. None: train only
@@ -192,7 +192,7 @@ class RetrofitModule(L.LightningModule):
         return self
 
     def train(self, mode: bool = True) -> "RetrofitModule":
-        """Set the mode of adapters only; the base model stays in eval mode, without dropout."""
+        """Set the mode, but keep a model without adapters in eval mode, without dropout."""
         super().train(mode)
         if self.model is not None and self.lora is None:
             self.model.eval()

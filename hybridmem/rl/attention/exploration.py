@@ -20,6 +20,7 @@ from hybridmem.model.attention import ShortRangeAttention
 from hybridmem.model.mixers import ContextMixer, GateMixer
 from hybridmem.model.modeling import HybridMemLayer
 
+from .action import Part
 from .recorder import AttentionRecord, decoder_layers
 
 IMPLEMENTATION = "hybridmem_explored"
@@ -74,8 +75,13 @@ class Exploration:
         """Return False, because each response attends to its prompt with its own noise."""
         return False
 
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the model adds the noise."""
+    @property
+    def in_passes(self) -> bool:
+        """Return False, because the policy is scored without the noise."""
+        return False
+
+    def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
+        """Return a context in which the model adds the noise, to prompts and responses alike."""
         return explored(model, self.target, self.noise)
 
     def cut(self, time: int) -> "Exploration":

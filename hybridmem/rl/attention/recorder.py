@@ -337,13 +337,15 @@ def record_heads(
 ) -> AttentionRecord:
     """Return the queries and keys of a `mah` layer.
 
+    Under an allocation (`full_share`) the record is that of all keys, which an open head attends to.
+
     Raises:
         ValueError: A row has several documents, or a head's source is not `full`, so no single window applies.
     """
     if sequence.document_ids is not None and sequence.document_ids.max() > 0:
         raise ValueError("cannot record rows with several documents: pass one document per row")
-    code = "f" * mixer.kv_heads
-    if mixer.sources_code(sequence) != code:
+    code = mixer.sources_code(sequence)
+    if not code.endswith("+") and code != "f" * mixer.kv_heads:
         raise ValueError(
             f"cannot record layer {mixer.layer_idx}, which has heads with a source other than full: choose a layer "
             "whose head_sources are all full"

@@ -17,7 +17,7 @@ from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, Reco
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
-from hybridmem.rl.rollouts.prompts import PromptBatch, Times
+from hybridmem.rl.rollouts.prompts import Times
 from hybridmem_kernels.attention_divergence import DIVERGENCES
 
 from .objective import LossAndMetrics, ModelLoader, Objective
@@ -86,7 +86,7 @@ class AttentionRL(Objective):
         """Return False: the loss reads attention only, so the LM head gets no gradient."""
         return False
 
-    def check_run(self, steps_per_rollout: int) -> None:
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
         """Raise a ValueError if the objective's gradient is zero in every step."""
         if self.weight and not self.exploration and steps_per_rollout == 1:
             raise ValueError(
@@ -94,21 +94,27 @@ class AttentionRL(Objective):
                 "one: set num_iterations or steps_per_generation to 2 or more, or AttentionRL's exploration above 0"
             )
 
+    def check_others(self, others: list[Objective]) -> None:
+        """Raise a ValueError if the prompt's last query, which predicts the first token, will not be recorded."""
+        if self.positions == "predicting" and any(other.splits_reading for other in others):
+            raise ValueError(
+                "positions=predicting does not go with prefill=full of an allocation, which reads prompts apart: set "
+                "positions to generated, or prefill to allocated"
+            )
+
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
         """Raise a ValueError if the model lacks one of the layers, or if one cannot be recorded."""
         AttentionRecorder(policy.model, self.layers)
 
     def act(
-        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
+        self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]
     ) -> Exploration | None:
         """Draw the noise on each response's attention logits; return None without exploration."""
         if not self.exploration:
             return None
         layers = list(AttentionRecorder(policy.model, self.layers).layers)
-        count, prompt_length = prompts.input_ids.shape
-        total = prompt_length + length
         noise = draw_noise(
-            policy.model, self.target, layers, self.exploration, count, num_generations, total, generators
+            policy.model, self.target, layers, self.exploration, len(generators), num_generations, time, generators
         )
         return Exploration(self.target, noise)
 

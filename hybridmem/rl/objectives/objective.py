@@ -3,7 +3,7 @@
 The trainer calls an objective's hooks in this order:
 
     prepare        once per run: check the policy, load frozen models
-    act            choose an action for every response before it is sampled (attention noise); not in environments
+    act            choose an action for every response before it is sampled (attention noise, an allocation)
     shape_rewards  change the rewards from which advantages are computed
     kept_tokens    exclude responses or turns from the loss
     refine         add responses to groups; not in environments
@@ -14,6 +14,7 @@ The trainer calls an objective's hooks in this order:
     loss           compute the loss and its metrics
     normaliser     name the quantity over which the loss is averaged
     metrics        compute further metrics of an optimiser step
+    settle         choose the action under which held-out prompts are answered
 
 The learner adds the objectives' losses. It reads traits and never checks a class. Objectives that learn from given
 answers (`samples` is False) only need `loss`, `normaliser` and `metrics`.
@@ -29,15 +30,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rewards.functions import Rewards
 from hybridmem.rl.rollouts.completions import Completions
-from hybridmem.rl.rollouts.experience import Action, Experience, Rollout, Scores
+from hybridmem.rl.rollouts.experience import Experience, Rollout, Scores
 from hybridmem.rl.rollouts.policy import Example, Policy
-from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch, Times
+from hybridmem.rl.rollouts.prompts import Prompt, Times
 
 Normaliser = Literal["responses", "tokens", "processes"]
 ModelLoader = Callable[[str], tuple[Any, PreTrainedTokenizerBase | None]]  # loads a model and its tokenizer by name
 LossAndMetrics = tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]
+
+
+class ObjectiveError(Exception):
+    """The reason, in one line, why an objective cannot continue."""
 
 
 @runtime_checkable
@@ -70,6 +76,8 @@ class Objective(ABC):
     alone: ClassVar[str | None] = None  # the reason why it cannot be combined with other objectives
     refines: ClassVar[bool] = False  # overrides `refine`
     compares_with_rollout: ClassVar[bool] = False  # its loss needs an observation of the sampling policy
+    choice: ClassVar[str] = "exploration"  # names the action in messages
+    chooses_in_environments: ClassVar[bool] = False  # `act` supports environments
     dynamic_sampling: bool = False  # replaces groups whose rewards are all equal
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -83,12 +91,34 @@ class Objective(ABC):
         return False
 
     @property
+    def splits_reading(self) -> bool:
+        """Return True if passes read prompt and response separately, so records hold only responses' queries."""
+        return False
+
+    @property
     def trains_head(self) -> bool:
         """Return True if the loss has a gradient with respect to the LM head."""
         return True
 
-    def check_run(self, steps_per_rollout: int) -> None:
-        """Raise a ValueError if the objective cannot learn with this number of optimiser steps per rollout."""
+    @property
+    def trains_model(self) -> bool:
+        """Return True if the loss trains the model's weights; a model that no objective trains is frozen."""
+        return True
+
+    @property
+    def reads_scores(self) -> bool:
+        """Return True if the loss reads the policy's scores of the responses."""
+        return True
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """Return optimiser groups of the parameters that the objective put into `policy.learned`."""
+        return []
+
+    def check_others(self, others: list["Objective"]) -> None:
+        """Raise a ValueError if the objective lacks another that it needs."""
+
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
+        """Raise a ValueError if the objective cannot learn with this number of steps and responses per rollout."""
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
         """Check the policy, and store the frozen models that the objective needs in `policy.frozen`.
@@ -101,16 +131,13 @@ class Objective(ABC):
             ValueError: The policy does not meet the objective's requirements.
         """
 
-    def act(
-        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
-    ) -> Action | None:
+    def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action | None:
         """Choose an action for every response before it is sampled, or None.
 
         Args:
             policy: the policy that will respond.
-            prompts: one prompt per group.
             num_generations: the number of responses to each prompt.
-            length: the maximum number of tokens in a response.
+            time: the maximum number of tokens of a prompt and its response; 0 in environments, where it is unknown.
             generators: one random generator per prompt.
         """
         return None
@@ -178,6 +205,14 @@ class Objective(ABC):
             old: the sampling policy's scores of the responses.
             temperature: the sampling temperature.
         """
+
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return entries for checkpoints, as plain values that an export can use."""
+        return {}
+
+    def settle(self, policy: Policy) -> Action | None:
+        """Return the choice that held-out prompts are answered with, or None; its one row serves all responses."""
+        return None
 
     @property
     def normaliser(self) -> Normaliser:

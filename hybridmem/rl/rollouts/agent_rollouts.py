@@ -1,12 +1,13 @@
 """Multi-turn rollouts of a policy in environments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.environments.tools import act
 
 from .completions import Completions
@@ -63,8 +64,19 @@ def act_out(
     num_generations: int,
     sampling: Sampling,
     generator: Generators = None,
+    actions: Sequence[Action] = (),
 ) -> Trajectories:
-    """Roll out `num_generations` trajectories per example, each in a new environment."""
+    """Roll out `num_generations` trajectories per example, each in a new environment.
+
+    Args:
+        policy: the policy that acts.
+        environments: the environments of the run.
+        examples: one example per group.
+        num_generations: the number of trajectories per example.
+        sampling: the sampling settings.
+        generator: a random generator, or one per example.
+        actions: choices of objectives, with one row per trajectory.
+    """
     worlds = [environments.factory() for _ in range(len(examples) * num_generations)]
     prompts = [
         begin(policy.data, example, worlds[n * num_generations : (n + 1) * num_generations])
@@ -91,6 +103,7 @@ def act_out(
             policy.eos_token_ids,
             policy.data.pad_id,
             generator,
+            actions,
         )
     return Trajectories(prompts, completions, worlds, turns, faulty, **counted)
 

@@ -1,37 +1,16 @@
 """Rollouts, scores and the experience that objectives learn from."""
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import Action
+
 from .completions import Completions
 from .prompts import Prompt, PromptBatch, Times
-
-
-@runtime_checkable
-class Action(Protocol):
-    """An objective's choice for every response, apart from its tokens, such as attention noise."""
-
-    @property
-    def prefill_once(self) -> bool:
-        """Return True if a group's responses can share one prefill of their prompt."""
-        ...
-
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the model runs with this action, one row per response."""
-        ...
-
-    def cut(self, time: int) -> "Action":
-        """Return the action on the first `time` tokens."""
-        ...
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "Action":
-        """Return the action on the selected responses."""
-        ...
 
 
 @dataclass
@@ -72,6 +51,7 @@ class Experience:
     prompts: PromptBatch  # one per response
     group_of: Int[Tensor, " responses"]  # group index; a group's responses are adjacent
     completions: Completions
+    rewards: Float[Tensor, " responses"]
     advantages: Float[Tensor, " responses"]
     mask: Bool[Tensor, "responses length"]  # tokens that carry loss
     num_items: Float[Tensor, ""]  # the rollout's tokens that carry loss, divided by the steps per pass over it
@@ -100,6 +80,7 @@ class Experience:
             self.prompts.select(rows),
             self.group_of[rows],
             Completions(*(x[rows] for x in self.completions)),
+            self.rewards[rows],
             self.advantages[rows],
             self.mask[rows],
             self.num_items,

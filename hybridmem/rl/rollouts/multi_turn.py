@@ -1,12 +1,14 @@
 """Sampling of multi-turn trajectories with a KV cache that processes every token once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from hybridmem.rl.attention.action import Action, reading
 
 from .completions import Completions
 from .prompts import PromptBatch
@@ -55,6 +57,7 @@ def sample_turns(
     eos_token_ids: list[int],
     pad_token_id: int,
     generator: Generators = None,
+    actions: Sequence[Action] = (),
 ) -> Turns:
     """Sample `num_generations` multi-turn trajectories from each prompt.
 
@@ -72,8 +75,9 @@ def sample_turns(
         eos_token_ids: tokens that end a turn.
         pad_token_id: the token that fills finished rows.
         generator: a random generator, or one per prompt.
+        actions: choices of objectives, with one row per trajectory.
     """
-    logits, cache = prefill(model, prompts, num_generations)
+    logits, cache = prefill(model, prompts, num_generations, actions)
     text = prompts.repeat(num_generations)
     rows = [Row() for _ in range(len(logits))]
     cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # True at max_turns
@@ -95,7 +99,8 @@ def sample_turns(
         if length == sampling.max_completion_length or all(row.finished for row in rows):
             break
         text = text.followed_by(ids[-1])
-        logits = read(model, text.last(size), cache)[:, -1]
+        with reading(actions, model, "response"):
+            logits = read(model, text.last(size), cache)[:, -1]
     unfinished = torch.tensor([not row.finished for row in rows], device=logits.device)
     completions = Completions(torch.cat(ids, 1), torch.cat(masks, 1), unfinished | cut, torch.cat(logps, 1))
     faulty = torch.zeros_like(completions.mask)

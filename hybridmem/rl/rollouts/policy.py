@@ -1,9 +1,12 @@
 """Policies: causal LMs with the tokenisation of their data."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from hybridmem.rl.attention.action import Action
 
 from .completions import Completions
 from .prompts import Prompt, PromptBatch, Times, batch_prompts, vision_positions
@@ -56,6 +59,20 @@ def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
         raise ValueError(f"lora={settings} is not accepted by PEFT's LoraConfig: {error}") from error
 
 
+def lower_precision(model: torch.nn.Module, name: str) -> None:
+    """Convert the weights of a model, except those of memories, to a floating-point type of torch.
+
+    Raises:
+        ValueError: torch has no such type.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name!r} is not a floating-point type of torch; use float32, bfloat16 or float16")
+    for place, parameter in model.named_parameters():
+        if ".memory." not in place:
+            parameter.data = parameter.data.to(dtype)
+
+
 def disable_dropout(model: Any) -> bool:
     """Disable dropout permanently, also in adapters; return True if any was on.
 
@@ -87,6 +104,7 @@ class Policy:
         self.model, self.data = model, data
         self.adapted, self.sharded = adapted, sharded
         self.frozen: dict[str, Any] = {}  # the objectives' frozen models, such as "reference" or "teacher"
+        self.learned: dict[str, torch.nn.Module] = {}  # parameters of objectives, by family
 
     @property
     def device(self) -> torch.device:
@@ -131,12 +149,12 @@ class Policy:
         num_generations: int,
         sampling: Sampling,
         generator: Generators = None,
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Sample `num_generations` responses to each prompt in evaluation mode (see `sample`)."""
         with evaluating(self.model):
             ends, pad = self.eos_token_ids, self.data.pad_id
-            return sample(self.model, prompts, num_generations, sampling, ends, pad, generator, prefill_once)
+            return sample(self.model, prompts, num_generations, sampling, ends, pad, generator, actions)
 
     def demonstrate(self, examples: list[Example]) -> tuple[PromptBatch, Completions]:
         """Return the examples' prompts, and their answers in the form of sampled completions."""

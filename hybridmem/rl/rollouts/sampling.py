@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from hybridmem.distributed import unsharded
 from hybridmem.model.patches import embed_with_patches
+from hybridmem.rl.attention.action import Action, prefilled_once, reading
 
 from .completions import Completions
 from .non_finite import NonFiniteLogits, first_non_finite_layer
@@ -70,7 +71,7 @@ def sample(
     eos_token_ids: list[int],
     pad_token_id: int,
     generator: Generators = None,
-    prefill_once: bool = True,
+    actions: Sequence[Action] = (),
 ) -> Completions:
     """Sample `num_generations` responses to each prompt.
 
@@ -82,15 +83,11 @@ def sample(
         eos_token_ids: tokens that end a response.
         pad_token_id: the token that fills rows after EOS.
         generator: a random generator, or one per prompt, which makes a prompt's responses independent of the batch.
-        prefill_once: prefill each prompt once and share its cache among its responses. False prefills the prompt for
-            every response, as required if attention differs between responses (attention exploration).
+        actions: choices of objectives, with one row per response. Each prompt is prefilled once and its cache shared
+            among its responses, unless an action makes every response read the prompt in its own way.
     """
-    if not prefill_once:
-        prompts, fan_out = prompts.repeat(num_generations), 1
-    else:
-        fan_out = num_generations
-    logits, cache = prefill(model, prompts, fan_out)
-    rows = prompts.repeat(fan_out)
+    logits, cache = prefill(model, prompts, num_generations, actions)
+    rows = prompts.repeat(num_generations)
     ends = torch.tensor(eos_token_ids, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
@@ -103,14 +100,21 @@ def sample(
         if len(ids) == sampling.max_completion_length or bool(finished.all()):
             break
         rows = rows.followed_by(ids[-1][:, None])
-        logits = read(model, rows.last(1), cache)[:, -1]
+        with reading(actions, model, "response"):
+            logits = read(model, rows.last(1), cache)[:, -1]
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
 
 
-def prefill(model: Any, prompts: PromptBatch, fan_out: int) -> tuple[Float[Tensor, "rows vocab"], DynamicCache]:
-    """Prefill each prompt once; return its next-token logits and its cache, both repeated `fan_out` times."""
+def prefill(
+    model: Any, prompts: PromptBatch, num_generations: int, actions: Sequence[Action] = ()
+) -> tuple[Float[Tensor, "rows vocab"], DynamicCache]:
+    """Prefill each prompt, once if the actions allow it; return next-token logits and a cache for every response."""
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = read(model, prompts, cache)[:, -1]
+    fan_out = num_generations
+    if not prefilled_once(actions):
+        prompts, fan_out = prompts.repeat(num_generations), 1
+    with reading(actions, model, "prompt"):
+        logits = read(model, prompts, cache)[:, -1]
     if fan_out > 1:
         cache.batch_repeat_interleave(fan_out)
         logits = logits.repeat_interleave(fan_out, dim=0)

@@ -18,6 +18,7 @@ import torch
 from hybridmem.checks import at_least, one_of
 from hybridmem.distributed import all_gather_object, rank_and_size
 from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rewards.http import Endpoint, EndpointError
 
 from .completions import Completions
@@ -108,7 +109,7 @@ class ServedRollouts:
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Update the server's weights and sample `num_generations` responses to each prompt.
 

@@ -10,11 +10,11 @@ from hybridmem.training.policy.validation import Answered
 
 
 class AccuracyBy(L.Callback):
-    """Callback that logs `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE` at every validation.
+    """Callback that logs `val/accuracy_at/COLUMN=VALUE` and `val/pass@1_at/COLUMN=VALUE`, and `test/…` in tests.
 
     Args:
-        column: column of the task's examples, with few distinct values, such as `distance` for Recall and Identifier
-            or `question` for VisualSearch.
+        column: column of the task's examples, with few distinct values, such as `distance` for Recall and Identifier,
+            `question` for VisualSearch or `subtask` for Ruler.
 
     Raises:
         ValueError: the module is not a PolicyModule, or the examples lack the column or answers.
@@ -53,5 +53,10 @@ class AccuracyBy(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log accuracy and pass@1 for each value."""
+        stage = "test" if trainer.testing else "val"
         for (name, value), right in self._right.items():
-            pl_module.log(f"val/{name}_at/{self.column}={value}", sum(right) / len(right), sync_dist=True)
+            pl_module.log(f"{stage}/{name}_at/{self.column}={value}", sum(right) / len(right), sync_dist=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

@@ -50,7 +50,9 @@ class CollapseGuard(L.Callback):
 
     Args:
         action: `warn`, `raise_bonus` or `stop`.
-        min_effective_span, min_allocation_entropy, min_diversity: thresholds. None: log the metric without acting.
+        min_effective_span: threshold of the effective span, in tokens. None: log it without acting.
+        min_allocation_entropy: threshold of the allocation entropy, in nats. None: log it without acting.
+        min_diversity: threshold of the diversity, in nats. None: log it without acting.
         patience: consecutive probes below a threshold before the action.
         every_n_steps: optimiser steps between two probes; the first probe is before training.
         layers: layers to measure; negative numbers count from the end.

@@ -68,18 +68,18 @@ def record_answers(
     Raises:
         ValueError: a layer cannot be recorded (see AttentionRecorder).
     """
-    policy, earned = worker.policy, None
+    policy, actions, earned = worker.policy, worker.settled, None
     with evaluating(policy.model), precision or nullcontext():
         if worker.environments is not None:
-            acted = act_out(policy, worker.environments, [example], num_generations, sampling, generator)
+            acted = act_out(policy, worker.environments, [example], num_generations, sampling, generator, actions)
             prompts, completions = policy.prompt_batch(acted.prompts), acted.completions
             earned = worker.reward([example] * num_generations, completions, acted.environments)[1].total
         else:
             prompts = policy.prompt_batch([policy.data.prompt(example)])
-            completions = policy.answer(prompts, num_generations, sampling, generator)
+            completions = policy.answer(prompts, num_generations, sampling, generator, actions)
         prompts = prompts.repeat(num_generations)
         with AttentionRecorder(policy.model, layers) as recorder:
-            completion_logps(policy.model, prompts, completions, sampling.temperature)
+            completion_logps(policy.model, prompts, completions, sampling.temperature, actions=actions)
     length = completions.ids.shape[1]
     records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
     return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)

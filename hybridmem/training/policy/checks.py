@@ -61,7 +61,8 @@ def check_settings(
             f"num_generations={num_generations} gives every response an advantage of 0; set it to 2 or more"
         )
     for objective in objectives.values():
-        objective.check_run(num_iterations * steps_per_generation)
+        objective.check_run(num_iterations * steps_per_generation, num_generations)
+        objective.check_others([other for other in objectives.values() if other is not objective])
     _check_sampling(objectives)
 
 
@@ -69,20 +70,22 @@ def _check_sampling(objectives: dict[str, Objective]) -> None:
     """Raise a ValueError for objectives with incompatible ways of sampling."""
     explore, replace = explorations(objectives), any(o.dynamic_sampling for o in objectives.values())
     if explore and replace:
-        raise ValueError("exploration is incompatible with dynamic_sampling; turn one of the two off")
+        raise ValueError(f"{explore[0]} is incompatible with dynamic_sampling; turn one of the two off")
+    if len(explore) > 1:
+        raise ValueError(f"{' and '.join(explore)} cannot be combined; keep one (exploration: 0 turns it off)")
     for name in refinements(objectives):
         if explore:
             raise ValueError(
-                f"exploration is incompatible with {name}, which samples refinements without it; set exploration to 0, "
-                "or use DrGRPO"
+                f"{explore[0]} is incompatible with {name}, which samples refinements without it; set exploration to "
+                "0, or use DrGRPO"
             )
         if replace:
             raise ValueError(f"dynamic_sampling drops the groups that {name} refines; set it to false")
 
 
 def explorations(objectives: dict[str, Objective]) -> list[str]:
-    """Return the names of the objectives' exploration, which only works when the trainer samples single turns."""
-    return [f"{type(objective).__name__}'s exploration" for objective in objectives.values() if objective.explores]
+    """Return the names of the objectives' explorations and allocations, which require sampling by the trainer."""
+    return [f"{type(o).__name__}'s {o.choice}" for o in objectives.values() if o.explores]
 
 
 def refinements(objectives: dict[str, Objective]) -> list[str]:
@@ -92,18 +95,28 @@ def refinements(objectives: dict[str, Objective]) -> list[str]:
 
 def check_acting(objectives: dict[str, Objective]) -> None:
     """Raise a ValueError if an objective does not support environments."""
-    for name in [*explorations(objectives), *refinements(objectives)]:
+    choosing = {name: o for name, o in objectives.items() if not o.chooses_in_environments}
+    for name in [*explorations(choosing), *refinements(objectives)]:
         raise ValueError(f"{name} supports single turns only; remove it, or the environment")
 
 
 def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
     """Raise a ValueError if DistributedDataParallel would wait for gradients that are never computed."""
     settings = getattr(strategy, "_ddp_kwargs", {})
-    trains_head = any(objective.trains_head for objective in objectives.values())
+    trained = [objective for objective in objectives.values() if objective.trains_model]
+    trains_head = not trained or any(objective.trains_head for objective in trained)
     if isinstance(strategy, DDPStrategy) and not trains_head and not settings.get("find_unused_parameters"):
         raise ValueError(
             "trainer.strategy=ddp needs a gradient of every parameter, but attention objectives alone give the LM head "
             "none; set it to ddp_find_unused_parameters_true"
+        )
+
+
+def check_frozen(dtype: str, frozen: bool) -> None:
+    """Raise a ValueError if weights that are trained would be stored in a lower precision."""
+    if not frozen:
+        raise ValueError(
+            f"dtype={dtype} is only for weights that are not trained; set lora, or trainer.precision to bf16-mixed"
         )
 
 

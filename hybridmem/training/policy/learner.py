@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridmem.distributed import Meter, all_gather_object, gather_groups, global_mean_weights, own_groups
+from hybridmem.rl.attention.action import Action, prefilled_once, reading
 from hybridmem.rl.objectives.advantages import group_advantages
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rollouts.completions import Completions
@@ -86,6 +87,7 @@ class Learner:
         self.steps_per_generation, self.sampling, self.meter = steps_per_generation, sampling, meter
         self.compared = {name for name, objective in objectives.items() if objective.compares_with_rollout}
         self.learns_by_reward = any(objective.learns_by_reward for objective in objectives.values())
+        self.reads_scores = any(objective.reads_scores for objective in objectives.values())
 
     def learn(self, rollout: Rollout) -> None:
         """Take the optimiser steps of a rollout."""
@@ -96,16 +98,16 @@ class Learner:
                 if self.step.is_last():
                     return
                 batch = experience.select(rows)
-                scores = self._score(batch, self.policy.shared_times(batch.times), self.objectives.keys())
+                if self.reads_scores:
+                    scores = self._score(batch, self.policy.shared_times(batch.times), self.objectives.keys())
+                    self._measure_pass(batch, scores, first)
+                else:
+                    sampled = batch.completions.sampled_logps
+                    scores = Scores(sampled, torch.zeros_like(sampled), {})
                 old = scores.detach(self.compared) if batch.old is None else batch.old
                 if self.steps_per_generation == 1:  # the first pass still has the policy that sampled the rollout
                     experience.old = old
-                entropy, generated = scores.entropy, batch.completions.mask
-                self.meter.measure("entropy", (entropy * generated).sum() / generated.sum(), generated.sum())
-                loss = self._loss(batch, scores, old)
-                if first:
-                    self._measure_sampling(batch.sampled(), scores.logps)
-                self._take_step(loss)
+                self._take_step(self._loss(batch, scores, old))
                 first = False
 
     def imitate(self, examples: list[Example]) -> None:
@@ -142,6 +144,7 @@ class Learner:
             self.policy.prompt_batch(rollout.prompts).repeat(sizes),
             torch.arange(len(sizes)).repeat_interleave(sizes),
             completions,
+            rollout.rewards.to(self.policy.device),
             self._advantages(rollout.rewards, sizes).to(self.policy.device),
             mask,
             items / self.steps_per_generation,
@@ -149,7 +152,9 @@ class Learner:
             actions=rollout.actions,
             refined=None if rollout.refined is None else rollout.refined.to(self.policy.device),
         )
-        if rollout.actions or ((self.learns_by_reward or self.compared) and self.steps_per_generation > 1):
+        unlike = any(not action.in_passes for action in rollout.actions.values())
+        several = (self.learns_by_reward or bool(self.compared)) and self.steps_per_generation > 1
+        if self.reads_scores and (unlike or several):
             experience.old = self._score_rollout(experience)
         for objective in self.objectives.values():
             objective.review(self.policy, experience, self.sampling.temperature)
@@ -160,7 +165,7 @@ class Learner:
         groups = torch.arange(len(answers.mask))
         zeros = torch.zeros(len(groups), device=answers.mask.device)
         items, length = answers.mask.sum().double(), self.sampling.max_completion_length
-        return Experience(prompts, groups, answers, zeros, answers.mask, items, length)
+        return Experience(prompts, groups, answers, zeros, zeros, answers.mask, items, length)
 
     def _loss_mask(self, rollout: Rollout, completions: Completions) -> Bool[Tensor, "responses length"]:
         """Return the mask of tokens that carry loss."""
@@ -182,27 +187,33 @@ class Learner:
         everyones = group_advantages(gather_groups(rewards, self.num_generations), self.num_generations)
         return own_groups(everyones, self.num_generations)
 
-    def _score(self, batch: Experience, times: int | Times, families: Any) -> Scores:
-        """Score responses with the policy, recording the observations of the objectives in `families`."""
+    def _score(
+        self, batch: Experience, times: int | Times, families: Any, actions: list[Action] | None = None
+    ) -> Scores:
+        """Score responses with the policy, recording the observations of the objectives in `families`.
+
+        By default, the actions are those under which passes run.
+        """
+        if actions is None:
+            actions = [action for action in batch.actions.values() if action.in_passes]
         with ExitStack() as stack:
+            if not prefilled_once(actions):  # before the recorders, which then see gates as the actions left them
+                stack.enter_context(reading(actions, self.policy.model, "response"))
+                times, actions = 1, []
             seen = {
                 family: stack.enter_context(self.objectives[family].observe(self.policy.model, times))
                 for family in families
             }
             logps, entropy = completion_logps(
-                self.policy.model, batch.prompts, batch.completions, self.sampling.temperature, times
+                self.policy.model, batch.prompts, batch.completions, self.sampling.temperature, times, actions
             )
         return Scores(logps, entropy, seen)
 
     @torch.no_grad()
     def _score_rollout(self, experience: Experience) -> Scores:
         """Score a rollout under the policy that sampled it, with the rollout's actions."""
-        if not experience.actions:
-            return self._score(experience, self.policy.shared_times(experience.times), self.compared)
-        with ExitStack() as stack:
-            for action in experience.actions.values():
-                stack.enter_context(action.applied(self.policy.model))
-            return self._score(experience, 1, self.compared)  # each response has its own actions
+        times = self.policy.shared_times(experience.times)
+        return self._score(experience, times, self.compared, list(experience.actions.values()))
 
     def _loss(self, batch: Experience, scores: Scores, old: Scores) -> Float[Tensor, ""]:
         """Return the sum of the objectives' losses; its mean over ranks is the loss over all ranks' responses."""
@@ -217,6 +228,13 @@ class Learner:
             for name, value in objective.metrics(batch).items():
                 self.meter.measure(f"{objective.prefix}{name}", value)
         return loss
+
+    def _measure_pass(self, batch: Experience, scores: Scores, first: bool) -> None:
+        """Measure the entropy, and in a rollout's first pass the distance from its sampling."""
+        generated = batch.completions.mask
+        self.meter.measure("entropy", (scores.entropy * generated).sum() / generated.sum(), generated.sum())
+        if first:
+            self._measure_sampling(batch.sampled(), scores.logps.detach())
 
     def _measure_sampling(self, completions: Completions, logps: Float[Tensor, "responses length"]) -> None:
         """Measure the gap between training and sampling log-probabilities, under TRL's metric names."""

@@ -5,30 +5,26 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from transformers import PreTrainedTokenizerBase
 
 from hybridmem.data.trainer_state import is_training
-from hybridmem.distributed import Meter, shard
+from hybridmem.distributed import Meter
 from hybridmem.model.modeling import HybridMemForCausalLM
-from hybridmem.rl.environments.tools import tools_of
-from hybridmem.rl.objectives.objective import Objective
+from hybridmem.rl.objectives.objective import Objective, ObjectiveError
 from hybridmem.rl.rewards.functions import RewardSum
-from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, with_adapters
+from hybridmem.rl.rollouts.agent_rollouts import Environments
+from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
-from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
+from hybridmem.training.checkpoints.contents import name_optimizer_states
 from hybridmem.training.checkpoints.model_card import training_facts
-from hybridmem.training.errors import named
+from hybridmem.training.errors import named, stopping_at
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.optimizers import OptimizerFactory, decay_groups
 from hybridmem.training.schedules import SchedulerFactory, WarmupCosine, scheduled_steps
 
 from .checks import (
     by_family,
-    check_acting,
     check_answers,
     check_end,
     check_prompts,
@@ -38,6 +34,7 @@ from .checks import (
 )
 from .group_buffer import GroupBuffer, SignalWatch
 from .learner import Learner, OptimizerStep
+from .loading import prepare_policy, reward_functions
 from .rollout_worker import LocalSampler, RolloutWorker
 from .validation import Answered, validate
 
@@ -60,7 +57,10 @@ class PolicyModule(L.LightningModule):
         num_generations: responses per prompt. They form a group, whose mean reward is the baseline. Distillation needs
             only 1.
         max_completion_length: maximum tokens of a response, including observations. None: the task's own value.
-        temperature, top_k, top_p, min_p: sampling parameters of responses (see Sampling).
+        temperature: sampling temperature of responses (see Sampling).
+        top_k: number of most likely tokens to sample from; 0 disables it.
+        top_p: total probability of the most likely tokens to sample from; 1 disables it.
+        min_p: minimum probability of a token relative to the most likely one; 0 disables it.
         num_iterations: passes over the responses.
         steps_per_generation: optimiser steps per pass.
         reward_funcs: reward functions with TRL's signature. None: the task's own.
@@ -74,7 +74,8 @@ class PolicyModule(L.LightningModule):
         optimizer: optimiser of the parameter groups; matrices decay, vectors and embeddings do not.
         lr_scheduler: learning-rate schedule over the optimiser steps of the run.
         max_grad_norm: gradients are clipped to this norm. None: no clipping.
-        lora: settings of PEFT's LoraConfig. None: train all weights.
+        lora: settings of PEFT's LoraConfig. None: train all weights, or none if no objective trains the model.
+        dtype: type of weights that are not trained, such as `bfloat16`. None: float32. Memories stay in float32.
         attn_implementation: `sdpa`, or another implementation in transformers' registry.
         rollouts: server that samples training responses (see ServedRollouts). None: the policy itself.
         seed: seed of the rollouts.
@@ -107,6 +108,7 @@ class PolicyModule(L.LightningModule):
         lr_scheduler: SchedulerFactory = WarmupCosine,
         max_grad_norm: float | None = 1.0,
         lora: dict[str, Any] | None = None,
+        dtype: str | None = None,
         attn_implementation: str = "sdpa",
         rollouts: ServedRollouts | None = None,
         seed: int = 0,
@@ -133,7 +135,7 @@ class PolicyModule(L.LightningModule):
         self.environment_factory, self.max_turns = environment_factory, max_turns
         self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
-        self.lora, self.attn_implementation = lora, attn_implementation
+        self.lora, self.dtype_name, self.attn_implementation = lora, dtype, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
         self.policy: Policy
@@ -152,28 +154,27 @@ class PolicyModule(L.LightningModule):
             factory, self.max_turns, self.call_format, self.max_observation_length
         )
         example = self.data.task.example("val", 0)
-        self.rewards = RewardSum(self._reward_functions(example), self.reward_weights)
+        functions = reward_functions(self.reward_funcs, self.data, self.environments, self.objectives, example)
+        self.rewards = RewardSum(functions, self.reward_weights)
         self.rewards.check_columns([*example, *([] if self.environments is None else ["environments"])])
         check_answers(self.objectives, example)
         length = self.max_completion_length or self.data.task.max_completion_length
         self.sampling = Sampling(max_completion_length=length, **self.draw)
 
-    def _reward_functions(self, example: Example) -> list[Callable]:
-        """Return the environment's reward and reward_funcs, or else the task's own reward."""
-        if self.environments is None:
-            return self.reward_funcs or [self.data.task.reward]
-        check_acting(self.objectives)
-        environment = self.environments.factory()
-        tools_of(environment)
-        begin(self.data, example, [environment, self.environments.factory()])
-        own = [environment_reward] if hasattr(environment, "get_reward") else []
-        return [*own, *(self.reward_funcs or [])] or [self.data.task.reward]
-
     def configure_model(self) -> None:
         """Load the policy once, and connect it to the data of this run."""
         if self.model is None:
-            self.policy = self._load_policy()
+            self.policy = prepare_policy(
+                self.model_name,
+                self.data,
+                self.objectives,
+                self.lora,
+                self.dtype_name,
+                self.attn_implementation,
+                self.device_mesh,
+            )
             self.model = self.policy.model
+            self.learned = torch.nn.ModuleDict(self.policy.learned)
         self.policy.data = self.data
         if self.rollouts is not None:
             acting = [] if self.environments is None else ["an environment"]
@@ -194,28 +195,6 @@ class PolicyModule(L.LightningModule):
         self.signal = SignalWatch(
             self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
         )
-
-    def _load_policy(self) -> Policy:
-        """Load the policy and the objectives' frozen models."""
-        with named("model"):
-            model = load_policy(self.model_name)
-        model.set_attn_implementation(self.attn_implementation)
-        policy = Policy(model, self.data, adapted=self.lora is not None, sharded=self.device_mesh is not None)
-        for objective in self.objectives.values():
-            objective.prepare(policy, self._load_frozen)
-        if self.lora is not None:
-            policy.model = with_adapters(model, self.lora)
-        if disable_dropout(policy.model):
-            rank_zero_info("dropout is off, so that responses are scored by the policy that sampled them")
-        if self.device_mesh is not None:
-            for whole in (policy.model, *policy.frozen.values()):
-                shard(whole, self.device_mesh)
-        return policy
-
-    def _load_frozen(self, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
-        model = load_policy(name)
-        model.set_attn_implementation(self.attn_implementation)
-        return model, tokenizer_of_policy(name)
 
     def check_data(self, data: Any) -> None:
         """Raise a ValueError if the policy cannot train on this data."""
@@ -250,7 +229,7 @@ class PolicyModule(L.LightningModule):
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
         """Roll out and learn, or learn from the given answers if no objective samples."""
         self.has_started = True
-        with stopping_at_non_finite_logits(self.trainer):
+        with stopping_at_non_finite_logits(self.trainer), stopping_at(ObjectiveError):
             self._learn_from(batch)
         for name, value in self.meter.pop_means().items():
             self.log(name, value, prog_bar=name in SHOWN)
@@ -281,18 +260,28 @@ class PolicyModule(L.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
         """Answer held-out prompts, and return the answers for callbacks."""
+        return self._answer(batch, batch_idx, "val")
+
+    @torch.no_grad()
+    def test_step(self, batch: list[Example], batch_idx: int) -> Answered:
+        """Answer held-out prompts as in validation."""
+        return self._answer(batch, batch_idx, "test")
+
+    def _answer(self, batch: list[Example], batch_idx: int, stage: str) -> Answered:
+        """Answer held-out prompts and log the metrics under the stage's name."""
         first = batch_idx * self.data.hparams.batch_size
         with stopping_at_non_finite_logits(self.trainer):
             answered, values = validate(self.worker, self.data.task, batch, first)
         for name, value in values.items():
             shown = name in SHOWN_IN_VALIDATION
-            self.log(f"val/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
+            self.log(f"{stage}/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return answered
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and the schedule that steps with it."""
         with named("optimizer"):
-            optimizer = self.optimizer(decay_groups(self.model))
+            own = [g for o in self.objectives.values() for g in o.parameter_groups(self.policy)]
+            optimizer = self.optimizer([*decay_groups(self.model), *own])
         with named("lr_scheduler"):
             return [optimizer], [self.lr_scheduler(optimizer, scheduled_steps(self.trainer, self.trainer.max_steps))]
 
@@ -307,6 +296,8 @@ class PolicyModule(L.LightningModule):
         checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
         if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
+        for objective in self.objectives.values():
+            checkpoint.update(objective.artefacts(self.policy))
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 

@@ -1,7 +1,6 @@
 """Rollout worker that samples responses to a batch of prompts and rewards them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,17 +8,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hybridmem.distributed import Meter, failing_together, gather_groups, rank_and_size, unsharded
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.objectives.advantages import groups_with_signal
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rewards.functions import Rewards, RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
 from hybridmem.rl.rollouts.completions import Completions
-from hybridmem.rl.rollouts.experience import Action, Rollout
+from hybridmem.rl.rollouts.experience import Rollout
 from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch
 from hybridmem.rl.rollouts.random_streams import RandomStream, generators
-from hybridmem.rl.rollouts.sampling import Sampling, evaluating
+from hybridmem.rl.rollouts.sampling import Sampling
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class Sampler(Protocol):
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Return `num_generations` responses to each prompt."""
         ...
@@ -49,10 +49,10 @@ class LocalSampler:
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Return `num_generations` responses to each prompt."""
-        return policy.answer(prompts, num_generations, sampling, generators, prefill_once)
+        return policy.answer(prompts, num_generations, sampling, generators, actions)
 
 
 class RolloutWorker:
@@ -100,6 +100,12 @@ class RolloutWorker:
         keys = [(self.seed, int(stream), self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
         return generators(self.policy.device, *keys)
 
+    @property
+    def settled(self) -> list[Action]:
+        """Settled choices of the objectives, under which held-out prompts are answered."""
+        found = (objective.settle(self.policy) for objective in self.objectives.values())
+        return [action for action in found if action is not None]
+
     def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
         """Record a metric, to be averaged over all ranks by weight."""
         self.meter.measure(name, value, weight)
@@ -116,7 +122,7 @@ class RolloutWorker:
         asked = [self.policy.data.prompt(example) for example in examples]
         prompts = self.policy.prompt_batch(asked)
         each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
-        actions = self._choose_actions(prompts, each)
+        actions = self._choose_actions(prompts.input_ids.shape[1] + self.sampling.max_completion_length, each)
         completions = self._sample(prompts, actions, each)
         time = prompts.input_ids.shape[1] + completions.ids.shape[1]
         texts, rewards = self._rewarded(examples, completions)
@@ -128,31 +134,31 @@ class RolloutWorker:
             rollout = objective.refine(rollout, examples, texts, self)
         return rollout
 
-    def _choose_actions(self, prompts: PromptBatch, each: list[torch.Generator]) -> dict[str, Action]:
-        length = self.sampling.max_completion_length
+    def _choose_actions(self, time: int, each: list[torch.Generator]) -> dict[str, Action]:
         found = {
-            family: objective.act(self.policy, prompts, self.num_generations, length, each)
+            family: objective.act(self.policy, self.num_generations, time, each)
             for family, objective in self.objectives.items()
         }
         return {family: action for family, action in found.items() if action is not None}
 
     def _sample(self, prompts: PromptBatch, actions: dict[str, Action], each: list[torch.Generator]) -> Completions:
         """Sample responses, each under its own actions."""
-        prefill_once = all(action.prefill_once for action in actions.values())
-        with failing_together(NonFiniteLogits), evaluating(self.policy.model), ExitStack() as stack:
-            for action in actions.values():
-                stack.enter_context(action.applied(self.policy.model))
-            return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, prefill_once)
+        with failing_together(NonFiniteLogits):
+            chosen = list(actions.values())
+            return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, chosen)
 
     def _act(self, examples: list[Example], environments: Environments) -> Rollout:
         each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
+        actions = self._choose_actions(0, each)
         with failing_together(NonFiniteLogits):
-            acted = act_out(self.policy, environments, examples, self.num_generations, self.sampling, each)
+            acted = act_out(
+                self.policy, environments, examples, self.num_generations, self.sampling, each, list(actions.values())
+            )
         _, rewards = self._rewarded(examples, acted.completions, acted.environments)
         for name, (value, weight) in acted.metrics().items():
             self.measure(name, value, weight)
         shaped, kept = self._shape(rewards.total, acted.turns.cpu(), acted.faulty, environments.max_turns)
-        return Rollout(acted.prompts, acted.completions, shaped, kept=kept)
+        return Rollout(acted.prompts, acted.completions, shaped, actions, kept=kept)
 
     def _shape(
         self,

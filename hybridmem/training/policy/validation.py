@@ -69,8 +69,8 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
     prompts = policy.prompt_batch([policy.data.prompt(example) for example in batch])
     each = _generators(worker, first, len(batch))
     with failing_together(NonFiniteLogits):
-        greedy = policy.answer(prompts, 1, _greedy(worker))
-        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each)
+        greedy = policy.answer(prompts, 1, _greedy(worker), actions=worker.settled)
+        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each, worker.settled)
     texts, rewards = worker.reward(batch, greedy)
     sampled, _ = policy.texts_and_ids(drawn)
     answered = Answered(batch, texts, sampled)
@@ -87,8 +87,9 @@ def _validate_acting(
     """Act in the environments of held-out examples; a reward of 1 or more counts as solved."""
     each = _generators(worker, first, len(batch))
     with failing_together(NonFiniteLogits):
-        acted = act_out(worker.policy, environments, batch, 1, _greedy(worker))
-        tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each)
+        actions = worker.settled
+        acted = act_out(worker.policy, environments, batch, 1, _greedy(worker), actions=actions)
+        tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each, actions)
     texts, rewards = worker.reward(batch, acted.completions, acted.environments)
     repeated = [example for example in batch for _ in range(worker.num_generations)]
     sampled, earned = worker.reward(repeated, tried.completions, tried.environments)

@@ -1,4 +1,4 @@
-"""Streams through `datasets` itself, from local files."""
+"""Streaming of local files through the real `datasets` library."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ def data(files, setup=False, **options) -> HubDataModule:
 
 
 def files_of(batches) -> set[str]:
-    """The files whose documents are in some batches."""
+    """Return the files of the documents in some batches."""
     seen = "\n".join(byte_tokenizer().decode(row) for batch in batches for row in batch["input_ids"])
     return set(re.findall(r"<(\d)-\d\d>", seen))
 
@@ -115,7 +115,7 @@ def test_passes_follow_each_other_in_new_order(files):
     assert first != second
 
 
-def test_a_stream_goes_on_from_every_place(files):
+def test_a_stream_resumes_at_every_place(files):
     stream = data(files, setup=True).train_stream()
     whole = list(islice(stream.rows(START), 260))
     for stop in (1, 30, 100, 150, 200):

@@ -17,14 +17,14 @@ def folder(tmp_path_factory):
 
 
 def mixture(folder, shares=(1.0, 3.0), seed=0, num_train=12, tokenizer="bytes", **text) -> MixedDataModule:
-    """Text, and a task whose epochs are short."""
+    """Return a mixture of text and a task with short epochs."""
     settings = dict(path=str(folder), sequence_length=100, batch_size=8, val_fraction=0.2, tokenizer=tokenizer)
     parts = [TextDataModule(**settings | text), TaskDataModule(Recall(), batch_size=2, num_train=num_train, num_val=4)]
     return MixedDataModule(parts, None if shares is None else list(shares), seed)
 
 
 class AnyRecorder(Recorder):
-    """Keeps the input_ids of batches of any kind."""
+    """Recorder of the input_ids of batches of any kind."""
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         self.seen.append(batch["input_ids"].tolist())
@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_parts(folder, tmp_path):
         run = trainer(tmp_path / str(part), max_steps=turns.count(part), limit_val_batches=0)
         run.fit(recorder, plain)
         own = [batch for batch, turn in zip(seen, turns, strict=True) if turn == part]
-        assert own == recorder.seen, part  # over the end of the task's epoch too
+        assert own == recorder.seen, part  # also beyond the end of the task's epoch
     assert turns.count(1) * 2 > 12
 
 

@@ -21,7 +21,7 @@ pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:GPU availa
 
 
 class Words:
-    """Prompts and answers of different lengths."""
+    """Task with prompts and answers of different lengths."""
 
     def example(self, split: str, index: int) -> dict:
         return {"prompt": f"{split} {'x' * (index % 5)}?", "answer": str(index), "index": index}
@@ -41,7 +41,7 @@ def data(task: Task | None = None, **options) -> TaskDataModule:
 
 
 def read(batch: dict, row: int, tokenizer="bytes") -> tuple[str, str]:
-    """The text of a row without padding, and that of its labels."""
+    """Return the text of a row without padding, and the text of its labels."""
     tokenizer = load_tokenizer(tokenizer)
     inputs = batch["input_ids"][row][batch["document_ids"][row] != PADDING]
     labels = batch["shift_labels"][row][batch["shift_labels"][row] != IGNORED]
@@ -132,7 +132,7 @@ FLAWS = [
 
 
 @pytest.mark.parametrize(("task", "message"), FLAWS, ids=lambda x: getattr(x, "__name__", ""))
-def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
+def test_errors_name_the_missing_members_of_a_task(task, message):
     with pytest.raises(ValueError, match=message):
         check_task(task())
 
@@ -155,7 +155,7 @@ def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path,
 
 
 def refusal_of(task, tmp_path, monkeypatch, capsys) -> str:
-    """The line with which the command line refuses a task."""
+    """Return the command line's error for a task."""
     init_args = {"task": {"class_path": f"{__name__}.{task.__name__}"}}
     settings = {"class_path": "hybridmem.data.TaskDataModule", "init_args": init_args}
     with pytest.raises(SystemExit) as stopped:
@@ -223,7 +223,7 @@ def test_names_of_special_tokens_are_text():
     assert batch["input_ids"].shape == (4, 14)
 
 
-def test_images_stand_beside_the_text():
+def test_images_are_batched_separately():
     module = data(VisualSearch(grid=3))
     batch = next(iter(module.val_dataloader()))
     assert batch["images"].shape == (4, 9, 64)
@@ -268,7 +268,7 @@ def test_refusals(tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the index of every training example."""
+    """Recorder of every training example's index."""
 
     def __init__(self):
         super().__init__()
@@ -297,7 +297,7 @@ def train(tmp_path, max_steps, ckpt_path=None, **options) -> tuple[L.Trainer, li
 
 @pytest.mark.parametrize("stop", [2, 6, 8])  # within the first epoch of six batches, at its end, within the second
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_same_examples(tmp_path, stop, num_workers):
+def test_a_resumed_run_continues_with_the_same_examples(tmp_path, stop, num_workers):
     everything = train(tmp_path, 15)[1]
     run, _ = train(tmp_path, stop, num_workers=num_workers)
     run.save_checkpoint(tmp_path / "saved.ckpt")
@@ -349,7 +349,7 @@ class TestCommandLine:
         hybridmem(monkeypatch, "fit", "--config", write_recall(whole))
         config = write_recall(resumed)
         hybridmem(monkeypatch, "fit", "--config", config, "--trainer.limit_train_batches", 4)
-        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch is four batches: step 5 is in the second
+        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch has four batches, so step 5 is in the second
             later.unlink()
         hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", resumed / "run" / "step=5.ckpt")
         for name, weight in weights(whole / "run" / "step=7.ckpt").items():

@@ -51,7 +51,7 @@ def test_batches(folder, mode, num_workers):
         assert all(len(batch["input_ids"]) == shape[0] for batch in batches[:-1])
 
 
-def test_what_setup_offers(folder):
+def test_attributes_after_setup(folder):
     module = data(folder)
     assert module.vocab_size == len(module.tokenizer) == 259
     assert module.token_byte_lengths.tolist() == [1] * 256 + [0] * 3
@@ -64,8 +64,10 @@ def test_files_are_never_in_both_splits(folder):
     assert len(val) == 2
     assert not train & val
     assert len(train | val) == 12
-    seen = {split: text_of(loader) for split, loader in
-            (("train", module.train_dataloader()), ("val", module.val_dataloader()))}  # fmt: skip
+    seen = {
+        split: text_of(loader)
+        for split, loader in (("train", module.train_dataloader()), ("val", module.val_dataloader()))
+    }
     for name in range(12):
         held_out = f"file_{name:03d} = 3" in seen["val"]
         assert held_out == any(f"file_{name:03d}" in path for path in val)
@@ -170,7 +172,7 @@ def test_processes_share_batches(folder):
 
 
 class OneOfTwo(L.Trainer):
-    """One of two processes, before its first batch."""
+    """Trainer of one of two ranks, before its first batch."""
 
     world_size = 2
     global_rank = 0

@@ -1,4 +1,4 @@
-"""Pictures and questions become what a vision-language model reads."""
+"""Conversion of pictures and questions to inputs of a vision-language model."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_patches_must_fill_a_square():
 def test_a_prompt_has_a_place_for_every_image_token_and_ends_with_the_question():
     example = VisualSearch(grid=2).example("train", 0)
     prompt = vision_prompt(tiny_processor(), example["prompt"], example["images"])
-    assert prompt.image_grid_thw.tolist() == [1, 8, 8]  # 112 pixels a side, patches of 14
+    assert prompt.image_grid_thw.tolist() == [1, 8, 8]  # 112 pixels per side, patches of 14
     assert prompt.images.shape[0] == 64
     assert prompt.tokens.count(IMAGE) == 16  # four patches are merged into a token
     assert bytes(prompt.tokens[-len(example["prompt"]) :]).decode() == example["prompt"]

@@ -1,4 +1,4 @@
-"""Formats counted by hand."""
+"""Answer formats, compared with counts made by hand."""
 
 import math
 import pickle
@@ -26,14 +26,18 @@ def test_shares_entropy_and_accuracy():
     p = [1 / 2, 1 / 4, 1 / 4]
     assert values == pytest.approx(
         {
-            "share/code": 1 / 2, "share/boxed": 1 / 4, "share/other": 1 / 4,
+            "share/code": 1 / 2,
+            "share/boxed": 1 / 4,
+            "share/other": 1 / 4,
             "entropy": -sum(x * math.log(x) for x in p),
-            "accuracy/code": 2 / 4, "accuracy/boxed": 0, "accuracy/other": 1 / 2,
+            "accuracy/code": 2 / 4,
+            "accuracy/boxed": 0,
+            "accuracy/other": 1 / 2,
         }
-    )  # fmt: skip
+    )
 
 
-def test_what_was_not_judged_or_not_seen_has_no_accuracy():
+def test_unjudged_and_unseen_formats_have_no_accuracy():
     metric = FormatShare(PATTERNS)
     metric.update(["def f", "four"])
     metric.update(["def f"], [True])

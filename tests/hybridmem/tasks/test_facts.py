@@ -12,7 +12,7 @@ FACT = re.compile(r"The access code of (\w+) is (\d+)\.")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of paragraphs that name their file."""
+    """Write files of paragraphs that contain their file's name."""
     path = tmp_path_factory.mktemp("text")
     for n in range(10):
         paragraphs = [f"Paragraph {line} of file {n} holds a few plain words." for line in range(3 + n)]

@@ -69,7 +69,7 @@ def test_all_distances_and_all_places_are_drawn():
     examples = [task.example("train", index) for index in range(60)]
     assert {example["distance"] for example in examples} == {1, 3}
     asked_first = [example["prompt"].index(f"{question(example['prompt'])}=") for example in examples]
-    assert len(set(asked_first)) == 2  # one place for each distance
+    assert len(set(asked_first)) == 2  # one position per distance
     others = {prompt.index(f"{key}=") for prompt in (e["prompt"] for e in examples) for key in pairs(prompt)}
     assert len(others) > 50
 
@@ -77,8 +77,10 @@ def test_all_distances_and_all_places_are_drawn():
 def test_an_example_follows_from_seed_split_and_index():
     task = Recall(seed=3)
     assert task.example("train", 7) == Recall(seed=3).example("train", 7)
-    prompts = [Recall(seed=seed).example(split, index)["prompt"] for seed, split, index in
-               [(3, "train", 7), (3, "val", 7), (3, "train", 8), (4, "train", 7)]]  # fmt: skip
+    prompts = [
+        Recall(seed=seed).example(split, index)["prompt"]
+        for seed, split, index in [(3, "train", 7), (3, "val", 7), (3, "train", 8), (4, "train", 7)]
+    ]
     assert len(set(prompts)) == 4
     seen = {task.example("train", index)["prompt"] for index in range(500)}
     assert not seen & {task.example("val", index)["prompt"] for index in range(500)}

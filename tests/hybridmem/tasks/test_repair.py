@@ -1,4 +1,4 @@
-"""Bugs in functions that stand alone: found by running them, repaired by tools, judged by tests."""
+"""Bugs in self-contained functions: found by running, repaired with tools, and judged by tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.hybridmem.sandbox.isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 
-# Ten functions that stand alone, and some that do not.
+# Ten self-contained functions, and some others.
 SOURCE = '''
 import os
 
@@ -144,7 +144,7 @@ def test_only_some_kinds_of_bugs_and_lengths(code):
     assert all(len(text) <= 100 for example in examples for text in example["files"].values())
 
 
-def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
+def test_repairing_only_the_shown_calls_earns_nothing(task):
     example, folder = begun(task)
     answers = dict(map(tuple, example["shown"]))
     table = ", ".join(f"{call.partition('(')[2][:-1]!r}: {right}" for call, right in answers.items())
@@ -155,7 +155,7 @@ def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
     assert folder.get_reward() == 0
 
 
-def test_what_is_not_submitted_earns_nothing(task):
+def test_repairs_without_submission_earn_nothing(task):
     example, folder = begun(task)
     for said, _ in example["turns"][:-1]:
         act(folder, said, "plain", 1000)
@@ -226,7 +226,7 @@ def test_its_folder_goes_with_it(task):
         ({"num_files": 9, "val_fraction": 0.3}, "too few for num_files=9"),
         ({"num_shown": 16}, "num_shown=16 must be below 16"),
         ({"kinds": ["typo"]}, "kinds must be one of operator, comparison, constant, condition, not 'typo'"),
-        ({"max_length": 10}, "leave 0 functions with bugs: raise max_length"),
+        ({"max_length": 10}, "leave 0 functions with bugs; raise max_length"),
         ({"val_fraction": 0.01}, "val_fraction=0.01"),
     ],
 )

@@ -12,7 +12,7 @@ DIGIT_OF = {(image / 16).astype(np.float32).tobytes(): int(digit) for image, dig
 
 
 def field(example: dict) -> list[int]:
-    """The digits that the images show."""
+    """Return the digits in the images."""
     return [DIGIT_OF[patch.numpy().tobytes()] for patch in example["images"]]
 
 

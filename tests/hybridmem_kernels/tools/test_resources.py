@@ -1,4 +1,4 @@
-"""What counts as too much, and the committed table."""
+"""Limits of kernel resources, and the committed table."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ def changed(**changes: int) -> Row:
     return replace(GOOD, resources=replace(GOOD.resources, **changes))
 
 
-def test_what_is_as_committed_is_no_problem():
+def test_resources_as_committed_pass():
     assert problems([GOOD], COMMITTED) == []
     assert problems([changed(registers=64, shared=0, tensor_core=16)], COMMITTED) == []
 

@@ -1,4 +1,4 @@
-"""What critics say, and a model behind an endpoint that does not."""
+"""Critics, and endpoints that fail to answer."""
 
 import logging
 

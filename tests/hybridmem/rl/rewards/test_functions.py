@@ -1,4 +1,4 @@
-"""Reward functions alone and in sum, sync and async, and what is said when one of them is wrong."""
+"""Reward functions, sync and async, their weighted sum, and errors for faulty functions."""
 
 import asyncio
 import math
@@ -38,7 +38,7 @@ def score(*functions, weights=None, **columns):
     return RewardSum(functions, weights)(PROMPTS, COMPLETIONS, IDS, **columns)
 
 
-def test_the_weighted_sum_leaves_out_what_does_not_apply():
+def test_the_weighted_sum_skips_functions_that_do_not_apply():
     rewards = score(accuracy, length, weights=[2.0, -0.5], answer=ANSWERS)
     torch.testing.assert_close(
         rewards.per_function, torch.tensor([[1.0, 1.0], [0.0, 1.0], [math.nan, 2.0]]), equal_nan=True
@@ -53,7 +53,7 @@ def test_metrics_have_trl_names():
         {
             "reward": (2 + 1 + 2) / 3,
             "reward_std": (1 / 3) ** 0.5,  # (2 · (1/3)² + (2/3)²) / 2
-            "rewards/accuracy/mean": 1 / 2,  # of the two that it applies to
+            "rewards/accuracy/mean": 1 / 2,  # of the two samples to which it applies
             "rewards/accuracy/std": 0.5**0.5,  # (2 · (1/2)²) / 1
             "rewards/length/mean": 4 / 3,
             "rewards/length/std": (1 / 3) ** 0.5,
@@ -61,14 +61,14 @@ def test_metrics_have_trl_names():
     )
 
 
-def test_metrics_leave_out_what_no_sample_has():
+def test_metrics_omit_functions_without_samples():
     summed = RewardSum([accuracy, length])
     metrics = summed.metrics(summed(PROMPTS[2:], COMPLETIONS[2:], IDS[2:], answer=[None]))
     assert {name: value.item() for name, value in metrics.items()} == {"reward": 2.0, "rewards/length/mean": 2.0}
 
 
 def test_async_functions_run_side_by_side():
-    """Each waits for the other: one after the other they would never end."""
+    """Each function waits for the other, so sequential calls would deadlock."""
     met = threading.Barrier(2, timeout=5)
 
     async def first(prompts, **kwargs):
@@ -88,7 +88,7 @@ def test_functions_keep_their_columns_whichever_is_async():
 
 
 def test_works_where_a_loop_is_running():
-    """As in a notebook."""
+    """This is the situation in a notebook."""
 
     async def main():
         return score(length)
@@ -206,7 +206,7 @@ def test_columns_are_checked_before_training():
 
 
 def test_functions_must_take_every_column():
-    """As in TRL, where all are passed."""
+    """TRL also passes all columns."""
 
     def strict(prompts, completions, completion_ids, answer):
         return [0.0] * len(prompts)
@@ -217,7 +217,7 @@ def test_functions_must_take_every_column():
 
 
 def test_overlong_penalty():
-    """With 10 tokens at most and 4 of them a cache: 0 to 6 tokens, −1/4 at 7, −1 from 10 on."""
+    """With max_completion_length 10 and cache_length 4, the reward is 0 to 6 tokens, −1/4 at 7 and −1 from 10 on."""
     penalty = OverlongPenalty(max_completion_length=10, cache_length=4)
     lengths = [0, 6, 7, 8, 10, 12]
     assert penalty(completion_ids=[[0] * n for n in lengths]) == [0, 0, -0.25, -0.5, -1, -1]

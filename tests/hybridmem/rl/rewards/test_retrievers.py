@@ -1,4 +1,4 @@
-"""BM25 finds what shares rare words; a retriever over HTTP that fails costs its own queries alone."""
+"""BM25, and HTTP retrievers, whose failures affect only their own queries."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def write(path, *records):
     return path
 
 
-def test_finds_what_shares_words():
+def test_finds_documents_with_common_words():
     find = BM25.of(DOCUMENTS)
     assert find(["USB ports", "lamp", "nothing of it", ""], 10) == [["hub", "cable"], ["lamp"], [], []]
     assert find(["usb"], 1) == [["cable"]]

@@ -1,4 +1,4 @@
-"""Non-finite logits end a rollout with the layer that they come from."""
+"""Non-finite logits raise an error with the layer that causes them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The guard measures what it says, acts when it should, and goes on after a stop as if there had been none."""
+"""The collapse guard: its measurements, its actions, and exact resumption after it stopped a run."""
 
 import math
 import re
@@ -23,7 +23,7 @@ BONUS = {**ATTENTION, "init_args": {"entropy_bonus": 0.01}}
 
 
 def guarded(folder, guard=None, model="ours", objective=ATTENTION, **changes):
-    """A run with checkpoints every 2 steps and, unless `guard` is None, a guard that looks as often."""
+    """Run training with checkpoints and, unless `guard` is None, guard measurements every 2 steps."""
     settings = {"every_n_steps": 2, "num_prompts": 2, **(guard or {})}
     callbacks = [{"class_path": "hybridmem.training.CollapseGuard", "init_args": settings}, CHECKPOINTS]
     changes["trainer__callbacks"] = callbacks[guard is None :]
@@ -31,7 +31,7 @@ def guarded(folder, guard=None, model="ours", objective=ATTENTION, **changes):
 
 
 def scripted(monkeypatch, spans):
-    """Looks that find these spans, one every 2 steps."""
+    """Replace measurements by these spans, one every 2 steps."""
 
     def measure(_, module):
         return {"effective_span": float(spans[module.trainer.global_step // 2])}
@@ -61,9 +61,9 @@ def test_attention_without_queries_and_gates_without_weights_are_even():
         gate.bias.zero_()
     values = CollapseGuard(num_prompts=1).measure(module)
     assert values["allocation_entropy"] == pytest.approx(math.log(2))
-    assert values["diversity"] == pytest.approx(0, abs=1e-6)  # all look alike, whatever they wrote
+    assert values["diversity"] == pytest.approx(0, abs=1e-6)  # all responses attend alike, whatever their text
     assert values["distinct_patterns"] == 1
-    # Prompts of 4 tokens, a window of 7: the response's tokens have 4, 5, 6, 6, 6 earlier ones in sight.
+    # With prompts of 4 tokens and a window of 7, the response's tokens see 4, 5, 6, 6, 6 earlier tokens.
     assert values["effective_span"] == pytest.approx((4 + 5 + 6 + 6 + 6) / 5, rel=1e-5)
 
 
@@ -105,7 +105,9 @@ def test_the_bonus_rises_to_its_maximum_and_a_resumed_run_keeps_it(tmp_path, mon
         hybridmem(monkeypatch, "fit", "--config", config)
     assert logged(tmp_path, "collapse/entropy_bonus") == pytest.approx([0.03, 0.09, 0.2, 0.2, 0.2])
     resumed = ("--ckpt_path", tmp_path / "run" / "step=4.ckpt", "--trainer.default_root_dir", tmp_path / "again")
-    with pytest.warns(UserWarning, match=r"raised entropy_bonus to 0\.2"):  # at step 6: no probe at the start
+    with pytest.warns(
+        UserWarning, match=r"raised entropy_bonus to 0\.2"
+    ):  # at step 6, because the start is not measured
         hybridmem(monkeypatch, "fit", "--config", config, *resumed)
     whole, again = weights(tmp_path / "run" / "step=10.ckpt"), weights(tmp_path / "again" / "step=10.ckpt")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -124,7 +126,7 @@ def test_a_stop_keeps_the_checkpoint_from_before(tmp_path, monkeypatch):
         hybridmem(monkeypatch, "fit", "--config", config)
     assert torch.load(kept, weights_only=True)["global_step"] == 6
     assert not (tmp_path / "run" / "step=12.ckpt").exists()
-    # From there on as if nothing had stopped it; a collapse still names the checkpoint it came from.
+    # The resumed run equals an uninterrupted one; a later collapse still names the original checkpoint.
     again = ("--ckpt_path", kept, "--trainer.default_root_dir", tmp_path / "again")
     with pytest.warns(UserWarning, match=f"{re.escape(str(kept))}, from step 6"):
         hybridmem(monkeypatch, "fit", "--config", config, *again)
@@ -143,7 +145,7 @@ def test_a_stop_keeps_the_checkpoint_from_before(tmp_path, monkeypatch):
         (dict(), "lmm", "has no attention; choose target='memory'"),
     ],
 )
-def test_what_the_policy_cannot_follow_stops_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
+def test_unsuitable_policies_stop_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
     objective = {**ATTENTION, "init_args": {"target": "memory"}} if model == "lmm" else ATTENTION
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", guarded(tmp_path, guard, model, objective))

@@ -1,4 +1,4 @@
-"""The guard against numbers that are none, in pretraining and in reinforcement learning."""
+"""The guard against NaN and inf, in pretraining and in reinforcement learning."""
 
 import lightning as L
 import pytest
@@ -16,7 +16,7 @@ CHECKPOINTS = {
 
 
 class Spoil(L.Callback):
-    """Makes a parameter's gradient, or a layer's output, no number in the batch of one optimiser step."""
+    """Callback that makes a gradient or a layer's output NaN in one optimiser step."""
 
     def __init__(self, step: int, output: str | None = None, gradient: str | None = None):
         self.step, self.output, self.gradient = step, output, gradient

@@ -1,4 +1,4 @@
-"""Folders of shards: a flipped byte or a missing file is found, and nothing in them is run."""
+"""Sharded checkpoints detect flipped bytes and missing files and never execute code."""
 
 import pickle
 import shutil
@@ -15,7 +15,7 @@ FILES = ["__0_0.distcp", ".metadata", "meta.pt"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a sharded run of one process writes."""
+    """Write the checkpoint of a sharded run with one process."""
     place = tmp_path / "step=3.ckpt"
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         torch.distributed.checkpoint.save({"a": torch.randn(300), "n": 1}, checkpoint_id=place, no_dist=True)
@@ -51,8 +51,8 @@ def test_a_file_that_changed_or_went_is_found(folder, name):
         check_shards(folder)
 
 
-def test_what_a_folder_replaces_is_kept(folder):
-    """Whether that is a folder, or a file of a run that was not sharded."""
+def test_the_replaced_checkpoint_is_kept(folder):
+    """This applies to folders, and to files of runs without sharding."""
     place, previous = folder.with_name("last.ckpt"), folder.with_name("previous.ckpt")
     place.write_text("first")
     for expected in ("file", "folder", "folder"):
