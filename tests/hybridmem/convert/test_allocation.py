@@ -203,6 +203,26 @@ def test_settings_that_exclude_each_other(tmp_path):
         convert(convert(base))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.json", "does not exist: name a JSON file"),
+        ("other.json", "names 1 layers of 1 KV heads but the model"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(name, message, tmp_path, monkeypatch, capsys):
+    base_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    allocation([["none"]]).save(tmp_path / "other.json")
+    capsys.readouterr()  # saving shows its progress
+    command = ["convert", "--model", tmp_path / "base", "--output", tmp_path / "out", "--allocation", tmp_path / name]
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, *map(str, command))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"allocation={tmp_path / name} {message}" in line
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_the_cache_grows_with_open_heads_alone():
     base, sizes = base_model(dtype=torch.float32), {}
