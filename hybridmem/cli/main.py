@@ -37,6 +37,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from .compare import compare
 from .consolidate import consolidate
 from .convert import convert
+from .eval import evaluate
 from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
@@ -49,6 +50,7 @@ COMMANDS = {
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
+    "eval": evaluate,
     "subnetwork": subnetwork,
     "compare": compare,
     "report": report,
@@ -77,6 +79,7 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   consolidate
              a sharded run's checkpoint as one file, for any strategy
   generate   text from an exported folder
+  eval       a causal LM on long contexts: table, heat map, JSON
   subnetwork which weights training changed, of two or three exported folders
   compare    a grid of architectures and controls, from warm-ups to a report
   report     a grid's report again, or two grids' beside each other
