@@ -1,4 +1,4 @@
-"""Neural memory beside short-range attention, and rewards that train what a model attends to."""
+"""Neural memory with short-range attention, and reinforcement learning of attention policies."""
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -21,7 +21,7 @@ AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
 AutoModel.register(HybridMemConfig, HybridMemModel)
 AutoModelForCausalLM.register(HybridMemConfig, HybridMemForCausalLM)
 
-# Checkpoints are loaded with weights_only, which makes tensors, plain values and these tuples of tensors only.
+# Checkpoints are loaded with weights_only, which allows only tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
     [
         AttentionState,

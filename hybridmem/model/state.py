@@ -1,4 +1,4 @@
-"""States are nested tuples of tensors with the batch in front, and names; this is all that is done to them."""
+"""Operations on states: nested tuples of tensors, whose first axis is the batch, and of names."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ State = TypeVar("State")  # a tensor, None, a name, or a (named) tuple of states
 
 
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
-    """Apply `function` to every tensor of a state, or of several of the same form, together."""
+    """Apply `function` to every tensor of a state, or jointly to the tensors of several states with one structure."""
     if state is None or isinstance(state, str):
         return state
     if isinstance(state, Tensor):
@@ -23,10 +23,10 @@ def map_state(function: Callable[..., Tensor], state: State, *others: State) -> 
 
 
 def select_rows(rows: Bool[Tensor, " batch"], yes: State, no: State) -> State:
-    """Take `yes` in the chosen rows, `no` elsewhere."""
+    """Select `yes` in the chosen rows, and `no` elsewhere."""
     return map_state(lambda a, b: torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b), yes, no)
 
 
 def detach_state(state: State) -> State:
-    """Cut a state from the graph that made it: truncated backpropagation."""
+    """Detach a state from its graph, for truncated backpropagation."""
     return map_state(lambda tensor: tensor.detach(), state)

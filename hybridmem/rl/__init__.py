@@ -1,7 +1,8 @@
-"""Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
+"""Reinforcement learning: objectives on attention and on tokens, distillation, rewards and rollouts."""
 
 from .attention.recorder import AttentionRecorder
 from .objectives.advantages import group_advantages, groups_with_signal
+from .objectives.allocation import AllocationRL
 from .objectives.attention import AttentionRL
 from .objectives.critique import CritiqueGRPO, CritiqueGRPOReleased
 from .objectives.distillation import AttentionDistillation
@@ -20,6 +21,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "SFT",
+    "AllocationRL",
     "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",

@@ -1,4 +1,4 @@
-"""Tasks whose answers can be checked."""
+"""Tasks with verifiable answers."""
 
 from .facts import Facts
 from .identifier import Identifier

@@ -1,4 +1,4 @@
-"""lm-eval measures exported models: in process, and from its command line, where only the folder is given."""
+"""lm-eval on exported models, in process and from its command line with only the folder."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from hybridmem.evaluate.lm_eval_tasks import documents
 from hybridmem.evaluate.reader import Reader
 from tests.hybridmem.models import FOLDERS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, of many kinds
+pytestmark = pytest.mark.filterwarnings("ignore")  # many warnings of lm-eval itself
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 NAMES = ["local_choices", "local_rolling", "local_generation"]
 
 
 def nats(model, ids: list[int]) -> torch.Tensor:
-    """What each token but the first costs."""
+    """Return the loss in nats of each token except the first."""
     ids = torch.tensor([ids])
     with torch.no_grad():
         return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
@@ -33,7 +33,7 @@ def nats(model, ids: list[int]) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def evaluated(exported):
-    """Results in process, rows padded to one another; by variant."""
+    """Return the results by variant, evaluated in process with padded rows."""
     manager, found = TaskManager(include_path=str(TASKS), include_defaults=False), {}
 
     def evaluate(variant: str) -> dict:
@@ -70,13 +70,12 @@ def test_in_process(variant, exported, evaluated):
         assert sample["resps"][0][0] == tokenizer.decode(out, skip_special_tokens=True).split(";")[0]
 
 
-# One variant: what the command line adds is finding the code in the folder, which is the same for all.
+# One variant suffices: the command line only adds loading code from the folder, equal for all variants.
 def test_from_the_command_line(exported, evaluated, tmp_path):
     options = f"pretrained={exported('mag')},trust_remote_code=True,max_length=64"
-    command = [
-        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", options, "--include_path", TASKS,
-        "--tasks", ",".join(NAMES), "--device", "cpu", "--batch_size", "4", "--output_path", tmp_path,
-    ]  # fmt: skip
+    model = ["--model", "hf", "--model_args", options, "--device", "cpu", "--batch_size", "4"]
+    tasks = ["--include_path", TASKS, "--tasks", ",".join(NAMES)]
+    command = [sys.executable, "-m", "lm_eval", *model, *tasks, "--output_path", tmp_path]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
