@@ -14,13 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from hybridmem.checks import at_least, between_0_and_1, one_of
-from hybridmem.tasks.facts import Paragraphs
 from hybridmem.tasks.task import END_OF_ANSWER, Split, example_generator
 
 from .counting import NUM_COMMON, WORDS_ASKED, common_words, frequent_words
 from .fit import NoCutError, TooShortError, fit
 from .needles import needle_among_needles, needles
-from .puzzle import FEWEST_WORDS, Material, Puzzle
+from .puzzle import FEWEST_WORDS, Material, Puzzle, materials
 from .scoring import string_match_all, string_match_part
 from .variables import variable_tracking
 
@@ -116,11 +115,7 @@ class Ruler:
         self.num_keys, self.num_values, self.num_queries = num_keys, num_values, num_queries
         self.num_chains, self.num_hops = num_chains, num_hops
         self.score = string_match_all if scoring == "all" else string_match_part
-        paragraphs = Paragraphs(path, pattern, val_fraction, seed)
-        self.material: dict[Split, Material] = {
-            "train": Material(paragraphs, "train"),
-            "val": Material(paragraphs, "val"),
-        }
+        self.material = materials(path, pattern, val_fraction, seed)
         self.count: Callable[[str], int] = count_bytes
 
     def measure_with(self, count: Callable[[str], int]) -> None:
