@@ -179,4 +179,4 @@ def test_maps_without_an_allocation_are_refused(tmp_path, monkeypatch, capsys):
     config = config_of(tmp_path, objectives=[TOKENS], trainer__callbacks=maps)
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "add it to objectives" in capsys.readouterr().err
+    assert "add AllocationRL to objectives" in capsys.readouterr().err
