@@ -1,4 +1,4 @@
-"""Neural memory beside short-range attention, and rewards that train what a model attends to."""
+"""Neural memory with short-range attention, and reinforcement learning of attention policies."""
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -9,12 +9,12 @@ from .model.attention import AttentionState
 from .model.configuration import HybridMemConfig
 from .model.convolution import ConvolutionState
 from .model.heads import FullKeys, HeadsState, WindowKeys
-from .model.keys import KeyBuffer, PlainKeys
 from .model.memory import HeadMemoryState, NeuralMemoryState
 from .model.mixers import BranchStates, OpenSegment, SegmentBuffer, SegmentStates
 from .model.modeling import HybridMemForCausalLM, HybridMemModel
 from .model.sequence import LastDocument
 from .model.sinks import Places
+from .model.state import KeyBuffer, PlainKeys
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
 AutoModel.register(HybridMemConfig, HybridMemModel)
 AutoModelForCausalLM.register(HybridMemConfig, HybridMemForCausalLM)
 
-# Checkpoints are loaded with weights_only, which makes tensors, plain values and these tuples of tensors only.
+# Checkpoints are loaded with weights_only, which allows only tensors, plain values and these tuples of tensors.
 torch.serialization.add_safe_globals(
     [
         AttentionState,

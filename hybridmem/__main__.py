@@ -1,4 +1,4 @@
-"""`python -m hybridmem` is the command `hybridmem`."""
+"""Entry point of `python -m hybridmem`, equivalent to the command `hybridmem`."""
 
 from hybridmem.cli.main import main
 

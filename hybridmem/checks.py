@@ -1,4 +1,4 @@
-"""Checks of settings that tasks and data make alike."""
+"""Checks of settings, shared by tasks and data."""
 
 import json
 import sys
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-MOST_ROWS = 2**20  # of a batch
-MOST_WORKERS = 1024  # processes that read
+MOST_ROWS = 2**20  # per batch
+MOST_WORKERS = 1024  # data loading processes
 
 
 def at_least(least: int, most: int = sys.maxsize, **settings: int | None) -> None:
-    """Refuse settings below `least` or above `most`, by default what no machine counts to; None is no setting."""
+    """Raise a ValueError for settings below `least` or above `most`; None means unset and always passes."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -20,14 +20,17 @@ def at_least(least: int, most: int = sys.maxsize, **settings: int | None) -> Non
 
 
 def between_0_and_1(**settings: float) -> None:
-    """Refuse shares that leave nothing, or take all."""
+    """Raise a ValueError for shares outside the open interval (0, 1)."""
     for name, value in settings.items():
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, not be {value}")
 
 
 def number_held_out(val_fraction: float, total: int, things: str, remedy: str = "") -> int:
-    """How many of `total` are validated on; both parts must hold one. `things` and `remedy` are for the error."""
+    """Return the number of validation items among `total`; both parts must be non-empty.
+
+    `things` and `remedy` are inserted into the error message.
+    """
     held_out = round(total * val_fraction)
     if not 0 < held_out < total:
         raise ValueError(
@@ -38,19 +41,19 @@ def number_held_out(val_fraction: float, total: int, things: str, remedy: str = 
 
 
 def one_of(choices: Sequence[str], **settings: str) -> None:
-    """Refuse settings that are none of the choices."""
+    """Raise a ValueError for settings that are not among the choices."""
     for name, value in settings.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def refuse_adapter(folder: str | Path, name: str | None = None) -> None:
-    """Refuse a folder that holds an adapter of PEFT and no model; `name` is what the error calls it."""
+    """Raise a ValueError for a folder with a PEFT adapter instead of a model; the error calls it `name`."""
     description = Path(folder, "adapter_config.json")
     if not description.is_file() or Path(folder, "config.json").is_file():
         return
     base = None
-    with suppress(ValueError, AttributeError):  # no JSON, or no object
+    with suppress(ValueError, AttributeError):  # not JSON, or not an object
         base = json.loads(description.read_bytes()).get("base_model_name_or_path")
     name = name or str(folder)
     raise ValueError(

@@ -1,7 +1,7 @@
-"""What the processes of a run do together, so that they train as one would: shares of means, rows in one order.
+"""Collective operations that make several ranks train like a single process.
 
-Data is dealt out row by row: row i of process r is row i · size + r of the batch that one process would have. With one
-process nothing here communicates.
+Data is distributed row by row: row i of rank r is row i · size + r of the batch that a single process would have. With
+a single process, nothing here communicates.
 """
 
 from collections import defaultdict
@@ -16,19 +16,19 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 T = TypeVar("T")
-_whole: WeakSet[nn.Module] = WeakSet()  # models that are unsharded for a while
+_whole: WeakSet[nn.Module] = WeakSet()  # models that are temporarily unsharded
 
-# What gloo, NCCL and the store say when a process at the other end is gone or too late.
+# Messages of gloo, NCCL and the store when a peer has died or timed out.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Return this process's rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every process's value; it travels pickled, tensors best on the CPU."""
+    """Gather the values of all ranks; values are pickled, so tensors should be on the CPU."""
     _, size = rank_and_size()
     if size == 1:
         return [value]
@@ -38,7 +38,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether it holds in any process."""
+    """Return True if the condition holds on any rank."""
     return any(all_gather_object(condition))
 
 
@@ -56,7 +56,7 @@ def failing_together(kind: type[Exception]) -> Iterator[None]:
 
 
 def global_mean_weights(*counts: Tensor | int) -> list[Tensor]:
-    """What to multiply this process's means over `counts` with, so that the mean over processes is that of all."""
+    """Return factors for this rank's means over `counts` such that the mean over ranks equals the global mean."""
     mine = torch.stack([torch.as_tensor(count) for count in counts]).double()
     _, size = rank_and_size()
     if size == 1:
@@ -67,25 +67,28 @@ def global_mean_weights(*counts: Tensor | int) -> list[Tensor]:
 
 
 def dealt(parts: Sequence[Sequence[T]]) -> list[T]:
-    """The processes' items in the order of one process; one that has fewer is passed over."""
+    """Interleave the ranks' items in the order of a single process, skipping ranks that have run out of items."""
     longest = max(map(len, parts))
     return [part[place] for place in range(longest) for part in parts if place < len(part)]
 
 
 def gather_groups(x: Shaped[Tensor, "rows *rest"], num_generations: int) -> Shaped[Tensor, "all_rows *rest"]:
-    """The rows of all processes, groups of `num_generations` in the order of one process; as many on each."""
+    """Gather the rows of all ranks, in groups of `num_generations` and in the order of a single process.
+
+    All ranks must have the same number of rows.
+    """
     parts = [list(part.split(num_generations)) for part in all_gather_object(x.cpu())]
     return torch.cat(dealt(parts)).to(x.device)
 
 
 def own_groups(x: Shaped[Tensor, "all_rows *rest"], num_generations: int) -> Shaped[Tensor, "rows *rest"]:
-    """Undo `gather_groups`."""
+    """Select this rank's rows, undoing `gather_groups`."""
     rank, size = rank_and_size()
     return torch.cat(x.split(num_generations)[rank::size])
 
 
 class Meter:
-    """Collects values by name, and averages them over all ranks by weight."""
+    """Accumulator of named values, which are averaged over all ranks by weight."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[tuple[Any, Any]]] = defaultdict(list)  # each with its weight
@@ -95,9 +98,9 @@ class Meter:
         self._values[name].append((value.detach() if isinstance(value, Tensor) else value, weight))
 
     def pop_means(self) -> dict[str, float]:
-        """Return the means and start afresh: each value over all ranks by its weight, then over the values of a name.
+        """Return the means and reset: each value is averaged over ranks by weight, then over all values of a name.
 
-        Names that end in /max are maxima. A rank may lack values that others have.
+        Names that end in /max are maxima. A rank may lack values that other ranks have.
         """
         plain = {name: [(float(v), float(w)) for v, w in values] for name, values in self._values.items()}
         self._values.clear()
@@ -107,7 +110,7 @@ class Meter:
 
 
 def dealt_columns(lists: Sequence[Sequence[T]]) -> list[list[T]]:
-    """The first items of all lists, then the second ones, and so on."""
+    """Transpose lists of different lengths: the first items of all lists, then the second items, and so on."""
     return [[items[n] for items in lists if n < len(items)] for n in range(max(map(len, lists)))]
 
 
@@ -117,21 +120,21 @@ def _mean(name: str, columns: list[list[tuple[float, float]]]) -> float:
     each = []
     for column in columns:
         total = sum(weight for _, weight in column)
-        # A value of no weight was made from nothing, and may be no number.
+        # A value with weight 0 is a mean over nothing, and may be NaN.
         each.append(sum(value * weight for value, weight in column if weight) / total if total else 0.0)
     return sum(each) / len(each)
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Shard a model of transformers over the processes of a device mesh, layer by layer (FSDP2).
+    """Shard a transformers model over the ranks of a device mesh, layer by layer (FSDP2).
 
     Raises:
         ValueError: the mesh has tensor parallelism.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise ValueError(
-            f"tensor_parallel_size={mesh['tensor_parallel'].size()} is not supported, the models have no plan for it: "
-            "set it to 1 and data_parallel_size to the number of processes"
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()} is not supported by the models: set it to 1 and "
+            "data_parallel_size to the number of processes"
         )
     from torch.distributed.fsdp import fully_shard
 
@@ -144,7 +147,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Whole weights on every process for a while, which then runs the model as often as it likes without the others."""
+    """Gather the whole weights on every rank inside the context, so that each rank can run the model independently."""
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -165,7 +168,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+    """Return True if an error means that another rank has died or timed out."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in LOST)
     )

@@ -1,4 +1,4 @@
-"""Files of a folder, through links, and their content, compressed or not."""
+"""Files below a folder, including links, and their content, compressed or not."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import IO
 
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # endings, and the modules that read them
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # modules by file extension
 CHUNK = 1 << 20
 
 
 def files_below(folder: Path) -> list[Path]:
-    """List the files below a folder, sorted, without hidden ones and those of SKIPPED_FOLDERS.
+    """List the files below a folder, sorted, without hidden files and SKIPPED_FOLDERS.
 
-    Links to folders are followed once the folder itself is listed. No folder is listed twice, so links may be circular.
+    Links to folders are followed after the folder itself is listed. No folder is listed twice, so cycles are harmless.
     """
     files: list[Path] = []
     listed: set[tuple[int, int]] = set()
@@ -34,25 +34,25 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def is_jsonl(file: Path) -> bool:
-    """Return whether a file is named as JSON lines, compressed or not."""
+    """Return True if a file has the extension of JSON lines, compressed or not."""
     plain = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
     return plain.suffix.lower() == ".jsonl"
 
 
 def read_file(file: Path) -> bytes:
-    """Return a file's content, decompressed.
+    """Return the decompressed content of a file.
 
     Raises:
-        ValueError: it cannot be decompressed.
+        ValueError: the file cannot be decompressed.
     """
     return b"".join(_chunks(file))
 
 
 def size_of(file: Path) -> int:
-    """Return the size of a file's content in bytes, decompressed.
+    """Return the size of a file's decompressed content in bytes.
 
     Raises:
-        ValueError: it cannot be decompressed.
+        ValueError: the file cannot be decompressed.
     """
     if file.suffix.lower() not in COMPRESSED:
         return file.stat().st_size
@@ -60,10 +60,10 @@ def size_of(file: Path) -> int:
 
 
 def lines_of(file: Path) -> Iterator[bytes]:
-    """Return the lines of a file's content, decompressed.
+    """Yield the lines of a file's decompressed content.
 
     Raises:
-        ValueError: it cannot be decompressed.
+        ValueError: the file cannot be decompressed.
     """
     with _opened(file) as content:
         while line := _read(content.readline, file):
@@ -84,10 +84,10 @@ def _opened(file: Path) -> IO[bytes]:
 def _read(method: Callable[[], bytes], file: Path) -> bytes:
     try:
         return method()
-    except Exception as error:  # of whichever module decompresses
+    except Exception as error:  # depends on the decompression module
         if file.suffix.lower() not in COMPRESSED:
             raise
         raise ValueError(
-            f"{file} cannot be decompressed ({error}): get it again, or drop the ending {file.suffix} if it is not "
-            "compressed"
+            f"{file} cannot be decompressed ({error}): fetch it again, or remove the extension {file.suffix} if it is "
+            "not compressed"
         ) from error

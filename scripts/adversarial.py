@@ -1,8 +1,8 @@
-"""Streams that try to blow a memory up, a million tokens long, in float32 and bfloat16: whether all stays finite.
+"""Adversarial streams of a million tokens that test, in float32 and bfloat16, that a memory remains finite.
 
-    python scripts/adversarial.py --tokens 1000000 --output docs/adversarial.json
+    python scripts/adversarial.py --tokens 1000000 --output docs/data/adversarial.json
 
-Nothing limits writes but the default rule, memory_step "certified"; momenta up to 0.99, gates at their ends.
+Writes are limited only by the default rule, memory_step "certified". Momenta go up to 0.99, and gates to their limits.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from hybridmem.model.memory import write_bound
 from hybridmem_kernels import memory_mlp_scan, memory_scan
 
 DIM, PIECE = 8, 2_000
-# Gates of each head: eta, constant as the rule wants it, and alpha.
+# Gates of each head: eta, constant as the rule requires, and alpha.
 HEADS = ((0.0, "never"), (0.3, "never"), (0.8, "never"), (0.99, "never"), (0.99, "hardly"), (0.8, "all, at times"))
 
 
 def keys(start: int, tokens: int) -> Tensor:
-    """(4, tokens, DIM): one key again and again, two nearly opposite ones in turn, blocks of one key each whose length
-    grows, random keys."""
+    """Return four key streams, (4, tokens, DIM).
+
+    They are a constant key, two nearly opposite keys in turn, growing blocks of one key each, and random keys.
+    """
     basis = F.normalize(torch.randn(4, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
     clock = torch.arange(start, start + tokens)
     opposite = F.normalize(-basis[0] + 0.1 * basis[1], dim=-1)
@@ -37,14 +39,14 @@ def keys(start: int, tokens: int) -> Tensor:
 
 
 def values(start: int, tokens: int) -> Tensor:
-    """(4, tokens, DIM): signs that change in every pattern that a momentum could swing along with."""
+    """Return four value streams, (4, tokens, DIM), with sign patterns that a momentum could resonate with."""
     clock = torch.arange(start, start + tokens)
     patterns = (torch.zeros_like(clock), clock, clock // 7, clock.double().sqrt().long())
     return torch.stack([1.0 - 2.0 * (pattern % 2) for pattern in patterns])[:, :, None].expand(4, tokens, DIM)
 
 
 def gates(start: int, tokens: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha, eta and theta, (heads, tokens); theta is the largest that the rule allows."""
+    """Return alpha, eta and theta, (heads, tokens), with the largest theta that the rule allows."""
     clock = torch.arange(start, start + tokens)
     forgetting = {
         "never": torch.zeros(tokens),
@@ -58,7 +60,7 @@ def gates(start: int, tokens: int, depth: int, dtype: torch.dtype) -> tuple[Tens
 
 @torch.no_grad()
 def run(depth: int, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
-    """Every key stream with every pattern of values: the largest number held or read, and whether finite."""
+    """Run all key streams with all value streams, and return the largest magnitudes of states and outputs."""
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(len(HEADS), DIM, DIM, generator=generator) * DIM**-0.5 for _ in range(depth)]
     state: Any = None
@@ -75,7 +77,7 @@ def run(depth: int, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
             out, state = memory_mlp_scan(k, k, v, alpha, eta, theta, weights, state, max_grad_norm=1.0)
             held = [*state.weights, *state.momenta]
         for name, tensors in (("state", held), ("output", [out])):
-            seen = max(tensor.abs().max().item() for tensor in tensors)  # nan and inf stay what they are
+            seen = max(tensor.abs().max().item() for tensor in tensors)  # NaN and inf propagate
             if not seen < float("inf"):
                 return {"tokens": start + size, "finite": False, **largest}
             largest[name] = max(largest[name], seen)
@@ -83,11 +85,11 @@ def run(depth: int, dtype: torch.dtype, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all; exits with 1 where a number was not finite."""
+    """Run all cases, and exit with 1 if any number is non-finite."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = []

@@ -1,10 +1,11 @@
-"""A minute of ratios, each against a baseline timed in the same run, beside those written down before.
+"""One-minute benchmark of time ratios against baselines, compared with the committed ratios.
 
-    python scripts/bench_all.py                          # compare with docs/bench.json
-    python scripts/bench_all.py --output docs/bench.json # write them down
+    python scripts/bench_all.py                          # compare with docs/data/bench.json
+    python scripts/bench_all.py --output docs/data/bench.json # update docs/data/bench.json
 
-A ratio hardly depends on the machine, so a change of one is a change of the code; on a busy machine it strays by some
-tens of percent. The script reports and never fails on a figure. Ratios are time over the baseline's: less is better.
+Each ratio is a time divided by the time of a baseline in the same run; lower is better. Ratios hardly depend on the
+machine, so a changed ratio means changed code. On a busy machine they vary by some tens of percent. The script only
+reports; no ratio makes it fail.
 """
 
 import argparse
@@ -21,29 +22,29 @@ from transformers import DynamicCache
 from hybridmem.training.allocator import keep_freed_memory
 from hybridmem.training.denormals import flush_denormals
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "bench.json"
+COMMITTED = Path(__file__).parents[1] / "docs" / "data" / "bench.json"
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
 def scan(depth: int) -> Pair:
-    """A scan, and its matrix products alone."""
+    """Return a scan, and its matrix products alone."""
     step = scan_step(depth, BATCH, 512)
     return step, products_of(step)
 
 
 def layers() -> Pair:
-    """A memory layer, and a window layer's attention on as many tokens."""
+    """Return a memory layer, and window attention on as many tokens."""
     return layer_step("ours", 1, 1, 512), divergence_step(4 * 512, 256)["layer"]
 
 
 def divergence() -> Pair:
-    """The divergence of two attentions, and the attention layer."""
+    """Return the divergence of two attentions, and the attention layer."""
     steps = divergence_step(1024, 256)
     return steps["divergence"], steps["layer"]
 
 
 def models() -> Pair:
-    """A model with a memory beside its window, and one with as many parameters and the window alone."""
+    """Return a mag model, and a swa model with as many parameters."""
     mag = our_model("mag")
     swa = our_model("swa", sum(p.numel() for p in mag.parameters()))
     ids = torch.randint(0, 256, (1, 512))
@@ -55,7 +56,7 @@ def models() -> Pair:
 
 
 def decoding() -> Pair:
-    """A token decoded behind 16,000 others, and behind 500."""
+    """Return the decoding of tokens after 16,000 others, and after 500."""
     model = our_model("mag").eval()
     token = torch.randint(0, 256, (1, 1))
 
@@ -86,22 +87,22 @@ RATIOS: dict[str, Callable[[], Pair]] = {
 
 
 def measure(pair: Pair, rounds: int) -> float:
-    """The median ratio of the two."""
+    """Return the median ratio of a pair."""
     return round(ratio(in_turn(dict(zip(("timed", "baseline"), pair, strict=True)), rounds), "timed", "baseline"), 3)
 
 
 def line(name: str, now: float, before: float | None) -> str:
-    """A line of the report."""
+    """Format a line of the report."""
     change = "      new" if before is None else f"{before:8.3f}  {now / before - 1:+.0%}"
     return f"{name:42}{now:8.3f}  before {change}"
 
 
 def main() -> None:
-    """Measure, report, and write down if asked to."""
+    """Measure and report all ratios, and write them if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="one is steadier on a machine that does other work too")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--threads", type=int, default=1, help="1 gives steadier ratios on a shared machine")
+    parser.add_argument("--output", type=Path, help="JSON file for the ratios")
     arguments = parser.parse_args()
     keep_freed_memory()
     flush_denormals()

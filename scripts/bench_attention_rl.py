@@ -1,10 +1,10 @@
-"""The divergence of two attention policies, tile by tile beside full maps: peak memory and time, forward and backward.
+"""Peak memory and time of the divergence of two attention policies, tile by tile and with full maps.
 
-    python scripts/bench_attention_rl.py [--output docs/attention_rl.json]
+    python scripts/bench_attention_rl.py [--output docs/data/attention_rl.json]
 
-One row, 4 heads of 32, every query counted. Each figure comes from a process of its own. Memory is the highest resident
-set of the first forward and backward, less what was resident before; time is the best of some more. Full maps are
-left out where they would pass --limit, judged by the length before: they grow with its square.
+The input is one row with 4 heads of 32, and all queries count. Each result comes from its own process. Memory is the
+peak resident set of the first forward and backward pass minus the resident set before; time is the best of several
+more. Full maps grow quadratically with the length, and are skipped once they would exceed --limit.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NAMES = {"torch": "tile by tile", "reference": "full maps"}
 
 
 def compare(backend: str, length: int, window: int | None) -> None:
-    """One forward and backward, on inputs as they leave an attention layer."""
+    """Run one forward and backward pass on inputs in the layout of an attention layer."""
     q, k, q_ref, k_ref = (torch.randn(1, HEADS, length, DIM) for _ in range(4))
     q.requires_grad_()
     k.requires_grad_()
@@ -32,10 +32,10 @@ def compare(backend: str, length: int, window: int | None) -> None:
 
 
 def measure(backend: str, length: int, window: int | None, repeats: int, threads: int) -> dict[str, float]:
-    """Peak memory in MB and seconds."""
+    """Measure peak memory in MB and seconds."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    compare(backend, 64, window)  # what libraries set up once is not counted
+    compare(backend, 64, window)  # excludes the libraries' one-time setup
     start = resident_megabytes()
     compare(backend, length, window)
     peak = peak_megabytes() - start
@@ -51,10 +51,10 @@ def main() -> None:
     """Measure every length and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--window", type=int, help="of both policies; everything before without it")
+    parser.add_argument("--window", type=int, help="attention window of both policies (default: none)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=8, help="GB that full maps may take")
+    parser.add_argument("--limit", type=float, default=8, help="maximum GB for full maps")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     print(f"{'':14}{'tokens':>8}{'peak MB':>10}{'seconds':>10}")
@@ -67,7 +67,7 @@ def main() -> None:
                 and last
                 and last["peak_mb"] * (length / last["tokens"]) ** 2 > arguments.limit * 1024
             ):
-                print(f"{name:14}{length:>8,}   left out: more than {arguments.limit:g} GB")
+                print(f"{name:14}{length:>8,}   skipped: more than {arguments.limit:g} GB")
                 break
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 figures = pool.apply(measure, (backend, length, arguments.window, arguments.repeats, arguments.threads))

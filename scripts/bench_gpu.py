@@ -1,10 +1,10 @@
-"""How fast models of configs/pretrain/170m.yaml train on one GPU, with the memory's operators in Triton and in PyTorch.
+"""Training speed of models of configs/pretrain/170m.yaml on one GPU, with the memory's Triton and PyTorch operators.
 
-    python scripts/bench_gpu.py [--output docs/gpu.json]
+    python scripts/bench_gpu.py [--output docs/data/gpu.json]
 
-Forward and backward of 4 texts of 4,096 tokens in bfloat16 autocast, nothing recomputed, without an optimiser. Each
-figure is the median of eight calls, timed on the device after two that are not counted; memory is the most that the
-device held. The output is written after each row: what was measured stays when a later one is cut off.
+Each result is for the forward and backward pass of 4 rows of 4,096 tokens in bfloat16 autocast, without activation
+checkpointing and without an optimiser. Times are medians of eight calls on the device after two warm-up calls, and
+memory is the peak on the device. The output is written after each row, so an interrupted run keeps its results.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CASES: list[tuple[dict[str, Any], str, bool]] = [  # changes of the configuratio
 
 
 def timed(run: Callable[[], Any], calls: int = 8) -> tuple[float, float]:
-    """Seconds of a call, and the most GB that the device held."""
+    """Return the seconds of a call and the peak GB on the device."""
     for _ in range(2):
         run()
     torch.cuda.reset_peak_memory_stats()
@@ -54,7 +54,7 @@ def timed(run: Callable[[], Any], calls: int = 8) -> tuple[float, float]:
 
 
 def training(changes: dict[str, Any], backend: str, compiled: bool) -> dict[str, Any]:
-    """Tokens a second and memory of a step."""
+    """Measure tokens per second and memory of a step."""
     torch.manual_seed(0)
     model: Any = HybridMemForCausalLM(HybridMemConfig(**(CONFIG | changes))).cuda()
     forward = torch.compile(model) if compiled else model
@@ -69,13 +69,16 @@ def training(changes: dict[str, Any], backend: str, compiled: bool) -> dict[str,
     with use_backend(backend):
         seconds, gigabytes = timed(step)
     return changes | dict(
-        backend=backend, compiled=compiled, parameters=model.num_parameters(),
-        tokens_per_second=round(BATCH * LENGTH / seconds), gb=round(gigabytes, 2),
-    )  # fmt: skip
+        backend=backend,
+        compiled=compiled,
+        parameters=model.num_parameters(),
+        tokens_per_second=round(BATCH * LENGTH / seconds),
+        gb=round(gigabytes, 2),
+    )
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure all cases, and print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

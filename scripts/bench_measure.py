@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turn, and how much memory a process takes."""
+"""Shared measurements of the benchmarks: interleaved timings and the memory of a process."""
 
 import os
 import statistics
@@ -10,13 +10,13 @@ import torch
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round; what disturbs the machine for a while disturbs all of them.
+    """Return the seconds of every call in every round, interleaved so that disturbances affect all calls alike.
 
-    On one thread these are seconds of the processor: other work on the machine hardly changes them.
+    On one thread, this is CPU time, which other load on the machine hardly changes.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for call in calls.values():
-        call()  # what is set up once does not count
+        call()  # warm-up, not timed
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -27,17 +27,17 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, baseline: str) -> float:
-    """How many times as long as the baseline a call takes: the median over rounds."""
+    """Return a call's time relative to the baseline, as the median over rounds."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True))
 
 
 def resident_megabytes() -> float:
-    """The process's resident set."""
+    """Return the resident set size of the process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def peak_megabytes() -> float:
-    """The highest that the resident set has been since the process began."""
+    """Return the peak resident set size since the process started."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**10

@@ -1,11 +1,11 @@
-"""How fast the memory is on a CPU: beside titans-pytorch (extra `bench`), beside its own products, beside attention.
+"""CPU speed of the memory against titans-pytorch (extra `bench`), its own matrix products, and attention.
 
     python scripts/bench_memory.py [--sections layer products model decode divergence] [--allocator glibc]
 
-What is compared is timed in turn in one process; a ratio is the median over rounds. Memory is the highest resident set
-of three steps less what was resident before, each side in a process of its own. Both sides get the same allocator:
-"kept" is what training sets (hybridmem/training/allocator.py), "glibc" the C library's own behaviour. Where other work
-shares the machine, take --threads 1: times are then those of the processor.
+Alternatives are timed in turn in one process, and a ratio is the median over rounds. Memory is the peak resident set of
+three steps minus the resident set before, measured in a separate process per alternative. All use the same allocator:
+"kept" has the settings of training (hybridmem/training/allocator.py), and "glibc" those of the C library. Use
+--threads 1 on a shared machine, to measure CPU time.
 """
 
 import argparse
@@ -35,35 +35,41 @@ from hybridmem.training.allocator import keep_freed_memory
 from hybridmem_kernels import attention_divergence, memory_mlp_scan, memory_scan
 
 BATCH, WIDTH, HEADS, DIM, CHUNK, LENGTHS = 4, 256, 4, 64, 64, (1024, 4096)
-CASES = ((1, 1), (2, 1), (2, 4))  # depth and expansion of the memory; 4 is titans-pytorch's default, 1 ours
+CASES = ((1, 1), (2, 1), (2, 4))  # memory depth and expansion; titans-pytorch's default is 4, hybridmem's is 1
 ALLOCATORS = ("kept", "glibc")
 Row = dict[str, Any]
 
 
 def import_titans() -> Any:
-    """titans-pytorch, which only what is compared with it needs."""
+    """Import titans-pytorch, which only some sections need."""
     return import_module("titans_pytorch")
 
 
 def our_layer(depth: int, expansion: int) -> NeuralMemory:
-    """A `NeuralMemory` as a model starts it."""
+    """Return a `NeuralMemory` with a model's initialisation."""
     config = HybridMemConfig(
-        variant="lmm", num_hidden_layers=1, hidden_size=WIDTH, memory_heads=HEADS, memory_head_dim=DIM,
-        memory_chunk_size=CHUNK, memory_depth=depth, memory_expansion=expansion,
-    )  # fmt: skip
+        variant="lmm",
+        num_hidden_layers=1,
+        hidden_size=WIDTH,
+        memory_heads=HEADS,
+        memory_head_dim=DIM,
+        memory_chunk_size=CHUNK,
+        memory_depth=depth,
+        memory_expansion=expansion,
+    )
     (memory,) = (part for part in HybridMemForCausalLM(config).modules() if isinstance(part, NeuralMemory))
     return memory
 
 
 def their_layer(depth: int, expansion: int) -> nn.Module:
-    """The `NeuralMemory` of titans-pytorch, with its defaults."""
+    """Return titans-pytorch's `NeuralMemory` with its defaults."""
     titans = import_titans()
     model = titans.MemoryMLP(DIM, depth=depth, expansion_factor=expansion)
     return titans.NeuralMemory(dim=WIDTH, dim_head=DIM, heads=HEADS, chunk_size=CHUNK, model=model)
 
 
 def layer_step(side: str, depth: int, expansion: int, length: int) -> Callable[[], None]:
-    """Forward and backward of one layer, projections and the gradient by its input included."""
+    """Return the forward and backward pass of one layer, including projections and the input's gradient."""
     layer: nn.Module = our_layer(depth, expansion) if side == "ours" else their_layer(depth, expansion)
     x, grad = torch.randn(BATCH, length, WIDTH, requires_grad=True), torch.randn(BATCH, length, WIDTH)
     more = (None, TokenSequence()) if side == "ours" else ()
@@ -77,7 +83,7 @@ def layer_step(side: str, depth: int, expansion: int, length: int) -> Callable[[
 
 
 def layer_speed(depth: int, expansion: int, length: int, rounds: int) -> Row:
-    """Tokens a second of both layers."""
+    """Measure tokens per second of both layers."""
     steps = {side: layer_step(side, depth, expansion, length) for side in ("ours", "theirs")}
     seconds = in_turn(steps, rounds)
     speeds = {side: round(BATCH * length / statistics.median(of)) for side, of in seconds.items()}
@@ -85,7 +91,7 @@ def layer_speed(depth: int, expansion: int, length: int, rounds: int) -> Row:
 
 
 def layer_memory(side: str, depth: int, expansion: int, length: int) -> float:
-    """Megabytes that three steps take beyond what a short one has left."""
+    """Measure the peak megabytes of three steps, beyond the memory resident after a short one."""
     layer_step(side, depth, expansion, 2 * CHUNK)()
     step, before = layer_step(side, depth, expansion, length), resident_megabytes()
     for _ in range(3):
@@ -94,7 +100,7 @@ def layer_memory(side: str, depth: int, expansion: int, length: int) -> float:
 
 
 def bench_layer(rounds: int, run: Callable[..., Any]) -> list[Row]:
-    """Our memory layer beside theirs: speed, and peak extra memory."""
+    """Compare the speed and peak memory of both memory layers."""
     rows = []
     for depth, expansion in CASES:
         for length in LENGTHS:
@@ -108,9 +114,9 @@ def bench_layer(rounds: int, run: Callable[..., Any]) -> list[Row]:
 
 
 class Products(TorchDispatchMode):
-    """Writes down the batched matrix products that run, each with its operands' shapes and strides."""
+    """Dispatch mode that records the shapes and strides of all batched matrix products."""
 
-    SMALLEST = 8  # products with a side below this are sums and 2 x 2 matrices: they count as the rest
+    SMALLEST = 8  # ignores products with a side below this, which are sums and 2 x 2 matrices
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +131,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def replay(self) -> Callable[[], None]:
-        """The same products alone, each on operands of its own."""
+        """Return a function that repeats the recorded products alone, each on its own operands."""
         pairs = [[torch.empty_strided(*operand).normal_() for operand in pair] for pair in self.operands]
         outs = [a.new_empty(len(a), a.shape[1], b.shape[2]) for a, b in pairs]
 
@@ -137,7 +143,7 @@ class Products(TorchDispatchMode):
 
 
 def scan_step(depth: int, batch: int, length: int) -> Callable[[], object]:
-    """`memory_scan`, or `memory_mlp_scan` from depth 2 on, forward and backward, gradients of every input."""
+    """Return the forward and backward pass of `memory_scan`, or from depth 2 on of `memory_mlp_scan`."""
     q, k, v = (torch.randn(batch, HEADS, length, DIM) for _ in range(3))
     q, k = (F.normalize(x, dim=-1) for x in (q, k))
     gates = [torch.rand(batch, HEADS, length) * top for top in (0.05, 0.8, 0.2)]
@@ -156,14 +162,14 @@ def scan_step(depth: int, batch: int, length: int) -> Callable[[], object]:
 
 
 def products_of(step: Callable[[], object]) -> Callable[[], None]:
-    """The matrix products of a step, alone."""
+    """Return the matrix products of a step, alone."""
     with Products() as products:
         step()
     return products.replay()
 
 
 def products_share(depth: int, length: int, rounds: int) -> Row:
-    """How much of a scan's time its products take when they are all that is done."""
+    """Measure the time of a scan's matrix products alone, as a share of the scan's time."""
     step = scan_step(depth, BATCH, length)
     seconds = in_turn({"scan": step, "products": products_of(step)}, rounds)
     figures = {f"{name}_ms": round(statistics.median(of) * 1e3, 2) for name, of in seconds.items()}
@@ -171,7 +177,7 @@ def products_share(depth: int, length: int, rounds: int) -> Row:
 
 
 def bench_products(rounds: int, run: Callable[..., Any]) -> list[Row]:
-    """The products' share of memory_scan and of memory_mlp_scan."""
+    """Measure the products' share of memory_scan and memory_mlp_scan."""
     rows = []
     for depth in (1, 2):
         for length in LENGTHS:
@@ -181,12 +187,12 @@ def bench_products(rounds: int, run: Callable[..., Any]) -> list[Row]:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many there are."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def our_model(variant: str, wanted: int | None = None, depth: int = 1) -> HybridMemForCausalLM:
-    """A model of four layers; `wanted` parameters by the width of its feed-forward layers."""
+    """Return a model of four layers, with feed-forward layers wide enough for `wanted` parameters."""
     config = dict(variant=variant, num_hidden_layers=4, hidden_size=WIDTH, memory_depth=depth, memory_chunk_size=CHUNK)
     model = HybridMemForCausalLM(HybridMemConfig(**config))
     if wanted is None:
@@ -196,16 +202,24 @@ def our_model(variant: str, wanted: int | None = None, depth: int = 1) -> Hybrid
 
 
 def their_model(streams: int | None) -> nn.Module:
-    """titans-pytorch's model of the same width and depth, segments as long as our window."""
+    """Return titans-pytorch's model of the same width and depth, with segments as long as hybridmem's window."""
     more = {} if streams is None else {"num_residual_streams": streams}
     return import_titans().MemoryAsContextTransformer(
-        num_tokens=259, dim=WIDTH, depth=4, segment_len=256, neural_memory_segment_len=CHUNK, heads=HEADS,
-        dim_head=DIM, num_persist_mem_tokens=4, neural_memory_kwargs=dict(dim_head=DIM, heads=HEADS), **more,
-    )  # fmt: skip
+        num_tokens=259,
+        dim=WIDTH,
+        depth=4,
+        segment_len=256,
+        neural_memory_segment_len=CHUNK,
+        heads=HEADS,
+        dim_head=DIM,
+        num_persist_mem_tokens=4,
+        neural_memory_kwargs=dict(dim_head=DIM, heads=HEADS),
+        **more,
+    )
 
 
 def model_speed(length: int, rounds: int) -> Row:
-    """Tokens a second of whole models with the same number of parameters, forward and backward."""
+    """Measure tokens per second, forward and backward, of whole models with equally many parameters."""
     theirs = {"mac": their_model(None), "mac, one residual stream": their_model(1)}
     size = parameters(theirs["mac"])
     ours = {
@@ -240,7 +254,7 @@ def model_speed(length: int, rounds: int) -> Row:
 
 
 def bench_model(rounds: int, run: Callable[..., Any]) -> list[Row]:
-    """Whole models."""
+    """Compare whole models."""
     rows = [run(model_speed, 1024, rounds)]
     say("model", rows[0])
     return rows
@@ -248,7 +262,7 @@ def bench_model(rounds: int, run: Callable[..., Any]) -> list[Row]:
 
 @torch.no_grad()
 def decode_speed(tokens: int, rounds: int) -> Row:
-    """Milliseconds a token behind 1,000 tokens and behind `tokens`, all of them read, in pieces of 4,000."""
+    """Measure milliseconds per decoded token after 1,000 tokens and after `tokens`, read in pieces of 4,000."""
     model = our_model("mag").eval()
     caches: dict[str, DynamicCache] = {}
     for read in (1_000, tokens):
@@ -265,14 +279,14 @@ def decode_speed(tokens: int, rounds: int) -> Row:
 
 
 def bench_decode(rounds: int, run: Callable[..., Any]) -> list[Row]:
-    """Decoding early and late."""
+    """Compare decoding after few and after many tokens."""
     rows = [run(decode_speed, 1_000_000, rounds)]
     say("decode", rows[0])
     return rows
 
 
 def divergence_step(length: int, window: int) -> dict[str, Callable[[], object]]:
-    """`attention_divergence`; the attention that it scores, as a layer; and that layer's projections alone."""
+    """Return the attention layer, its projections alone, and `attention_divergence`, each with a backward pass."""
     config = HybridMemConfig(hidden_size=WIDTH, num_attention_heads=HEADS, head_dim=DIM, attention_window=window)
     config._attn_implementation = "sdpa"
     attention = ShortRangeAttention(config, 0, window)
@@ -301,7 +315,7 @@ def divergence_step(length: int, window: int) -> dict[str, Callable[[], object]]
 
 
 def divergence_speed(rounds: int) -> Row:
-    """Milliseconds at 4,096 tokens, window 256."""
+    """Measure milliseconds at 4,096 tokens with a window of 256."""
     seconds = in_turn(divergence_step(4096, 256), rounds)
     figures = {name: round(statistics.median(of) * 1e3, 1) for name, of in seconds.items()}
     attention = figures["layer"] - figures["projections"]
@@ -313,7 +327,7 @@ def divergence_speed(rounds: int) -> Row:
 
 
 def bench_divergence(rounds: int, run: Callable[..., Any]) -> list[Row]:
-    """The divergence of two attentions beside attention."""
+    """Compare the divergence of two attentions with attention itself."""
     rows = [run(divergence_speed, rounds)]
     say("divergence", rows[0])
     return rows
@@ -329,13 +343,13 @@ SECTIONS = {
 
 
 def say(section: str, row: Row) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"{section}: {json.dumps(row)}", file=sys.stderr, flush=True)
 
 
 def start(allocator: str, threads: int) -> None:
-    """Set a process up."""
-    warnings.filterwarnings("ignore")  # titans-pytorch's advice on flex attention
+    """Set up a process."""
+    warnings.filterwarnings("ignore")  # titans-pytorch warns about flex attention
     if allocator == "kept":
         keep_freed_memory()
     torch.set_num_threads(threads)
@@ -343,7 +357,7 @@ def start(allocator: str, threads: int) -> None:
 
 
 def main() -> None:
-    """Measure the sections, each figure in a process of its own, and write them down."""
+    """Measure the sections, each result in its own process, and print and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)

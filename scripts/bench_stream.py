@@ -1,10 +1,9 @@
-"""Read 2,000,000 tokens through one streaming state: resident memory and time per token, beside a full-attention model.
+"""Streams 2,000,000 tokens through one state, and compares memory and time per token with a full-attention model.
 
-    python scripts/bench_stream.py [--tokens 2000000] [--output docs/stream.json]
+    python scripts/bench_stream.py [--tokens 2000000] [--output docs/data/stream.json]
 
-A piece of 1,000 tokens is read at a time; at every mark 32 more are decoded one by one. Memory is the process's
-resident set, each model in a process of its own. The full-attention model stops where a piece takes ten times as long
-as its first one.
+Tokens are read in pieces of 1,000, and at every mark 32 more are decoded one by one. Memory is the resident set of the
+process; each model has its own. The full-attention model stops once a piece takes ten times as long as its first ones.
 """
 
 import argparse
@@ -25,19 +24,27 @@ from hybridmem.training.denormals import flush_denormals
 
 PIECE = 1_000
 SHAPE = dict(
-    hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-    head_dim=32, attention_window=64, memory_heads=4, memory_head_dim=32, memory_chunk_size=32,
-)  # fmt: skip
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    attention_window=64,
+    memory_heads=4,
+    memory_head_dim=32,
+    memory_chunk_size=32,
+)
 
 
 def marks(tokens: int) -> list[int]:
-    """Where figures are taken: 10,000, then every tenth of the way."""
+    """Return the positions of measurements: 10,000 tokens, then every tenth of the way."""
     return sorted({10_000, *(tokens * n // 10 // PIECE * PIECE for n in range(1, 11))})
 
 
 @torch.no_grad()
 def stream(variant: str, tokens: int, threads: int) -> list[dict[str, float]]:
-    """Read `tokens` random bytes; returns a row of figures per mark."""
+    """Read `tokens` random bytes, and return a row of results per mark."""
     keep_freed_memory()
     flush_denormals()
     torch.set_num_threads(threads)
@@ -68,14 +75,14 @@ def stream(variant: str, tokens: int, threads: int) -> list[dict[str, float]]:
             print_row(variant, rows[-1])
         if variant == "full" and first and pieces[-1] > 10 * first:
             print(
-                f"{variant:8}  stops at {position:,} tokens: a piece now takes {pieces[-1] / first:.0f} times its start"
+                f"{variant:8}  stopped at {position:,} tokens: a piece takes {pieces[-1] / first:.0f}x its first time"
             )
             break
     return rows
 
 
 def decode(model: HybridMemForCausalLM, cache: DynamicCache, generator: torch.Generator, steps: int = 32) -> float:
-    """Milliseconds to read one token on its own: the median of some."""
+    """Return the median milliseconds to decode one token."""
     seconds = []
     for _ in range(steps):
         ids = torch.randint(0, 256, (1, 1), generator=generator)
@@ -86,7 +93,7 @@ def decode(model: HybridMemForCausalLM, cache: DynamicCache, generator: torch.Ge
 
 
 def print_row(variant: str, row: dict[str, float]) -> None:
-    """One line of the table."""
+    """Print a line of the table."""
     print(
         f"{variant:8}{row['tokens']:>12,}{row['resident_mb']:>14.1f}{row['state_kb']:>12.1f}"
         f"{row['us_per_token']:>14.2f}{row['decode_ms']:>12.3f}",
@@ -95,12 +102,12 @@ def print_row(variant: str, row: dict[str, float]) -> None:
 
 
 def spread(rows: list[dict[str, float]], key: str) -> float:
-    """How far a figure strays from its first value, at most, in percent."""
+    """Return the largest deviation of a result from its first value, in percent."""
     return max(abs(row[key] / rows[0][key] - 1) for row in rows) * 100
 
 
 def main() -> None:
-    """Stream both models and say how flat they were."""
+    """Stream all models, and report how constant memory and times were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--variants", nargs="+", default=["mag", "full"])
@@ -115,8 +122,9 @@ def main() -> None:
     for variant, rows in results.items():
         settled = [row for row in rows if row["tokens"] >= 10_000]
         print(
-            f"{variant}: after 10,000 tokens resident memory strays {spread(settled, 'resident_mb'):.1f} %, time per "
-            f"token {spread(settled, 'us_per_token'):.1f} %, decoding {spread(settled, 'decode_ms'):.1f} %"
+            f"{variant}: largest deviations after 10,000 tokens: {spread(settled, 'resident_mb'):.1f} % in resident "
+            f"memory, {spread(settled, 'us_per_token'):.1f} % in time per token, "
+            f"{spread(settled, 'decode_ms'):.1f} % in decoding"
         )
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")

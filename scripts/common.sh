@@ -1,4 +1,4 @@
-# What the scripts share: a virtual environment with the package in it, or a clear word on what is missing.
+# Shared setup of the scripts: a virtual environment with the package installed, and clear errors if that fails.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
@@ -13,16 +13,16 @@ find_python() {
     done
     local found
     found=$(python3 --version 2>&1 || true)
-    die "Python 3.11 or newer is needed (found: ${found:-none}); install it, or set PYTHON=/path/to/python3.11"
+    die "Python 3.11 or newer is required (found: ${found:-none}); install it, or set PYTHON=/path/to/python3.11"
 }
 
 need_space() { # megabytes
     local free
     free=$(df -Pm "$root" | awk 'NR == 2 {print $4}')
-    [ "$free" -ge "$1" ] || die "$1 MB of free disk are needed below $root, $free MB are there"
+    [ "$free" -ge "$1" ] || die "$root needs $1 MB of free disk space, but has $free MB; free some space"
 }
 
-# make_environment EXTRAS: .venv with the package, editable, at the pinned versions
+# make_environment EXTRAS: create .venv with an editable install of the package at the pinned versions
 make_environment() {
     local python stamp
     python=$(find_python) || exit 1
@@ -37,9 +37,9 @@ make_environment() {
     if ! .venv/bin/python -m pip install --constraint constraints.txt "torch==$(sed -n 's/^torch==//p' constraints.txt)" >"$log" 2>&1 ||
         ! .venv/bin/python -m pip install --constraint constraints.txt --editable ".$1" >>"$log" 2>&1; then
         tail -n 5 "$log" >&2
-        grep -qiE 'connection|resolve|network|timed out|Temporary failure' "$log" && die "pip cannot reach a package index: check the network, or PIP_INDEX_URL"
-        grep -qi 'No space left' "$log" && die "the disk is full"
-        die "installing failed; the whole log is in $log"
+        grep -qiE 'connection|resolve|network|timed out|Temporary failure' "$log" && die "pip cannot reach a package index; check the network, or PIP_INDEX_URL"
+        grep -qi 'No space left' "$log" && die "the disk is full; free some space"
+        die "the installation failed; see $log"
     fi
     echo "$1" >"$stamp"
 }

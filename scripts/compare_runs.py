@@ -1,4 +1,4 @@
-"""Compare pretraining runs: held-out bits per byte, loss by position, and the curves as a picture.
+"""Compares pretraining runs: held-out bits per byte, loss by position, and a figure of the training curves.
 
 python scripts/compare_runs.py runs/a runs/b --output curves.png
 """
@@ -17,12 +17,12 @@ AT_POSITION = "val/bits_per_byte_at/"
 
 
 def last(values: dict[int, float]) -> float:
-    """The value of the last step."""
+    """Return the value at the last step."""
     return values[max(values)]
 
 
 def loss_by_position(log: dict[str, dict[int, float]]) -> dict[str, float]:
-    """Held-out bits per byte by range of positions, in order."""
+    """Return held-out bits per byte by range of positions, in order."""
     ranges = {
         name.removeprefix(AT_POSITION): last(values) for name, values in log.items() if name.startswith(AT_POSITION)
     }
@@ -30,7 +30,7 @@ def loss_by_position(log: dict[str, dict[int, float]]) -> dict[str, float]:
 
 
 def print_table(logs: dict[str, dict[str, dict[int, float]]]) -> None:
-    """Held-out bits per byte of every run, overall and by position."""
+    """Print held-out bits per byte of every run, overall and by position."""
     positions = list(dict.fromkeys(name for log in logs.values() for name in loss_by_position(log)))
     width = max(map(len, [*logs, "tokens read before"]))
     print(f"\nheld-out bits per byte\n{'':{width}}  {'all':>7}  steps")
@@ -46,7 +46,7 @@ def print_table(logs: dict[str, dict[str, dict[int, float]]]) -> None:
 
 
 def draw(logs: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
-    """Training curves, and loss by position."""
+    """Draw training curves and loss by position."""
     figure, (curves, positions) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lowest = []
     for name, log in logs.items():
@@ -75,10 +75,10 @@ def draw(logs: dict[str, dict[str, dict[int, float]]], output: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and draw the picture."""
+    """Print the tables and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (their default_root_dir)")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="the picture to write")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders (trainer.default_root_dir)")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="figure to write")
     arguments = parser.parse_args()
     by_name = len({run.name for run in arguments.runs}) == len(arguments.runs)
     try:

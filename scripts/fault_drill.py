@@ -1,9 +1,9 @@
-"""Kills, starves and corrupts small training runs, and looks whether they resume to the same bits or say what is wrong.
+"""Injects faults into small training runs, and checks that they resume bit for bit or report the cause.
 
-    python scripts/fault_drill.py --kills 50 --output docs/reliability.json
+    python scripts/fault_drill.py --kills 50 --output docs/data/reliability.json
 
-A start is a fork of this process, which has imported everything. Every loss of every start is compared with those of a
-run that nothing happened to, and so are the weights at the end.
+Every run is a fork of this process, which has imported everything. All losses and the final weights are compared with a
+reference run without faults.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from hybridmem.training.checkpoints.durable import PART, newest_good, read_check
 from hybridmem.training.checkpoints.loading import load_checkpoint
 
 STEPS = 40
-STARTS_BY_KILLS = 10  # kills that one run takes before it is let to its end
-ACCUMULATED = 3  # batches of an optimiser step in the drill of gradient accumulation
+STARTS_BY_KILLS = 10  # kills of one run before it may finish
+ACCUMULATED = 3  # batches per optimiser step in the drill of gradient accumulation
 FAULTS = ("kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt")
-STUCK = 120  # seconds after which a start that should have ended is a failure
+STUCK = 120  # seconds after which an unfinished process counts as a failure
 GLOO = {"process_group_backend": "gloo"}
 SEVERAL: dict[str, dict[str, Any]] = {
     "DDP": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": GLOO},
@@ -49,13 +49,13 @@ SEVERAL: dict[str, dict[str, Any]] = {
 
 
 class LossLog(L.Callback):
-    """Writes the loss of every batch to a file, to the last bit."""
+    """Callback that writes the exact loss of every batch to a file."""
 
     def __init__(self, path: str):
         self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Append a line at once: the process may be killed any time."""
+        """Append a line immediately, because the process may be killed at any time."""
         if not trainer.is_global_zero:
             return
         line = f"{batches_trained(trainer)} {float(trainer.callback_metrics['train/loss']).hex()}\n"
@@ -65,59 +65,59 @@ class LossLog(L.Callback):
 
 
 class NoNumbers(L.Callback):
-    """Makes one batch's embeddings no numbers."""
+    """Callback that turns one batch's embeddings into NaN."""
 
     def __init__(self, step: int):
         self.step = step
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Between the embeddings and the layers."""
+        """Add a hook to the embeddings."""
         embeddings = pl_module.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda _, __, out: out * self.factor(trainer))
 
     def factor(self, trainer: L.Trainer) -> float:
-        """1 in all other batches."""
+        """Return NaN in the chosen batch and 1 in all others."""
         return float("nan") if trainer.global_step == self.step and trainer.training else 1.0
 
 
 class BrokenBatch(L.Callback):
-    """Raises in the forward or the backward pass of one batch."""
+    """Callback that raises an error in the forward or backward pass of one batch."""
 
     def __init__(self, batch: int, backward: bool):
         self.batch, self.backward = batch, backward
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Set the trap."""
+        """Add a hook that fails to the chosen batch."""
         if batches_trained(trainer) == self.batch:
             layer = pl_module.model.model.layers[0].feed_forward.down_proj
             register = layer.register_full_backward_hook if self.backward else layer.register_forward_hook
             register(self.fail)
 
     def fail(self, *_: Any) -> None:
-        """Raise."""
+        """Raise an error."""
         raise RuntimeError("a fault of the drill")
 
 
 class FullDisk(L.Callback):
-    """Lets no file grow beyond some bytes from a step on."""
+    """Callback that limits the size of files from a step on."""
 
     def __init__(self, step: int, size: int):
         self.step, self.size = step, size
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Ask the kernel for it."""
+        """Set the limit at the chosen step."""
         if trainer.global_step == self.step:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Drill:
-    """A small run that can be started in a folder again and again; with a strategy it has two processes."""
+    """Small run that can be started repeatedly in a folder, with two processes if a strategy is given."""
 
     def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None, accumulate: int = 1):
         self.work, self.random, self.strategy = work, random.Random(seed), strategy
         self.accumulate = accumulate
-        self.others: list[int] = []  # the processes beside the first one
+        self.others: list[int] = []  # all processes except the first
         self.text = work / "text"
         work.mkdir(exist_ok=True)
         self.counts: dict[str, Counter[str]] = {}
@@ -126,27 +126,27 @@ class Drill:
         begun = time.monotonic()
         reference = self.folder("reference")
         if self.wait(self.start(reference)) != 0:
-            raise SystemExit(f"the run without faults failed: {self.said(reference)}")
+            raise SystemExit(f"the reference run without faults failed: {self.said(reference)}")
         self.seconds = time.monotonic() - begun
         self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
         self.weights = load_checkpoint(reference / "last.ckpt")["state_dict"]
         assert len(self.losses) == STEPS // accumulate * accumulate
 
     def write_text(self) -> None:
-        """What is learnt from."""
+        """Write the training text."""
         self.text.mkdir(exist_ok=True)
         for n in range(12):
             (self.text / f"{n}.txt").write_text(f"value_{n} = {n * 7919} # line\n" * (20 + n))
 
     def folder(self, name: str) -> Path:
-        """An empty folder for a run."""
+        """Create an empty folder for a run."""
         path = self.work / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         return path
 
     def start(self, folder: Path, *options: str, callbacks: tuple[dict[str, Any], ...] = ()) -> int:
-        """Start the run, or go on with it; the first process's id."""
+        """Start or resume the run, and return the first process's ID."""
         log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
         config = folder / "config.yaml"
         config.write_text(
@@ -158,7 +158,7 @@ class Drill:
         with socket.create_server(("127.0.0.1", 0)) as found:
             port = found.getsockname()[1]
         group = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        group |= {"TORCHELASTIC_RUN_ID": "drill"}  # as torchrun starts them
+        group |= {"TORCHELASTIC_RUN_ID": "drill"}  # as set by torchrun
         first, *self.others = [
             self.fork(folder / name, arguments, group | {"RANK": rank, "LOCAL_RANK": rank})
             for rank, name in enumerate(("output.txt", "output_of_second.txt"))
@@ -166,7 +166,7 @@ class Drill:
         return first
 
     def fork(self, said: Path, arguments: list[str], environment: dict[str, Any]) -> int:
-        """Run a command in a process of its own; its id."""
+        """Run a command in a forked process, and return its ID."""
         sys.stdout.flush()
         process = os.fork()
         if process:
@@ -177,7 +177,7 @@ class Drill:
             output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever a caller had put there
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # replaces redirected streams
             sys.argv = arguments
             hybridmem()
             code = 0
@@ -191,14 +191,14 @@ class Drill:
             os._exit(code)
 
     def wait(self, process: int) -> int:
-        """A start's exit status, that of its first process, negative the signal that ended it."""
+        """Wait for all processes, and return the first one's exit status, or minus the signal that ended it."""
         code = self.end_of(process)
         while self.others:
             self.end_of(self.others.pop())
         return code
 
     def end_of(self, process: int) -> int:
-        """A process's exit status; one that is stuck is killed."""
+        """Wait for a process, or kill it if it is stuck, and return its exit status."""
         deadline = time.monotonic() + STUCK
         while time.monotonic() < deadline:
             done, status = os.waitpid(process, os.WNOHANG)
@@ -210,29 +210,29 @@ class Drill:
         return 124
 
     def said(self, folder: Path) -> str:
-        """The last line of a start's output."""
+        """Return the last line of a run's output."""
         lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def newest(self, folder: Path) -> list[str]:
-        """The option to go on, as a script of a scheduler would write it."""
+        """Return the options that resume a run from its newest checkpoint."""
         others = sorted(folder.glob("within*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
         checkpoint = to_go_on_from(folder) or next(reversed(others), None)
         return [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
 
     def count(self, fault: str, what: str) -> None:
-        """Note what came of a fault."""
+        """Count the outcome of a fault."""
         self.counts.setdefault(fault, Counter())[what] += 1
 
     def check(self, fault: str, good: bool, what: str) -> bool:
-        """Note a failure where something is not as it must be."""
+        """Record a failure unless `good`."""
         if not good:
             self.count(fault, "failed")
             self.failures.append(f"{fault}: {what}")
         return good
 
     def same_so_far(self, fault: str, folder: Path) -> bool:
-        """Whether all losses of all starts are those of the run without faults, and all checkpoints good."""
+        """Check that all losses so far match the reference, and that all checkpoints are intact."""
         log = folder / "losses.txt"
         lines = log.read_text().splitlines() if log.exists() else []
         other = [line for line in lines if self.losses.get(line.split()[0]) != line.split()[1]]
@@ -245,7 +245,7 @@ class Drill:
         return self.check(fault, not other and not broken, f"{other[:1]} {broken[:1]}")
 
     def ends_the_same(self, fault: str, folder: Path, *options: str) -> bool:
-        """Whether the run goes on to its end with the same losses and weights."""
+        """Resume the run to its end, and check that losses and weights match the reference."""
         code = self.wait(self.start(folder, *(options or self.newest(folder))))
         if not self.check(fault, code == 0, f"exit status {code}: {self.said(folder)}"):
             return False
@@ -257,7 +257,7 @@ class Drill:
         return False
 
     def refuses(self, fault: str, folder: Path, code: int, *words: str) -> bool:
-        """Whether a start ended in one line that has these words."""
+        """Check that a run ended with a one-line error that contains these words."""
         said = self.said(folder)
         good = code in (1, 2) and said.startswith("hybridmem: ") and all(word in said for word in words)
         if self.check(fault, good, f"exit status {code}: {said}"):
@@ -272,9 +272,9 @@ def settings(
     strategy: dict[str, Any] | None = None,
     accumulate: int = 1,
 ) -> dict[str, Any]:
-    """The configuration: a model of two layers, 40 batches, a checkpoint every second step, validations.
+    """Return a configuration with two layers, 40 batches, a checkpoint every second step, and validations.
 
-    Where steps accumulate batches, validations come within them, each with a checkpoint that stays.
+    With gradient accumulation, validations fall within optimiser steps, and each keeps a checkpoint.
     """
     processes = 1 if strategy is None else 2
     regular = {"filename": "{step}", "save_last": True, "every_n_train_steps": 2}
@@ -285,17 +285,35 @@ def settings(
         keepers = [regular]
     checkpoints = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": k} for k in keepers]
     config = dict(
-        variant="mag", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, attention_window=16, attention_dropout=0.1, memory_heads=2,
-        memory_head_dim=16, memory_chunk_size=16,
-    )  # fmt: skip
+        variant="mag",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_window=16,
+        attention_dropout=0.1,
+        memory_heads=2,
+        memory_head_dim=16,
+        memory_chunk_size=16,
+    )
     return {
         "seed_everything": 0,
         "trainer": {
-            "accelerator": "cpu", "max_steps": STEPS // accumulate, "val_check_interval": 4,
-            "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
-            "gradient_clip_val": 1.0, "enable_model_summary": False, "enable_progress_bar": False,
-            "default_root_dir": str(folder), "logger": False, "devices": processes, "strategy": strategy or "auto",
+            "accelerator": "cpu",
+            "max_steps": STEPS // accumulate,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": 1.0,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+            "logger": False,
+            "devices": processes,
+            "strategy": strategy or "auto",
             "accumulate_grad_batches": accumulate,
             "callbacks": [*checkpoints, *callbacks],
         },
@@ -311,15 +329,19 @@ def settings(
         "data": {
             "class_path": "hybridmem.data.TextDataModule",
             "init_args": {
-                "path": str(text), "pattern": "*.txt", "sequence_length": 64, "batch_size": 2 // processes,
-                "val_fraction": 0.2, "mode": "continuous",
+                "path": str(text),
+                "pattern": "*.txt",
+                "sequence_length": 64,
+                "batch_size": 2 // processes,
+                "val_fraction": 0.2,
+                "mode": "continuous",
             },
         },
-    }  # fmt: skip
+    }
 
 
 def kill(drill: Drill, kills: int) -> None:
-    """SIGKILL at random moments, every second one aimed at the writing of a checkpoint."""
+    """Send SIGKILL at random moments, and every second time while a checkpoint is being written."""
     done, run = 0, 0
     while done < kills:
         folder, here = drill.folder("killed"), 0
@@ -333,7 +355,7 @@ def kill(drill: Drill, kills: int) -> None:
             os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
             if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-                break  # it had come to its end
+                break  # the run had finished
             here, done = here + 1, done + 1
             drill.count("SIGKILL", "kills")
             drill.count(
@@ -345,7 +367,7 @@ def kill(drill: Drill, kills: int) -> None:
 
 
 def await_writing(folder: Path, process: int, drill: Drill) -> None:
-    """Until a checkpoint is being written, one of the next few, and a little longer."""
+    """Wait until one of the next few checkpoints is being written."""
     for _ in range(drill.random.randint(1, 4)):
         written = [path.stat().st_mtime_ns for path in folder.glob("last.ckpt")]
         while not (folder / PART).exists() or written != [path.stat().st_mtime_ns for path in folder.glob("last.ckpt")]:
@@ -357,7 +379,7 @@ def await_writing(folder: Path, process: int, drill: Drill) -> None:
 
 
 def terminate(drill: Drill, times: int, fault: str = "SIGTERM") -> None:
-    """SIGTERM at random moments, as schedulers do; every third one is followed by SIGKILL, too soon."""
+    """Send SIGTERM at random moments, like a scheduler, and every third time SIGKILL shortly afterwards."""
     for turn in range(times):
         folder = drill.folder("terminated")
         process = drill.start(folder)
@@ -378,10 +400,9 @@ def terminate(drill: Drill, times: int, fault: str = "SIGTERM") -> None:
 
 
 def stop_within_steps(drill: Drill, times: int, seed: int) -> None:
-    """Stop and resume between two optimiser steps, where batches have gone by whose work no weight shows yet.
+    """Stop and resume in the middle of an optimiser step, with accumulated gradients, in one process and in two.
 
-    Such work is the gradients of an accumulation, in runs of one process and of two. Groups of rollouts that wait for a
-    full batch (dynamic sampling) are of this kind too; a drill of reinforcement learning belongs here.
+    Groups of rollouts that wait for a full batch (dynamic sampling) are not drilled yet.
     """
     for name, strategy in {"one process": None, **SEVERAL}.items():
         accumulating = Drill(drill.work / f"accumulating, {name}", seed, strategy, ACCUMULATED)
@@ -402,7 +423,7 @@ def resume_within_steps(drill: Drill, times: int, fault: str) -> None:
 
 
 def raise_within_steps(drill: Drill, times: int) -> None:
-    """Resume from the checkpoint of an exception, or read why that is impossible: a backward pass was cut short."""
+    """Resume from an exception's checkpoint, or check that it is rejected if a backward pass was interrupted."""
     fault = "exception while accumulating"
     for turn in range(times):
         folder, batch = drill.folder("exception"), drill.random.randrange(2, STEPS // ACCUMULATED * ACCUMULATED)
@@ -414,13 +435,13 @@ def raise_within_steps(drill: Drill, times: int) -> None:
         drill.wait(drill.start(folder, callbacks=(broken, keeper)))
         if turn % 2 and batch % ACCUMULATED:
             code = drill.wait(drill.start(folder, "--ckpt_path", str(folder / "failed.ckpt")))
-            drill.refuses(fault, folder, code, "cut the backward pass", "resume from another checkpoint")
+            drill.refuses(fault, folder, code, "interrupted the backward pass", "resume from another checkpoint")
         else:
             drill.ends_the_same(fault, folder, "--ckpt_path", str(folder / "failed.ckpt"))
 
 
 def drop_each(drill: Drill, times: int, seed: int) -> None:
-    """The same fault in runs of two processes of every kind."""
+    """Kill one of two processes, under each strategy."""
     for name, strategy in SEVERAL.items():
         several = Drill(drill.work / name, seed, strategy)
         several.counts, several.failures = drill.counts, drill.failures
@@ -428,7 +449,7 @@ def drop_each(drill: Drill, times: int, seed: int) -> None:
 
 
 def drop(drill: Drill, name: str, times: int) -> None:
-    """SIGKILL to one of two processes at random moments, every second one aimed at the writing of a checkpoint."""
+    """Send SIGKILL to one of two processes at random moments, and every second time while a checkpoint is written."""
     fault = f"a process of two killed, {name}"
     for turn in range(times):
         folder = drill.folder("dropped")
@@ -449,22 +470,24 @@ def drop(drill: Drill, name: str, times: int) -> None:
 
 
 def fill(drill: Drill, times: int) -> None:
-    """A disk that takes no more in the middle of a checkpoint, by the limit of a file's size."""
+    """Simulate a disk that fills up in the middle of a checkpoint, by limiting the size of files."""
     size = (drill.work / "reference" / "last.ckpt").stat().st_size
     for _ in range(times):
         folder, step = drill.folder("full"), drill.random.randrange(4, STEPS - 2)
         limit = {"step": step, "size": drill.random.randrange(size)}
         callback = {"class_path": f"{__name__}.FullDisk", "init_args": limit}
         code = drill.wait(drill.start(folder, callbacks=(callback,)))
-        if drill.refuses("full disk", folder, code, "cannot be written", f"the disk of {folder}", "--ckpt_path"):
+        if drill.refuses(
+            "full disk", folder, code, "cannot write the checkpoint", f"the disk of {folder}", "--ckpt_path"
+        ):
             drill.ends_the_same("full disk", folder, "--ckpt_path", advised(drill.said(folder)))
 
 
 def fill_tmpfs(drill: Drill) -> None:
-    """A disk that is really full, where this user may mount one."""
+    """Fill a real disk, a tmpfs, if this user is allowed to mount one."""
     size = (drill.work / "reference" / "last.ckpt").stat().st_size
     folder = drill.folder("tmpfs")
-    room = int(3.6 * size)  # for three checkpoints; the fourth is the one that is written beside
+    room = int(3.6 * size)  # room for three checkpoints, but not for the fourth, temporary one
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], capture_output=True).returncode:
         drill.count("full tmpfs", "skipped: mounting is not allowed")
         return
@@ -478,7 +501,7 @@ def fill_tmpfs(drill: Drill) -> None:
 
 
 def damage(drill: Drill, starts: int, reads: int) -> None:
-    """Bytes of checkpoints that are flipped or missing: every read refuses, or what it gives is the same."""
+    """Damage checkpoints, and check that reading them fails or returns the original contents."""
     whole = (drill.work / "reference" / "last.ckpt").read_bytes()
     expected = read_checkpoint(drill.work / "reference" / "last.ckpt")
     folder = drill.folder("damaged")
@@ -500,7 +523,7 @@ def damage(drill: Drill, starts: int, reads: int) -> None:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         last, data = folder / "last.ckpt", (folder / "last.ckpt").read_bytes()
-        # In the weights, or cut: where the bytes mean something.
+        # Flip a bit in the weights or truncate the file; other bytes may be meaningless.
         harm = flipped(data, len(data) // 2) if turn % 2 else data[: drill.random.randrange(len(data))]
         last.write_bytes(harm)
         code = drill.wait(drill.start(folder, "--ckpt_path", str(last)))
@@ -512,12 +535,12 @@ def damage(drill: Drill, starts: int, reads: int) -> None:
 
 
 def flipped(data: bytes, place: int) -> bytes:
-    """One bit changed."""
+    """Return data with one bit flipped."""
     return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
 
 
 def damaged(data: bytes, numbers: random.Random, turn: int) -> bytes:
-    """A bit flipped, the end missing, a block of zeros; the archive's directory more often than by chance."""
+    """Return data with a flipped bit, a missing end or a block of zeros, and often a damaged archive directory."""
     place = numbers.randrange(len(data))
     if turn % 4 == 0:
         return flipped(data, place)
@@ -529,7 +552,7 @@ def damaged(data: bytes, numbers: random.Random, turn: int) -> bytes:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two checkpoints hold the same."""
+    """Return True if two checkpoints have equal contents."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
@@ -540,7 +563,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def spoil_batches(drill: Drill, times: int) -> None:
-    """A batch of NaN: the guard stops before the weights change, or skips the step."""
+    """Inject a batch of NaN, and check that the guard stops before the weights change, or skips the step."""
     for turn in range(times):
         folder, step = drill.folder("nan"), drill.random.randrange(3, STEPS - 1)
         nan = {"class_path": f"{__name__}.NoNumbers", "init_args": {"step": step}}
@@ -561,7 +584,7 @@ def spoil_batches(drill: Drill, times: int) -> None:
 
 
 def corrupt_data(drill: Drill, times: int) -> None:
-    """Files that change, shrink or vanish between two starts: other text is another run."""
+    """Change, truncate or remove data files between two starts, and check that resuming is rejected."""
     for turn in range(times):
         folder = drill.folder("data")
         process = drill.start(folder)
@@ -579,7 +602,7 @@ def corrupt_data(drill: Drill, times: int) -> None:
         else:
             file.unlink()
         code = drill.wait(drill.start(folder, *drill.newest(folder)))
-        trained_on = code != 0  # what is only validated on may change: the losses are the same
+        trained_on = code != 0  # validation files may change without changing the losses
         if trained_on:
             drill.refuses("corrupted data", folder, code, "training rows", str(drill.text))
         else:
@@ -591,19 +614,19 @@ def corrupt_data(drill: Drill, times: int) -> None:
 
 
 def advised(line: str) -> str:
-    """The checkpoint that a message tells to go on with."""
+    """Return the checkpoint that an error message recommends."""
     return line.split("--ckpt_path ")[-1].split(",")[0].strip()
 
 
 def main() -> None:
-    """Run the drill; exits with 1 if anything was lost or not said."""
+    """Run the drill, and exit with 1 on any failure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="which ones; by default all")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--times", type=int, default=12, help="of each of the other faults")
-    parser.add_argument("--reads", type=int, default=2000, help="of damaged checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="faults to inject (default: all)")
+    parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs")
+    parser.add_argument("--times", type=int, default=12, help="repetitions of every other fault")
+    parser.add_argument("--reads", type=int, default=2000, help="number of damaged checkpoints to read")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random faults")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Feeds broken settings and broken data files to `hybridmem fit`: each is taken, or refused in a line with its cause.
+"""Feeds broken settings and data files to `hybridmem fit`, and checks for one-line errors that name the cause.
 
-    python scripts/fuzz.py --settings 2000 --files 500 --output docs/fuzz.json
+    python scripts/fuzz.py --settings 2000 --files 500 --output docs/data/fuzz.json
 
-Every case runs in a fork of this process, with limits of time and memory, as far as the first batch. Settings are those
-of configs/, all defaults spelt out, with models made tiny; one or two of them are changed.
+Every case runs up to the first batch, in a fork of this process with limits on time and memory. Settings come from
+configs/, with all defaults and tiny models, and with one or two values changed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # names of models that are none are not looked up
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # broken model names must not be looked up online
 
 import torch
 import yaml
@@ -42,12 +42,20 @@ from hybridmem.tasks import ProductSearch
 from hybridmem.training.errors import SettingsError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SECONDS, ROOM = 60, 16 << 30  # of CPU time, and bytes of address space
+SECONDS, ROOM = 60, 16 << 30  # CPU seconds, and bytes of address space
 TINY = dict(
-    hidden_size=64, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=8, attention_window=8,
-    memory_heads=2, memory_head_dim=8, memory_chunk_size=8, num_persistent_tokens=2,
-)  # fmt: skip
-# Where a wrong value is no error but another run, on other machines or for longer, or in another place.
+    hidden_size=64,
+    intermediate_size=24,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    attention_window=8,
+    memory_heads=2,
+    memory_head_dim=8,
+    memory_chunk_size=8,
+    num_persistent_tokens=2,
+)
+# Settings for which a wrong value is not an error, but a run elsewhere, on other machines or for longer.
 LEFT_ALONE = {
     "num_sanity_val_steps",
     "default_root_dir",
@@ -65,14 +73,14 @@ VALUES: tuple[Any, ...] = (
     {"class_path": "torch.nn.Linear"}, {"class_path": "no.such.Class", "init_args": {"a": 1}}, [[1, [2]]],
 )  # fmt: skip
 
-# What an error calls a value in whose text this stands.
+# Words for a value in its error message, by a part of the value's text.
 CAUSES = {r"\x00": "null byte", "no.such.Class": "No module named 'no'"}
 
 Keys = tuple[Any, ...]
 
 
 class Case(NamedTuple):
-    """Something broken, and words of which one must stand in what is said about it."""
+    """Broken input, with words of which the error message must contain at least one."""
 
     what: str
     words: list[str]
@@ -80,16 +88,16 @@ class Case(NamedTuple):
 
 
 class Accepted(BaseException):
-    """The run would begin."""
+    """A signal that the run would begin."""
 
 
 def stop_before_the_first_batch(loop: _FitLoop) -> None:
-    """In the place of an epoch's training."""
+    """Replace the training of an epoch by an exception."""
     raise Accepted
 
 
 def complete(config: Path, folder: Path) -> dict[str, Any]:
-    """A configuration with all defaults, made tiny, on small data."""
+    """Return a configuration with all defaults, a tiny model and small data."""
     options = {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto", "trainer.precision": 32}
     text = config.read_text()
     if "PretrainModule" in text:
@@ -103,9 +111,12 @@ def complete(config: Path, folder: Path) -> dict[str, Any]:
         options |= {"data.init_args.path": folder / "text", "data.init_args.pattern": "*.txt"}
     if "HubDataModule" in text:
         options |= {
-            "data.init_args.dataset": "json", "data.init_args.name": "null", "data.init_args.num_workers": 0,
-            "data.init_args.data_files": folder / "text.jsonl", "data.init_args.val_documents": 5,
-        }  # fmt: skip
+            "data.init_args.dataset": "json",
+            "data.init_args.name": "null",
+            "data.init_args.num_workers": 0,
+            "data.init_args.data_files": folder / "text.jsonl",
+            "data.init_args.val_documents": 5,
+        }
     if "TaskDataModule" not in text:
         options |= {"data.init_args.sequence_length": 32}
     if "ProductSearch" in text:
@@ -113,7 +124,7 @@ def complete(config: Path, folder: Path) -> dict[str, Any]:
             "data.init_args.task.init_args.examples": folder / "examples.jsonl",
             "data.init_args.task.init_args.products": folder / "products.jsonl",
             "model.init_args.max_completion_length": 16,
-        }  # fmt: skip
+        }
     options |= {"data.init_args.tokenizer": "bytes", "data.init_args.batch_size": 2}
     options |= {"trainer.default_root_dir": folder / "run"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -124,7 +135,7 @@ def complete(config: Path, folder: Path) -> dict[str, Any]:
 
 
 def write_data(folder: Path) -> None:
-    """Small text, a policy, products."""
+    """Write small texts, a policy and products."""
     (folder / "text").mkdir()
     for n in range(12):
         (folder / "text" / f"{n}.txt").write_text(f"value_{n} = {n * 7919} # line\n" * (20 + n))
@@ -143,7 +154,7 @@ def write_data(folder: Path) -> None:
 
 
 def places(tree: Any, path: Keys = ()) -> Iterator[Keys]:
-    """The ways to everything in nested dictionaries and lists."""
+    """Yield the path of every value in nested dictionaries and lists."""
     items: Any = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         if key not in LEFT_ALONE:
@@ -152,14 +163,14 @@ def places(tree: Any, path: Keys = ()) -> Iterator[Keys]:
 
 
 def at(tree: Any, path: Keys) -> Any:
-    """What stands there."""
+    """Return the value at a path."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[str]]:
-    """Change one thing; what was done, and the names of which one must be said."""
+    """Change one setting, and return a description with the words of which an error must contain one."""
     path = numbers.choice(list(places(config)))
     above, key = at(config, path[:-1]), path[-1]
     words = names(path)
@@ -190,17 +201,17 @@ def mutate(config: dict[str, Any], numbers: random.Random) -> tuple[str, list[st
 
 
 def names(path: Keys) -> list[str]:
-    """What an error may call a setting: its own name, or that of what holds it."""
+    """Return the names by which an error may refer to a setting: its own and its parent's."""
     return [str(part) for part in path if isinstance(part, str) and part not in GENERIC][-2:] or [str(path[0])]
 
 
 def dotted(path: Keys) -> str:
-    """As the command line names it."""
+    """Return a path as a dotted command-line option."""
     return ".".join(map(str, path))
 
 
 def settings_cases(count: int, folder: Path, numbers: random.Random, bases: dict[str, Any]) -> Iterator[Case]:
-    """Broken configurations."""
+    """Yield broken configurations."""
     for number in range(count):
         name = numbers.choice(list(bases))
         config = copy.deepcopy(bases[name])
@@ -209,10 +220,10 @@ def settings_cases(count: int, folder: Path, numbers: random.Random, bases: dict
 
 
 def fit(config: dict[str, Any], folder: Path) -> None:
-    """As a user would, until the first batch."""
+    """Run `hybridmem fit` up to the first batch."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True))
-    os.chdir(folder)  # a run whose folder was taken away writes where it is
+    os.chdir(folder)  # runs without default_root_dir write to the working directory
     _FitLoop.advance = stop_before_the_first_batch
     sys.argv = ["hybridmem", "fit", "--config", str(path)]
     with contextlib.suppress(Accepted):
@@ -220,7 +231,7 @@ def fit(config: dict[str, Any], folder: Path) -> None:
 
 
 def read(kind: str, file: Path) -> None:
-    """As `hybridmem fit` does, with the first batches."""
+    """Read the first batches like `hybridmem fit`."""
     try:
         with settings_errors():
             data = module(kind, file)
@@ -233,7 +244,7 @@ def read(kind: str, file: Path) -> None:
 
 
 def broken_bytes(numbers: random.Random, lines: list[bytes]) -> bytes:
-    """A file of lines with something wrong somewhere."""
+    """Return the lines of a file with one defect."""
     lines = list(lines)
     place = numbers.randrange(len(lines))
     line = lines[place]
@@ -258,7 +269,7 @@ def broken_bytes(numbers: random.Random, lines: list[bytes]) -> bytes:
 
 
 def file_cases(count: int, folder: Path, numbers: random.Random) -> Iterator[Case]:
-    """Broken data files of every kind that is read."""
+    """Yield broken data files of every kind."""
     kinds = ("text", "json lines", "hub", "products", "examples")
     for number in range(count):
         kind = kinds[number % len(kinds)]
@@ -277,16 +288,22 @@ def file_cases(count: int, folder: Path, numbers: random.Random) -> Iterator[Cas
 
 
 def odd(file: Path, numbers: random.Random) -> None:
-    """A file that is none."""
+    """Replace a file by nothing, a folder, a pipe, a link or an empty file."""
     file.unlink()
-    numbers.choice([
-        lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to(file),
-        lambda: file.symlink_to("/dev/zero"), lambda: file.touch(),
-    ])()  # fmt: skip
+    numbers.choice(
+        [
+            lambda: None,
+            file.mkdir,
+            lambda: os.mkfifo(file),
+            lambda: file.symlink_to(file),
+            lambda: file.symlink_to("/dev/zero"),
+            lambda: file.touch(),
+        ]
+    )()
 
 
 def module(kind: str, file: Path) -> Any:
-    """The data module that reads such a file."""
+    """Return a data module that reads this kind of file."""
     small: dict[str, Any] = dict(sequence_length=32, batch_size=2)
     if kind == "text":
         tokenizer = str(file.parents[1] / "bpe")
@@ -300,7 +317,7 @@ def module(kind: str, file: Path) -> Any:
 
 
 def outcome(case: Case) -> tuple[str, str]:
-    """What came of a case in a process of its own, and the last line that it said."""
+    """Run a case in its own process, and return the outcome and the last line of output."""
     with tempfile.TemporaryFile("w+") as said:
         process = os.fork()
         if not process:
@@ -320,13 +337,13 @@ def outcome(case: Case) -> tuple[str, str]:
 
 
 def in_a_child(case: Case, output: int) -> None:
-    """Run a case with limits; never comes back."""
+    """Run a case with limits, and exit."""
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever a caller had put there
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # replaces streams that the caller may have redirected
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
-    signal.alarm(4 * SECONDS)  # for what waits without computing
+    signal.alarm(4 * SECONDS)  # stops cases that wait without using the CPU
     code = 0
     try:
         case.run()
@@ -345,7 +362,7 @@ def in_a_child(case: Case, output: int) -> None:
 
 
 def byte_level_bpe(folder: Path) -> None:
-    """A tokenizer that wants UTF-8."""
+    """Write a tokenizer that requires UTF-8."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -359,7 +376,7 @@ def byte_level_bpe(folder: Path) -> None:
 
 
 def sound(folder: Path) -> dict[str, Any]:
-    """The complete configurations that are accepted as they stand: others need a hub, or a GPU."""
+    """Return the complete configurations that are valid here; others need the hub or a GPU."""
     bases = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         if path.parent.name in ("compare", "overlays"):
@@ -369,19 +386,19 @@ def sound(folder: Path) -> dict[str, Any]:
         if found == "accepted":
             bases[str(path.relative_to(CONFIGS))] = config
         else:
-            print(f"left out: {path.relative_to(CONFIGS)}: {said[-300:]}")
+            print(f"skipped {path.relative_to(CONFIGS)}: {said[-300:]}")
     return bases
 
 
 def main() -> None:
-    """Run all cases; exits with 1 where one ended in anything but a run or a line that names the cause."""
+    """Run all cases, and exit with 1 if any was neither accepted nor rejected with its cause."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--settings", type=int, default=2000, help="broken configurations")
-    parser.add_argument("--files", type=int, default=500, help="broken data files")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--settings", type=int, default=2000, help="number of broken configurations")
+    parser.add_argument("--files", type=int, default=500, help="number of broken data files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
-    command = " ".join(["python", *sys.argv])  # now: a run of the command line sets its own
+    command = " ".join(["python", *sys.argv])  # read now, because cases overwrite sys.argv
     torch.set_num_threads(1)
     begun, numbers = time.monotonic(), random.Random(options.seed)
     counts: dict[str, Counter[str]] = {"settings": Counter(), "files": Counter()}
@@ -405,7 +422,7 @@ def main() -> None:
                     print(f"{found}: {case.what}\n    {said}\n", flush=True)
                 if number % 100 == 0:
                     print(f"{number} {kind}, {time.monotonic() - begun:.0f} seconds", flush=True)
-                if options.output:  # an interrupted run keeps what it found
+                if options.output:  # an interrupted run keeps its results
                     options.output.write_text(json.dumps(figures, indent=1) + "\n")
                 shutil.rmtree(folder / "run", ignore_errors=True)
     print(counts, f"{time.monotonic() - begun:.0f} seconds, {len(bases)} configurations", sep="\n")

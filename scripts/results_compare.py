@@ -1,8 +1,8 @@
-"""Write the tables of a grid (`hybridmem compare`) into docs/results.md, between the markers of their task.
+"""Writes the tables of a grid (`hybridmem compare`) into docs/results/, between the markers of each task.
 
-    python scripts/results_compare.py docs/compare/full/results.json
+    python scripts/results_compare.py docs/data/compare/full/results.json
 
-A task NAME of a grid in the folder GRID goes between `<!-- GRID/NAME -->` and `<!-- end of GRID/NAME -->`.
+The tables of task NAME in the folder GRID go between `<!-- GRID/NAME -->` and `<!-- end of GRID/NAME -->`.
 """
 
 import argparse
@@ -19,26 +19,33 @@ Rows = list[dict[str, Any]]
 
 
 def main_table(task: dict[str, Any], rows: Rows) -> Table:
-    """The score, what was gained, what it cost and which weights changed."""
+    """Return a table of scores, gains, changed weights and seconds."""
     table = [
-        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "weights left", "shared", "seconds"]
+        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "unchanged", "shared", "seconds"]
     ]
     prompts = of_prompts(task)
     if prompts is not None:
-        table.append(["", "prompts as they stand", "", percent(prompts), *[""] * 5])
+        table.append(["", "unchanged prompts", "", percent(prompts), *[""] * 5])
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
-        table.append([
-            row["architecture"], row["label"], str(len(row["seeds"])), percent(row["score"]),
-            percent(row["gain"], signed=True), percent(row["pass@1"]), percent(row.get("sparsity")),
-            f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
-            f"{compute['seconds']:.0f}" if compute else "",
-        ])  # fmt: skip
+        table.append(
+            [
+                row["architecture"],
+                row["label"],
+                str(len(row["seeds"])),
+                percent(row["score"]),
+                percent(row["gain"], signed=True),
+                percent(row["pass@1"]),
+                percent(row.get("sparsity")),
+                f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
+                f"{compute['seconds']:.0f}" if compute else "",
+            ]
+        )
     return table
 
 
 def table_at(rows: Rows) -> Table:
-    """Accuracy by a column of the examples; empty where none was logged."""
+    """Return a table of accuracy by a column of the examples, or an empty one if it was not logged."""
     rows = [row for row in rows if row["accuracy_at"]]
     names = sorted({name for row in rows for name in row["accuracy_at"]}, key=lambda name: float(name.split("=")[1]))
     table = [["architecture", "control", *names]]
@@ -49,7 +56,7 @@ def table_at(rows: Rows) -> Table:
 
 
 def format_table(task: dict[str, Any]) -> Table:
-    """What FormatWatch and CollapseGuard saw last, means over seeds; empty where they did not look."""
+    """Return a table of the last metrics of FormatWatch and CollapseGuard, as means over seeds, or an empty one."""
     columns = ["val/pass@1", "val/pass@2", "val/pass@8", "val/maj@8"]
     shares = sorted({n for cell in task["cells"] for n in cell.get("last", ()) if n.startswith("val/format/share/")})
     columns = [*shares, "val/format/entropy", *columns, "collapse/diversity", "collapse/distinct_patterns"]
@@ -62,14 +69,14 @@ def format_table(task: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    """Write every task's tables."""
+    """Write the tables of every task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
     for name, task in json.loads(arguments.results.read_text())["tasks"].items():
         rows = [row for row in task["summary"] if "score" in row]
         if not rows:
-            continue  # nothing is finished yet
+            continue  # no finished runs
         tables = [table for table in (main_table(task, rows), table_at(rows), format_table(task)) if table]
         write_tables(f"{arguments.results.parent.name}/{name}", tables)
 

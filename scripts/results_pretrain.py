@@ -1,11 +1,11 @@
-"""Train the small models of docs/results.md, and write their table.
+"""Trains the small models of docs/results/pretraining.md, and writes their table.
 
-    python scripts/results_pretrain.py time             seconds per step of every model, side by side
-    python scripts/results_pretrain.py run              train what is not trained yet, two runs at a time
-    python scripts/results_pretrain.py write            docs/results_pretrain.json and the tables
+    python scripts/results_pretrain.py time             measure seconds per step of every model, in turn
+    python scripts/results_pretrain.py run              train the missing models, two at a time
+    python scripts/results_pretrain.py write            write docs/data/pretrain.json and the tables
 
-Runs are those of configs/quickstart.yaml with 300 or 600 steps, on one thread each. A run that
-stopped goes on where it was; one that is finished is not run again.
+Runs use configs/quickstart.yaml with 300 or 600 steps, on one thread each. Interrupted runs are resumed, and finished
+ones are skipped.
 """
 
 import argparse
@@ -34,12 +34,12 @@ CONV = {"attention_conv": True}
 
 @dataclass
 class Cell:
-    """A model of the table: changes to the configuration, how many steps and seeds, and what it is compared with."""
+    """Row of the table: changes to the configuration, steps, seeds and an optional time limit."""
 
     config: dict[str, Any]
     steps: int = STEPS
     seeds: tuple[int, ...] = SEEDS
-    as_long_as: str | None = None  # steps are set so that the run takes as long as this cell's
+    as_long_as: str | None = None  # cell whose training time sets the number of steps
 
 
 MAG = {"variant": "mag"} | CONV
@@ -71,12 +71,12 @@ CELLS = {
 
 
 def folder(name: str, seed: int) -> Path:
-    """Where a run lives."""
+    """Return the folder of a run."""
     return ROOT / name.replace(" ", "_").replace("'", "").replace(",", "") / f"seed{seed}"
 
 
 def steps_of(name: str) -> int:
-    """A cell's optimiser steps."""
+    """Return the optimiser steps of a cell."""
     cell = CELLS[name]
     if cell.as_long_as is None:
         return cell.steps
@@ -85,7 +85,7 @@ def steps_of(name: str) -> int:
 
 
 def command(name: str, seed: int) -> list[str]:
-    """The `hybridmem fit` of a run."""
+    """Return the `hybridmem fit` command of a run."""
     run, steps = folder(name, seed), steps_of(name)
     options: dict[str, Any] = {
         "seed_everything": seed,
@@ -110,7 +110,7 @@ def command(name: str, seed: int) -> list[str]:
 
 
 def steps_run(name: str, seed: int) -> int:
-    """The optimiser steps after which a run's final loss was taken; 0 if it was not."""
+    """Return the optimiser steps before a run's final validation, or 0 without one."""
     try:
         return max(read_log(folder(name, seed))["val/bits_per_byte"]) + 1
     except (SystemExit, KeyError):
@@ -118,12 +118,12 @@ def steps_run(name: str, seed: int) -> int:
 
 
 def finished(name: str, seed: int) -> bool:
-    """Whether a run's final loss is on disk. Timed anew, runs as long as one another differ by a per cent."""
+    """Return True if a run's final loss is on disk, with 1 % tolerance for step counts from new timings."""
     return steps_run(name, seed) >= 0.99 * steps_of(name)
 
 
 def train(name: str, seed: int) -> None:
-    """Run one cell on one thread, its output in a file beside it."""
+    """Train one cell on one thread, with its output in the run's folder."""
     run = folder(name, seed)
     run.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -137,7 +137,7 @@ def train(name: str, seed: int) -> None:
 
 
 def run_all(parallel: int) -> None:
-    """Train what is missing: first seeds first, so that every cell has a figure early."""
+    """Train the missing runs, seed by seed, so that every cell has a result early."""
     seeds = sorted({seed for cell in CELLS.values() for seed in cell.seeds})
     waiting = [(name, seed) for seed in seeds for name, cell in CELLS.items() if seed in cell.seeds]
     with ThreadPoolExecutor(parallel) as pool:
@@ -145,7 +145,7 @@ def run_all(parallel: int) -> None:
 
 
 def time_steps(rounds: int = 6) -> None:
-    """Seconds per training step of every architecture, one thread, in turn: the least over rounds."""
+    """Measure seconds per training step of every architecture on one thread, in turn: the fastest of all rounds."""
     import torch
 
     from hybridmem import HybridMemConfig, HybridMemForCausalLM
@@ -179,7 +179,7 @@ def time_steps(rounds: int = 6) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """Every finished run's figures."""
+    """Return the results of all finished runs."""
     seconds = json.loads((ROOT / "seconds_per_step.json").read_text())
     results = {}
     for name, cell in CELLS.items():
@@ -199,31 +199,37 @@ def collect() -> dict[str, Any]:
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """Parameters of a cell's model."""
+    """Return the number of parameters of a cell's model."""
     from hybridmem import HybridMemConfig, HybridMemForCausalLM
 
     return HybridMemForCausalLM(HybridMemConfig(**(SHAPE | config))).num_parameters()
 
 
 def write() -> None:
-    """Write the JSON, and the table in docs/results.md."""
+    """Write the JSON file, and the table in docs/results/pretraining.md."""
     results = collect()
-    Path("docs/results_pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/data/pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
     table = [["model", "parameters", "steps", "s/step", "bits per byte", "first 64", "64-255", "256-1023", "1024-4095"]]
     for name, row in results.items():
         ranges = [mean_and_half(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
-        table.append([
-            name, f"{row['parameters'] / 1e3:.0f}k", str(row["steps"]), f"{row['seconds_per_step']:.2f}",
-            mean_and_half(row["bits_per_byte"]), *ranges,
-        ])  # fmt: skip
+        table.append(
+            [
+                name,
+                f"{row['parameters'] / 1e3:.0f}k",
+                str(row["steps"]),
+                f"{row['seconds_per_step']:.2f}",
+                mean_and_half(row["bits_per_byte"]),
+                *ranges,
+            ]
+        )
     write_tables("pretraining", [table])
 
 
 def main() -> None:
-    """Run one of the three parts."""
+    """Time, train or write, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["time", "run", "write"])
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--parallel", type=int, default=2, help="number of parallel runs, with one thread each")
     arguments = parser.parse_args()
     if arguments.part == "time":
         time_steps()

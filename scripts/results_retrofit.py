@@ -1,11 +1,12 @@
-"""Retrofit SmolLM2 and measure their share of the gap: nats beyond the window, exact answers, bytes and time.
+"""Retrofits SmolLM2, and measures nats beyond the window, exact answers, state bytes and time.
 
     python scripts/results_retrofit.py train --base BASE [--cells plain,depth 2] [--seeds 0,1,2] [--steps 300]
-    python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/results_retrofit.json [--ways full]
-    python scripts/results_retrofit.py curve --run FOLDER          validation by step, from a run's log
+    python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/data/retrofit.json [--ways full]
+    python scripts/results_retrofit.py curve --run FOLDER
 
-`train` runs configs/retrofit/smollm2.yaml with the changes of each cell, one run after another; a run that stopped goes
-on, a finished one is not run again. `measure` adds its figures to the output, under the name of the checkpoint.
+`train` runs configs/retrofit/smollm2.yaml with the changes of each cell, one run after another; it resumes interrupted
+runs and skips finished ones. `measure` adds its results to the output under the checkpoint's name. `curve` prints the
+validation metrics in a run's log by step.
 """
 
 import argparse
@@ -41,13 +42,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "constant mixing gate": {"frozen": ["mixing_gate.weight", "window_mass"]},
     "depth 2": {"memory": {"memory_depth": 2}},
 }
-WAYS = {"full": "full", "window": "none", "hybrid": None}  # and the source of all heads; None: the checkpoint's
-LENGTHS = {400: 1600, 1000: 4000, 4000: 16000}  # tokens, about, and the characters of a prompt
+WAYS = {"full": "full", "window": "none", "hybrid": None}  # source of all heads; None: the checkpoint's sources
+LENGTHS = {400: 1600, 1000: 4000, 4000: 16000}  # approximate tokens and characters of a prompt
 MAX_NEW_TOKENS = 20
 
 
 def train(base: str, cell: str, seed: int, steps: int) -> None:
-    """Run a cell with a seed, or go on with it."""
+    """Train a cell with a seed, resuming an interrupted run."""
     folder = ROOT / cell.replace(" ", "_") / str(seed)
     if (folder / f"step={steps}.ckpt").exists():
         return
@@ -68,12 +69,16 @@ def train(base: str, cell: str, seed: int, steps: int) -> None:
 def measure_nats(model: HybridMemForCausalLM, tokenizer: str, ways: list[str], rows: int) -> dict[str, Any]:
     """Return nats per token of held-out source beyond window and sinks, and beyond 128 tokens.
 
-    The rows, of 512 tokens, lie at equal distances in 200 kB of the standard library's held-out files.
+    The rows of 512 tokens are evenly spaced in 200 kB of the standard library's held-out files.
     """
     data = TextDataModule(
-        tokenizer=tokenizer, sequence_length=512, batch_size=1, max_bytes=100_000, max_val_bytes=200_000,
+        tokenizer=tokenizer,
+        sequence_length=512,
+        batch_size=1,
+        max_bytes=100_000,
+        max_val_bytes=200_000,
         encoding_errors="replace",
-    )  # fmt: skip
+    )
     data.setup("validate")
     reach = model.config.attention_window + model.config.num_sink_tokens
     totals: dict[str, list[float]] = {way: [0.0, 0.0, 0.0, 0.0] for way in ways}
@@ -95,13 +100,13 @@ def measure_nats(model: HybridMemForCausalLM, tokenizer: str, ways: list[str], r
 
 
 def sources(model: HybridMemForCausalLM, way: str) -> list[list[str]] | None:
-    """Return the sources of a way of reading."""
+    """Return the head sources of an entry of WAYS."""
     source = WAYS[way]
     return None if source is None else every_source(model, source)
 
 
 def answer(model: HybridMemForCausalLM, prompt: list[int], ends: set[int]) -> tuple[list[int], dict[str, float]]:
-    """Answer greedily; also seconds to read the prompt, seconds per token after it, and the state's bytes."""
+    """Return a greedy answer, with the seconds of prefill, the seconds per token and the state's bytes."""
     cache = DynamicCache(config=model.config)
     started = time.perf_counter()
     ids = torch.tensor([prompt])
@@ -122,7 +127,7 @@ def answer(model: HybridMemForCausalLM, prompt: list[int], ends: set[int]) -> tu
 def measure_answers(
     model: HybridMemForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str, length: int, count: int
 ) -> dict[str, Any]:
-    """Return the share of held-out four-fact prompts that are answered exactly, and the means of `answer`'s figures."""
+    """Return the share of exactly answered held-out prompts with four facts, with mean times and state sizes."""
     task = Facts(length=LENGTHS[length])
     ends = {tokenizer.eos_token_id}
     right, tokens, figures = 0.0, 0, []
@@ -142,7 +147,7 @@ def measure_answers(
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> None:
-    """Measure a checkpoint or a folder, and add the figures to the output."""
+    """Measure a checkpoint or folder, and add the results to the output."""
     model = load_policy(options.checkpoint)
     own = tokenizer_of_policy(options.checkpoint)
     tokenizer = load_tokenizer(options.tokenizer) if own is None or options.tokenizer else own
@@ -153,10 +158,12 @@ def measure(options: argparse.Namespace) -> None:
     ways = options.ways.split(",")
     counts = [int(n) for n in options.prompts.split(",")]
     found: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, shared", "torch": torch.__version__,
-        "attention_window": model.config.attention_window, "num_sink_tokens": model.config.num_sink_tokens,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, shared",
+        "torch": torch.__version__,
+        "attention_window": model.config.attention_window,
+        "num_sink_tokens": model.config.num_sink_tokens,
         "command": " ".join(sys.argv),
-    }  # fmt: skip
+    }
     if options.rows:
         found["nats"] = measure_nats(model, options.tokenizer or tokenizer.name_or_path, ways, options.rows)
     found["answers"] = {way: {} for way in ways}
@@ -170,13 +177,13 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write(path: Path, name: str, found: dict[str, Any]) -> None:
-    """Put figures in a JSON file, under a name; other names stay."""
+    """Add results to a JSON file under a name."""
     held = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(held | {name: found}, indent=2) + "\n")
 
 
 def curve(run: Path) -> None:
-    """Print validation by step."""
+    """Print the validation metrics by step as a Markdown table."""
     log = read_log(run)
     names = [*(f"val/nats/{way}" for way in WAYS), "val/recovered"]
     print("| step | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
@@ -185,7 +192,7 @@ def curve(run: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Train, measure or print a curve, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train")
@@ -195,12 +202,12 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=300)
     command = commands.add_parser("measure")
     command.add_argument("--checkpoint", required=True)
-    command.add_argument("--tokenizer", help="a folder or name, where the checkpoint's is elsewhere now")
-    command.add_argument("--name", help="in the output; by default the checkpoint's")
-    command.add_argument("--ways", default=",".join(WAYS))
-    command.add_argument("--rows", type=int, default=40, help="of held-out text")
-    command.add_argument("--prompts", default="48,24,8", help="at 400, 1,000 and 4,000 tokens")
-    command.add_argument("--output", default="docs/results_retrofit.json")
+    command.add_argument("--tokenizer", help="tokenizer folder or name, if the checkpoint's has moved")
+    command.add_argument("--name", help="name in the output (default: the checkpoint's)")
+    command.add_argument("--ways", default=",".join(WAYS), help="head sources to measure")
+    command.add_argument("--rows", type=int, default=40, help="number of rows of held-out text")
+    command.add_argument("--prompts", default="48,24,8", help="number of prompts of 400, 1,000 and 4,000 tokens")
+    command.add_argument("--output", default="docs/data/retrofit.json")
     command = commands.add_parser("curve")
     command.add_argument("--run", type=Path, required=True)
     options = parser.parse_args()

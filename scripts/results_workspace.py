@@ -1,9 +1,9 @@
-"""Run the pipeline of configs/rl/workspace*.yaml over three seeds, and write its table in docs/results.md.
+"""Runs the pipeline of configs/rl/workspace*.yaml over three seeds, and writes its table in docs/results/workspace.md.
 
-    python scripts/results_workspace.py run             what is not finished yet, two seeds at a time, one thread each
-    python scripts/results_workspace.py write           docs/results_workspace.json and the table
+    python scripts/results_workspace.py run             run unfinished stages, two seeds at a time, one thread each
+    python scripts/results_workspace.py write           write docs/data/workspace.json and the table
 
-Each stage goes on from the one before. A stage that was stopped goes on from its newest checkpoint.
+Each stage starts from the previous one. An interrupted stage resumes from its newest checkpoint.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FIGURES = {"solved, likeliest": "val/accuracy", "solved, sampled": "val/pass@1",
 
 @dataclass
 class Stage:
-    """A stage by name, its configuration, the stage it goes on from, and whether it only looks how good that is."""
+    """Stage of the pipeline: name, configuration, previous stage and command."""
 
     name: str
     config: str
@@ -49,24 +49,27 @@ STAGES = [
 
 
 def folder(name: str, seed: int) -> Path:
-    """Where a stage lives."""
+    """Return the folder of a stage."""
     return ROOT / name.replace(" ", "_") / f"seed{seed}"
 
 
 def run_stage(stage: Stage, seed: int) -> None:
-    """Run a stage, its output in a file beside it; nothing if it is finished.
+    """Run a stage unless it is finished, with its output in the stage's folder.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the stage failed.
     """
     run = folder(stage.name, seed)
     if (run / "finished").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
     options = {
-        "config": f"configs/rl/{stage.config}.yaml", "seed_everything": seed, "data.init_args.seed": seed,
-        "trainer.default_root_dir": run, "trainer.enable_progress_bar": "false",
-    }  # fmt: skip
+        "config": f"configs/rl/{stage.config}.yaml",
+        "seed_everything": seed,
+        "data.init_args.seed": seed,
+        "trainer.default_root_dir": run,
+        "trainer.enable_progress_bar": "false",
+    }
     if stage.after is not None:
         options |= {"model.init_args.model": folder(stage.after, seed) / "last.ckpt", "model.init_args.seed": seed}
     checkpoint = to_go_on_from(run)
@@ -77,22 +80,25 @@ def run_stage(stage: Stage, seed: int) -> None:
     with (run / "output.txt").open("a") as output:
         code = subprocess.run(
             [str(Path(sys.executable).parent / "hybridmem"), stage.command, *arguments],
-            stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-        ).returncode  # fmt: skip
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        ).returncode
     print(f"{stage.name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     if code:
-        raise RuntimeError(f"{stage.name}, seed {seed} failed: see {run}/output.txt")
+        raise RuntimeError(f"{stage.name}, seed {seed} failed; see {run}/output.txt")
     (run / "finished").touch()
 
 
 def run_pipeline(seed: int) -> None:
-    """All stages of a seed, one after another."""
+    """Run all stages of a seed in order."""
     for stage in STAGES:
         run_stage(stage, seed)
 
 
 def write() -> None:
-    """Write the JSON, and the table in docs/results.md."""
+    """Write the JSON file, and the table in docs/results/workspace.md."""
     results = {}
     table = [["stage", "folders of", "seeds", *FIGURES]]
     for stage in STAGES[1:]:
@@ -106,16 +112,16 @@ def write() -> None:
         shares = [percent(figures[title]) for title in ("solved, likeliest", "solved, sampled")]
         turns = mean_and_half(figures["turns"]["values"], digits=2)
         table.append([stage.name, files, str(len(finished)), *shares, turns])
-    Path("docs/results_workspace.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path("docs/data/workspace.json").write_text(json.dumps(results, indent=1) + "\n")
     write_tables("workspace", [table])
 
 
 def main() -> None:
-    """Run one of the two parts."""
+    """Run the pipeline or write its results, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["run", "write"])
-    parser.add_argument("--parallel", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="to run")
+    parser.add_argument("--parallel", type=int, default=2, help="number of parallel seeds, with one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="seeds to run")
     arguments = parser.parse_args()
     if arguments.part == "write":
         write()
@@ -123,7 +129,7 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.parallel) as pool:
             pipelines = [pool.submit(run_pipeline, seed) for seed in arguments.seeds]
         for pipeline in pipelines:
-            pipeline.result()  # raises what a seed failed with, once the others are through
+            pipeline.result()  # raises a seed's error after the other seeds have finished
 
 
 if __name__ == "__main__":

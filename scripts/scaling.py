@@ -1,10 +1,10 @@
-"""What training and decoding cost per token at 170M to 70B parameters on 8 to 1,024 GPUs, by arithmetic alone.
+"""Estimated cost of training and decoding per token, for 170M to 70B parameters on 8 to 1,024 GPUs.
 
     python scripts/scaling.py [--write docs/scaling.md]
 
-Parameters, states and the operations of matrix products are counted from the models themselves; tests/scripts/
-test_scaling.py holds the same formulas against counted operations and measured states of small models. Seconds follow
-from a data sheet and the assumptions below. Nothing of it was run at this scale.
+Parameters, states and operations of matrix products are counted on the models themselves. tests/scripts/
+test_scaling.py checks the formulas against counted operations and measured states of small models. Seconds follow from
+a data sheet and the assumptions below. Nothing was run at this scale.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from hybridmem_kernels.tools.roofline import GPUS, Shapes, memory_scan_operation
 ROOT = Path(__file__).parents[1]
 SEQUENCE = 4096  # tokens of a training row
 LONG = 1 << 20  # tokens of a sequence that is split over ranks, or read before decoding
-ROWS = 8  # at most, of a GPU and a micro-batch
-BATCH = {"170M": 1 << 19, "760M": 1 << 19, "7B": 1 << 22, "70B": 1 << 22}  # tokens of an optimiser step
+ROWS = 8  # maximum rows per GPU and micro-batch
+BATCH = {"170M": 1 << 19, "760M": 1 << 19, "7B": 1 << 22, "70B": 1 << 22}  # tokens per optimiser step
 PROCESSES = (8, 64, 256, 1024)
-# Assumptions. An H100 SXM is taken from its data sheet; what is reached of it is a guess.
+# Assumptions: an H100 SXM according to its data sheet, and a guess of the utilisation.
 H100, CAPACITY = GPUS["H100"], 80e9
-REACHED = 0.4  # of the peak, by matrix products
-NVLINK, NETWORK = 450e9, 50e9  # bytes a second and GPU, in a node of 8 and between nodes
-MASTER = 4  # bytes of a weight, and of its gradient: weights are float32, products bfloat16 (bf16-mixed)
+REACHED = 0.4  # fraction of the peak that matrix products reach
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second and GPU, within a node of 8 and between nodes
+MASTER = 4  # bytes per weight and per gradient: float32, with bfloat16 products (bf16-mixed)
 WEIGHT_STATE = 4 * MASTER  # weight, gradient and AdamW's two moments
 
 
 def configurations() -> dict[str, HybridMemConfig]:
-    """Titans' sizes as they are configured, and two of the same kind."""
+    """Return the configurations of Titans' sizes and of two larger models."""
     titans = {}
     for name in ("170m", "760m"):
         settings = yaml.safe_load((ROOT / "configs" / "pretrain" / f"{name}.yaml").read_text())
@@ -44,18 +44,28 @@ def configurations() -> dict[str, HybridMemConfig]:
     shared |= dict(head_dim=128, memory_head_dim=128, memory_chunk_size=64)
     return titans | {
         "7B": HybridMemConfig(
-            hidden_size=4096, intermediate_size=11008, num_hidden_layers=24, num_attention_heads=32,
-            num_key_value_heads=32, memory_heads=32, **shared,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            memory_heads=32,
+            **shared,
         ),
         "70B": HybridMemConfig(
-            hidden_size=8192, intermediate_size=28672, num_hidden_layers=58, num_attention_heads=64,
-            num_key_value_heads=8, memory_heads=64, **shared,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=58,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            memory_heads=64,
+            **shared,
         ),
-    }  # fmt: skip
+    }
 
 
 class Operations(NamedTuple):
-    """Floating-point operations of a token's forward."""
+    """Floating-point operations per token in a forward pass."""
 
     linear: float
     attention: float
@@ -64,22 +74,22 @@ class Operations(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """A mag model's sizes; the model itself holds no numbers."""
+    """Sizes of a mag model, counted on the meta device."""
 
     config: HybridMemConfig
     parameters: int
-    linear: int  # weights of matrices that every token meets
+    linear: int  # weights of linear layers, used by every token
 
     @classmethod
     def of(cls, config: HybridMemConfig) -> "Model":
-        """Count a model."""
+        """Count the parameters of a configuration."""
         with torch.device("meta"):
             model = HybridMemForCausalLM(config)
         linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
         return cls(config, model.num_parameters(), linear)
 
     def forward(self) -> Operations:
-        """Of a token in a row that is longer than the window, which is folded into blocks."""
+        """Return the operations of a token in a row longer than the window, with attention in blocks."""
         config = self.config
         keys = 2 * config.attention_window + config.num_persistent_tokens
         attention = 4 * config.num_attention_heads * config.head_dim * keys
@@ -87,7 +97,7 @@ class Model:
         return Operations(2 * self.linear, config.num_hidden_layers * attention, config.num_hidden_layers * memory)
 
     def training(self) -> float:
-        """Forward, once more as activations are recomputed, and backward."""
+        """Return the operations of a forward pass, its recomputation and a backward pass."""
         forward, memory = self.forward(), self._memory()
         backward = memory["chunk_kernel"] + sum(
             memory[f"{name}_kernel"] for name in ("seed", "adjoint", "mix_gradient", "token_gradient")
@@ -96,13 +106,13 @@ class Model:
         return dense + 2 * forward.memory + self.config.num_hidden_layers * backward
 
     def _memory(self) -> dict[str, float]:
-        """Operations of the memory's kernels, a layer and token."""
+        """Return the operations of the memory's kernels per layer and token."""
         config = self.config
         shapes = Shapes(1, config.memory_heads, SEQUENCE, config.memory_head_dim, config.memory_chunk_size, (), 1)
         return {name: count / SEQUENCE for name, count in memory_scan_operations(shapes).items()}
 
     def state_bytes(self, width: int = 2) -> int:
-        """What a row carries from token to token: memory in float32, keys, values and convolutions of `width` bytes."""
+        """Return the bytes of a row's state: memory in float32, and keys, values and convolutions in `width` bytes."""
         config = self.config
         memory = 2 * config.memory_heads * config.memory_head_dim**2 * max(width, 4)
         keys = 2 * config.num_key_value_heads * config.head_dim
@@ -112,51 +122,51 @@ class Model:
         return config.num_hidden_layers * (memory + width * (window + (config.memory_conv_size - 1) * channels))
 
     def key_bytes(self) -> int:
-        """Keys and values of a token, as full attention would keep them in bfloat16."""
+        """Return the bytes of a token's keys and values under full attention in bfloat16."""
         config = self.config
         return config.num_hidden_layers * 4 * config.num_key_value_heads * config.head_dim
 
     def activation_bytes(self) -> int:
-        """What a token leaves for the backward under activation checkpointing: layers' inputs, and logits twice."""
+        """Return the bytes per token kept by activation checkpointing: the layers' inputs, and logits twice."""
         return 2 * self.config.num_hidden_layers * self.config.hidden_size + 8 * self.config.vocab_size
 
 
 @dataclass(frozen=True)
 class Step:
-    """An optimiser step of data parallelism, on one GPU of several."""
+    """Optimiser step under data parallelism, as seen by one GPU."""
 
     model: Model
     processes: int
-    tokens: int  # of all GPUs
+    tokens: int  # over all GPUs
 
     @property
     def per_gpu(self) -> int:
-        """Tokens of this GPU: a row at least."""
+        """Tokens per GPU, at least one row."""
         return max(self.tokens // self.processes, SEQUENCE)
 
     @property
     def micro_batches(self) -> int:
-        """Forwards and backwards before the optimiser steps."""
+        """Number of forward and backward passes per optimiser step."""
         return -(-self.per_gpu // (ROWS * SEQUENCE))
 
     @property
     def ddp_bytes(self) -> float:
-        """Sent for a token: gradients, once a step, there and back around a ring."""
+        """Bytes sent per token under DDP, a ring all-reduce of gradients once per step."""
         return 2 * self._others * MASTER * self.model.parameters / self.per_gpu
 
     @property
     def fsdp_bytes(self) -> float:
-        """Sent for a token: weights to the forward and to the backward, gradients back, in every micro-batch."""
+        """Bytes sent per token under FSDP2, two all-gathers of weights and a reduce-scatter per micro-batch."""
         return 3 * self._others * MASTER * self.model.parameters * self.micro_batches / self.per_gpu
 
     @property
     def gpu_bytes(self) -> float:
-        """Of weights, gradients, moments and activations, sharded."""
+        """Bytes of sharded weights, gradients and moments, and of activations."""
         tokens = min(self.per_gpu, ROWS * SEQUENCE)
         return WEIGHT_STATE * self.model.parameters / self.processes + tokens * self.model.activation_bytes()
 
     def tokens_per_second(self, sent: float) -> float:
-        """Of a GPU, where what is sent overlaps with what is computed."""
+        """Return tokens per second and GPU, assuming that communication overlaps with computation."""
         link = NVLINK if self.processes <= 8 else NETWORK
         return 1 / max(self.model.training() / (REACHED * H100.bf16), sent / link)
 
@@ -166,7 +176,7 @@ class Step:
 
 
 def per_token(models: dict[str, Model]) -> str:
-    """What does not depend on the number of GPUs."""
+    """Return a table of costs that do not depend on the number of GPUs."""
     names = ["", "parameters", "linear", "attention", "memory", "training", "a row's state", "keys of full attention"]
     units = ["", "M", "GFLOP", "GFLOP", "GFLOP", "GFLOP", "MB", f"at {LONG:,} tokens, MB"]
     lines = [_row([f"{name}, {unit}" if unit else name for name, unit in zip(names, units, strict=True)])]
@@ -179,7 +189,7 @@ def per_token(models: dict[str, Model]) -> str:
 
 
 def decoding(models: dict[str, Model]) -> str:
-    """Bytes that a decoded token moves, and what a GPU's bandwidth makes of it."""
+    """Return a table of bytes moved per decoded token, and the tokens per second that a GPU's bandwidth permits."""
     names = ["", "weights, GB", "state, GB", "tokens/s", "full attention's keys, GB", "its tokens/s"]
     lines = [_row(names), _row(["---"] * len(names))]
     for name, model in models.items():
@@ -192,7 +202,7 @@ def decoding(models: dict[str, Model]) -> str:
 
 
 def data_parallel(models: dict[str, Model]) -> str:
-    """Every model on every number of GPUs."""
+    """Return a table of data parallelism for every model and number of GPUs."""
     names = ["", "GPUs", "tokens a step", "GB a GPU, sharded", "DDP, B/token", "FSDP2, B/token", "compute, µs/token"]
     names += ["FSDP2, tokens/s and GPU", "bound by"]
     lines = [_row(names), _row(["---"] * len(names))]
@@ -210,13 +220,13 @@ def data_parallel(models: dict[str, Model]) -> str:
 
 
 def context_parallel(models: dict[str, Model]) -> str:
-    """A sequence of a million tokens over ranks: what is handed over, beside ring attention's keys and values."""
+    """Return a table of a million-token sequence over ranks, with its traffic and that of ring attention."""
     names = ["", "ranks", "tokens a rank", "states, B/token", "ring attention, B/token", "slots lost"]
     lines = [_row(names), _row(["---"] * len(names))]
     for name, model in models.items():
         for ranks in PROCESSES[:3]:
-            handed = 2 * model.state_bytes() / (LONG / ranks)  # and the gradients of it
-            ring = 3 * (ranks - 1) * model.key_bytes()  # forward, again in the backward, and gradients
+            handed = 2 * model.state_bytes() / (LONG / ranks)  # states and their gradients
+            ring = 3 * (ranks - 1) * model.key_bytes()  # forward, recomputation and gradients
             layers = model.config.num_hidden_layers
             lost = (ranks - 1) / (layers + ranks - 1)
             lines.append(_row([name, ranks, f"{LONG // ranks:,}", f"{handed:,.0f}", f"{ring:,.0f}", f"{lost:.0%}"]))
@@ -224,14 +234,14 @@ def context_parallel(models: dict[str, Model]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """All of them by their marks' names."""
+    """Return all tables by marker name."""
     models = {name: Model.of(config) for name, config in configurations().items()}
     makers = (per_token, decoding, data_parallel, context_parallel)
     return {make.__name__: make(models) for make in makers}
 
 
 def rewritten(page: str) -> str:
-    """The page with its tables replaced, each between its two marks."""
+    """Return the page with each table replaced between its two markers."""
     for name, lines in tables().items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, after = page.split(begin)[0], page.split(end)[1]
@@ -246,7 +256,7 @@ def _row(cells: Sequence[Any]) -> str:
 def main() -> None:
     """Print the tables, or write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="a page that holds the tables between their marks")
+    parser.add_argument("--write", type=Path, help="page with markers, in which to replace the tables")
     arguments = parser.parse_args()
     if arguments.write:
         arguments.write.write_text(rewritten(arguments.write.read_text()))

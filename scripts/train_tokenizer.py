@@ -1,10 +1,10 @@
-"""Trains a tokenizer of configs/tokenizers: pieces of the words that a task's examples are made of.
+"""Trains a byte-level BPE tokenizer of configs/tokenizers on a task's training examples.
 
     python scripts/train_tokenizer.py docstrings        for configs/rl/query.yaml, in lower case
-    python scripts/train_tokenizer.py calls             for configs/rl/workspace.yaml; white space and signs stand alone
-    python scripts/train_tokenizer.py source            for configs/rl/identifier.yaml; an indentation is one piece
+    python scripts/train_tokenizer.py calls             for configs/rl/workspace.yaml, with separate spaces and signs
+    python scripts/train_tokenizer.py source            for configs/rl/identifier.yaml, with indentation as one token
 
-Bytes that no piece holds stand for themselves, so any text can be written.
+All 256 bytes are tokens, so any text can be encoded.
 """
 
 import argparse
@@ -26,15 +26,15 @@ ROOT = Path("configs/tokenizers")
 
 @dataclass
 class Recipe:
-    """Whose examples a tokenizer is learned from, and how words are told apart."""
+    """Training data and pre-tokenisation of a tokenizer."""
 
     task: Callable[[], Task]
     vocab_size: int
     lower_case: bool = False
-    words: str | None = None  # a regular expression; without one, GPT-2's
+    words: str | None = None  # regular expression; None: GPT-2's
 
 
-# A name is the same pieces wherever it stands, after a space or at a line's start: what is copied looks alike.
+# A name has the same tokens after a space and at the start of a line, so that copies look alike.
 RECIPES = {
     "docstrings": Recipe(lambda: Query(every_line=True), 2048, lower_case=True),
     "calls": Recipe(lambda: Workspace(num_files=8, search=True), 1024, words=r"[A-Za-z]+|[^A-Za-z]"),
@@ -43,7 +43,7 @@ RECIPES = {
 
 
 def main() -> None:
-    """Learn from training examples alone; what is held out stays unseen."""
+    """Train a tokenizer on training examples only, without held-out ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", choices=RECIPES)
     name = parser.parse_args().name
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def text(example: dict[str, Any]) -> str:
-    """All that a policy reads and says."""
+    """Return all text of an example that the policy reads or writes."""
     if "turns" not in example:
         return str(example["prompt"] + example["answer"])
     return str(example["prompt"]) + "".join(f"{said}\n{observation}\n" for said, observation in example["turns"])

@@ -1,7 +1,7 @@
-"""Triton's interpreter, which it decides on where kernels are declared, whichever test imports them first.
+"""Settings of every test: Triton's interpreter, no network, one thread, random numbers of its own.
 
-And one thread: on tiny tensors a second one costs more than it gives, and other work shares the cores.
-Every test draws the same numbers whichever ran before it, on however many processes.
+Triton reads the environment where kernels are declared, huggingface_hub where it is imported, so both are set first.
+On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order.
 """
 
 import os
@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Iterator
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -16,26 +17,41 @@ import torch.distributed as dist
 from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' wrong names are not looked up, again and again
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: a process that began one last would keep the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
-    torch.set_num_threads(1)  # benchmarks set others, with which a process that is forked later would hang
+    torch.set_num_threads(1)  # benchmarks change it, and a process forked later would hang
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the libraries underneath draw from it
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed)
 
 
-# What launchers tell processes of one another, as Lightning writes it into this one's environment.
+@pytest.fixture(autouse=True)
+def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave shape checks out of tests marked `unchecked`."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# Variables that launchers set for distributed processes, and that Lightning writes into this process's environment.
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE")
 
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """Strategies of several processes leave theirs behind, which processes that a later test starts would take over."""
+    """Destroy the process group that a distributed strategy left, before a later test's processes inherit it."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

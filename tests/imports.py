@@ -1,4 +1,4 @@
-"""Import graph of both packages, read from their source; type-only and local imports count."""
+"""Import graph of both packages from their source, type-only and local imports included."""
 
 import ast
 from functools import cache
@@ -10,7 +10,7 @@ PACKAGES = {"hybridmem_kernels": ROOT / "kernels", "hybridmem": ROOT}
 
 @cache
 def modules() -> dict[str, Path]:
-    """Return every module's file by its dotted name; a package stands for its __init__.py."""
+    """Return every module's file by its dotted name; the name of a package maps to its __init__.py."""
     found = {}
     for package, base in PACKAGES.items():
         for path in sorted((base / package).rglob("*.py")):
@@ -20,13 +20,13 @@ def modules() -> dict[str, Path]:
 
 
 def is_package(module: str) -> bool:
-    """Return whether a module is an __init__.py."""
+    """Return True if a module is an __init__.py."""
     return modules()[module].name == "__init__.py"
 
 
 @cache
 def imported_names(module: str) -> tuple[tuple[str, str | None], ...]:
-    """Return (module, name) of everything that a file imports from the two packages; the name of `import x` is None."""
+    """Return (module, name) of all imports in a file from the two packages; `import x` has name None."""
     found: list[tuple[str, str | None]] = []
     package = module.split(".") if is_package(module) else module.split(".")[:-1]
     for node in ast.walk(ast.parse(modules()[module].read_text())):
@@ -40,7 +40,7 @@ def imported_names(module: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def definition(source: str, name: str | None) -> str:
-    """Return the module that a name comes from; packages are followed to the file that they re-export it from."""
+    """Return the module that defines a name, following re-exports of packages."""
     if name is None:
         return source
     if is_package(source):
@@ -54,16 +54,16 @@ def definition(source: str, name: str | None) -> str:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Return the modules that a module's names come from."""
+    """Return the modules that define a module's imported names."""
     return frozenset(definition(*each) for each in imported_names(module)) - {module}
 
 
 @cache
 def longest_chain(module: str) -> tuple[str, ...]:
-    """Return the longest chain of imports that begins at a module and stays in its package.
+    """Return the longest chain of imports that starts at a module and stays in its package.
 
     Raises:
-        RecursionError: imports form a cycle.
+        RecursionError: The imports form a cycle.
     """
     package = module.split(".")[0]
     chains = (longest_chain(other) for other in imports(module) if other.split(".")[0] == package)

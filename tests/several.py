@@ -1,4 +1,4 @@
-"""Processes side by side that share a group, forked: their imports are there already."""
+"""Distributed tests in forked processes, which share the parent's imports."""
 
 import io
 import multiprocessing
@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from hybridmem.cli.main import main
 
-SECONDS = 120  # before processes that wait for one another are ended
+SECONDS = 120  # timeout of deadlocked processes
 
 
 def as_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(rank, *arguments)` returns in each of `size` processes that have one group (gloo)."""
+    """Return the results of `function(rank, *arguments)` in `size` processes with a gloo group."""
     port = free_port()
 
     def work(rank: int) -> Any:
@@ -34,12 +34,12 @@ def as_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
 
 
 def fit(size: int, *arguments: object, output: Path | None = None) -> None:
-    """`hybridmem fit` in several processes, as torchrun starts them."""
+    """Run `hybridmem fit` in several processes, like torchrun."""
     forked(size, command(size, "fit", *arguments))
 
 
 def command(size: int, *arguments: object) -> Callable[[int], None]:
-    """A command of `hybridmem` as one of several processes runs it."""
+    """Run a command of `hybridmem` as one of several processes."""
     port = free_port()
 
     def work(rank: int) -> None:
@@ -53,7 +53,7 @@ def command(size: int, *arguments: object) -> Callable[[int], None]:
 
 
 def forked(size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns in each of `size` processes; an error of one is the caller's."""
+    """Return the results of `work(rank)` in `size` processes, and raise the error of any of them."""
     processes = start(size, work)
     results = {}
     for rank, (process, receive) in enumerate(processes):
@@ -68,7 +68,7 @@ def forked(size: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def start(size: int, work: Callable[[int], Any]) -> list[tuple[Any, Any]]:
-    """Processes under way, and where each one's ("done", result) or ("error", text) can be read."""
+    """Start processes; return them and the pipes of their ("done", result) or ("error", text)."""
     context = multiprocessing.get_context("fork")
     started = []
     for rank in range(size):
@@ -81,7 +81,7 @@ def start(size: int, work: Callable[[int], Any]) -> list[tuple[Any, Any]]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -92,8 +92,8 @@ def _report(work: Callable[[int], Any], rank: int, send: Any) -> None:
     torch.set_num_threads(1)
     try:
         result = ("done", work(rank))
-    except BaseException:  # an exit of the command line too
+    except BaseException:  # includes SystemExit of the command line
         result = ("error", f"process {rank}:\n{traceback.format_exc()}")
     content = io.BytesIO()
-    torch.save(result, content)  # tensors in bytes: as shared memory they would end with the process
+    torch.save(result, content)  # serialised, because shared memory would vanish with the process
     send.send_bytes(content.getvalue())

@@ -1,4 +1,4 @@
-"""The tree in docs/architecture.md names every file, and imports go up in it: no cycles, short chains."""
+"""The tree in docs/architecture.md lists every file, imports only go up in it, and import chains are short."""
 
 import re
 import subprocess
@@ -11,19 +11,19 @@ from .imports import ROOT, imports, is_package, longest_chain, modules
 
 PAGE = ROOT / "docs" / "architecture.md"
 TREE = re.findall(r"```\n(kernels/.*?)```", PAGE.read_text(), re.S)[0]
-MOST_MODULES = 14  # of a folder
+MOST_MODULES = 14  # per folder
 LONGEST_CHAIN = 12  # modules, within a package
 
 
 def tracked(pattern: str) -> set[str]:
-    """Return the files that git tracks or would track."""
+    """Return all files that git tracks or does not ignore."""
     command = ["git", "ls-files", "-co", "--exclude-standard", pattern]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return {name for name in out.stdout.split() if (ROOT / name).exists()}
 
 
 def tree_paths() -> list[str]:
-    """Return the files that the tree's indentation spells, in its order."""
+    """Return the files in the tree, in its order."""
     folders: list[tuple[int, str]] = []
     paths = []
     for line in TREE.rstrip().splitlines():
@@ -41,7 +41,7 @@ PLACES = {path.removeprefix("kernels/"): place for place, path in enumerate(tree
 
 
 def place(module: str) -> int | None:
-    """Return a module's place in the tree; the tree leaves __init__.py out."""
+    """Return a module's position in the tree, which omits __init__.py."""
     return PLACES.get(module.replace(".", "/") + ".py")
 
 
@@ -63,7 +63,7 @@ def test_a_file_imports_only_from_files_above_it(module):
 
 @pytest.mark.parametrize("module", modules())
 def test_packages_export_names_of_their_own_folder_or_above(module):
-    """An __init__.py has no place in the tree: it counts as its folder's last file."""
+    """An __init__.py is not in the tree and counts as its folder's last file."""
     if not is_package(module) or module in ("hybridmem", "hybridmem_kernels"):
         return
     own = [theirs for other in modules() if other.startswith(f"{module}.") and (theirs := place(other)) is not None]

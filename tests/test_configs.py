@@ -1,4 +1,4 @@
-"""Every committed configuration parses; those of large models take a step with a tiny one."""
+"""All committed configurations parse, and those of large models take a step with a tiny model."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_says_what_it_takes(path):
+def test_starts_with_a_comment(path):
     assert path.read_text().startswith("# ")
 
 
@@ -61,7 +61,7 @@ def test_grids_parse(path, tmp_path, monkeypatch, capsys):
 
 
 def tiny_run(path: Path, folder: Path) -> list[str]:
-    """Options that make a configuration small: a tiny model, short rows, little text, a step or three."""
+    """Return options for a small run: a tiny model, short rows, little text and one to three steps."""
     layers = yaml.safe_load(path.read_text())["model"]["init_args"]["config"].get("layer_types")
     options = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
     if layers is None:
@@ -96,7 +96,7 @@ def tiny_run(path: Path, folder: Path) -> list[str]:
 
 
 def as_arguments(options: dict[str, object]) -> list[str]:
-    """Settings as a command line gives them."""
+    """Convert settings to command line arguments."""
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -129,17 +129,17 @@ def test_retrofits_take_steps_with_a_tiny_model(path, tmp_path, monkeypatch):
 
 
 def goes_on_from(warm_up: Path) -> list[Path]:
-    """The configurations of the same task that train by reward on a CPU."""
+    """Return the reinforcement learning configurations of the same task for a CPU."""
     stem = warm_up.stem.removesuffix("_warmup")
     found = [path for path in sorted(warm_up.parent.glob(f"{stem}*.yaml")) if path != warm_up]
     return [path for path in found if "accelerator: cpu" in path.read_text()]
 
 
 def short_run(warm_up: Path) -> tuple[dict[str, object], dict[str, object]]:
-    """Options of a few steps: of a warm-up, of a tiny model, and of the runs by reward that go on from it."""
+    """Return short options for the warm-up of a tiny model, and for the reinforcement learning that follows."""
     shape: dict[str, object] = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
     shape["model.init_args.config.hidden_size"] = 64  # a patch of visual_search has 64 pixels
-    if "tokenizer:" in warm_up.read_text():  # its pieces are the vocabulary
+    if "tokenizer:" in warm_up.read_text():  # the tokenizer determines the vocabulary
         del shape["model.init_args.config.vocab_size"]
     short: dict[str, object] = {
         "trainer.max_steps": 4,
@@ -148,11 +148,13 @@ def short_run(warm_up: Path) -> tuple[dict[str, object], dict[str, object]]:
         "data.init_args.num_val": 4,
         "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
     }
-    return shape | short, short | {"model.init_args.max_completion_length": 24}  # untrained, it never comes to an end
+    return shape | short, short | {
+        "model.init_args.max_completion_length": 24
+    }  # an untrained model never generates EOS
 
 
 def learn_by_reward(warm_up: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, start: dict, later: dict) -> Path:
-    """A short warm-up and what goes on from it, each with further options; the folder of the last run."""
+    """Run a short warm-up and the runs that continue it; return the folder of the last one."""
     monkeypatch.chdir(ROOT)
     options, by_reward = short_run(warm_up)
     run = folder / "start"
@@ -174,8 +176,9 @@ for_every_warm_up = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @for_every_warm_up
-def test_reinforcement_learning_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+def test_reinforcement_learning_continues_its_warm_up(path, tmp_path, monkeypatch):
     run, exported = learn_by_reward(path, tmp_path, monkeypatch, {}, {}), tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()

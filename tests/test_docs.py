@@ -1,4 +1,4 @@
-"""The guides' examples run and their settings parse; the reference names every public name."""
+"""Examples in the guides run, their settings parse, and the API reference lists every public name."""
 
 import importlib
 import re
@@ -16,9 +16,17 @@ from hybridmem.data import byte_tokenizer
 from tests.hybridmem.models import tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PUBLIC = ("hybridmem", "hybridmem.convert", "hybridmem.data", "hybridmem.metrics", "hybridmem.rl", "hybridmem.tasks",
-          "hybridmem.training", "hybridmem_kernels")  # fmt: skip
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = (
+    "hybridmem",
+    "hybridmem.convert",
+    "hybridmem.data",
+    "hybridmem.metrics",
+    "hybridmem.rl",
+    "hybridmem.tasks",
+    "hybridmem.training",
+    "hybridmem_kernels",
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -26,22 +34,33 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def names_in_text() -> dict[str, Any]:
-    """What fragments take for given: a model, something to read, and an operator's inputs."""
+    """Return the names that code fragments assume: a model, tokens, and an operator's inputs."""
     q, k, v = torch.randn(3, 1, 2, 5, 4)
     alpha, eta, theta = torch.rand(3, 1, 2, 5) / 2
     input_ids = torch.randint(0, 37, (1, 20))
     return dict(
-        model=tiny_model(torch.float32), input_ids=input_ids, pieces=input_ids.split([7, 1, 12], dim=1),
-        hybridmem_kernels=hybridmem_kernels, memory_scan=hybridmem_kernels.memory_scan,
-        q=q, k=k, v=v, alpha=alpha, eta=eta, theta=theta, ids=input_ids, labels=input_ids.roll(-1, dims=1), total=20,
-    )  # fmt: skip
+        model=tiny_model(torch.float32),
+        input_ids=input_ids,
+        pieces=input_ids.split([7, 1, 12], dim=1),
+        hybridmem_kernels=hybridmem_kernels,
+        memory_scan=hybridmem_kernels.memory_scan,
+        q=q,
+        k=k,
+        v=v,
+        alpha=alpha,
+        eta=eta,
+        theta=theta,
+        ids=input_ids,
+        labels=input_ids.roll(-1, dims=1),
+        total=20,
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hybridmem.training.allocator.keep_freed_memory", lambda: None)  # it is for the whole process
-    if page.name == "README.md":  # what its commands exported
+    monkeypatch.setattr("hybridmem.training.allocator.keep_freed_memory", lambda: None)  # affects the whole process
+    if page.name == "README.md":  # written by the page's commands
         tiny_model(torch.float32, vocab_size=259).save_pretrained("my_model")
         byte_tokenizer().save_pretrained("my_model")
     if page.name == "scaling.md":
@@ -62,7 +81,7 @@ def test_settings_parse(page):
 
 
 def documented() -> set[str]:
-    """Full names that docs/api.md shows, modules with what is public in them."""
+    """Return the full names in docs/api.md; modules include their public names."""
     found: set[str] = set()
     for target, members in re.findall(r"^::: (\S+)(?:\n    options: \{members: (.*)\})?", API, re.M):
         owner, _, name = target.rpartition(".")
@@ -85,6 +104,6 @@ def test_every_public_name_is_in_the_reference(package):
     module = importlib.import_module(package)
     for name in module.__all__:
         part = getattr(module, name)
-        # Functions that are wrapped for shape checks, and types made by a call, are known by their name alone.
+        # Functions wrapped for shape checks, and dynamically created types, can only be identified by name.
         home = part.__module__ if isclass(part) or isfunction(part) else ""
         assert f"{home}.{name}" in shown or any(entry.endswith(f".{name}") for entry in shown), f"{package}.{name}"

@@ -1,4 +1,4 @@
-"""What runs on a CPU runs on a GPU, with the same numbers: models, streams, generation, and training by reward.
+"""Models, streams, generation and reinforcement learning on a GPU, compared with a CPU.
 
     TRITON_INTERPRET=0 python -m pytest tests/test_gpu.py --numprocesses 8
 
@@ -25,10 +25,10 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-SHAPE = dict(memory_head_dim=16, memory_chunk_size=16)  # the smallest that the Triton kernels take
+SHAPE = dict(memory_head_dim=16, memory_chunk_size=16)  # the smallest sizes that the Triton kernels support
 RUN = {"trainer.accelerator": "gpu"} | {f"model.init_args.config.{name}": size for name, size in SHAPE.items()}
-WRITTEN = {name.replace(".", "__"): value for name, value in RUN.items()}  # as write_config takes them
-# Float32 in another order of sums, through two layers and a recurrence.
+WRITTEN = {name.replace(".", "__"): value for name, value in RUN.items()}  # keyword arguments of write_config
+# Tolerance of float32 sums in another order, over two layers and a recurrence.
 CLOSE = dict(rtol=1e-3, atol=1e-3)
 
 
@@ -72,7 +72,7 @@ def test_the_likeliest_tokens_are_those_of_a_cpu(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", ["mag", "mac"])
-def test_what_is_recorded_is_that_of_a_cpu(variant, target):
+def test_records_equal_a_cpu(variant, target):
     def policy(device, dtype):
         model = tiny_model(dtype, variant=variant, **SHAPE).to(device)
         with AttentionRecorder(model) as recorder:
@@ -84,7 +84,7 @@ def test_what_is_recorded_is_that_of_a_cpu(variant, target):
 
 
 @for_every_warm_up
-def test_training_by_reward_goes_on_from_its_warm_up(path, tmp_path, monkeypatch):
+def test_training_by_reward_continues_its_warm_up(path, tmp_path, monkeypatch):
     run = learn_by_reward(path, tmp_path, monkeypatch, RUN, {"trainer.accelerator": "gpu"})
     assert (run / "last.ckpt").exists()
 
@@ -97,7 +97,7 @@ def test_training_by_reward_in_16_bits(precision, tmp_path, monkeypatch):
     assert all(x.isfinite().all() for x in weights(run / "last.ckpt").values())
 
 
-def test_a_run_goes_on_with_the_numbers_it_would_have_had(tmp_path, monkeypatch):
+def test_resumed_runs_have_the_numbers_of_uninterrupted_ones(tmp_path, monkeypatch):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     for folder in (whole, rest):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""What is installed: both packages, their types and the operators' derivations, in the wheel as in the checkout."""
+"""Contents of the wheel, as of the checkout: both packages, their type markers and the operators' derivations."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Commands and links of README and guides work."""
+"""Commands and links in README and guides."""
 
 import os
 import re
@@ -15,15 +15,15 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_link_leads_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def commands() -> list[list[str]]:
-    """The `hybridmem` commands of README and guides, options and all."""
-    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    """Return the `hybridmem` commands in README and guides with their options."""
+    pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))]
     blocks = "\n".join(block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.S))
     lines = blocks.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("hybridmem ")]
@@ -41,7 +41,7 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
         assert stopped.value.code == 0
         return
     options = ["configs/quickstart.yaml" if option == "C" else option for option in options]
-    if "--ckpt_path" in options:  # made by an earlier command of the page
+    if "--ckpt_path" in options:  # written by an earlier command of the page
         at = options.index("--ckpt_path")
         del options[at : at + 2]
     with pytest.raises(SystemExit) as stopped:
@@ -55,7 +55,7 @@ def test_scripts_are_there_and_can_be_run():
 
 
 def test_old_python_is_named(tmp_path):
-    """A machine whose only Python is too old is told so, in one line."""
+    """If the only Python is too old, the script prints a one-line error."""
     fake = tmp_path / "python3"
     fake.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.9.2;; *) exit 1;; esac\n")
     fake.chmod(0o755)
@@ -71,7 +71,9 @@ def test_old_python_is_named(tmp_path):
         (checkout / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
     out = subprocess.run(
         [tools["bash"] if Path(tools["bash"]).exists() else "/bin/bash", str(checkout / "scripts" / "test")],
-        capture_output=True, text=True, env={"PATH": str(tmp_path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tmp_path)},
+    )
     assert out.returncode != 0
-    assert "Python 3.11 or newer is needed (found: Python 3.9.2)" in out.stderr
+    assert "Python 3.11 or newer is required (found: Python 3.9.2)" in out.stderr

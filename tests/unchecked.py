@@ -1,4 +1,4 @@
-"""torch.compile cannot trace the suite's shape checks: tests of compiled graphs run in a process without them."""
+"""Tests of compiled graphs in a process without shape checks, which torch.compile cannot trace."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ with_shape_checks = pytest.mark.skipif(not CHECKED, reason="this is the process 
 
 
 def passes_without_shape_checks(file: str) -> None:
-    """Run the tests of `file` that carry the mark above."""
+    """Run the tests of `file` that have the mark above."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,1 +1,1 @@
-"""The command line: `main`, and a file for each command beside LightningCLI's own."""
+"""Command line: `main`, and a file for each of hybridmem's own commands."""

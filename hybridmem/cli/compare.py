@@ -1,4 +1,4 @@
-"""`hybridmem compare`: a grid from its configuration to its report."""
+"""`hybridmem compare`: execution of a grid, from its configuration to its report."""
 
 import json
 import re
@@ -30,15 +30,17 @@ def compare(
 ) -> None:
     """Run a grid of architectures × controls × targets × seeds, and write its report.
 
-    What is finished is not run again, what failed or was interrupted is. Ctrl-C lets the running cells save.
+    A further call skips finished runs, and repeats or resumes failed and interrupted ones. On Ctrl-C, active runs save
+    a checkpoint.
 
     Args:
-        tasks: each task's part of the grid, by name.
-        output: the folder of all runs, of results.json and report.html.
-        parallel: runs at a time, one thread each; as many as cores if not given, or as GPUs where a run asks for one.
-        only: make the run of this number alone, for job arrays; see list_runs. The report is written by a call without.
-        list_runs: print the runs with their numbers, and how they stand, and do nothing.
-        report_only: run nothing; write the report of what is finished, while others run or before they do.
+        tasks: settings of each task in the grid, by name.
+        output: folder of all runs, results.json and report.html.
+        parallel: number of parallel runs, with one thread each. None: one per core, or one per GPU if a run may use it.
+        only: execute a single run by its number (see list_runs), for job arrays. Run the command without it afterwards
+            to write the report.
+        list_runs: only print all runs with their numbers and status.
+        report_only: only write the report of the runs that have finished so far.
     """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel={parallel} must be at least 1")
@@ -52,9 +54,9 @@ def compare(
         return
     if only is not None:
         if report_only:
-            raise ValueError("only makes one run and report_only none: leave one of them out")
+            raise ValueError(f"only={only} is incompatible with report_only=true; remove one of the two")
         if not 0 <= only < len(runs):
-            raise ValueError(f"only={only} must be at least 0 and below {len(runs)}, the number of runs")
+            raise ValueError(f"only={only} must be between 0 and {len(runs) - 1}, a run's number (see list_runs)")
         runs = [runs[only]]
         _check_start(runs[0], output)
     check_settings(runs, tasks, output)
@@ -71,18 +73,22 @@ def compare(
 
 
 def _command(arguments: list[str]) -> str:
-    """What makes these figures: `report_only` makes none."""
+    """Return the command that produces these results, without `report_only`."""
     line = shlex.join(["hybridmem", *arguments])
     return re.sub(r" --report_only(=| )\S+", "", line)
 
 
 def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parallel: int | None) -> None:
-    """Make the runs, with a bar on a terminal and a line for each as it ends."""
+    """Execute the runs, with a progress bar on a terminal and a line as each run ends."""
     output.mkdir(parents=True, exist_ok=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     best = (0.0, "")
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as progress:
         bar = progress.add_task("runs", total=len(runs))
@@ -108,7 +114,7 @@ def _execute(runs: list[Run], tasks: dict[str, Comparison], output: Path, parall
 
 def _check_start(run: Run, output: Path) -> None:
     if run.after is not None and status(output / run.after.folder) != "finished":
-        raise ValueError(f"{run} goes on from {run.after}, which is not finished in output={output}: run that first")
+        raise ValueError(f"{run} needs {run.after}, which has not finished in output={output}; execute that run first")
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`hybridmem consolidate`: a sharded run's checkpoint as one file."""
+"""`hybridmem consolidate`: conversion of a sharded checkpoint to one file."""
 
 from pathlib import Path
 
@@ -7,17 +7,18 @@ from hybridmem.training.checkpoints.loading import load_checkpoint
 
 
 def consolidate(ckpt_path: Path, output: Path) -> None:
-    """Make one file of the folder that a sharded run writes, to go on from with any strategy and number of processes.
+    """Merge a sharded checkpoint folder into one file, which any strategy and number of processes can resume.
 
     Args:
-        ckpt_path: the folder.
-        output: the file to write, ending in .ckpt.
+        ckpt_path: checkpoint folder of a sharded run.
+        output: file to write, ending in .ckpt.
 
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or one that is a file already.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the checkpoint is damaged, or already a single file.
     """
     if ckpt_path.is_file():
-        raise ValueError(f"ckpt_path={ckpt_path} is one file already: any strategy can go on from it")
+        raise ValueError(f"ckpt_path={ckpt_path} is already one file, which any strategy can read; use it directly")
     checkpoint = load_checkpoint(ckpt_path)
     names = sorted(name for name in checkpoint if name.startswith("optimizer_") and name[10:].isdigit())
     checkpoint["optimizer_states"] = [checkpoint.pop(name) for name in names]

@@ -1,4 +1,4 @@
-"""A pretrained model as a HybridMem folder with the same logits."""
+"""`hybridmem convert`: conversion of a pretrained model to a HybridMem folder with the same logits."""
 
 from pathlib import Path
 
@@ -10,23 +10,32 @@ from hybridmem.convert import convert_folder
 def convert(
     model: str,
     output: Path,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: list[list[str]] | str = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: list[list[str]] | str | None = None,
+    memory_depth: int | None = None,
+    allocation: Path | None = None,
 ) -> None:
-    """Convert a pretrained model of the families Llama, Mistral, Qwen2 or Qwen3.
+    """Convert a pretrained Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model to a HybridMem folder.
 
     Args:
-        model: a Hugging Face folder or name.
-        output: the folder to write; it must be empty or absent.
-        attention_window: tokens that heads see which do not read everything.
-        num_sink_tokens: first tokens of a document that these heads see too.
-        head_source: full, memory or none for all heads, or a list of these for each layer and KV head.
-        memory_depth: layers of each memory; 1 is linear.
+        model: Hugging Face folder or name; an already converted model is accepted with an allocation.
+        output: folder to write, which must be empty or absent.
+        attention_window: window in tokens of heads without full attention. None: the allocation's, or 256.
+        num_sink_tokens: number of sink tokens at the start of a document that these heads also see. None: the
+            allocation's, or 4.
+        head_source: full, memory or none for all heads, or a list of these for each layer and KV head. None: full.
+        memory_depth: number of layers of each memory. None: 1, a linear memory.
+        allocation: file of head sources, in place of head_source.
     """
     convert_folder(
-        model, output, attention_window, num_sink_tokens, head_source, memory_depth,
+        model,
+        output,
+        attention_window,
+        num_sink_tokens,
+        head_source,
+        memory_depth,
+        allocation,
         track=lambda shards: track(shards, "writing weights"),
-    )  # fmt: skip
+    )
     print(f"wrote {output}")

@@ -1,26 +1,37 @@
-"""`hybridmem export`: a checkpoint's model as a Hugging Face folder."""
+"""`hybridmem export`: export of a checkpoint's model as a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
+from hybridmem.convert import Allocation, allocate, convert
+from hybridmem.convert.conversion import ALLOCATION
 from hybridmem.data.tokenizer import load_tokenizer
 from hybridmem.data.vision import load_processor
+from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.training.checkpoints.contents import model_of_checkpoint
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.model_card import model_card
 
 
-def export(ckpt_path: Path, output: Path, license: str | None = None) -> None:
-    """Write a checkpoint's model as a Hugging Face folder: safetensors, configuration, tokenizer, model code, card.
+def export(ckpt_path: Path, output: Path, license: str | None = None, allocation: Path | None = None) -> None:
+    """Write a Hugging Face folder with a checkpoint's weights, configuration, tokenizer, model code and model card.
+
+    Memories that no head reads are left out.
 
     Args:
-        ckpt_path: a checkpoint of `hybridmem fit`. Averaged weights (EMA) are taken where it holds them.
-        output: the folder to write.
-        license: of the weights, for the model card: an identifier of the hub, such as apache-2.0.
+        ckpt_path: checkpoint of `hybridmem fit`; its averaged weights (EMA) are exported if it has any.
+        output: folder to write.
+        license: licence of the weights for the model card, a hub identifier such as apache-2.0.
+        allocation: file of head sources to apply. None: the allocation that the checkpoint learned, if any.
     """
-    output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is found before the work
+    output.mkdir(parents=True, exist_ok=True)  # fails before the long computation if the folder is not writable
     checkpoint = load_checkpoint(ckpt_path)
     tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
     model = model_of_checkpoint(checkpoint)
+    fixed = _allocation_of(checkpoint) if allocation is None else Allocation.load(allocation)
+    if fixed is not None:
+        model = _with_sources(model, fixed)
+        fixed.save(output / ALLOCATION)
     if tokenizer is not None:
         ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
         model.config.update(ends | dict(pad_token_id=tokenizer.pad_token_id))
@@ -32,3 +43,17 @@ def export(ckpt_path: Path, output: Path, license: str | None = None) -> None:
         tokenizer.save_pretrained(output)
     (output / "README.md").write_text(model_card(model.config, checkpoint, license))
     print(f"wrote {output}")
+
+
+def _allocation_of(checkpoint: dict[str, Any]) -> Allocation | None:
+    """Return the allocation in a checkpoint, or None if training learned none."""
+    values = checkpoint.get("allocation")
+    return None if values is None else Allocation.from_dict(values)
+
+
+def _with_sources(model: Any, allocation: Allocation) -> HybridMemForCausalLM:
+    """Fix the sources of a model's heads, converting a transformers model first."""
+    if not isinstance(model, HybridMemForCausalLM):
+        return convert(model, allocation=allocation)
+    allocate(model, allocation)
+    return model

@@ -1,4 +1,4 @@
-"""Text from an exported model, as it comes."""
+"""`hybridmem generate`: text generation with an exported model."""
 
 from pathlib import Path
 
@@ -21,33 +21,33 @@ def generate(
     """Continue a prompt with an exported model.
 
     Args:
-        model: a folder that `hybridmem export` wrote.
-        prompt: the text to continue; without one, a document starts.
-        max_new_tokens: how much to write at most.
-        temperature: 0 takes the most likely token each time.
-        top_p: sample among the most likely tokens that together have this probability.
-        seed: of the sampling.
-        stream: print the text as it comes rather than at the end.
+        model: folder written by `hybridmem export`.
+        prompt: text to continue. An empty prompt starts a new document.
+        max_new_tokens: maximum number of tokens to generate.
+        temperature: sampling temperature; 0 selects the most likely token.
+        top_p: total probability of the most likely tokens to sample from.
+        seed: seed of the sampling.
+        stream: print text as it is generated instead of at the end.
     """
     refuse_adapter(model)
     if not (model / "config.json").is_file():
-        raise FileNotFoundError(f"model={model} is no exported folder: it has no config.json (see hybridmem export)")
+        raise FileNotFoundError(f"model={model} has no config.json; give a folder written by hybridmem export")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be 0 or more and top_p={top_p} in (0, 1]")
+        raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} in (0, 1]")
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
     if (size := vocabulary_size(tokenizer)) > network.config.vocab_size:
         raise ValueError(
-            f"model={model}: the tokenizer's largest id is {size - 1} but the model's vocab_size is "
-            f"{network.config.vocab_size}: put the tokenizer there that the model was trained with"
+            f"model={model}: the tokenizer's largest id is {size - 1}, but the model's vocab_size is "
+            f"{network.config.vocab_size}; replace the folder's tokenizer with the one from training"
         )
     set_seed(seed)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]])
     if not ids.numel():
-        raise ValueError("prompt is empty and the tokenizer has no bos token to start a document with")
+        raise ValueError("prompt is empty, and the tokenizer has no BOS token to start a document; give a prompt")
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     out = network.generate(

@@ -1,4 +1,4 @@
-"""The command line: Lightning's subcommands, and a few of our own in the same form."""
+"""Command line with Lightning's subcommands and hybridmem's own."""
 
 import json
 import os
@@ -40,6 +40,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from .compare import compare
 from .consolidate import consolidate
 from .convert import convert
+from .eval import evaluate
 from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
@@ -52,51 +53,59 @@ COMMANDS = {
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
+    "eval": evaluate,
     "subnetwork": subnetwork,
     "compare": compare,
     "report": report,
 }
-# The folders that a command takes without their names, in this order.
+# Folders that a command accepts as positional arguments, in this order.
 FOLDERS = {"subnetwork": ("before", "after", "other"), "report": ("run_dir", "other")}
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, DurableModelParallelStrategy)
 LIMIT = re.compile("limit_(train|val)_batches")
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
-# Settings that are off in the trainer's barebones mode, which has an error for each alone.
+# Settings that the trainer's barebones mode disables. Lightning itself only reports the first one.
 NOT_BAREBONES = (
-    "enable_checkpointing", "logger", "enable_progress_bar", "log_every_n_steps", "enable_model_summary",
-    "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler",
-)  # fmt: skip
+    "enable_checkpointing",
+    "logger",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "enable_model_summary",
+    "num_sanity_val_steps",
+    "fast_dev_run",
+    "detect_anomaly",
+    "profiler",
+)
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
-INTERRUPTED = 128 + signal.SIGINT  # the exit status after a Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
-  convert    a pretrained model of transformers as a HybridMem folder with the same logits
-  fit        train: pretraining, or whatever the configuration says
-  validate   held-out loss of a checkpoint
-  test       loss by position and needles of a checkpoint
-  predict    bits that each held-out token takes
-  export     a checkpoint as a Hugging Face folder
-  consolidate
-             a sharded run's checkpoint as one file, for any strategy
-  generate   text from an exported folder
-  subnetwork which weights training changed, of two or three exported folders
-  compare    a grid of architectures and controls, from warm-ups to a report
-  report     a grid's report again, or two grids' beside each other
+  convert      convert a pretrained transformers model to a HybridMem folder with the same logits
+  fit          train a model: pretraining, reinforcement learning, distillation or a retrofit
+  validate     compute a checkpoint's held-out metrics
+  test         compute a checkpoint's loss by position and needle accuracy
+  predict      write the bits that each held-out token costs
+  export       export a checkpoint as a Hugging Face folder
+  consolidate  merge a sharded run's checkpoint into one file, for any strategy
+  generate     generate text with an exported model
+  eval         evaluate a causal LM on long contexts: table, heat map, JSON
+  subnetwork   compare the weights of two or three exported models
+  compare      run a grid of architectures and controls, from warm-ups to a report
+  report       rewrite a grid's report, or compare two grids
 
-hybridmem COMMAND --help lists a command's options; --print_config prints the whole configuration.
+hybridmem COMMAND --help lists a command's options. --print_config prints a complete configuration.
 """
 
 
 class ProcessLost(Exception):
-    """Another process of the run is gone."""
+    """A failure caused by another process of the run that is gone."""
 
 
 class HybridMemCLI(LightningCLI):
-    """LightningCLI that checks settings, data and checkpoint before it starts to work."""
+    """LightningCLI with checks of settings, data and checkpoint before any work."""
 
     def _add_instantiators(self) -> None:
-        """Let data modules save their own arguments: Lightning would give a mixture's to each of its parts."""
+        """Disable Lightning's saving of arguments, which would give a mixture's arguments to each of its parts."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the configuration."""
@@ -111,14 +120,14 @@ class HybridMemCLI(LightningCLI):
                 raise ValueError(f"trainer={trainer!r} must hold settings by name")
             refuse_null_arguments(trainer, L.Trainer, "trainer")
             for name in ("max_time", "val_check_interval"):
-                if isinstance(trainer[name], str | dict):  # a length of time
+                if isinstance(trainer[name], str | dict):  # a duration
                     with named(f"trainer.{name}"):
                         Timer(trainer[name])
             refuse_nulls(self.config[self.config.subcommand])
             super().instantiate_classes()
 
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
-        """Build the trainer; what it writes goes below default_root_dir unless the configuration says otherwise."""
+        """Build the trainer, with logs and checkpoints below default_root_dir unless configured otherwise."""
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
         barebones = self._get(self.config_init, "trainer.barebones")
         if barebones:
@@ -136,13 +145,13 @@ class HybridMemCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(root)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the configuration names no other
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
-        if type(trainer.strategy) is ModelParallelStrategy:  # as configurations name it
+        if type(trainer.strategy) is ModelParallelStrategy:  # the name that configurations use
             trainer.strategy.__class__ = DurableModelParallelStrategy
         if not any(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, NonFiniteGuard())
-        trainer.callbacks.insert(0, FinalCheckpoint())  # before WeightAveraging ends with averages for weights
+        trainer.callbacks.insert(0, FinalCheckpoint())  # before WeightAveraging swaps the weights at the end
         return trainer
 
     def _set_seed(self) -> None:
@@ -152,7 +161,7 @@ class HybridMemCLI(LightningCLI):
             raise SettingsError(f"seed_everything: {error}") from error
 
     def predict(self, **arguments: Any) -> None:
-        """Predict, and write a line of JSON for every row."""
+        """Predict, and write one line of JSON per row."""
         batches = self.trainer.predict(**arguments)
         path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,14 +169,14 @@ class HybridMemCLI(LightningCLI):
         print(f"wrote {path}")
 
     def _parse_ckpt_path(self) -> None:
-        """Take no settings from a checkpoint: the configuration says them, and `_check` compares."""
+        """Ignore a checkpoint's settings; the configuration has them, and `_check` compares the two."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as stack:
             with settings_errors():
                 root = Path(self.trainer.default_root_dir)
                 make_writable(root)
-                if subcommand == "fit" and self.trainer.is_global_zero:  # the others of its processes belong to it
+                if subcommand == "fit" and self.trainer.is_global_zero:  # its lock covers the run's other processes
                     stack.enter_context(held_folder(root))
                 self._check(subcommand)
             self._run_checked(subcommand)
@@ -177,8 +186,8 @@ class HybridMemCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except Exception as error:
             if isinstance(self.model, Trained) and subcommand == "fit" and not self.model.has_started:
-                with settings_errors():  # optimiser, schedule, strategy: built by the trainer, before the first batch
-                    if self.trainer.overfit_batches and LIMIT.search(str(error)):  # it stands for both, and was set
+                with settings_errors():  # the trainer builds optimiser, schedule and strategy before the first batch
+                    if self.trainer.overfit_batches and LIMIT.search(str(error)):  # it overrides both limits
                         raise ValueError(LIMIT.sub("overfit_batches", str(error))) from error
                     raise error
             if lost_a_process(error):
@@ -186,15 +195,15 @@ class HybridMemCLI(LightningCLI):
             raise
 
     def _how_to_go_on(self, error: Exception) -> str:
-        """What a process says that has lost another one."""
+        """Describe the loss of another process, and the checkpoint to resume from."""
         root = Path(self.trainer.default_root_dir)
         saved = [path for path in root.glob("*.ckpt") if path.is_file() or is_sharded(path)]
         last = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-        remedy = "no checkpoint was written yet" if last is None else f"go on with --ckpt_path {last}"
-        return f"another process of this run is gone or hangs ({one_line(str(error))[:200]}): {remedy}"
+        remedy = "start again (no checkpoint was written yet)" if last is None else f"resume with --ckpt_path {last}"
+        return f"another process of this run is gone or hangs ({one_line(str(error))[:200]}); {remedy}"
 
     def _check(self, subcommand: str) -> None:
-        """Read the data and the checkpoint's description now: what is wrong with them should not wait."""
+        """Check settings, data and checkpoint early, before any long computation."""
         path = self._get(self.config, "ckpt_path")
         self._check_strategy(path)
         at_least(1, **{"trainer.check_val_every_n_epoch": self._get(self.config, "trainer.check_val_every_n_epoch")})
@@ -202,7 +211,9 @@ class HybridMemCLI(LightningCLI):
         at_least(0, **{name: value for name, value in limits.items() if isinstance(value, int)})
         for name, part in (("model", self.model), ("data", self.datamodule)):
             if type(part) in (L.LightningModule, L.LightningDataModule):
-                raise ValueError(f"{name} names no class: set {name}.class_path, such as hybridmem.{EXAMPLES[name]}")
+                raise ValueError(
+                    f"{name} has no class; set {name}.class_path, for example to hybridmem.{EXAMPLES[name]}"
+                )
         if subcommand == "fit" and not path:
             self._check_fresh(Path(self.trainer.default_root_dir))
         self.datamodule.setup({"validate": "validate", "predict": "validate"}.get(subcommand, subcommand))
@@ -211,10 +222,10 @@ class HybridMemCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         if subcommand == "fit":
             self.model.check_schedule(self.trainer)
-        elif not path and not isinstance(self.model, PolicyModule):  # whose setting `model` names weights
-            raise ValueError(f"hybridmem {subcommand} needs --ckpt_path, a checkpoint of hybridmem fit")
+        elif not path and not isinstance(self.model, PolicyModule):  # PolicyModule loads the weights in `model`
+            raise ValueError(f"hybridmem {subcommand} needs a checkpoint; give --ckpt_path, written by hybridmem fit")
         if subcommand == "test":
-            self.datamodule.test_dataloader()  # needles that do not fit are found now
+            self.datamodule.test_dataloader()  # raises an error if needles do not fit
         if path and path not in ("last", "best", "hpc", "registry"):
             rank, size = self.trainer.global_rank, self.trainer.world_size
             checkpoint = load_checkpoint(path, weights=False, rank=rank, size=size)
@@ -222,34 +233,34 @@ class HybridMemCLI(LightningCLI):
                 check_same_model(self.model.config, checkpoint)
 
     def _check_strategy(self, ckpt_path: Any) -> None:
-        """Raise when the strategy is none that is tried, or cannot go on from the checkpoint."""
+        """Raise a ValueError if the strategy is unsupported, or cannot read the checkpoint."""
         strategy = self.trainer.strategy
         if type(strategy) not in STRATEGIES:
             raise ValueError(
-                f"trainer.strategy: {type(strategy).__name__} is not supported: choose auto, ddp, or "
+                f"trainer.strategy: {type(strategy).__name__} is not supported; choose auto, ddp, or "
                 "lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
             )
         if ckpt_path and is_sharded(ckpt_path) and not isinstance(strategy, ModelParallelStrategy):
             raise ValueError(
-                f"ckpt_path={ckpt_path} is of a sharded run, which {type(strategy).__name__} cannot read: make one "
-                f"file of it first (hybridmem consolidate --ckpt_path {ckpt_path} --output whole.ckpt)"
+                f"ckpt_path={ckpt_path} is a sharded checkpoint, which {type(strategy).__name__} cannot read; merge it "
+                f"into one file first (hybridmem consolidate --ckpt_path {ckpt_path} --output whole.ckpt)"
             )
 
     def _check_fresh(self, root: Path) -> None:
-        """Raise when a new run would write over another one's checkpoints."""
+        """Raise a ValueError if a new run would overwrite another run's checkpoints."""
         held = max(root.glob("*.ckpt"), key=lambda path: path.lstat().st_mtime_ns, default=None)
         if held is not None:
             raise ValueError(
-                f"trainer.default_root_dir={root} holds {held.name} of an earlier run: go on with it "
+                f"trainer.default_root_dir={root} holds {held.name} of an earlier run; resume it "
                 f"(--ckpt_path {held}), choose another folder, or remove this one"
             )
 
 
 def check_barebones(trainer: Mapping[str, Any]) -> None:
-    """Check that nothing is switched on that the trainer's barebones mode leaves out.
+    """Check that no setting needs a feature that the trainer's barebones mode disables.
 
     Raises:
-        ValueError: naming all such settings.
+        ValueError: there are such settings; the message names all of them.
     """
     callbacks = trainer.get("callbacks") or []
     given = [f"{name}={trainer[name]!r}" for name in NOT_BAREBONES if trainer.get(name)]
@@ -258,49 +269,49 @@ def check_barebones(trainer: Mapping[str, Any]) -> None:
     ]
     if given:
         raise ValueError(
-            "trainer.barebones=true trains without checkpoints, logs and checks, to time steps alone: remove "
+            "trainer.barebones=true disables checkpoints, logs and checks, in order to time steps; remove "
             f"{', '.join(given)} from trainer, or set barebones to false"
         )
 
 
 def make_writable(root: Path) -> None:
-    """Make a run's folder.
+    """Create a run's folder.
 
     Raises:
-        PermissionError: the run cannot write there.
+        PermissionError: the folder is not writable.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         writable = os.access(root, os.W_OK)
-    except OSError:  # a file of that name, or a file system that takes no folders
+    except OSError:  # a file has that name, or the file system rejects the folder
         writable = False
     if not writable:
-        raise PermissionError(f"trainer.default_root_dir={root} cannot be written to: choose another folder")
+        raise PermissionError(f"trainer.default_root_dir={root} is not writable; choose another folder")
 
 
 @contextmanager
 def held_folder(root: Path) -> Iterator[None]:
-    """A context in which no other run can train in this folder.
+    """Hold a folder for the duration of a context, so that no other run can train in it.
 
     Raises:
-        ValueError: another run does.
+        ValueError: another run is training in the folder.
     """
     with ExitStack() as stack:
         try:
             stack.enter_context(hold(root / RUN_LOCK))
         except LockedError as error:
             raise ValueError(
-                f"trainer.default_root_dir={root} is in use by another run ({error.holder}): wait for its end, stop "
+                f"trainer.default_root_dir={root} is in use by another run ({error.holder}); wait until it ends, stop "
                 f"it (kill {error.holder.pid}), or choose another folder"
             ) from error
         yield
 
 
 def named_folders(arguments: Sequence[str]) -> list[str]:
-    """A command's arguments with the names of the folders that stand first without one.
+    """Return a command's arguments with option names inserted before positional folders.
 
     Raises:
-        ValueError: more folders than the command takes.
+        ValueError: there are more folders than the command accepts.
     """
     command, *rest = arguments
     if command not in FOLDERS:
@@ -308,20 +319,20 @@ def named_folders(arguments: Sequence[str]) -> list[str]:
     count = next((n for n, argument in enumerate(rest) if argument.startswith("-")), len(rest))
     names = FOLDERS[command]
     if count > len(names):
-        raise ValueError(f"{command} takes {len(names)} folders at most, not {count}: {' '.join(rest[:count])}")
+        raise ValueError(f"{command} takes at most {len(names)} folders, not {count}: {' '.join(rest[:count])}")
     named = [part for name, folder in zip(names, rest[:count], strict=False) for part in (f"--{name}", folder)]
     return [command, *named, *rest[count:]]
 
 
 def main() -> None:
-    """Run a command; exits with 2 and one line where the settings are at fault, with 1 where the run cannot go on."""
+    """Run a command, and exit with 2 on errors in settings or with 1 if the run cannot continue."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
-    # Lightning asks torch a question in a way that torch deprecates; users cannot do anything about it.
+    # Lightning calls an API that torch has deprecated; users cannot change that.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    # PolicyModule keeps its model in evaluation mode, which has no dropout, on purpose.
+    # PolicyModule keeps its model in eval mode on purpose, to disable dropout.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     keep_freed_memory()
     flush_denormals()
@@ -332,7 +343,7 @@ def main() -> None:
                 sys.stdout.flush()
         elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
             commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
-            raise SettingsError(f"there is no command {arguments[0]!r}; choose one of {commands}")
+            raise SettingsError(f"unknown command {arguments[0]!r}; choose one of {commands}")
         else:
             HybridMemCLI(
                 L.LightningModule,
@@ -342,7 +353,7 @@ def main() -> None:
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
-                parser_kwargs={"description": "Train and evaluate hybrids of neural memory and attention."},
+                parser_kwargs={"description": "Train and evaluate hybrid models of neural memory and attention."},
                 auto_configure_optimizers=False,
                 parser_class=TrainingParser,
             )
@@ -354,7 +365,7 @@ def main() -> None:
         sys.exit(1)
     except ProcessLost as error:
         print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # not sys.exit: what is left of the group would be waited for
+        os._exit(1)  # sys.exit would wait for the remaining processes of the group
     except BrokenPipeError:  # as in `hybridmem … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -362,5 +373,5 @@ def main() -> None:
         print("hybridmem: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except SystemExit as exit:
-        # Lightning makes a plain 1 of a Ctrl-C, as if something had gone wrong.
+        # Lightning turns Ctrl-C into exit status 1, which would mean an error.
         sys.exit(INTERRUPTED if isinstance(exit.__context__, KeyboardInterrupt) else exit.code)

@@ -1,4 +1,4 @@
-"""Parsers of the command line, whose errors are one line that names the setting."""
+"""Command-line parsers with one-line errors that name the setting."""
 
 import inspect
 import re
@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from hybridmem.tasks.task import flaw_of_class
 from hybridmem.training.errors import SettingsError
 
-# Lines that jsonargparse adds around the sentence that matters.
+# Lines that jsonargparse adds around the actual error.
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
     r"|Expected a path but|Problem with given class_path|Class validation error for validator"
@@ -27,20 +27,20 @@ KEY = re.compile(r'Parser key "([^"]+)":\s*')
 
 @contextmanager
 def settings_errors() -> Iterator[None]:
-    """Turn what the checks of settings and files raise into one line."""
+    """Convert errors from checks of settings and files into one-line SettingsErrors."""
     try:
         yield
-    except BrokenPipeError:  # no setting's fault: nobody reads on
+    except BrokenPipeError:  # the reader of a pipe is gone; not an error in settings
         raise
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError, MisconfigurationException) as error:
         raise SettingsError(one_line(str(error))) from error
 
 
 def refuse_nulls(settings: Any, place: str = "") -> None:
-    """Refuse a null for a setting that takes none, in every class that is named: there the parser lets it through.
+    """Check the arguments of every class in the settings for invalid nulls, which the parser accepts.
 
     Raises:
-        ValueError: with the setting's name and type.
+        ValueError: a setting is null although its type does not allow it.
     """
     if isinstance(settings, list):
         for number, each in enumerate(settings):
@@ -55,22 +55,22 @@ def refuse_nulls(settings: Any, place: str = "") -> None:
 
 
 def refuse_null_arguments(given: Namespace | dict[str, Any], of: Any, place: str) -> None:
-    """The same for the arguments of one class or function.
+    """Check the arguments of one class or function for invalid nulls.
 
     Raises:
-        ValueError: with the setting's name and type.
+        ValueError: an argument is null although its type does not allow it.
     """
     for name, kind in _types_without_null(of).items():
         if name in given and given[name] is None:
-            raise ValueError(f"{place}.{name} is {getattr(kind, '__name__', kind)} and cannot be null")
+            raise ValueError(f"{place}.{name}=null must be of type {getattr(kind, '__name__', kind)}")
 
 
 def _types_without_null(of: Any) -> dict[str, Any]:
-    """The parameters of a class or function that say their type, and that None is not of it."""
+    """Return the annotated parameters of a class or function whose type excludes None."""
     function = getattr(of, "__init__") if isinstance(of, type) else of  # noqa: B009
     try:
         types, parameters = get_type_hints(function), inspect.signature(function).parameters
-    except (NameError, TypeError, ValueError):  # types that exist for a checker only; built-in functions
+    except (NameError, TypeError, ValueError):  # types for type checkers only; built-in functions
         return {}
     return {
         name: kind
@@ -82,7 +82,7 @@ def _types_without_null(of: Any) -> dict[str, Any]:
 
 
 def one_line(message: str) -> str:
-    """The setting's dotted name and what is wrong with it, out of a nested message of several lines."""
+    """Reduce a nested message of several lines to the setting's dotted name and the error."""
     names: list[str] = []
     sentences: list[str] = []
     for line in message.splitlines():
@@ -98,21 +98,21 @@ def one_line(message: str) -> str:
 
 
 def _flaw_of_task(found: re.Match[str]) -> str:
-    """Return which member of Task the class lacks that the parser has refused."""
+    """Describe the member of Task that a rejected class lacks."""
     return flaw_of_class(resolve_name(found[1]))
 
 
 class _OneLineErrors(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a SettingsError instead of printing every option there is."""
+        """Raise a SettingsError instead of printing all options."""
         if not self.exit_on_error:
             super().error(message, ex)
         raise SettingsError(one_line(message)) from ex
 
 
 class CommandParser(_OneLineErrors):
-    """For our own commands."""
+    """Parser of hybridmem's own commands."""
 
 
 class TrainingParser(_OneLineErrors, LightningArgumentParser):
-    """For Lightning's commands."""
+    """Parser of Lightning's commands."""

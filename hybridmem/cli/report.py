@@ -1,4 +1,4 @@
-"""`hybridmem report`: a grid's report written again, or two grids side by side."""
+"""`hybridmem report`: report of one grid, or a comparison of two."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from hybridmem.compare.results import RESULTS
 
 
 def report(run_dir: Path, other: Path | None = None) -> None:
-    """Write the report of a grid again from its results.json.
+    """Rewrite the report of a grid from its results.json.
 
     Args:
-        run_dir: the output of `hybridmem compare`. The two can be given without their names: hybridmem report A B.
-        other: the output of another one, to set beside it.
+        run_dir: output folder of `hybridmem compare`. Both folders can be positional arguments: hybridmem report A B.
+        other: output folder of another grid to compare with.
     """
     results = _read(run_dir, "run_dir")
     show_report(results, run_dir, None if other is None else _read(other, "other"))
@@ -23,6 +23,6 @@ def _read(folder: Path, setting: str) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(
-            f"{setting}={folder} holds no {RESULTS}: give the output of a finished hybridmem compare"
+            f"{setting}={folder} has no {RESULTS}; give the output folder of a finished hybridmem compare"
         )
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""`hybridmem subnetwork A B [C]`: which weights training changed, of models of any size."""
+"""`hybridmem subnetwork A B [C]`: comparison of weights before and after training, for models of any size."""
 
 import json
 from collections import deque
@@ -36,7 +36,7 @@ from hybridmem.metrics.subnetwork import (
 )
 from hybridmem.metrics.weights import StoredWeights, write_masks
 
-FILE_WIDTH = 120  # of tables that go into a file or a pipe, which tell no width
+FILE_WIDTH = 120  # width of tables in files and pipes
 
 
 def subnetwork(
@@ -49,24 +49,24 @@ def subnetwork(
     output: Path | None = None,
     save_mask: Path | None = None,
 ) -> None:
-    """Compare the weights of a model before and after training, tensor by tensor: how many were updated, and which.
+    """Count the weights that training updated, by tensor, layer and kind of tensor.
 
     Args:
-        before: a Hugging Face folder with safetensors, or a safetensors file. The three can be given without their
-            names, in this order: hybridmem subnetwork A B C.
-        after: what it became by training.
-        other: what it became by another training: do the two change the same weights?
-        tolerance: a weight is updated if it changed by more.
-        dtype: what weights are cast to before they are compared.
-        rank: also the rank of each matrix's update; minutes for each matrix of a large model.
-        output: a JSON file for all the numbers, every tensor's among them.
-        save_mask: a safetensors file for a mask of the weights that were updated, for SubnetworkMask.
+        before: model before training, as a Hugging Face folder with safetensors or a safetensors file. The three models
+            can be positional arguments: hybridmem subnetwork A B C.
+        after: model after training.
+        other: model after another training from the same start, to measure the overlap of the two updates.
+        tolerance: a weight counts as updated if it changed by more than this.
+        dtype: dtype to which weights are cast before the comparison.
+        rank: also compute the rank of each matrix's update, which takes minutes per matrix of a large model.
+        output: JSON file to write with all results, including each tensor's.
+        save_mask: safetensors file to write with a mask of the updated weights, for SubnetworkMask.
     """
     check_tolerances(tolerance)
     models = [StoredWeights(path) for path in (before, after, other) if path is not None]
     names = float_names(*models)
     for path in (output, save_mask):
-        if path is not None:  # a place that cannot be written to is found before the work
+        if path is not None:  # fails before the long computation if the folder is not writable
             path.parent.mkdir(parents=True, exist_ok=True)
     found = Comparison(models, tolerance, getattr(torch, dtype), rank)
     masks = ((name, found.add(name)) for name in track(names, "comparing", console=Console(stderr=True)))
@@ -87,7 +87,7 @@ def subnetwork(
 
 
 class Comparison:
-    """What is counted of models, one tensor of each at a time: a model before training, and one or two after it."""
+    """Counts of updated weights between a model and one or two trained versions, accumulated tensor by tensor."""
 
     def __init__(self, models: Sequence[StoredWeights], tolerance: float, dtype: torch.dtype, rank: bool):
         self.models, self.tolerance, self.dtype, self.rank = models, tolerance, dtype, rank
@@ -97,7 +97,7 @@ class Comparison:
         self.ranks: dict[str, float] = {}
 
     def add(self, name: str) -> Bool[Tensor, "..."]:
-        """Count a tensor; returns which of its entries the first training updated."""
+        """Count a tensor, and return a mask of the entries that the first training updated."""
         before, after, *other = [model[name] for model in self.models]
         self.within[name] = count_within(before, after, self.tolerances, self.dtype)
         if self.rank and before.dim() == 2:
@@ -108,11 +108,11 @@ class Comparison:
         return masks[0]
 
     def sparsity(self, tolerance: float) -> UpdateSparsity:
-        """At one of the tolerances."""
+        """Return the sparsity at one of the tolerances."""
         return sparsity_of(self.within, self.tolerances.index(tolerance))
 
     def results(self) -> dict[str, Any]:
-        """All numbers as plain values: null where there is none."""
+        """Return all results as plain values, with None in place of NaN."""
         results: dict[str, Any] = {
             "sparsity": asdict(self.sparsity(self.tolerance)),
             "sparsity_at": {str(tolerance): self.sparsity(tolerance).total for tolerance in self.tolerances},
@@ -124,7 +124,7 @@ class Comparison:
         return _without_nan(results)
 
     def show(self, console: Console, dtype: str) -> None:
-        """Print the totals, and a table by layer and by kind of tensor."""
+        """Print the totals and a table by layer and kind of tensor."""
         sweep = ", ".join(f"{self.sparsity(t).total:.2%} within {t:g}" for t in self.tolerances)
         console.print(f"not updated, compared in {dtype}: {sweep}")
         sparsity = self.sparsity(self.tolerance)
@@ -148,7 +148,7 @@ class Comparison:
         console.print(table)
         if overlap is not None:
             chance = " and ".join(map(_percent, overlap.total.chance_by_tensor))
-            console.print(f"chance, if as many were updated in every tensor: {chance}")
+            console.print(f"overlap by chance with the same number of updates in every tensor: {chance}")
 
     def _mean_rank(self, key: Callable[[str], str], group: str) -> float:
         ranks = [rank for name, rank in self.ranks.items() if key(name) == group]
@@ -165,12 +165,12 @@ def _percent(share: float) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _without_nan(value: Any) -> Any:
-    """Values for JSON, which has no nan."""
+    """Replace NaN by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {name: _without_nan(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Architecture against reward: the grid, its runs, its report."""
+"""Comparison of architectures and rewards: a grid, its runs and its report."""
 
 from .grid import CONTROLS, Comparison
 

@@ -1,4 +1,4 @@
-"""The answer in two sentences: what the architecture gives, and what reward on attention adds, or the control."""
+"""Answer in two sentences: the best architecture, and the effect of attention reward or of the best control."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ Cells = list[dict[str, Any]]
 
 
 def answer(task: dict[str, Any]) -> list[str]:
-    """Up to two sentences about a task of results.json, each with its figure and interval, or what is missing."""
+    """Return up to two sentences about a task in results.json, with results and intervals."""
     cells = [cell for cell in task["cells"] if cell["status"] == "finished"]
     trained = [row for row in task["summary"] if "score" in row and row["label"] != START]
     if not trained:
-        return ["No cell is finished yet."]
-    most = max(len(row["seeds"]) for row in trained)  # a lucky seed of a cell that is not done is no answer
+        return ["No cell has finished yet."]
+    most = max(len(row["seeds"]) for row in trained)  # ignore cells with fewer seeds, which may just be lucky
     trained = [row for row in trained if len(row["seeds"]) == most]
     best = max(trained, key=lambda row: row["score"]["mean"])
     first = _architecture(task, cells, trained, best)
@@ -26,16 +26,16 @@ def answer(task: dict[str, Any]) -> list[str]:
 
 
 def difference(values: list[float]) -> str:
-    """Percentage points between two cells over seeds, and whether the seeds tell it from none."""
+    """Format the difference between two cells over seeds, in percentage points, with its significance."""
     mean, half = mean_interval([100 * value for value in values])
     if half is None:
         return f"{mean:+.1f} points (one seed, so no interval)"
-    verdict = "" if abs(mean) > half else ", which the seeds do not tell from no difference"
+    verdict = "" if abs(mean) > half else ", not a significant difference"
     return f"{mean:+.1f} ± {half:.1f} points over {len(values)} seeds{verdict}"
 
 
 def percent(interval: dict[str, Any] | None, signed: bool = False) -> str:
-    """A share with its interval, in percent."""
+    """Format a share and its interval in percent."""
     if interval is None:
         return ""
     mean = f"{100 * interval['mean']:{'+' if signed else ''}.1f}"
@@ -45,10 +45,10 @@ def percent(interval: dict[str, Any] | None, signed: bool = False) -> str:
 def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict[str, Any]) -> str:
     name = metric_name(task)
     score = f"{percent(best['score'])} % right" if name == "accuracy" else f"{name} {percent(best['score'])} %"
-    text = f"Best is {best['architecture']} with {best['label']}: {score}"
+    text = f"The best result is {best['architecture']} with {best['label']}: {score}"
     prompts = of_prompts(task)
     if prompts is not None:
-        text += f", where the prompts as they stand are at {percent(prompts)} %"
+        text += f", compared with {percent(prompts)} % for the unchanged prompts"
     rivals = [row for row in trained if row["architecture"] != best["architecture"]]
     if not rivals:
         return text + "."
@@ -56,7 +56,7 @@ def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict
     theirs, its = (_of(cells, row["architecture"], row["label"]) for row in (rival, best))
     ahead = paired(theirs, its, task["metric"])
     if not ahead:
-        return text + f"; {rival['architecture']} has no seed in common with it."
+        return text + f"; {rival['architecture']} shares no seed with it."
     return text + (
         f"; the best other architecture is {rival['architecture']} with {rival['label']} ({percent(rival['score'])} "
         f"%): {difference(ahead)}."
@@ -64,7 +64,7 @@ def _architecture(task: dict[str, Any], cells: Cells, trained: Cells, best: dict
 
 
 def _control(task: dict[str, Any], cells: Cells, trained: Cells, best: dict[str, Any]) -> list[str]:
-    """How far the best control is ahead of the next best, in a grid without reward on attention."""
+    """Compare the best control with the second best, in a grid without attention reward."""
     architecture = best["architecture"]
     rivals = [row for row in trained if row["architecture"] == architecture and row is not best]
     if not rivals:
@@ -72,11 +72,11 @@ def _control(task: dict[str, Any], cells: Cells, trained: Cells, best: dict[str,
     rival = max(rivals, key=lambda row: row["score"]["mean"])
     theirs, its = (_of(cells, architecture, row["label"]) for row in (rival, best))
     ahead = paired(theirs, its, task["metric"])
-    return [f"On {architecture} it is ahead of {rival['label']} by {difference(ahead)}."] if ahead else []
+    return [f"On {architecture}, it leads {rival['label']} by {difference(ahead)}."] if ahead else []
 
 
 def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:
-    """What AttentionRL adds to the same objectives without it; the best of its targets is looked at."""
+    """Compare AttentionRL, with its best target, to the same objectives without it."""
     cells = [cell for cell in cells if cell["architecture"] == architecture and not cell["masked"]]
     found = []
     pairs = dict.fromkeys((cell["control"], cell["without"]) for cell in cells if cell["without"])
@@ -89,11 +89,11 @@ def _attention(task: dict[str, Any], cells: Cells, architecture: str) -> str:
         if gains:
             best = max(gains, key=lambda gain: sum(gain) / len(gain))
             of = "" if len(gains) == 1 else f" (the best of {len(gains)} targets)"
-            name = "alone" if without == START else f"beside {without}"
+            name = "alone" if without == START else f"added to {without}"
             name += f", as in {control!r}," if alike.count(without) > 1 else ""
-            found.append(f"reward on attention {name}{of} changes {metric_name(task)} by {difference(best)}")
+            found.append(f"attention reward {name}{of} changes {metric_name(task)} by {difference(best)}")
     if not found:
-        return f"What reward on attention adds to {architecture} was not run to its end."
+        return f"The runs with attention reward on {architecture} have not finished."
     return f"On {architecture}, " + "; ".join(found) + "."
 
 

@@ -1,4 +1,4 @@
-"""Which weights a run changed, written beside it: a grid's folder can travel without its checkpoints."""
+"""Record of the weights that a run changed, so that a grid's folder is complete without checkpoints."""
 
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ MODULE = "model."
 
 
 def write_changes(start: Path, folder: Path) -> None:
-    """Write a mask of the weights that a run changed, and the shares that it left: by tensor, layer, kind, in all."""
+    """Write a mask of the weights that a run changed, and its sparsity by tensor, layer and kind and in total."""
     before, after = _weights(start), _weights(folder)
     masks = dict(update_masks(before, after))
     write_masks(folder / MASK, shapes_of(masks), masks.items())
@@ -25,6 +25,6 @@ def write_changes(start: Path, folder: Path) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Weights by the model's own names, without its module's in front."""
+    """Return a checkpoint's weights under the model's own names, without the module's prefix."""
     weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
     return {name.removeprefix(MODULE): tensor for name, tensor in weights.items() if name.startswith(MODULE)}

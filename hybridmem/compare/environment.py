@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit and hardware, kept beside it."""
+"""Versions, commit and hardware of a run, recorded in its folder."""
 
 import json
 import os
@@ -16,18 +16,18 @@ NAME = "environment.json"
 
 
 def write_environment(folder: Path) -> None:
-    """Note in a run's folder what this process has."""
+    """Record this process's environment in a run's folder."""
     (folder / NAME).write_text(json.dumps(environment(), indent=1) + "\n")
 
 
 def read_environment(folder: Path) -> dict[str, Any] | None:
-    """What a run was made with; None where that was not noted."""
+    """Return a run's recorded environment, or None if there is no record."""
     path = folder / NAME
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware."""
+    """Return versions, commit and hardware."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the processor's name as Linux reports it."""
+    """Return the processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn from what results.json holds."""
+"""Figures of the report, drawn from results.json."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +17,24 @@ from .results import metric_name
 
 Rows = list[dict[str, Any]]
 Color = tuple[float, ...]
-Colors = dict[str, Color]  # of controls
+Colors = dict[str, Color]  # by control
 DRIFT = {
-    "divergence_from_start": "divergence from the start, nats",
+    "divergence_from_start": "divergence from start, nats",
     "effective_span": "effective span, tokens",
     "mean_distance": "mean distance, tokens",
     "allocation/memory": "share of attention on memory",
 }
 COLLAPSE = {
-    "val/format/entropy": "entropy of formats, nats",
-    "collapse/diversity": "attention's diversity, nats",
-    "collapse/distinct_patterns": "ways of attending in a group",
+    "val/format/entropy": "format entropy, nats",
+    "collapse/diversity": "attention diversity, nats",
+    "collapse/distinct_patterns": "attention patterns per group",
 }
 STEPS = "batches of prompts"
-LEAST_RANGE = 0.1  # of an axis of shares
+LEAST_RANGE = 0.1  # minimum range of an axis of shares
 
 
 def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
-    """Write the pictures of a task; by title, each one's file and what it shows in words."""
+    """Write the figures of a task, and return each one's file and alternative text by title."""
     drawn: dict[str, tuple[Path, str]] = {}
     finished = [row for row in task["summary"] if "score" in row]
     if not finished:
@@ -42,7 +42,7 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     name, labels = metric_name(task), dict.fromkeys(row["label"] for row in finished)
     metric = {task["metric"]: f"held-out {name}"}
-    colors = {label: _color(number) for number, label in enumerate(labels)}  # the same in all pictures
+    colors = {label: _color(number) for number, label in enumerate(labels)}  # shared by all figures
     plans: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("score", f"Held-out {name}", lambda: bars(finished, colors, f"held-out {name}")),
         ("curves", f"Held-out {name} over training", lambda: curves(task["cells"], metric, colors, shares=True)),
@@ -65,7 +65,7 @@ def draw_all(task: dict[str, Any], folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def bars(rows: Rows, colors: Colors, name: str) -> Figure:
-    """The score of every architecture and control, with intervals and each seed as a dot."""
+    """Draw the score of every architecture and control, with intervals and a dot per seed."""
     architectures = list(dict.fromkeys(row["architecture"] for row in rows))
     figure, axes = _figure(1, height=3.4)
     width = 0.8 / len(colors)
@@ -87,10 +87,9 @@ def bars(rows: Rows, colors: Colors, name: str) -> Figure:
 
 
 def curves(cells: Rows, metrics: dict[str, str], colors: Colors, shares: bool = False) -> Figure | None:
-    """A panel for every metric and architecture, a line for every control: mean over seeds, its interval as a band.
+    """Draw a panel per metric and architecture with a line per control, the mean over seeds in its interval's band.
 
-    Lines begin at the start's value, where its validation has one.
-    `shares` lie between 0 and 1, whatever an interval says.
+    Lines begin at the start's value if its validation logged the metric. With `shares`, axes stay between 0 and 1.
     """
     cells = [cell for cell in cells if cell["status"] == "finished"]
     starts = {(cell["architecture"], cell["seed"]): cell["last"] for cell in cells if cell["label"] == START}
@@ -114,21 +113,21 @@ def curves(cells: Rows, metrics: dict[str, str], colors: Colors, shares: bool = 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if shares:
             low, high = axes.get_ylim()
-            missing = max(0, LEAST_RANGE - (high - low)) / 2  # curves that do not move, by an axis of thousandths
-            axes.set_ylim(max(low - missing, 0), min(high + missing, 1.02))  # the line's own width above
+            missing = max(0, LEAST_RANGE - (high - low)) / 2  # avoids magnifying curves that hardly move
+            axes.set_ylim(max(low - missing, 0), min(high + missing, 1.02))  # leaves room for the line's width
     _legend(figure, all_axes)
     return figure
 
 
 def _points(cell: dict[str, Any], metric: str, starts: dict[tuple[str, int], dict[str, float]]) -> dict[int, float]:
-    """A metric of a cell by the batches of prompts that were learnt from, none at the start."""
+    """Return a cell's metric by the number of batches of prompts seen, beginning at 0 with the start's value."""
     start = starts.get((cell["architecture"], cell["seed"]), {})
     first = {0: start[metric]} if metric in start else {}
     return first | {step + 1: value for step, value in cell["curves"][metric]}
 
 
 def by_column(rows: Rows, colors: Colors) -> Figure | None:
-    """Accuracy by a column of the examples, a panel for every architecture, a line for every control."""
+    """Draw accuracy by a column of the examples, with a panel per architecture and a line per control."""
     rows = [row for row in rows if row["accuracy_at"]]
     if not rows:
         return None
@@ -150,7 +149,7 @@ def by_column(rows: Rows, colors: Colors) -> Figure | None:
 
 
 def _drift(cells: Rows) -> dict[str, str]:
-    """What AttentionDrift logged, of the layers that it looked at."""
+    """Return the metrics that AttentionDrift logged, with their axis labels."""
     logged = dict.fromkeys(name for cell in cells for name in cell.get("curves", ()))
     return {
         name: words for end, words in DRIFT.items() for name in logged if name.startswith("val/") and name.endswith(end)
@@ -158,7 +157,7 @@ def _drift(cells: Rows) -> dict[str, str]:
 
 
 def _formats(cells: Rows) -> dict[str, str]:
-    """What FormatWatch logged but for the formats' entropy: shares, and what several answers are good for."""
+    """Return the format shares, pass@k and maj@k that FormatWatch logged, with their axis labels."""
     names = dict.fromkeys(name for cell in cells for name in cell.get("curves", ()))
     shares = {name: f"share of {name.rsplit('/', 1)[1]}" for name in names if name.startswith("val/format/share/")}
     if not shares:
@@ -167,7 +166,7 @@ def _formats(cells: Rows) -> dict[str, str]:
 
 
 def _band(axes: Axes, runs: list[dict[int, float]], color: Color, label: str) -> None:
-    """The mean of several curves and its interval, where all of them have a point."""
+    """Draw the mean of several curves and its interval at the steps that all curves share."""
     if not runs:
         return
     steps = sorted(set.intersection(*map(set, runs)))
@@ -182,7 +181,7 @@ def _band(axes: Axes, runs: list[dict[int, float]], color: Color, label: str) ->
 def _figure(panels: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
     columns = min(panels, 2)
     lines = -(-panels // columns)
-    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)  # room between a row's labels and the next one's titles
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)  # separates a row's labels from the next row's titles
     figure = Figure(figsize=(4.2 * columns if panels > 1 else 7.5, height * lines), layout=layout)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for spare in axes[panels:]:
@@ -194,7 +193,7 @@ def _figure(panels: int, height: float = 2.8) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, all_axes: list[Axes]) -> None:
-    """One legend below all panels, a name for each colour."""
+    """Draw one legend below all panels, with one entry per colour."""
     named: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -203,30 +202,30 @@ def _legend(figure: Figure, all_axes: list[Axes]) -> None:
 
 
 def _color(number: int) -> Color:
-    """Ten colours, and then ten lighter ones."""
+    """Return one of ten colours, followed by ten lighter ones."""
     return colormaps["tab20"](2 * number % 20 + number // 10 % 2)
 
 
 def _first(rows: Rows, label: str, architectures: list[str]) -> int:
-    """The place of the first bar of a control: it alone is named in the legend."""
+    """Return the index of the first architecture with this control, whose bar goes into the legend."""
     return min(architectures.index(row["architecture"]) for row in rows if row["label"] == label)
 
 
 def _value_of(name: str) -> tuple[float, str]:
-    """The value in "column=value", numbers in their order."""
+    """Return a sort key for the value in "column=value", with numbers in numerical order."""
     value = name.split("=", 1)[1]
     return (float(value) if value.replace(".", "", 1).isdigit() else 0.0, value)
 
 
 def _in_words(picture: str, name: str, rows: Rows) -> str:
-    """What a picture shows, for those who do not see it; the tables beside it have the figures."""
+    """Return a figure's alternative text; the report's tables hold all numbers."""
     shown = "; ".join(f"{r['architecture']} {r['label']} {100 * r['score']['mean']:.0f} %" for r in rows)
     kinds = {
-        "score": f"Bars of held-out {name}: ",
-        "curves": f"Held-out {name} over training, ending at: ",
+        "score": f"Bar chart of held-out {name}: ",
+        "curves": f"Held-out {name} over training; final values: ",
         "by_column": "Held-out accuracy by a column of the examples; overall: ",
-        "attention": f"How attention moved in training; {name} at its end: ",
-        "formats": f"Shares of answer formats, pass@k and maj@k over training; {name} at its end: ",
-        "collapse": f"Variety of formats and of attention over training; {name} at its end: ",
+        "attention": f"Attention over training; final {name}: ",
+        "formats": f"Shares of answer formats, pass@k and maj@k over training; final {name}: ",
+        "collapse": f"Diversity of formats and attention over training; final {name}: ",
     }
     return kinds[picture] + shown

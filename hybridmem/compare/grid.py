@@ -1,4 +1,4 @@
-"""What a comparison runs: tasks × architectures × controls × targets × seeds."""
+"""Grid of a comparison: tasks × architectures × controls × targets × seeds."""
 
 import json
 from collections import UserDict, UserList
@@ -15,14 +15,14 @@ from hybridmem.rl.attention.targets import TARGETS
 
 
 class FitOptions(UserDict[str, Any]):
-    """Options of `hybridmem fit` as they stand in the configuration: classes are named, not made."""
+    """Options of `hybridmem fit` as written in the configuration, with classes left uninstantiated."""
 
 
 class Objectives(UserList[dict[str, Any]]):
-    """Objectives as `hybridmem fit` takes them: class_path and init_args."""
+    """Objectives as `hybridmem fit` reads them, with class_path and init_args."""
 
 
-# The parser would make an object of everything that has a class_path, were these plain dicts and lists.
+# In plain dicts and lists, the parser would instantiate everything with a class_path.
 register_type(FitOptions, serializer=dict, deserializer=FitOptions)
 register_type(Objectives, serializer=list, deserializer=Objectives)
 
@@ -35,31 +35,31 @@ CONTROLS = {
     "attention": ATTENTION,
     "token + attention": Objectives(TOKEN + ATTENTION),
 }
-CALLBACKS = "trainer.callbacks+"  # a list, added to those of the configuration
-MASK = "mask.safetensors"  # which weights a cell changed, in its folder
-START = "start"  # the warm-up as the cells' own validation sees it
+CALLBACKS = "trainer.callbacks+"  # appends to the configuration's list
+MASK = "mask.safetensors"  # mask of the weights that a cell changed, in its folder
+START = "start"  # the warm-up, validated like the cells
 ACCURACY = "val/accuracy"
 
 
 @dataclass
 class Comparison:
-    """One task's part of the grid. Every cell goes on from its architecture's and seed's warm-up.
+    """One task of the grid, whose cells all start from the warm-up with their architecture and seed.
 
     Args:
-        warm_up: configuration of `hybridmem fit` that makes the supervised start.
-        train: configuration of `hybridmem fit` with a PolicyModule; the cells change its objectives alone.
-        architectures: by name, what they change in the warm-up's model.init_args.config.
-        controls: by name, objectives as `hybridmem fit` takes them.
-        targets: what AttentionRL shapes, where a control has it and the architecture has such a distribution.
-        masked: controls, with their targets as the report names them, that run once more from the same start, training
-            only the weights that they changed before.
-        seeds: of weights, data order and rollouts.
-        metric: what the cells log at validation and the report compares, a share, higher is better.
-        warm_up_options: further dotted options of `hybridmem fit` for the warm-ups.
-        train_options: the same for the cells.
-        options: the same for both, such as the task's settings.
-        init_from: another task of the grid, an easier one: each warm-up begins with the weights of that task's warm-up
-            of the same architecture and seed.
+        warm_up: configuration of `hybridmem fit` for the supervised warm-up.
+        train: configuration of `hybridmem fit` with a PolicyModule; cells only change its objectives.
+        architectures: changes to the warm-up's model.init_args.config, by architecture name.
+        controls: objectives in the format of `hybridmem fit`, by control name.
+        targets: targets of AttentionRL, for controls that use it and architectures with such a distribution.
+        masked: controls to run a second time from the same start, training only the weights that the first run changed.
+            Use the names in the report, which include targets.
+        seeds: seeds of weights, data order and rollouts.
+        metric: validation metric to compare, a share for which higher is better.
+        warm_up_options: additional dotted options of `hybridmem fit` for warm-ups.
+        train_options: additional dotted options of `hybridmem fit` for cells.
+        options: additional dotted options for both, such as the task's settings.
+        init_from: an easier task of the grid. Each warm-up starts from the weights of that task's warm-up with the same
+            architecture and seed.
     """
 
     warm_up: Path
@@ -79,58 +79,58 @@ class Comparison:
 
     @property
     def controls_and_start(self) -> dict[str, Objectives]:
-        """The controls, and the start, which only validates: its objectives are not used."""
+        """Controls, preceded by the start, which only validates and ignores its objectives."""
         return {START: SUPERVISED, **self.controls}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `hybridmem`: a warm-up, its evaluation, or a cell of the grid."""
+    """Run of `hybridmem`: a warm-up, its validation or a cell of the grid."""
 
     task: str
     architecture: str
     seed: int
-    control: str = ""  # of a cell; a warm-up has none
-    target: str = ""  # of AttentionRL, where the control has it
-    masked: bool = False  # whether only the weights are trained that the same run without a mask changed
-    init_from: str | None = None  # the task whose warm-up its warm-up begins with
+    control: str = ""  # empty for a warm-up
+    target: str = ""  # target of AttentionRL, if the control uses it
+    masked: bool = False  # train only the weights that the same run without a mask changed
+    init_from: str | None = None  # task whose warm-up this task's warm-up starts from
 
     @property
     def is_warm_up(self) -> bool:
-        """Whether this is a supervised start rather than a cell."""
+        """True for a supervised warm-up, False for a cell."""
         return not self.control
 
     @property
     def warm_up(self) -> "Run":
-        """The supervised start that a cell goes on from."""
+        """Warm-up that a cell starts from."""
         return Run(self.task, self.architecture, self.seed, init_from=self.init_from)
 
     @property
     def after(self) -> "Run | None":
-        """The run that has to be finished before this one."""
+        """Run that must finish before this one, or None."""
         if self.is_warm_up:
             return Run(self.init_from, self.architecture, self.seed) if self.init_from else None
         return replace(self, masked=False) if self.masked else self.warm_up
 
     @property
     def is_trained(self) -> bool:
-        """Whether this changes the weights of a warm-up."""
+        """True for cells that train, False for warm-ups and their validation."""
         return self.control not in ("", START)
 
     @property
     def command(self) -> str:
-        """The subcommand of `hybridmem` that makes it."""
+        """Subcommand of `hybridmem` for this run."""
         return "validate" if self.control == START else "fit"
 
     @property
     def label(self) -> str:
-        """The control and its target, where that is not attention itself."""
+        """Control, with its target unless that is attention, and a note for masked runs."""
         shaped = f"{self.control} on {self.target}" if self.target not in ("", "attention") else self.control
         return f"{shaped}, masked" if self.masked else shaped
 
     @property
     def folder(self) -> Path:
-        """Where it lives, below the grid's folder."""
+        """Folder of the run, relative to the grid's folder."""
         name = (self.label or "warm-up").replace(" + ", "+").replace(", ", "-").replace(" ", "-")
         return Path(self.task) / self.architecture / name / f"seed{self.seed}"
 
@@ -139,56 +139,56 @@ class Run:
 
 
 def check_grid(tasks: dict[str, Comparison]) -> None:
-    """Raise a ValueError that names the setting for a grid that cannot run."""
+    """Raise a ValueError if the grid cannot run, naming the setting at fault."""
     if not tasks:
-        raise ValueError("tasks is empty: name at least one")
+        raise ValueError("tasks is empty; add at least one")
     for name, task in tasks.items():
         for given in (name, *task.architectures, *task.controls):
-            if not isinstance(given, str):  # folders are called so
-                raise ValueError(f"tasks.{name}: YAML reads the name {given!r} as no text: put it in quotes")
+            if not isinstance(given, str):  # names become folder names
+                raise ValueError(f"tasks.{name}: YAML does not read the name {given!r} as text; put it in quotes")
         for setting in ("warm_up", "train"):
             path = getattr(task, setting)
             if not path.is_file():
-                raise ValueError(f"tasks.{name}.{setting}={path} does not exist: give a configuration of hybridmem fit")
+                raise ValueError(f"tasks.{name}.{setting}={path} does not exist; give a configuration of hybridmem fit")
         for setting in ("architectures", "controls", "targets", "seeds"):
             if not getattr(task, setting):
-                raise ValueError(f"tasks.{name}.{setting} is empty: name at least one")
+                raise ValueError(f"tasks.{name}.{setting} is empty; add at least one")
         if len(set(task.seeds)) < len(task.seeds):
-            raise ValueError(f"tasks.{name}.seeds={task.seeds} names a seed twice")
+            raise ValueError(f"tasks.{name}.seeds={task.seeds} contains a seed twice; remove one")
         if START in task.controls:
-            raise ValueError(f"tasks.{name}.controls: {START!r} is the name of the warm-up itself; choose another")
+            raise ValueError(f"tasks.{name}.controls: {START!r} is reserved for the warm-up; choose another name")
         unknown = sorted(set(task.targets) - set(TARGETS))
         if unknown:
-            raise ValueError(f"tasks.{name}.targets: {unknown[0]!r} is none of {', '.join(TARGETS)}")
+            raise ValueError(f"tasks.{name}.targets: {unknown[0]!r} is unknown; choose from {', '.join(TARGETS)}")
         if task.init_from is not None:
             _check_init_from(name, task, tasks)
         for architecture in task.architectures:
             for variant in _variants(task, architecture):
                 if variant not in VARIANTS:
                     raise ValueError(
-                        f"tasks.{name}.architectures.{architecture}: variant {variant!r} is none of "
+                        f"tasks.{name}.architectures.{architecture}: variant {variant!r} is unknown; choose from "
                         f"{', '.join(VARIANTS)}"
                     )
         labels = list(dict.fromkeys(cell.label for cell in _cells(name, task)))
         unmade = [label for label in task.masked if label not in labels]
         if unmade:
-            raise ValueError(f"tasks.{name}.masked: {unmade[0]!r} is none of {', '.join(labels)}")
+            raise ValueError(f"tasks.{name}.masked: {unmade[0]!r} is not in the grid; choose from {', '.join(labels)}")
 
 
 def _check_init_from(name: str, task: Comparison, tasks: dict[str, Comparison]) -> None:
     setting, other = f"tasks.{name}.init_from={task.init_from!r}", tasks.get(str(task.init_from))
     if other is None or other is task:
-        raise ValueError(f"{setting} is no other task of the grid: {', '.join(tasks)}")
+        raise ValueError(f"{setting} is not another task of the grid; choose from {', '.join(tasks)}")
     if other.init_from is not None:
-        raise ValueError(f"{setting} has an init_from itself: begin with {other.init_from!r}")
+        raise ValueError(f"{setting} has an init_from itself; use {other.init_from!r}")
     lacking = [each for each in task.architectures if other.architectures.get(each) != task.architectures[each]]
     lacking += [f"seed {seed}" for seed in task.seeds if seed not in other.seeds]
     if lacking:
-        raise ValueError(f"{setting} has no warm-up of the same {lacking[0]}: give both tasks the same ones")
+        raise ValueError(f"{setting} has no warm-up with the same {lacking[0]}; give both tasks the same ones")
 
 
 def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
-    """All warm-ups, and all cells: first seeds first, so that a grid which is stopped early holds whole tables."""
+    """Return all warm-ups and all cells, ordered by seed, so that a grid stopped early has complete tables."""
     cells = [cell for name, task in tasks.items() for cell in _cells(name, task)]
     cells.sort(key=lambda cell: tasks[cell.task].seeds.index(cell.seed))
     warm_ups = sorted(dict.fromkeys(cell.warm_up for cell in cells), key=lambda run: run.after is not None)
@@ -196,7 +196,7 @@ def plan(tasks: dict[str, Comparison]) -> tuple[list[Run], list[Run]]:
 
 
 def without_attention(task: Comparison) -> dict[str, str]:
-    """Of each control with an AttentionRL, the one that has the same objectives without it; alone it is the start."""
+    """Return, for each control with AttentionRL, the control with only its other objectives, or the start."""
     found = {}
     for control, objectives in task.controls.items():
         others = [part for part in objectives if not _is_attention_rl(part)]
@@ -207,7 +207,7 @@ def without_attention(task: Comparison) -> dict[str, str]:
 
 
 def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
-    """The options with which `hybridmem fit` makes a run below `root`."""
+    """Return the options of `hybridmem fit` for a run below `root`."""
     common = {
         "seed_everything": run.seed,
         "trainer.default_root_dir": str(root / run.folder),
@@ -235,13 +235,13 @@ def fit_options(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
 
 
 def _watched(options: dict[str, Any], *callbacks: dict[str, Any]) -> dict[str, Any]:
-    """The options with ComputeSpent and further callbacks among those that they add."""
+    """Return the options with ComputeSpent and further callbacks added."""
     added = [{"class_path": "hybridmem.training.ComputeSpent"}, *callbacks, *options.get(CALLBACKS, [])]
     return options | {CALLBACKS: added}
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:
-    """Options as `hybridmem fit` reads them."""
+    """Format options as command-line arguments of `hybridmem fit`."""
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
 
 
@@ -258,7 +258,7 @@ def _cells(name: str, task: Comparison) -> Iterator[Run]:
 
 
 def _targets(objectives: Objectives, possible: list[str]) -> list[str]:
-    """What AttentionRL shapes; a control without it, or with a target of its own, runs once."""
+    """Return the targets that a control runs with: one if AttentionRL is absent or has its own target, else all."""
     own = [part.get("init_args", {}).get("target", "") for part in objectives if _is_attention_rl(part)]
     if not own:
         return [""]
@@ -266,7 +266,7 @@ def _targets(objectives: Objectives, possible: list[str]) -> list[str]:
 
 
 def _variants(task: Comparison, architecture: str) -> list[str]:
-    """The variants of an architecture's layers, the warm-up's where it changes none."""
+    """Return the variants of an architecture's layers, with the warm-up's as the default."""
     config = yaml.safe_load(task.warm_up.read_text())["model"]["init_args"].get("config", {})
     config = config | task.architectures[architecture]
     return list(config.get("layer_types") or [config.get("variant", "mag")])

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that works offline: the answer, tables, pictures, what it cost, how it was made."""
+"""Self-contained HTML report of a comparison: answer, tables, figures, compute and configuration."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ MAPS = "attention_maps"
 
 
 def show_report(results: dict[str, Any], root: Path, other: dict[str, Any] | None = None) -> None:
-    """Write a report, and print each task's answer and the page's path."""
+    """Write the report, and print each task's answer and the report's path."""
     path = write_report(results, root, other)
     for name, task in results["tasks"].items():
         print(f"{name}: {' '.join(answer(task))}")
@@ -43,9 +43,9 @@ def show_report(results: dict[str, Any], root: Path, other: dict[str, Any] | Non
 
 
 def write_report(results: dict[str, Any], root: Path, other: dict[str, Any] | None = None) -> Path:
-    """Write report.html and its pictures below `root`; with `other`, results of a second grid, beside it.
+    """Write report.html and its figures below `root`, and compare with the results of a second grid if given.
 
-    All text is escaped: answers of models and reasons of failures are shown, never run.
+    All text is escaped, including models' answers and error messages.
     """
     parts = [f"<h1>Who should control attention?</h1>{_opening(results)}"]
     for name, task in results["tasks"].items():
@@ -85,20 +85,25 @@ def _task(name: str, task: dict[str, Any], root: Path) -> str:
 def _grid(task: dict[str, Any]) -> str:
     rows = [
         [
-            row["architecture"], row["label"], percent(row["score"]), percent(row["gain"], signed=True),
-            percent(row["pass@1"]), str(len(row["seeds"])),
+            row["architecture"],
+            row["label"],
+            percent(row["score"]),
+            percent(row["gain"], signed=True),
+            percent(row["pass@1"]),
+            str(len(row["seeds"])),
         ]
         for row in task["summary"]
         if "score" in row
-    ]  # fmt: skip
+    ]
     prompts = of_prompts(task)
     if prompts is not None:
-        rows.insert(0, ["", "prompts as they stand", percent(prompts), "", "", ""])
+        rows.insert(0, ["", "unchanged prompts", percent(prompts), "", "", ""])
     name = metric_name(task)
-    meant = "Accuracy is the likeliest answer's, gain" if name == "accuracy" else "Gain"
+    meant = "Accuracy is that of greedy answers. " if name == "accuracy" else ""
     note = (
-        '<p class="soft">Held-out, in percent: mean ± half of the 95 % confidence interval of Student\'s t over the '
-        f"seeds. {meant} is over the start of the same seed, pass@1 is of answers drawn as in training.</p>"
+        '<p class="soft">Held-out results in percent: mean over seeds ± half the width of the 95 % confidence interval '
+        f"(Student's t). {meant}Gain is the difference to the start with the same seed. pass@1 is the accuracy of "
+        "answers sampled as in training.</p>"
     )
     return _table(["architecture", "control", name, "gain", "pass@1", "seeds"], rows) + note
 
@@ -112,7 +117,7 @@ def _problems(task: dict[str, Any]) -> str:
     text = f"<h3>Failed</h3><ul>{''.join(failed)}</ul>" if failed else ""
     if not missing:
         return text
-    count = f"{len(missing)} of {len(runs)} runs are not made yet"
+    count = f"{len(missing)} of {len(runs)} runs have not finished"
     return text + f'<details class="soft"><summary>{count}</summary>{_text(", ".join(missing))}.</details>'
 
 
@@ -125,15 +130,15 @@ def _subnetworks(task: dict[str, Any]) -> str:
     if not rows:
         return ""
     note = (
-        '<p class="soft">Share of weights that training left within 1e-5 of the start, in bfloat16, and how much '
-        "of what changed the seeds share, beside what chance would give.</p>"
+        '<p class="soft">Unchanged: share of weights within 1e-5 of the start, in bfloat16. Shared: share of a seed\'s '
+        "changed weights that all seeds change, with the share expected by chance.</p>"
     )
-    head = ["architecture", "control", "untouched", "shared"]
-    return "<h3>What training changed</h3>" + _table(head, rows) + note + _by_kind(task)
+    head = ["architecture", "control", "unchanged", "shared"]
+    return "<h3>Weights changed by training</h3>" + _table(head, rows) + note + _by_kind(task)
 
 
 def _by_kind(task: dict[str, Any]) -> str:
-    """The untouched share of every kind of tensor, a table for each architecture."""
+    """Return tables of unchanged weights by kind of tensor, one per architecture."""
     by_architecture: dict[str, dict[str, dict[str, Any]]] = {}
     for row in task["summary"]:
         if "sparsity_by_kind" in row:
@@ -142,8 +147,8 @@ def _by_kind(task: dict[str, Any]) -> str:
     for architecture, controls in by_architecture.items():
         kinds = dict.fromkeys(kind for shares in controls.values() for kind in shares)
         rows = [[kind, *(percent(shares.get(kind)) for shares in controls.values())] for kind in kinds]
-        tables += _table([f"untouched in {architecture}", *controls], rows)
-    return f"<details><summary>The same by kind of tensor</summary>{tables}</details>" if tables else ""
+        tables += _table([f"unchanged in {architecture}", *controls], rows)
+    return f"<details><summary>Unchanged weights by kind of tensor</summary>{tables}</details>" if tables else ""
 
 
 def _overlap(overlap: dict[str, float] | None) -> str:
@@ -151,7 +156,7 @@ def _overlap(overlap: dict[str, float] | None) -> str:
 
 
 def _maps(task: dict[str, Any], root: Path) -> str:
-    """Heat maps of one prompt before and after training, of the first seed of every cell that has them."""
+    """Return heat maps of one prompt before and after training, from each cell's first seed with maps."""
     shown, seen = "", set()
     for cell in task["cells"]:
         key = (cell["architecture"], cell["label"])
@@ -161,28 +166,32 @@ def _maps(task: dict[str, Any], root: Path) -> str:
         seen.add(key)
         for when, file in (("before", files[0]), ("after", files[-1])):
             title = f"{cell['architecture']}, {cell['label']}, {when} training"
-            shown += _picture(title, file, f"Heat map of where answer tokens look in one prompt: {title}")
+            shown += _picture(title, file, f"Heat map of the attention of answer tokens in one prompt: {title}")
     if not shown:
         return ""
-    return f"<h3>Where answers look</h3><details><summary>Pictures of one held-out prompt</summary>{shown}</details>"
+    return f"<h3>Attention maps</h3><details><summary>Answers to one held-out prompt</summary>{shown}</details>"
 
 
 def _compute(task: dict[str, Any]) -> str:
     rows = [
         [
-            row["architecture"], row["label"], f"{row['compute']['seconds']:,.0f}", f"{row['compute']['tokens']:,.0f}",
-            f"{row['compute']['flops'] / 1e9:,.1f}", f"{row['compute']['steps']:,.0f}",
+            row["architecture"],
+            row["label"],
+            f"{row['compute']['seconds']:,.0f}",
+            f"{row['compute']['tokens']:,.0f}",
+            f"{row['compute']['flops'] / 1e9:,.1f}",
+            f"{row['compute']['steps']:,.0f}",
             f"{row['compute']['parameters']:,.0f}",
         ]
         for row in task["summary"]
         if row.get("compute")
-    ]  # fmt: skip
+    ]
     head = ["architecture", "control", "seconds", "tokens read", "GFLOP", "steps", "parameters"]
-    return "<h3>What it cost</h3>" + _table(head, rows) if rows else ""
+    return "<h3>Compute per run</h3>" + _table(head, rows) if rows else ""
 
 
 def _beside(task: dict[str, Any], other: dict[str, Any] | None) -> str:
-    """A table of two grids' scores where both have a cell."""
+    """Return a table of the scores of cells that both grids have."""
     theirs = {(r["architecture"], r["label"]): r for r in (other or {"summary": []})["summary"] if "score" in r}
     rows = [
         [row["architecture"], row["label"], percent(row["score"]), percent(theirs[key]["score"])]
@@ -190,27 +199,27 @@ def _beside(task: dict[str, Any], other: dict[str, Any] | None) -> str:
         if "score" in row and (key := (row["architecture"], row["label"])) in theirs
     ]
     if not rows:
-        return '<p class="soft">The other run has no cell of this task in common.</p>'
-    return "<h3>Beside the other run</h3>" + _table(["architecture", "control", "this run", "the other"], rows)
+        return '<p class="soft">The two grids have no cell of this task in common.</p>'
+    return "<h3>Comparison of two grids</h3>" + _table(["architecture", "control", "this grid", "other grid"], rows)
 
 
 def _made(results: dict[str, Any]) -> str:
     return (
-        f"<h2>How it was made</h2><pre>{_text(results['command'])}</pre>{_made_with(results)}"
+        f"<h2>Reproduction</h2><pre>{_text(results['command'])}</pre>{_made_with(results)}"
         "<details><summary>Configuration</summary><pre>"
         f"{_text(json.dumps(results.get('configuration'), indent=1))}</pre></details>"
     )
 
 
 def _made_with(results: dict[str, Any]) -> str:
-    """Versions and machine, of which there are several where a grid was made in parts."""
+    """Return versions and machines, several if the grid ran in parts."""
     runs = (run for task in results["tasks"].values() for run in runs_of(task))
     counts = Counter(run["environment"] for run in runs if run["status"] == "finished")
     text = ""
     for number, environment in enumerate(results["environments"]):
         of_runs = f"{counts[number]} runs" if counts[number] > 1 else "1 run"
-        what = "not on record" if environment is None else json.dumps(environment, indent=1)
-        text += f"<details><summary>Versions and machine of {of_runs}</summary><pre>{_text(what)}</pre></details>"
+        record = "not recorded" if environment is None else json.dumps(environment, indent=1)
+        text += f"<details><summary>Versions and machine of {of_runs}</summary><pre>{_text(record)}</pre></details>"
     return text
 
 

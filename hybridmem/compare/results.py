@@ -1,4 +1,4 @@
-"""All figures of a grid as one plain dictionary, what results.json holds."""
+"""Results of a grid as one plain dictionary, the content of results.json."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from .runs import reason, status
 
 RESULTS = "results.json"
 PASS_AT_1 = "val/pass@1"
-CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # what a log's name begins with to be kept
-INNERMOST = re.compile(r"\[\n[^\[\]{}]*\]")  # lists that hold no others, over several lines
+CURVES = ("reward", "entropy", "loss", "val/", "collapse/")  # prefixes of the metrics to keep over training
+INNERMOST = re.compile(r"\[\n[^\[\]{}]*\]")  # multi-line lists without nested lists
 Results = dict[str, Any]
 
 
 def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
-    """Everything that was measured below `root`, and on what.
+    """Collect all results below `root`, with the environments that they come from.
 
     Raises:
-        ValueError: a task's metric that its cells did not log.
+        ValueError: a task's cells did not log its metric.
     """
     warm_ups, cells = plan(tasks)
     by_task: Results = {}
@@ -40,30 +40,30 @@ def collect(tasks: dict[str, Comparison], root: Path, command: str) -> Results:
 
 
 def as_json(results: Results) -> str:
-    """What results.json holds; a point of a curve is a line."""
+    """Format results as the text of results.json, with one line per point of a curve."""
     text = json.dumps(results, indent=1, allow_nan=False)
     return INNERMOST.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n"
 
 
 def runs_of(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """All runs of a task of results.json."""
+    """Return all runs of a task in results.json."""
     return [*task["warm_ups"], *task["cells"]]
 
 
 def metric_name(task: dict[str, Any]) -> str:
-    """What a task of results.json is judged by, as a reader calls it."""
+    """Return the display name of a task's metric."""
     return str(task["metric"]).removeprefix("val/")
 
 
 def of_prompts(task: dict[str, Any]) -> dict[str, Any] | None:
-    """A task's metric of the prompts as they stand, where RankingScores logged it: the same in every cell."""
+    """Return the metric of unchanged prompts, which is equal in all cells, or None if RankingScores did not log it."""
     name = f"val/prompt/{metric_name(task)}"
     found = (cell["last"][name] for cell in task["cells"] if name in cell.get("last", ()))
     return next((interval([score]) for score in found), None)
 
 
 def summarise(cells: list[dict[str, Any]], metric: str = ACCURACY) -> list[dict[str, Any]]:
-    """Mean and interval over seeds, for each architecture and control; gains are against the same seed's start."""
+    """Return mean and interval over seeds for each architecture and control, with gains over the same seed's start."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell["architecture"], cell["label"]), []).append(cell)
@@ -90,13 +90,13 @@ def summarise(cells: list[dict[str, Any]], metric: str = ACCURACY) -> list[dict[
 
 
 def finished_cells(task: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The finished cells that a row of a task's summary is about."""
+    """Return the finished cells of a summary row."""
     same = (row["architecture"], row["label"])
     return [c for c in task["cells"] if (c["architecture"], c["label"]) == same and c["status"] == "finished"]
 
 
 def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str) -> list[float]:
-    """Differences in a metric, seed by seed, where both finished."""
+    """Return differences in a metric for each seed that finished in both."""
     earlier = {cell["seed"]: cell["last"][metric] for cell in before if cell["status"] == "finished"}
     return [
         cell["last"][metric] - earlier[cell["seed"]]
@@ -106,7 +106,7 @@ def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: st
 
 
 def _numbered(runs: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
-    """What the finished runs were made with, each once; a run's `environment` becomes its number."""
+    """Return the distinct environments of finished runs, and replace each run's `environment` by its index."""
     found: list[dict[str, Any] | None] = []
     for run in runs:
         if run["status"] == "finished":
@@ -121,11 +121,11 @@ def _check_metric(name: str, metric: str, cells: list[dict[str, Any]]) -> None:
     for cell in cells:
         if cell["status"] == "finished" and metric not in cell["last"]:
             logged = ", ".join(sorted(log for log in cell["last"] if log.startswith("val/")))
-            raise ValueError(f"tasks.{name}.metric={metric} is not among what {cell['folder']} logged: {logged}")
+            raise ValueError(f"tasks.{name}.metric={metric} was not logged by {cell['folder']}; choose from {logged}")
 
 
 def _run(run: Run, root: Path) -> dict[str, Any]:
-    """A run's figures; `last` are those of its last validation."""
+    """Return a run's results; `last` holds the last value of each metric."""
     folder = root / run.folder
     state = status(folder)
     found: dict[str, Any] = {
@@ -152,25 +152,25 @@ def _run(run: Run, root: Path) -> dict[str, Any]:
 
 
 def _numbers(log: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
-    """Without what is not a number, such as the accuracy of a format that nobody used: JSON has no word for it."""
+    """Remove non-finite values, such as the accuracy of an unused format, because JSON cannot represent them."""
     finite = {name: {step: x for step, x in values.items() if math.isfinite(x)} for name, values in log.items()}
     return {name: values for name, values in finite.items() if values}
 
 
 def read_compute(folder: Path) -> dict[str, Any]:
-    """What ComputeSpent wrote."""
+    """Return the cost that ComputeSpent recorded, or an empty dictionary."""
     path = folder / "compute.json"
     return {"compute": json.loads(path.read_text())} if path.exists() else {}
 
 
 def interval(values: list[float]) -> dict[str, Any]:
-    """Mean, half of the 95 % interval, and the values themselves."""
+    """Return the mean, half the width of the 95 % confidence interval, and the values."""
     mean, half = mean_interval(values)
     return {"mean": mean, "half": half, "values": values}
 
 
 def _accuracy_at(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Accuracy by a column of the examples, as AccuracyBy logged it."""
+    """Return the accuracy by a column of the examples that AccuracyBy logged."""
     prefix = f"{ACCURACY}_at/"
     names = [name for name in cells[0]["last"] if name.startswith(prefix)]
     shared = [name for name in names if all(name in cell["last"] for cell in cells)]

@@ -1,4 +1,4 @@
-"""Runs of a grid in processes of their own: side by side, resumed where they stopped, failures kept."""
+"""Parallel runs of a grid, each in its own process, resumed after a stop and with failures recorded."""
 
 import json
 import os
@@ -25,28 +25,24 @@ from .grid import Comparison, Run, as_arguments, fit_options
 
 Status = Literal["finished", "failed", "missing"]
 FINISHED, FAILED, SETTINGS, OUTPUT, LOCK = "finished", "failed.txt", "settings.json", "output.txt", "lock"
-INTERRUPTED = (
-    128 + signal.SIGINT,
-    -signal.SIGINT,
-    -signal.SIGTERM,
-)  # after saving, or before there was anything to save
-ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # processes that share cores slow each other tenfold
+INTERRUPTED = (128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)  # saved, or had nothing to save
+ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # more threads than cores slow a run tenfold
 
 
 def status(folder: Path) -> Status:
-    """Whether a run was finished, failed, or is still to be made."""
+    """Return a run's status; `missing` means not started or interrupted."""
     if (folder / FINISHED).exists():
         return "finished"
     return "failed" if (folder / FAILED).exists() else "missing"
 
 
 def reason(folder: Path) -> str:
-    """Why a run failed."""
+    """Return the reason for a run's failure."""
     return (folder / FAILED).read_text().strip()
 
 
 def devices(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> list[dict[str, str]]:
-    """The environment of each process that can run at a time: one a core, or one a GPU where a run asks for any."""
+    """Return the environment variables of each parallel process: one per GPU if a run may use it, or one per core."""
     gpus = torch.cuda.device_count()
     if gpus and not all(_on_cpu(_settings(run, tasks[run.task], root)) for run in runs):
         return [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(gpus)]
@@ -59,24 +55,24 @@ def _on_cpu(settings: dict[str, Any]) -> bool:
 
 
 def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> None:
-    """Raise a ValueError where a folder holds a run with other settings: its figures would pass for these."""
+    """Raise a ValueError if a folder holds a run with other settings, whose results would be taken for this run's."""
     for run in runs:
         path = root / run.folder / SETTINGS
         if path.exists() and json.loads(path.read_text()) != _settings(run, tasks[run.task], root):
             raise ValueError(
-                f"output={root}: {root / run.folder} was made with other settings ({path} has them): choose another "
+                f"output={root}: {root / run.folder} holds a run with other settings (see {path}); choose another "
                 "output, or remove that folder"
             )
 
 
 @contextmanager
 def held(runs: list[Run], root: Path) -> Iterator[None]:
-    """A context in which no other process may make these runs.
+    """Hold these runs for the duration of a context, so that no other process executes them.
 
-    Each run's own process holds its folder's RUN_LOCK besides, as every `hybridmem fit` does.
+    Each run's own process also holds the RUN_LOCK of its folder, like every `hybridmem fit`.
 
     Raises:
-        ValueError: another process makes one of them.
+        ValueError: another process executes one of the runs.
     """
     locks = {root / run.folder / LOCK: run for run in runs}
     for path in locks:
@@ -86,8 +82,8 @@ def held(runs: list[Run], root: Path) -> Iterator[None]:
             stack.enter_context(hold(*locks))
         except LockedError as error:
             raise ValueError(
-                f"output={root}: another process makes {locks[error.path]} there ({error.holder}): wait for it, or "
-                "choose another output"
+                f"output={root}: another process ({error.holder}) is running {locks[error.path]} there; wait for it, "
+                "or choose another output"
             ) from error
         yield
 
@@ -95,9 +91,9 @@ def held(runs: list[Run], root: Path) -> Iterator[None]:
 def execute(
     run: Run, task: Comparison, root: Path, environment: dict[str, str], running: set[subprocess.Popen[bytes]]
 ) -> Status:
-    """Make a run, or go on with it, and note how it ended; a run that is interrupted stays `missing`.
+    """Execute or resume a run, and record its result; an interrupted run remains `missing`.
 
-    `running` has its process meanwhile.
+    `running` contains the run's process while it is alive.
     """
     folder = root / run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +106,7 @@ def execute(
         command += ["--ckpt_path", str(checkpoint)]
     with (folder / OUTPUT).open("ab") as output:
         start = output.tell()
-        # In a session of its own: a terminal's Ctrl-C reaches it once, from _letting_runs_save.
+        # In its own session, so that Ctrl-C in the terminal reaches it only through _letting_runs_save.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=os.environ | environment, start_new_session=True
         )
@@ -136,9 +132,10 @@ def execute_all(
     parallel: int | None,
     report: Callable[[Run, Status], None],
 ) -> None:
-    """Make all runs that are not finished, warm-ups first; `report` hears of each as it ends, in this thread.
+    """Execute runs in parallel, each after the run that it depends on.
 
-    A run fails with the one that it waits for. Ctrl-C or SIGTERM lets the processes save, and starts no others.
+    `report` is called in this thread as each run ends. If a run fails, so do the runs that depend on it. On Ctrl-C or
+    SIGTERM, the live processes save and no others start.
     """
     slots: Queue[dict[str, str]] = Queue()
     environments = devices(runs, tasks, root)
@@ -161,14 +158,14 @@ def execute_all(
             for run in _ready(waiting, root):
                 waiting.remove(run)
                 started[pool.submit(work, run)] = run
-            coming = {*started.values(), *waiting}  # what failed before is being made again
+            coming = {*started.values(), *waiting}  # includes new attempts at runs that failed before
             for run in [run for run in waiting if run.after not in coming and _failed_before(run, root)]:
                 waiting.remove(run)
                 _fail_with(run, root)
                 report(run, "failed")
                 coming.discard(run)
             if not started:
-                break  # what is left waits for a run that is not among these
+                break  # the remaining runs depend on one outside this list
             done, _ = wait(started, return_when=FIRST_COMPLETED)
             for future in done:
                 report(started.pop(future), future.result())
@@ -176,7 +173,7 @@ def execute_all(
 
 @contextmanager
 def _letting_runs_save(stopping: threading.Event, running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM start no further runs, and tell those under way to save; the pool waits for them."""
+    """On Ctrl-C or SIGTERM, start no further runs and signal the live ones to save; the pool waits for them."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -207,7 +204,7 @@ def _fail_with(run: Run, root: Path) -> None:
 
 
 def _settings(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
-    """All that decides what a run does; read back from JSON it must equal itself."""
+    """Return all settings that determine a run's result, as plain JSON values."""
     file = task.warm_up if run.is_warm_up else task.train
     options = {name: value for name, value in fit_options(run, task, root).items() if name != "config"}
     settings = {"options": options, "config": yaml.safe_load(file.read_text())}

@@ -1,4 +1,4 @@
-"""What the subnetworks of a grid's cells have in common, over seeds and between controls."""
+"""Overlap of the weights that a grid's cells changed, over seeds and between controls."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,15 @@ from .results import Results, finished_cells, interval
 
 
 def add_subnetworks(results: Results, root: Path) -> None:
-    """Add `sparsity`, and what the subnetworks share, to every row of the summaries.
+    """Add sparsity and subnetwork overlaps to every row of the summaries.
 
-    `overlap` has the mean share of each seed's subnetwork that all seeds change, and what chance would give;
-    `overlap_with` the mean share of a row's subnetwork that another row's run of the same seed changes, likewise.
+    `overlap` is the mean share of each seed's subnetwork that all seeds change. `overlap_with` is the mean share of a
+    row's subnetwork that another row's run with the same seed changes. Both include the share expected by chance.
     """
     for task in results["tasks"].values():
         masks: dict[str, dict[str, dict[int, StoredWeights]]] = {}
         for row in task["summary"]:
-            cells = [cell for cell in finished_cells(task, row) if "compute" in cell]  # an evaluation changes nothing
+            cells = [cell for cell in finished_cells(task, row) if "compute" in cell]  # leaves out validation runs
             folders = {cell["seed"]: root / cell["folder"] for cell in cells}
             if not folders:
                 continue
@@ -29,7 +29,7 @@ def add_subnetworks(results: Results, root: Path) -> None:
             row["sparsity_by_kind"] = {
                 kind: interval([each["by_kind"][kind] for each in changes]) for kind in changes[0]["by_kind"]
             }
-            found = {  # of runs that changed anything: nothing has nothing in common with it
+            found = {  # runs without any change have no overlap
                 seed: StoredWeights(folder / MASK)
                 for (seed, folder), each in zip(folders.items(), changes, strict=True)
                 if each["total"] < 1

@@ -1,9 +1,12 @@
-"""Convert a pretrained causal LM, in memory or from folder to folder."""
+"""Conversion of a pretrained causal LM, in memory or from folder to folder."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_h
 from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
 
+from .allocation import Allocation, kv_heads
 from .family import refuse_unsupported, shared_settings
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -39,6 +43,8 @@ CARRIED = [
     *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 ]
 FETCHED = [*CARRIED, "config.json", "*.safetensors", "*.safetensors.index.json"]
+ALLOCATION = "allocation.json"
+MEMORY = re.compile(r"model\.layers\.(\d+)\.mixer\.memory\.")
 SHARD_BYTES = 2 * 10**9
 SPARE_BYTES = 64 * 2**20  # code, tokenizer and other small files
 
@@ -47,43 +53,45 @@ Sources = str | list[list[str]]
 
 def convert(
     model: PreTrainedModel | str | Path,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
+    allocation: Allocation | str | Path | None = None,
 ) -> HybridMemForCausalLM:
-    """Return a HybridMem model with the logits of a pretrained model.
+    """Convert a pretrained model to a HybridMem model.
 
-    Every layer becomes `mah`. With all heads `full` the logits are those of the pretrained model.
+    Every layer becomes `mah`. With all heads `full`, the logits are identical to the pretrained model's.
 
     Args:
-        model: a causal LM of transformers, or a Hugging Face folder or name. A model keeps its own weights.
-        attention_window: tokens that heads see which do not read everything.
-        num_sink_tokens: first tokens of a document that these heads see too.
+        model: a causal LM of transformers, or a Hugging Face folder or name. Weights of a given model are copied. With
+            an allocation, the model may be converted already.
+        attention_window: number of tokens visible to heads other than `full`. None: the allocation's, or else 256.
+        num_sink_tokens: first tokens of a document that these heads see as well. None: the allocation's, or else 4.
         head_source: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head. Layers
-            in which a head names memory get memories, which start out closed (see `HeadMemory`).
-        memory_depth: layers of each memory; 1 is linear.
+            with a `memory` head get memories, whose gates are initially closed (see `HeadMemory`). None: full.
+        memory_depth: number of layers of each new memory; 1, the default, is linear.
+        allocation: the sources of all heads in place of head_source, or their file. The model must hold the memories
+            that it names; memories that no head reads are left out.
 
     Raises:
-        ValueError: a model type, feature or setting that is not supported; the message names it.
-        FileNotFoundError: no such folder or name.
-        MemoryError: the weights do not fit.
+        ValueError: the model type, a feature or a setting is not supported; the message names it.
+        FileNotFoundError: the folder or name does not exist.
+        MemoryError: the weights do not fit into memory.
     """
     with ExitStack() as files:
         if isinstance(model, PreTrainedModel):
-            base, folder = model.config, None
-            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
-            config.dtype = model.dtype
-            found = weights_of_model(model)
+            base, folder, found = deepcopy(model.config), None, weights_of_model(model)
+            base.dtype = model.dtype
         else:
             folder = find_folder(model)
-            base = _read_config(folder)
-            config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
-            found = weights_of_folder(folder, files)
+            base, found = _read_config(folder), weights_of_folder(folder, files)
+        settings = (attention_window, num_sink_tokens, head_source, memory_depth)
+        config, found = _plan(base, found, _settled(allocation, *settings), *settings)
         empty = _empty_model(config)
-        weights = check_weights(found | _new_memories(config), empty, config.tie_word_embeddings)
+        weights = check_weights(found, empty, config.tie_word_embeddings)
         _check_memory(sum(weight.nbytes for weight in weights.values()))
-        # A model may mix dtypes; a folder is loaded in the one that its configuration names.
+        # A model may mix dtypes; a folder is loaded in the dtype of its configuration.
         tensors = dict(read_all(weights, None if folder is None else config.dtype))
     converted = empty
     converted.load_state_dict(tensors, strict=False, assign=True)
@@ -99,37 +107,40 @@ def convert(
 def convert_folder(
     model: str | Path,
     output: Path,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
+    allocation: Allocation | str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> HybridMemConfig:
-    """Convert a Hugging Face folder or name to a folder, a shard in memory at a time.
+    """Convert a Hugging Face folder or name to a folder, with one shard in memory at a time.
 
-    The folder also takes tokenizer, chat template, generation configuration and licence along, and the model's code.
+    Tokenizer, chat template, generation configuration and licence are copied, and the model's code is added, with an
+    allocation as `allocation.json`.
 
     Args:
-        model, attention_window, num_sink_tokens, head_source, memory_depth: as in `convert`.
-        output: the folder to write; it appears when it is complete.
-        shard_bytes: size of a file of weights.
-        track: wraps the list of shards, to show progress.
+        model, attention_window, num_sink_tokens, head_source, memory_depth, allocation: as in `convert`.
+        output: the folder to write; it appears only when complete.
+        shard_bytes: maximum size of a file of weights.
+        track: wrapper of the list of shards that shows progress.
 
     Returns:
-        the converted model's configuration.
+        the configuration of the converted model.
 
     Raises:
         ValueError, FileNotFoundError, MemoryError: as in `convert`.
-        OSError: the output folder cannot be written or holds something, or the disk is too full.
+        OSError: the output folder is not writable or not empty, or the disk has too little space.
     """
     _check_output(output)
+    settings = (attention_window, num_sink_tokens, head_source, memory_depth)
+    allocation = _settled(allocation, *settings)
     source = find_folder(model)
     base = _read_config(source)
-    config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
     with ExitStack() as files:
+        config, found = _plan(base, weights_of_folder(source, files), allocation, *settings)
         empty = _empty_model(config)
-        found = weights_of_folder(source, files) | _new_memories(config)
         weights = check_weights(found, empty, config.tie_word_embeddings)
         shards = plan_shards(weights, shard_bytes)
         _check_memory(2 * max(sum(weights[name].nbytes for name in shard) for shard in shards))
@@ -143,6 +154,8 @@ def convert_folder(
             write_shards(weights, shards, folder, track)
             _write_configuration(empty, folder)
             (folder / "README.md").write_text(_card(str(model), config))
+            if allocation is not None:
+                allocation.save(folder / ALLOCATION)
             if output.is_dir():
                 output.rmdir()
             folder.rename(output)
@@ -151,16 +164,22 @@ def convert_folder(
 
 def converted_config(
     base: PreTrainedConfig,
-    attention_window: int = 256,
-    num_sink_tokens: int = 4,
-    head_source: Sources = "full",
-    memory_depth: int = 1,
+    attention_window: int | None = None,
+    num_sink_tokens: int | None = None,
+    head_source: Sources | None = None,
+    memory_depth: int | None = None,
 ) -> HybridMemConfig:
     """Return the configuration of a converted model.
 
     Raises:
-        ValueError: a model type, feature or setting that is not supported.
+        ValueError: the model type, a feature or a setting is not supported.
     """
+    attention_window = 256 if attention_window is None else attention_window
+    num_sink_tokens = 4 if num_sink_tokens is None else num_sink_tokens
+    head_source = "full" if head_source is None else head_source
+    memory_depth = 1 if memory_depth is None else memory_depth
+    if base.model_type == HybridMemConfig.model_type:
+        raise ValueError("the model is converted already: give an allocation, or the model that it was converted from")
     family = FAMILIES.get(base.model_type)
     if family is None:
         raise ValueError(f"model_type={base.model_type!r} is not supported: choose a model of {', '.join(FAMILIES)}")
@@ -175,19 +194,70 @@ def converted_config(
     if memory_depth < 1:
         raise ValueError(f"memory_depth={memory_depth} must be at least 1")
     config = HybridMemConfig(
-        **settings, variant="mah", attention_window=attention_window, num_sink_tokens=num_sink_tokens,
-        num_persistent_tokens=0, memory_depth=memory_depth,
-    )  # fmt: skip
+        **settings,
+        variant="mah",
+        attention_window=attention_window,
+        num_sink_tokens=num_sink_tokens,
+        num_persistent_tokens=0,
+        memory_depth=memory_depth,
+    )
     check_head_sources(head_source, config)
     config.head_sources = [list(row) for row in head_source]
     return config
 
 
+def _settled(
+    allocation: Allocation | str | Path | None,
+    attention_window: int | None,
+    num_sink_tokens: int | None,
+    head_source: Sources | None,
+    memory_depth: int | None,
+) -> Allocation | None:
+    """Return the allocation, read from its file, with the window that is set."""
+    if allocation is None:
+        return None
+    for name, value in (("head_source", head_source), ("memory_depth", memory_depth)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} and an allocation exclude each other: leave one of them out")
+    found = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation)
+    return replace(
+        found,
+        attention_window=found.attention_window if attention_window is None else attention_window,
+        num_sink_tokens=found.num_sink_tokens if num_sink_tokens is None else num_sink_tokens,
+    )
+
+
+def _plan(
+    base: PreTrainedConfig,
+    found: dict[str, Weight],
+    allocation: Allocation | None,
+    attention_window: int | None,
+    num_sink_tokens: int | None,
+    head_source: Sources | None,
+    memory_depth: int | None,
+) -> tuple[HybridMemConfig, dict[str, Weight]]:
+    """Return the configuration to convert to, and the weights with the memories that heads read."""
+    if allocation is None:
+        config = converted_config(base, attention_window, num_sink_tokens, head_source, memory_depth)
+        return config, found | _new_memories(config)
+    window, sinks = allocation.attention_window, allocation.num_sink_tokens
+    config = deepcopy(base) if isinstance(base, HybridMemConfig) else converted_config(base, window, sinks)
+    heads = kv_heads(config)
+    memory_of = {name: int(match[1]) for name in found if (match := MEMORY.match(name)) and heads[int(match[1])]}
+    allocation.check(config, set(memory_of.values()))
+    shape = dict(max_position_embeddings=config.max_position_embeddings, sliding_windows=config.sliding_windows)
+    _check_settings(shape, window, sinks)
+    config.attention_window, config.num_sink_tokens = window, sinks
+    config.head_sources = [list(row) for row in allocation.head_sources]
+    unread = {name for name, layer in memory_of.items() if "memory" not in config.head_sources[layer]}
+    return config, {name: weight for name, weight in found.items() if name not in unread}
+
+
 def find_folder(model: str | Path) -> Path:
-    """Return a Hugging Face folder, fetched from the hub if need be.
+    """Return a Hugging Face folder, downloaded from the hub if necessary.
 
     Raises:
-        FileNotFoundError: no such folder, and no such name that the hub offers.
+        FileNotFoundError: the model is neither a folder nor available from the hub.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -198,7 +268,7 @@ def find_folder(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=FETCHED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"model={model} is no folder, and the hub offers no such model or is out of reach: check the name, the "
+            f"model={model} is not a folder, and the hub has no such model or is unreachable: check the name, the "
             "network, or HF_TOKEN"
         ) from error
 
@@ -240,8 +310,8 @@ def _check_memory(needed: int) -> None:
     free = available_memory()
     if free is not None and needed > free:
         raise MemoryError(
-            f"{needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free: close other programs, "
-            "convert from folder to folder (hybridmem convert), or use a machine with more"
+            f"{needed / 1e9:.1f} GB of memory are needed, but {free / 1e9:.1f} GB are free: close other programs, "
+            "convert from folder to folder (hybridmem convert), or use a machine with more memory"
         )
 
 
@@ -250,19 +320,19 @@ def _check_disk(output: Path, needed: int) -> None:
     free, needed = shutil.disk_usage(place).free, needed + SPARE_BYTES
     if needed > free:
         raise OSError(
-            f"output={output} needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: make room or name "
+            f"output={output} needs {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are free: make room or name "
             "a folder on another disk"
         )
 
 
 def _empty_model(config: HybridMemConfig) -> HybridMemForCausalLM:
-    """A model without numbers: names and shapes."""
+    """Create a model on the meta device, with names and shapes only."""
     with torch.device("meta"):
         return HybridMemForCausalLM(config)
 
 
 def _new_memories(config: HybridMemConfig) -> dict[str, Weight]:
-    """Memories as they start, for the layers that name them; drawn from a seed of their own."""
+    """Initialise memories for the layers with `memory` heads, with a separate seed."""
     assert config.head_sources is not None
     found = {}
     for layer, sources in enumerate(config.head_sources):
@@ -279,13 +349,13 @@ def _new_memories(config: HybridMemConfig) -> dict[str, Weight]:
 
 
 def _carried(source: Path) -> Iterator[Path]:
-    """The files beside weights that a converted model needs too."""
+    """List the files other than weights that a converted model needs."""
     found = {path for pattern in CARRIED for path in source.glob(pattern) if path.is_file()}
     return iter(sorted(found))
 
 
 def _write_configuration(model: HybridMemForCausalLM, folder: Path) -> None:
-    """Write config.json, and the code that it names."""
+    """Write config.json and the code that it refers to."""
     config = model.config
     config.architectures = [type(model).__name__]
     model.set_auto_map()
@@ -294,7 +364,7 @@ def _write_configuration(model: HybridMemForCausalLM, folder: Path) -> None:
 
 
 def _card(base: str, config: HybridMemConfig) -> str:
-    """The folder's model card."""
+    """Return the folder's model card."""
     assert config.head_sources is not None
     sources = [source for row in config.head_sources for source in row]
     counts = ", ".join(f"{sources.count(source)} {source}" for source in HEAD_SOURCES if source in sources)
@@ -309,8 +379,8 @@ pipeline_tag: text-generation
 
 # A model converted by hybridmem
 
-Converted from {origin}. KV heads by source: {counts}. Heads that do not read everything see the last {window} tokens
-and the first {sinks}. The licence is the base model's.
+Converted from {origin}. KV heads by source: {counts}. Heads other than `full` see the last {window} tokens and the
+first {sinks}. The licence is the base model's.
 
 ```python
 import hybridmem  # or trust_remote_code=True

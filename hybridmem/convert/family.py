@@ -1,4 +1,4 @@
-"""Features that the families share: sizes, rotary embedding, names of weights, and refusals."""
+"""Code shared by the model families: sizes, rotary embedding, weight names, and checks for unsupported features."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hybridmem.model.configuration import ROPE_TYPES
 
 Settings = dict[str, Any]
 
-# Settings of other architectures; a model that uses one of them computes something else.
+# Settings that change the computation and that HybridMem does not implement.
 UNSUPPORTED = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -47,11 +47,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers that can be converted.
+    """Convertible model type of transformers.
 
     Args:
-        model_type: its name in transformers.
-        settings: from its configuration, the HybridMemConfig settings that not all families share.
+        model_type: name in transformers.
+        settings: function from its configuration to the HybridMemConfig settings that differ between families.
     """
 
     model_type: str
@@ -59,7 +59,7 @@ class Family:
 
 
 def shared_settings(config: PreTrainedConfig) -> Settings:
-    """Return the HybridMemConfig settings that all families have."""
+    """Return the HybridMemConfig settings shared by all families."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     settings = {name: getattr(config, name) for name in SAME if getattr(config, name, None) is not None}
     rope = dict(config.rope_parameters, partial_rotary_factor=1.0)
@@ -67,14 +67,14 @@ def shared_settings(config: PreTrainedConfig) -> Settings:
 
 
 def sliding_layers(config: PreTrainedConfig) -> list[int | None] | None:
-    """Return the sliding window of each layer that `layer_types` names, or None where no layer has one."""
+    """Return the sliding window of each layer in `layer_types`, or None if no layer has one."""
     kinds = config.layer_types
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
     return windows if any(windows) else None
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
-    """Raise a ValueError that names a feature which no converted model could reproduce."""
+    """Raise a ValueError if the model uses a feature that a converted model cannot reproduce."""
     for name in UNSUPPORTED:
         if getattr(config, name, None) not in NEUTRAL:
             raise ValueError(f"{name}={getattr(config, name)!r} is not supported: choose a model without it")
@@ -82,7 +82,7 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not supported: choose a model with silu")
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer_types holds {kind!r}, which is not supported: choose a model of plain attention")
+            raise ValueError(f"layer_types holds {kind!r}, which is not supported: choose a model with plain attention")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type")
     if rope_type not in ROPE_TYPES:

@@ -1,4 +1,4 @@
-"""Llama, and models of its form such as SmolLM2."""
+"""Llama and models with its architecture, such as SmolLM2."""
 
 from transformers import PreTrainedConfig
 

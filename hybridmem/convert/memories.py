@@ -1,12 +1,15 @@
-"""Memories for converted models."""
+"""Memories of converted models."""
 
 from typing import Any
 
 import torch
 
 from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
+from hybridmem.model.heads import HeadMixer
 from hybridmem.model.memory import HeadMemory
 from hybridmem.model.modeling import HybridMemForCausalLM
+
+from .allocation import Allocation
 
 Sources = str | list[list[str]]
 
@@ -15,11 +18,11 @@ def every_head(config: HybridMemConfig, source: Sources) -> list[list[str]]:
     """Return the sources of all layers; a single name applies to all heads.
 
     Raises:
-        ValueError: an unknown name, a list of the wrong shape, or a layer that is not `mah`.
+        ValueError: a name is unknown, a list has the wrong shape, or a layer is not `mah`.
     """
     others = sorted(set(config.layer_types or ()) - {"mah"})
     if others:
-        raise ValueError(f"layer_types holds {', '.join(others)}: memories need a converted model, all of mah")
+        raise ValueError(f"layer_types holds {', '.join(others)}: memories need a converted model with only mah layers")
     if isinstance(source, str):
         if source not in HEAD_SOURCES:
             raise ValueError(f"head_sources={source!r} is unknown: choose one of {', '.join(HEAD_SOURCES)}")
@@ -29,25 +32,25 @@ def every_head(config: HybridMemConfig, source: Sources) -> list[list[str]]:
 
 
 def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: dict[str, Any] | None = None) -> None:
-    """Let heads of a converted model read these sources, and give layers the memories that they lack.
+    """Set the sources of a converted model's heads, and add missing memories to its layers.
 
-    New memories are float32 and start near the plain window; existing ones stay as they are.
+    New memories are float32 and initially close to plain window attention; existing memories are unchanged.
 
     Args:
         model: a converted model.
         head_sources: `full`, `memory` or `none` for all heads, or a list of these for each layer and KV head.
-        settings: of the memories, as HybridMemConfig names them, such as {"memory_depth": 2}.
+        settings: memory settings of HybridMemConfig, such as {"memory_depth": 2}.
 
     Raises:
-        ValueError: sources of the wrong shape, a setting that is none of a memory's, or another setting than that of
-            the memories that the model has.
+        ValueError: the sources have the wrong shape, a setting is not a memory setting, or a setting contradicts the
+            model's existing memories.
     """
     config = model.config
     sources = every_head(config, head_sources)
     mixers: list[Any] = [layer.mixer for layer in model.model.layers]
     for name, value in (settings or {}).items():
         if not name.startswith("memory_") or not hasattr(config, name):
-            raise ValueError(f"memory={{{name!r}: {value!r}}}: {name} is no setting of HybridMemConfig's memories")
+            raise ValueError(f"memory={{{name!r}: {value!r}}}: {name} is not a memory setting of HybridMemConfig")
         if getattr(config, name) != value and any(mixer.memory is not None for mixer in mixers):
             raise ValueError(
                 f"memory={{{name!r}: {value!r}}}: the model's memories have {name}={getattr(config, name)!r}; leave it "
@@ -63,3 +66,23 @@ def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: d
                 memory = HeadMemory(config)
                 memory.initialize()
             mixer.memory = memory.to(mixer.q_proj.weight.device)
+
+
+def allocate(model: HybridMemForCausalLM, allocation: Allocation) -> None:
+    """Set the sources of a converted model's heads permanently, and remove unused memories.
+
+    Args:
+        model: a converted model.
+        allocation: the sources, and the window of heads other than `full`.
+
+    Raises:
+        ValueError: as in `Allocation.check`.
+    """
+    mixers = {n: layer.mixer for n, layer in enumerate(model.model.layers) if isinstance(layer.mixer, HeadMixer)}
+    allocation.check(model.config, [layer for layer, mixer in mixers.items() if mixer.memory is not None])
+    model.config.attention_window = allocation.attention_window
+    model.config.num_sink_tokens = allocation.num_sink_tokens
+    model.set_head_sources(allocation.head_sources)
+    for layer, mixer in mixers.items():
+        if "memory" not in allocation.head_sources[layer]:
+            mixer.memory = None

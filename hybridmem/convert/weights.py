@@ -1,4 +1,4 @@
-"""Weights tensor by tensor: read from a model or from a folder of safetensors, written in shards."""
+"""Weights that are read tensor by tensor from a model or a safetensors folder, and written in shards."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is read when it is needed."""
+    """Tensor that is read lazily."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -30,7 +30,7 @@ class Weight:
 
 
 def weights_of_model(model: nn.Module) -> dict[str, Weight]:
-    """Return copies to be of a model's tensors, under their new names."""
+    """Return lazy copies of a model's tensors, under their new names."""
     found: dict[str, Weight] = {}
     for name, tensor in model.state_dict().items():
         renamed = new_name(name)
@@ -41,15 +41,15 @@ def weights_of_model(model: nn.Module) -> dict[str, Weight]:
 
 
 def weights_of_folder(folder: Path, files: ExitStack) -> dict[str, Weight]:
-    """Return the tensors of a folder's safetensors, under their new names.
+    """Return the tensors of a folder's safetensors lazily, under their new names.
 
     Args:
         folder: a Hugging Face folder, sharded or not.
-        files: keeps the files open.
+        files: stack that keeps the files open.
 
     Raises:
-        FileNotFoundError: no safetensors, or a shard of the index is missing.
-        ValueError: a file that is broken or quantised.
+        FileNotFoundError: the folder has no safetensors, or a shard of the index is missing.
+        ValueError: a file is broken or quantised.
     """
     found: dict[str, Weight] = {}
     for path in _weight_files(folder):
@@ -57,14 +57,14 @@ def weights_of_folder(folder: Path, files: ExitStack) -> dict[str, Weight]:
             opened = files.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch it again") from error
-        for name in opened.keys():  # noqa: SIM118  not a dictionary
+        for name in opened.keys():  # noqa: SIM118  not a dict
             renamed = new_name(name)
             if renamed is None:
                 continue
             part = opened.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
             if dtype not in BYTES or not dtype.startswith(("F", "BF")):
-                raise ValueError(f"{name} in {path.name} is {dtype}: convert a model that is not quantised")
+                raise ValueError(f"{name} in {path.name} is {dtype}: convert a model without quantisation")
             found[renamed] = Weight(shape, prod(shape) * BYTES[dtype], partial(opened.get_tensor, name))
     return found
 
@@ -88,10 +88,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def check_weights(found: dict[str, Weight], model: nn.Module, tied: bool) -> dict[str, Weight]:
-    """Return the weights that a converted model takes, in its order.
+    """Return the weights of a converted model, in its order.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape.
+        ValueError: a weight is missing, unknown or has the wrong shape.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
@@ -100,20 +100,21 @@ def check_weights(found: dict[str, Weight], model: nn.Module, tied: bool) -> dic
     unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     if unknown:
         raise ValueError(
-            f"the model has a tensor {unknown[0]} that its family lacks: convert the base model without it"
+            f"the model has a tensor {unknown[0]} that is unknown in its family: convert the base model without it"
         )
     if missing:
         raise ValueError(f"the model lacks {missing[0]}: convert a whole causal language model")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise ValueError(
-                f"{name} has shape {list(found[name].shape)}, the configuration says {list(shape)}: correct config.json"
+                f"{name} has shape {list(found[name].shape)} instead of the configuration's {list(shape)}: correct "
+                "config.json"
             )
     return {name: found[name] for name in expected}
 
 
 def plan_shards(weights: dict[str, Weight], max_bytes: int) -> list[list[str]]:
-    """Return the names in each shard: none larger than `max_bytes`, or else a single tensor."""
+    """Return the names in each shard; a shard larger than `max_bytes` contains a single tensor."""
     shards: list[list[str]] = []
     size = max_bytes + 1
     for name, weight in weights.items():
@@ -128,7 +129,7 @@ def plan_shards(weights: dict[str, Weight], max_bytes: int) -> list[list[str]]:
 def write_shards(
     weights: dict[str, Weight], shards: list[list[str]], folder: Path, track: Callable[[list[Any]], Iterable[Any]]
 ) -> None:
-    """Write safetensors and, for several shards, their index; one shard is in memory at a time."""
+    """Write safetensors and, for several shards, their index, with one shard in memory at a time."""
     names = [
         WEIGHTS if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
         for n in range(1, len(shards) + 1)
@@ -142,7 +143,7 @@ def write_shards(
 
 
 def available_memory() -> int | None:
-    """Return the bytes that new tensors can take, or None where the system does not tell."""
+    """Return the number of bytes available for new tensors, or None if the system does not report it."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
@@ -153,7 +154,7 @@ def available_memory() -> int | None:
 
 
 def read_all(weights: dict[str, Weight], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor, in `dtype` unless that is None."""
+    """Yield every tensor, converted to `dtype` unless it is None."""
     for name, weight in weights.items():
         tensor = weight.read()
         yield name, tensor if dtype is None else tensor.to(dtype)

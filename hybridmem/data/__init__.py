@@ -1,4 +1,4 @@
-"""Rows of tokens: text from files or streamed from the Hugging Face hub, and tasks with checkable answers."""
+"""Data modules for text from files, text streamed from the Hugging Face hub, and tasks with verifiable answers."""
 
 from hybridmem.rl.rollouts.prompts import Prompt
 

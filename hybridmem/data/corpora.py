@@ -1,4 +1,4 @@
-"""Finding documents, reading them, and keeping some of them apart."""
+"""Documents from files and folders, and their split into training and validation."""
 
 import json
 import sysconfig
@@ -15,12 +15,12 @@ from .order import permutation
 
 @dataclass(frozen=True)
 class Document:
-    """A file, or one text out of a file.
+    """A file, or one text in a file.
 
     Args:
-        name: what errors call it.
-        size: in bytes, decompressed.
-        source: where the bytes are read when they are needed, or the bytes.
+        name: the document's name in error messages.
+        size: the decompressed size in bytes.
+        source: the file to read on demand, or the bytes themselves.
     """
 
     name: str
@@ -28,12 +28,12 @@ class Document:
     source: Path | bytes
 
     def read(self) -> bytes:
-        """Return all of it, decompressed."""
+        """Return the document's bytes, decompressed."""
         return self.source if isinstance(self.source, bytes) else read_file(self.source)
 
 
 def standard_library_files() -> list[Path]:
-    """Every .py file of the running interpreter's standard library, sorted: about 30 MB on any machine."""
+    """Return all .py files of the running interpreter's standard library (about 30 MB), sorted."""
     folder = Path(sysconfig.get_path("stdlib"))
     return [file for file in files_below(folder) if file.suffix == ".py"]
 
@@ -45,17 +45,17 @@ def list_documents(
     text_column: str = "text",
     setting: str = "path",
 ) -> list[Document]:
-    """The documents of files and folders, each once, without empty ones.
+    """Return the distinct non-empty documents of files and folders.
 
-    A folder gives its files whose name matches `pattern`, hidden ones and those of __pycache__ and site-packages
-    apart, however deep, through links too. A .jsonl file gives one document per line. Files that end in .gz, .bz2 or
-    .xz are decompressed. Endings count in any case. None stands for the standard library. Errors call `paths` by the
-    name of the `setting` that gave them.
+    Folders are searched recursively, also through links, for files that match `pattern`; hidden files, __pycache__ and
+    site-packages are skipped. A .jsonl file gives one document per line. Files that end in .gz, .bz2 or .xz are
+    decompressed. File endings are case-insensitive. None reads the standard library. `setting` is the name of `paths`
+    in error messages.
 
     Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a folder without a matching file, a bad line, a file that cannot be decompressed, or nothing but
-            empty documents.
+        FileNotFoundError: A path does not exist.
+        ValueError: A folder has no matching file, a line is invalid, a file cannot be decompressed, or all documents
+            are empty.
     """
     if paths is None:
         files = standard_library_files()
@@ -67,27 +67,29 @@ def list_documents(
         unique.setdefault(file.resolve(), file)
     documents = [document for file in unique.values() for document in _documents_in(file, text_column) if document.size]
     if not documents:
-        raise ValueError(f"{setting}={paths}: all documents are empty")
+        raise ValueError(f"{setting}={paths} contains only empty documents; set it to files with text")
     return documents
 
 
 def find_files(path: Path, pattern: str, setting: str) -> list[Path]:
-    """The file itself, or the files below a folder whose names match `pattern`, sorted."""
+    """Return the file itself, or the files in a folder that match `pattern`, sorted."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{setting}={str(path)!r} does not exist")
+        raise FileNotFoundError(f"{setting}={str(path)!r} does not exist; set it to a file or a folder")
     found = files_below(path)
     files = [file for file in found if _matches(file.relative_to(path), pattern)]
     if not files:
         counts = Counter(_ending(file) for file in found)
         endings = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5)) or "no files at all"
-        raise ValueError(f"{setting}={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings})")
+        raise ValueError(
+            f"{setting}={str(path)!r} has no file that matches pattern={pattern!r} (it has {endings}); change pattern"
+        )
     return files
 
 
 def _matches(path: Path, pattern: str) -> bool:
-    """Match a path with a pattern, ignoring the case of both endings."""
+    """Match a path with a pattern, ignoring the case of file endings."""
     return path.match(pattern) or _with_lower_ending(path).match(str(_with_lower_ending(Path(pattern))))
 
 
@@ -104,10 +106,10 @@ def _ending(file: Path) -> str:
 def split_documents(
     documents: Sequence[Document], val_fraction: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Documents to train on, and a fraction of them, drawn by `seed`, to validate on.
+    """Split documents at random into training documents and a fraction of validation documents.
 
     Raises:
-        ValueError: one of the two would be empty.
+        ValueError: One of the two would be empty.
     """
     total = len(documents)
     held_out = number_held_out(val_fraction, total, f"{total} documents", ", or set val_path")
@@ -117,7 +119,7 @@ def split_documents(
 
 
 def limit_bytes(documents: Sequence[Document], max_bytes: int | None, seed: int, setting: str) -> list[Document]:
-    """Documents drawn by `seed` that together have at most `max_bytes`; None: all. `setting` is its name."""
+    """Draw documents with at most `max_bytes` in total, or return all for None; errors name `setting`."""
     if max_bytes is None:
         return list(documents)
     chosen, room = [], max_bytes
@@ -127,7 +129,7 @@ def limit_bytes(documents: Sequence[Document], max_bytes: int | None, seed: int,
             room -= documents[index].size
     if not chosen:
         smallest = min(document.size for document in documents)
-        raise ValueError(f"{setting}={max_bytes} has room for no document: the smallest has {smallest} bytes")
+        raise ValueError(f"{setting}={max_bytes} is too small for any document; set it to at least {smallest}")
     return [documents[index] for index in sorted(chosen)]
 
 
@@ -150,6 +152,8 @@ def _json_text(line: bytes, name: str, text_column: str) -> bytes:
     text = record.get(text_column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         has = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{name} has no text in the column text_column={text_column!r} (it has {has})")
-    # JSON can spell halves of surrogate pairs, which no encoding has.
+        raise ValueError(
+            f"{name} has no text in text_column={text_column!r} (it has {has}); set text_column to a column with text"
+        )
+    # JSON allows unpaired surrogates, which strict UTF-8 cannot encode.
     return text.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Several data modules as one: each training batch comes from one of them."""
+"""Mixture of data modules; each training batch comes from one of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,38 +16,38 @@ Batch = dict[str, Any]
 
 
 class MixedDataModule(L.LightningDataModule):
-    """Training batches of several data modules, drawn by share; validation is the first part's.
+    """Training batches of several data modules in given proportions; the first part provides the validation data.
 
-    Which part a batch comes from follows from `seed` and the batch's number, on all processes alike, and every part
-    counts its own batches. So a resumed run goes on with the very batch that would have been next. The mixture has no
-    end: say how long to train with the trainer's `max_steps`, or how long an epoch is with `limit_train_batches`.
+    The part of a batch depends on `seed` and the batch's number only, equally on all ranks, and every part counts its
+    own batches. A resumed run therefore continues with exactly the next batch. The mixture is endless: set the
+    trainer's `max_steps`, or `limit_train_batches` for the length of an epoch.
 
-    After `setup`: `tokenizer`, `vocab_size` and `token_byte_lengths`, which all parts share.
+    `setup` sets `tokenizer`, `vocab_size` and `token_byte_lengths`, which all parts share.
 
     Args:
         parts: data modules with the same tokenizer.
-        shares: of the training batches, one for each part; None: equal ones. Their sum does not matter.
-        seed: of the order in which the parts take turns.
+        shares: relative weights of the parts; None gives equal weights.
+        seed: seeds the order of the parts.
 
     Raises:
-        ValueError: in the constructor or in `setup`, naming the setting to change.
+        ValueError: A setting is invalid; raised by the constructor or by `setup`.
     """
 
     def __init__(self, parts: list[L.LightningDataModule], shares: list[int | float] | None = None, seed: int = 0):
         super().__init__()
         at_least(0, seed=seed)
         if not parts:
-            raise ValueError("parts names no data module: give at least one")
+            raise ValueError("parts is empty; set at least one data module")
         shares = [1] * len(parts) if shares is None else shares
         if len(shares) != len(parts) or min(shares) < 0 or not sum(shares) > 0:
             raise ValueError(
-                f"shares={shares} must be one number for each of the {len(parts)} parts, none below 0 and some above"
+                f"shares={shares} must be one non-negative number per part, {len(parts)} in all, with a positive sum"
             )
         self.parts = parts
         self.save_hyperparameters(ignore=["parts"], logger=False)
         self.hparams["tokenizer"] = parts[0].hparams.get("tokenizer")
         self.chances = np.array(shares) / sum(shares)
-        self.fetched: list[int] | None = None  # each part's batches, while a loader starts
+        self.fetched: list[int] | None = None  # batches per part, set while a loader starts
         for number, part in enumerate(parts):
             part.count_batches = partial(self.batches_of, number)
 
@@ -60,52 +60,52 @@ class MixedDataModule(L.LightningDataModule):
         for number, part in enumerate(self.parts):
             if part.tokenizer.get_vocab() != first.tokenizer.get_vocab():
                 raise ValueError(
-                    f"parts[{number}] has tokenizer={part.hparams.get('tokenizer')!r} and parts[0] "
-                    f"{first.hparams.get('tokenizer')!r}: give all parts the same tokenizer"
+                    f"parts[{number}] has tokenizer={part.hparams.get('tokenizer')!r}, but parts[0] has "
+                    f"{first.hparams.get('tokenizer')!r}; set the same tokenizer for all parts"
                 )
         self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
         self.token_byte_lengths = first.token_byte_lengths
 
     def turns(self, batches: int) -> Iterator[int]:
-        """Yield the part of every training batch from number `batches` on."""
+        """Yield the part index of every training batch from batch number `batches` on."""
         rng = np.random.default_rng((self.hparams.seed,))
-        rng.random(batches)  # a draw a batch
+        rng.random(batches)  # one draw per batch
         while True:
             yield int(self.part_of(rng.random(1))[0])
 
     def counts(self, batches: int) -> list[int]:
-        """Return how many of the first `batches` training batches are each part's."""
+        """Return the number of batches of each part among the first `batches` training batches."""
         drawn = self.part_of(np.random.default_rng((self.hparams.seed,)).random(batches))
         return np.bincount(drawn, minlength=len(self.parts)).tolist()
 
     def part_of(self, draws: np.ndarray) -> np.ndarray:
-        """Map numbers in [0, 1) to parts, by their shares."""
+        """Map uniform numbers in [0, 1) to parts according to their shares."""
         return np.searchsorted(self.chances.cumsum()[:-1], draws, side="right")
 
     def batches_of(self, number: int) -> int:
-        """Return how many of a part's batches training has used, or its loader was asked for while one starts."""
+        """Return the number of a part's batches that training has used, or has fetched while a loader starts."""
         counts = self.counts(batches_used(self)) if self.fetched is None else self.fetched
         return counts[number]
 
     def train_dataloader(self) -> "MixedLoader":
-        """Return the endless sequence of training batches from the run's position on."""
+        """Return the endless sequence of training batches from the run's current position on."""
         self.check_length()
         return MixedLoader(self, [part.train_dataloader() for part in self.parts])
 
     def check_length(self) -> None:
-        """Refuse a run that would never come to the end of its first epoch."""
+        """Raise a ValueError if the first epoch would never end."""
         trainer = self.trainer
         if trainer is None or trainer.max_epochs == -1 or trainer.max_steps != -1:
             return
         if isinstance(trainer.limit_train_batches, float):
             raise ValueError(
-                "a mixture has no end: set the trainer's max_steps, or limit_train_batches to the number of batches in "
+                "a mixture is endless: set the trainer's max_steps, or limit_train_batches to the number of batches in "
                 "an epoch"
             )
 
     @contextmanager
     def starting(self, fetched: list[int]) -> Iterator[None]:
-        """Let the parts count fetched batches in place of trained ones, inside the context."""
+        """Make the parts count fetched batches instead of trained ones inside the context."""
         self.fetched = fetched
         try:
             yield
@@ -125,7 +125,7 @@ class MixedDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts' states and how the mixture is drawn."""
+        """Return the parts' states and the settings of the mixture."""
         return {"parts": [part.state_dict() for part in self.parts], "mixture": self.mixture()}
 
     def mixture(self) -> dict[str, Any]:
@@ -133,18 +133,18 @@ class MixedDataModule(L.LightningDataModule):
         return {"chances": self.chances.tolist(), "seed": self.hparams.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint's run ended."""
+        """Continue from the checkpoint's position."""
         if state["mixture"] != self.mixture():
             raise ValueError(
-                f"the checkpoint's mixture was {state['mixture']}, this run's is {self.mixture()}: resume with the "
-                "shares and the seed of the checkpoint"
+                f"the checkpoint has the mixture {state['mixture']}, but this run has {self.mixture()}; resume with "
+                "the checkpoint's shares and seed"
             )
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(own)
 
 
 class MixedLoader:
-    """Batches of several loaders in turns."""
+    """Loader that interleaves the batches of several loaders."""
 
     def __init__(self, data: MixedDataModule, loaders: list[Any]):
         self.data, self.loaders = data, loaders
@@ -159,7 +159,7 @@ class MixedLoader:
             yield batch
 
     def _next(self, running: list[Iterator[Batch] | None], number: int, fetched: list[int]) -> Batch:
-        """Return a part's next batch, of its next epoch where one has ended."""
+        """Return a part's next batch, starting its next epoch if necessary."""
         with self.data.starting(fetched):
             for _ in range(2):
                 iterator = running[number]
@@ -169,11 +169,11 @@ class MixedLoader:
                 if batch is not None:
                     return batch
                 running[number] = None
-        raise ValueError(f"parts[{number}] has no training batch: give it more data, or a smaller batch_size")
+        raise ValueError(f"parts[{number}] has no full training batch; add data, or lower its batch_size")
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in the data module's state. Having one tells Lightning that it need not warn."""
+        """Return an empty state, which silences Lightning's warning; the data module's state has the position."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing; the data module's state has the position."""

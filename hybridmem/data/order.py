@@ -1,4 +1,4 @@
-"""What comes when: orders that follow from a seed and an epoch, and a sampler that can go on from any row."""
+"""Reproducible orders of rows, and a sampler that can resume at any row."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,19 +9,19 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 def permutation(size: int, *key: int) -> Int[np.ndarray, " size"]:
-    """The numbers below `size`, shuffled; the same for the same key, such as (seed, epoch)."""
+    """Return a random permutation of the numbers below `size` that depends on the key only, such as (seed, epoch)."""
     return np.random.default_rng(key).permutation(size)
 
 
 def start_of_data() -> int:
-    """The position of a sampler that always begins at the first row."""
+    """Return 0, the position of a sampler that always starts at the first row."""
     return 0
 
 
 def whole_steps(num_rows: int, batch_size: int, world_size: int, batches_of_steps: int) -> int | None:
-    """Return a rank's rows of an epoch whose batches are a multiple of `batches_of_steps`; None leaves the epoch as is.
+    """Round a rank's rows per epoch up to full optimiser steps of `batches_of_steps` batches, or return None for 1.
 
-    An optimiser step that accumulates several batches thus never meets the end of an epoch.
+    An optimiser step that accumulates several batches then never crosses the end of an epoch.
     """
     if batches_of_steps == 1:
         return None
@@ -30,20 +30,21 @@ def whole_steps(num_rows: int, batch_size: int, world_size: int, batches_of_step
 
 
 class EndlessSampler(DistributedSampler[int]):
-    """Rows of a data set, epoch after epoch without end; each iteration goes on from `position()`.
+    """Sampler of an endless sequence of epochs; each iteration starts at `position()`.
 
-    The sequence follows from `seed` alone. So whoever knows how many rows were used can go on exactly where they
-    ended, in the middle of an epoch or between two, whatever was fetched ahead. Row r of epoch e is given as the
-    index e · num_rows + r: the data set sees the epoch, also in worker processes.
+    The sequence depends on `seed` only. The number of used rows is therefore enough to resume exactly, at any point of
+    an epoch and regardless of prefetching. Row r of epoch e has the index e · num_rows + r, so that the data set knows
+    the epoch, also in worker processes.
 
-    It is a DistributedSampler so that Lightning leaves it alone: process `rank` takes every `world_size`-th row of
-    the sequence, and one batch over all processes is a run of consecutive rows. `set_epoch` does nothing.
+    The class derives from DistributedSampler so that Lightning does not replace it. Rank `rank` takes every
+    `world_size`-th row of the sequence, so one batch over all ranks is a run of consecutive rows. `set_epoch` does
+    nothing.
 
     Args:
-        num_rows: rows of one epoch.
-        seed: of the order, another one in every epoch; None: rows as they stand.
-        position: how many rows of the sequence were used, by all processes together.
-        num_samples: rows of an iteration on this rank; None: an epoch's share.
+        num_rows: the number of rows in one epoch.
+        seed: seeds the order, which differs in every epoch; None keeps the rows in order.
+        position: returns the number of rows that all ranks together have used.
+        num_samples: the number of rows per iteration on this rank; None takes the rank's share of an epoch.
     """
 
     def __init__(
@@ -70,30 +71,30 @@ class EndlessSampler(DistributedSampler[int]):
             yield epoch * self.num_rows + int(order[row])
 
     def order(self, epoch: int) -> Int[np.ndarray, " rows"]:
-        """The rows of an epoch in the order in which they come."""
+        """Return the rows of an epoch in their order."""
         if self.order_seed is None:
             return np.arange(self.num_rows)
         return permutation(self.num_rows, self.order_seed, epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: the position says which epoch it is."""
+        """Do nothing; the position determines the epoch."""
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader whose sampler knows where to go on; having a state tells Lightning that it need not warn."""
+    """DataLoader with a resumable sampler, and with state methods that silence Lightning's warning."""
 
     def state_dict(self) -> dict:
-        """Empty: the position is in the data module's state."""
+        """Return an empty state; the data module's state has the position."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to do."""
+        """Do nothing; the data module's state has the position."""
 
 
 def ordered_loader(
     rows: Dataset, sampler: EndlessSampler, batch_size: int, *, num_workers: int = 0, drop_last: bool = False
 ) -> ResumableLoader:
-    """Batches of the rows that the sampler names."""
+    """Return a loader of batches in the sampler's order."""
     return ResumableLoader(
         rows,
         batch_size=batch_size,
@@ -101,7 +102,7 @@ def ordered_loader(
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        # Without its own generator a loader draws from the global one each time it is iterated. Validation follows
-        # the checkpoint at an epoch's end: that draw would be missing after a resume.
+        # Without its own generator, a loader draws from the global one in each iteration. Validation runs after the
+        # checkpoint at an epoch's end, so a resumed run would miss that draw.
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,17 +1,17 @@
-"""Rows of equal length out of documents of any length.
+"""Rows of equal length, packed from documents of any length.
 
 An item is a dict of three int64 tensors of shape (time,):
 
     input_ids      tokens
-    shift_labels   the token after each of them; -100 where that is another document's first, or there is none
-    document_ids   the document of each of them; -1 for padding
+    shift_labels   the next tokens; -100 at the end of a document and at padding
+    document_ids   the documents of the tokens; -1 at padding
 
     document   7 7 7 7 7 7 | 9 9 9 | 4 4 4 4          rows of 4; a row's last label is the next row's first input
     row 0      x x x x
     row 1              x x   x x                      its second label is -100: 9's first token is not predicted
     row 2                        x   x x x
 
-So each token but a document's first is a label exactly once.
+Every token except a document's first is a label exactly once.
 """
 
 import numpy as np
@@ -23,34 +23,34 @@ from torch.utils.data import Dataset
 from .order import permutation
 from .tokens import Corpus
 
-IGNORED = -100  # the label of what is not predicted, as in torch and transformers
-PADDING = -1  # the document of what is no token
+IGNORED = -100  # label of positions without loss, as in torch and transformers
+PADDING = -1  # document id of padding
 
 Row = dict[str, Int64[Tensor, " time"]]
 
 
 class DocumentStream:
-    """The documents of a corpus one after another, in a given order."""
+    """Documents of a corpus, concatenated in a given order."""
 
     def __init__(self, corpus: Corpus, order: Int[np.ndarray, " documents"]):
         self.corpus, self.order = corpus, order
         self.ends = np.cumsum(np.diff(corpus.offsets)[order])
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Return the number of tokens."""
         return len(self.corpus.tokens)
 
     def read(self, start: int, stop: int) -> tuple[Int64[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
-        """The tokens from `start` to before `stop`, and the document of each."""
+        """Return the tokens in [start, stop), and their documents."""
         places = np.arange(start, stop)
         turns = np.searchsorted(self.ends, places, side="right")
         documents = self.order[turns]
         before_end = self.ends[turns] - places
         tokens = self.corpus.tokens[self.corpus.offsets[documents + 1] - before_end]
-        return tokens.astype(np.int64), documents  # the corpus's own type may be unsigned: it has no -100
+        return tokens.astype(np.int64), documents  # the corpus's dtype may be unsigned, without -100
 
     def row(self, start: int, stop: int, length: int) -> Row:
-        """The tokens from `start` to before `stop` as inputs with their labels, padded to `length`."""
+        """Return the tokens in [start, stop) as inputs with labels, padded to `length`."""
         input_ids = np.full(length, self.corpus.pad_id, dtype=np.int64)
         shift_labels = np.full(length, IGNORED, dtype=np.int64)
         document_ids = np.full(length, PADDING, dtype=np.int64)
@@ -67,28 +67,27 @@ class DocumentStream:
 
 
 class PackedRows(Dataset[Row]):
-    """Rows that each stand alone: a document that a row's end cuts goes on in another row, without its past.
+    """Independent rows: a document that is cut at the end of a row continues in another row without its past.
 
-    Documents are shuffled once and put one after another. The index counts on from epoch to epoch; the rows of
-    every epoch are the same.
+    Documents are shuffled once and concatenated. The index counts over epochs, and every epoch has the same rows.
 
     Args:
         corpus: the documents.
-        sequence_length: tokens of a row.
-        seed: of the order of documents.
-        pad: whether the last, shorter row is padded rather than dropped.
-        multiple_of: the number of rows is made a multiple, by rows of padding alone (only with `pad`).
+        sequence_length: the number of tokens in a row.
+        seed: seeds the order of documents.
+        pad: pad the last, shorter row instead of dropping it.
+        multiple_of: round the number of rows up to a multiple of this number with empty rows (with `pad` only).
     """
 
     def __init__(self, corpus: Corpus, sequence_length: int, *, seed: int = 0, pad: bool = False, multiple_of: int = 1):
         self.stream = DocumentStream(corpus, permutation(len(corpus), seed))
         self.sequence_length = sequence_length
-        self.inputs = len(self.stream) - 1  # the last token has nothing to predict
+        self.inputs = len(self.stream) - 1  # the last token has no next token
         rows = -(-self.inputs // sequence_length) if pad else self.inputs // sequence_length
         self.rows = -(-rows // multiple_of) * multiple_of if pad else rows
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Return the number of rows in an epoch."""
         return self.rows
 
     def __getitem__(self, index: int) -> Row:
@@ -97,20 +96,20 @@ class PackedRows(Dataset[Row]):
 
 
 class ContinuousRows(Dataset[Row]):
-    """Rows that go on: the row after one, `lanes` indices later, continues it, so that a state can be carried.
+    """Continuous rows: the row `lanes` indices later continues a row, so that a state can be carried over.
 
-    All documents in an order that changes with the epoch are one stream, cut into lanes of equal length. Index
-    step · lanes + lane is a lane's step-th row, so batches of `lanes` rows in order hold every lane, each in its
-    place. The index counts on from epoch to epoch. A document id belongs to one document of one epoch: where it
-    stays the same the document goes on, where it changes a new one begins, also from one epoch to the next.
+    All documents, in an order that changes with the epoch, form one stream, which is cut into lanes of equal length.
+    Index step · lanes + lane is the lane's step-th row, so a batch of `lanes` consecutive rows contains one row of
+    every lane, in order. The index counts over epochs. Document ids are unique over epochs: the same id continues a
+    document, and another id starts a new one.
 
     Args:
         corpus: the documents.
-        sequence_length: tokens of a row.
-        lanes: rows side by side: the batch size, over all processes together.
-        seed: of the order of documents.
-        reshuffle: whether the order changes with the epoch.
-        pad: whether each lane's last, shorter row is padded rather than dropped.
+        sequence_length: the number of tokens in a row.
+        lanes: the number of parallel rows, equal to the batch size over all ranks.
+        seed: seeds the order of documents.
+        reshuffle: change the order with every epoch.
+        pad: pad each lane's last, shorter row instead of dropping it.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class ContinuousRows(Dataset[Row]):
     ):
         self.corpus, self.sequence_length, self.lanes = corpus, sequence_length, lanes
         self.seed, self.reshuffle = seed, reshuffle
-        self.inputs = len(corpus.tokens) - 1  # the last token has nothing to predict
+        self.inputs = len(corpus.tokens) - 1  # the last token has no next token
         if pad:
             self.lane_inputs = -(-self.inputs // lanes)
             self.steps = -(-self.lane_inputs // sequence_length)
@@ -136,7 +135,7 @@ class ContinuousRows(Dataset[Row]):
         self.stream: DocumentStream | None = None
 
     def __len__(self) -> int:
-        """Rows of an epoch, over all lanes."""
+        """Return the number of rows in an epoch, over all lanes."""
         return self.steps * self.lanes
 
     def __getitem__(self, index: int) -> Row:
@@ -149,7 +148,7 @@ class ContinuousRows(Dataset[Row]):
         return item
 
     def stream_of(self, epoch: int) -> DocumentStream:
-        """The documents in the order of an epoch."""
+        """Return the documents in the order of an epoch."""
         if self.stream is None or epoch != self.epoch:
             order = permutation(len(self.corpus), self.seed, epoch if self.reshuffle else 0)
             self.epoch, self.stream = epoch, DocumentStream(self.corpus, order)

@@ -1,7 +1,7 @@
-"""Batches from a stream of documents that is too long to keep, and going on exactly where one stopped.
+"""Batches from a stream of documents that exceeds memory, with exact resumption.
 
-Documents are read in blocks. A block is shuffled, cut into rows like a small corpus and then forgotten, so a place
-in the stream is a few numbers: where the block began, and how many of its rows are used.
+Documents are read in blocks. A block is shuffled, packed into rows like a small corpus, and discarded. A place in the
+stream therefore consists of a few numbers: the start of the block, and the number of its rows that were used.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,67 +25,69 @@ Batch = dict[str, Int64[Tensor, "batch time"]]
 
 
 class Place(TypedDict):
-    """A place in one worker's stream; only what a checkpoint can hold."""
+    """Place in one worker's stream, in types that a checkpoint can store."""
 
-    passes: int  # how often all documents were read before
-    documents: dict[str, Any] | None  # the state of `datasets` where the block began; None: the pass's start
-    block: int  # of this pass
-    row: int  # rows of the block that are used
+    passes: int  # complete passes over all documents
+    documents: dict[str, Any] | None  # state of `datasets` at the start of the block; None: start of the pass
+    block: int  # index of the block in this pass
+    row: int  # number of used rows of the block
 
 
 START = Place(passes=0, documents=None, block=0, row=0)
 
 
 def digest(text: str) -> bytes:
-    """What tells two texts apart."""
+    """Return a hash that identifies a text."""
     return blake2b(text.encode(), digest_size=16).digest()
 
 
 def texts_of(records: list[dict[str, Any]], text_column: str, source: str) -> list[str]:
-    """The texts of records, without empty ones.
+    """Return the non-empty texts of records.
 
     Raises:
-        ValueError: a record has something else there.
+        ValueError: A record has a value other than text.
     """
     texts = [record.get(text_column) for record in records]
     other = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if other is not None:
-        raise ValueError(f"text_column={text_column!r} of {source} holds {str(other)[:100]!r}, which is no text")
+        raise ValueError(
+            f"text_column={text_column!r} of {source} contains {str(other)[:100]!r} instead of text; set another column"
+        )
     return [text for text in texts if text]
 
 
 def read_records(records: Iterable[Any], source: str) -> Iterator[Any]:
-    """The records of a dataset; what `datasets` says of one that cannot be read gets the dataset's name.
+    """Yield the records of a dataset, and add the dataset's name to errors of `datasets`.
 
     Raises:
-        ValueError: naming `source`.
+        ValueError: A record cannot be read; the message contains `source`.
     """
     try:
         yield from records
-    except Exception as error:  # of whichever library reads the format
-        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # depends on the library that reads the format
+        raise ValueError(f"cannot read {source}: {type(error).__name__}: {error}") from error
 
 
 def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """The tokens of texts that are no files."""
+    """Tokenise texts that do not come from files."""
     return tokenize([Document("a text of the stream", len(text), text.encode()) for text in texts], tokenizer)
 
 
 class RowStream:
-    """Rows without end, each with the place after it.
+    """Endless stream of rows, each with the place after it.
 
-    All documents are read again and again, the files in another order each time. The last row of each block is
-    padded. Document ids tell the documents of a row apart.
+    All documents are read repeatedly, with the files in another order in each pass. The last row of each block is
+    padded. Document ids distinguish the documents of a row.
 
     Args:
         documents: a streaming dataset of `datasets`.
-        text_column: its column that holds the text. Empty texts are skipped.
-        held_out: digests of texts to leave out.
-        tokenizer: what the texts go through.
-        sequence_length: tokens of a row.
-        block_size: documents that are read, shuffled and cut into rows together.
-        seed: of the orders.
-        source: what errors call the documents.
+        text_column: the column with the text. Empty texts are skipped.
+        held_out: digests of texts to skip.
+        tokenizer: the tokenizer of the texts.
+        sequence_length: the number of tokens in a row.
+        block_size: the number of documents that are read, shuffled and packed together.
+        seed: seeds all orders.
+        source: the dataset's name in error messages.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class RowStream:
         self.block_size, self.seed = block_size, seed
 
     def rows(self, start: Place) -> Iterator[tuple[Row, Place]]:
-        """Rows from a place on, each with the place after it."""
+        """Yield the rows from a place on, each with the place after it."""
         for texts, place in self.blocks(start):
             corpus = tokenize_texts(texts, self.tokenizer)
             rows = PackedRows(corpus, self.sequence_length, seed=self.seed, pad=True)
@@ -115,25 +117,27 @@ class RowStream:
                 yield rows[int(order[turn])], Place(**{**place, "row": turn + 1})
 
     def blocks(self, place: Place) -> Iterator[tuple[list[str], Place]]:
-        """The texts of each block that has any, with its place."""
+        """Yield the texts of each non-empty block with the block's place."""
         while True:
-            found = place["documents"] is not None  # an earlier block had some
+            found = place["documents"] is not None  # an earlier block had texts
             for texts, block_place in self.blocks_of_pass(place):
                 if texts:
                     found = True
                     yield texts, block_place
             if not found:
                 raise ValueError(
-                    f"no document is left to train on: those of text_column={self.text_column!r} are empty, or "
-                    "val_documents takes them all"
+                    f"no documents are left for training: text_column={self.text_column!r} is empty in all others, or "
+                    "val_documents holds out all; lower val_documents or set another text_column"
                 )
             place = Place(passes=place["passes"] + 1, documents=None, block=0, row=0)
 
     def blocks_of_pass(self, place: Place) -> Iterator[tuple[list[str], Place]]:
-        """The blocks of one reading of all documents, from a place on."""
-        # A copy, because its epoch is shared with other workers and a state once loaded stays.
+        """Yield the blocks of one pass over all documents, from a place on."""
+        # Copy, because the epoch is shared with other workers, and a loaded state persists.
         documents = deepcopy(self.documents)
-        documents.set_epoch(1 + place["passes"] + self.seed * 1_000_003)  # the order of files; 0 is as they stand
+        documents.set_epoch(
+            1 + place["passes"] + self.seed * 1_000_003
+        )  # seeds the order of files; 0 would not shuffle
         if place["documents"] is not None:
             documents.load_state_dict(place["documents"])
         records = read_records(documents, self.source)
@@ -144,7 +148,7 @@ class RowStream:
 
 
 class WorkerBatches(IterableDataset):
-    """What each worker of a DataLoader makes of a stream: batches, and the place after each."""
+    """Batches of one DataLoader worker's share of a stream, with the place after each batch."""
 
     def __init__(self, stream: RowStream, batch_size: int, places: list[Place]):
         self.stream, self.batch_size, self.places = stream, batch_size, places
@@ -158,16 +162,16 @@ class WorkerBatches(IterableDataset):
 
 
 class StreamLoader:
-    """Batches from workers in turn, from batch `position()` on, remembering how to come back to it.
+    """Loader that takes batches from its workers in turn, and can resume at batch `position()`.
 
-    What was fetched ahead does no harm: places are kept by the number of the batch that begins there.
+    Prefetching is harmless, because places are stored by the number of the batch that starts there.
 
     Args:
         stream: the rows; each worker reads its share of the documents.
-        batch_size: rows of a batch.
-        num_workers: processes that read; 0 reads here.
-        position: how many batches were used.
-        places: where the workers begin, after a resume; None: at the start.
+        batch_size: the number of rows in a batch.
+        num_workers: the number of reader processes; 0 reads in this process.
+        position: returns the number of batches used.
+        places: the workers' places after a resume; None starts from the beginning.
     """
 
     def __init__(
@@ -185,11 +189,11 @@ class StreamLoader:
         self.starts = dict(enumerate(places or [START] * self.turns, start=self.first_turn()))
 
     def first_turn(self) -> int:
-        """The batch at which the first worker had its last turn: iteration can only begin with that worker."""
+        """Return the last batch of the first worker, because every iteration starts with that worker."""
         return self.position() // self.turns * self.turns
 
     def places(self) -> list[Place]:
-        """Where each worker has to begin to go on from `position()`."""
+        """Return each worker's place for a resume at `position()`."""
         first = self.first_turn()
         return [self.starts[number] for number in range(first, first + self.turns)]
 
@@ -210,8 +214,8 @@ class StreamLoader:
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the places are in the data module's state. Having one tells Lightning that it need not warn."""
+        """Return an empty state, which silences Lightning's warning; the data module's state has the places."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing; the data module's state has the places."""

@@ -1,7 +1,8 @@
-"""Tasks with checkable answers as a LightningDataModule: rows to learn from, or prompts to answer."""
+"""LightningDataModule of tasks with verifiable answers, for supervised rows or prompts."""
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybridmem.checks import MOST_ROWS, MOST_WORKERS, at_least, one_of
 from hybridmem.rl.rollouts.prompts import Prompt
-from hybridmem.tasks.task import Split, Task, check_example, check_task
+from hybridmem.tasks.task import MeasuredTask, Split, Task, check_example, check_task
 
 from .order import EndlessSampler, ResumableLoader, start_of_data, whole_steps
 from .packing import IGNORED, PADDING, Row
@@ -22,49 +23,49 @@ from .tokens import document_marks
 from .trainer_state import batches_of_steps, batches_used, is_training, share_of
 from .vision import load_processor, vision_prompt
 
-MESSAGE = "0123456789abcdef"  # where a chat template puts the user's message
-FINGERPRINTED = 4  # examples that tell one task, or its settings, from another
+MESSAGE = "0123456789abcdef"  # placeholder of the user's message in a chat template
+FINGERPRINTED = 4  # examples that identify a task and its settings
 Example = dict[str, Any]
 
 
 class TaskDataModule(L.LightningDataModule):
-    """A task's examples, for supervised training or for reinforcement learning.
+    """Examples of a task, for supervised training or for reinforcement learning.
 
-    In "supervised" mode a batch is a dict of input_ids, shift_labels and document_ids, each (batch, time), as
-    PretrainModule takes them: an example to a row, prompt, answer and end of sequence, with labels at the answer
-    and its end, padded on the right to the batch's longest. Examples with `images` give them as images (batch,
-    patches, 64): the patches stand before the text, without labels, and input_ids hold the text alone.
+    In "supervised" mode, a batch is a dict of input_ids, shift_labels and document_ids, each (batch, time), for
+    PretrainModule. Each row holds one example: prompt, answer and EOS, with labels at the answer and EOS, right-padded
+    to the longest row. Examples with `images` add a tensor images (batch, patches, 64); the patches precede the text
+    and have no labels, and input_ids contain the text only.
 
-    In "prompts" mode a batch is the list of the examples themselves, as `task.example` gives them.
+    In "prompts" mode, a batch is the list of the examples returned by `task.example`.
 
-    Prompts are tokenised as the tokenizer does by itself, with the marks that it begins texts with; answers go on
-    from there without any. Training is an endless sequence of examples that `seed` fixes: a run that is resumed
-    goes on with the very example that would have been next. Validation is always the same. Several processes share
-    each batch, with `batch_size` examples each.
+    Prompts are tokenised with the tokenizer's special tokens; answers continue them without any. Training is an endless
+    sequence of examples that depends on `seed`, and a resumed run continues with exactly the next example. The
+    validation set is fixed. Several ranks share each step, with `batch_size` examples each.
 
-    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
+    `setup` sets `tokenizer`, `vocab_size` (the largest id + 1) and `token_byte_lengths` (the number of bytes per id).
 
     Args:
-        task: where the examples come from, and who rewards answers.
-        batch_size: examples per process and step.
+        task: creates the examples and rewards answers.
+        batch_size: examples per rank and step.
         mode: "supervised" or "prompts".
-        num_train: examples of a training epoch; each epoch has the same ones in another order.
-        num_val: examples of the validation set.
-        seed: of the order of the examples; the examples follow from the task's own seed.
+        num_train: the number of examples in a training epoch; every epoch has the same examples in another order.
+        num_val: the number of validation examples.
+        seed: seeds the order of the examples; the task has its own seed.
         tokenizer: "bytes", a folder with a tokenizer, or the name of a model on the Hugging Face hub.
-        processor: folder or name of a vision-language model, whose processor then writes the prompts, images drawn as
-            one picture, and brings the tokenizer; in "prompts" mode. None: images are patches before the text.
-        max_prompt_length: tokens that a prompt may have; a longer one is an error, since cutting it could take away
-            what is asked for. None: any number.
-        train_on_prompt: give the prompt's tokens labels too: prompt and answer are then one text, whose end nobody can
-            know, so that the accuracy of answers leaves their end out.
-        observation_format: what stands around {}, the answer of an environment, between two turns; for a chat model
-            its template's marks.
-        chat_template: write prompts by the tokenizer's chat template, as a user's message that the model answers.
-        num_workers: processes that make examples; 0 makes them in the training process.
+        processor: folder or name of a vision-language model, for "prompts" mode. Its processor formats the prompts,
+            with an example's images as one picture, and provides the tokenizer. None puts image patches before the
+            text.
+        max_prompt_length: the maximum number of tokens in a prompt, or None. Longer prompts raise an error, because
+            truncation could remove the question.
+        train_on_prompt: also label the prompt's tokens. Prompt and answer then form one text with an unpredictable end,
+            so the accuracy of answers ignores EOS.
+        observation_format: the format of an environment's observation, {}, between two turns; for a chat model, it
+            contains the template's special tokens.
+        chat_template: format prompts with the tokenizer's chat template, as a user message.
+        num_workers: the number of processes that create examples; 0 creates them in the training process.
 
     Raises:
-        ValueError: in the constructor, in `setup` or for a batch, naming the setting to change.
+        ValueError: A setting is invalid; raised by the constructor, by `setup` or for a batch.
     """
 
     def __init__(
@@ -92,34 +93,36 @@ class TaskDataModule(L.LightningDataModule):
         one_of(("supervised", "prompts"), mode=mode)
         if observation_format.count("{}") != 1:
             raise ValueError(
-                f"observation_format={observation_format!r} must hold {{}} once, where the observation goes"
+                f"observation_format={observation_format!r} must contain {{}} once, the place of the observation"
             )
         if processor is not None and chat_template:
-            raise ValueError("processor writes prompts by its own chat template: set chat_template to false")
+            raise ValueError("processor applies its own chat template; set chat_template to false")
         if processor is not None and mode != "prompts":
-            raise ValueError("processor writes prompts to be answered: set mode to prompts")
-        self.save_hyperparameters(ignore=["task"], logger=False)  # checkpoints hold plain values alone
+            raise ValueError(f"processor does not support mode={mode!r}; set mode to prompts")
+        self.save_hyperparameters(ignore=["task"], logger=False)  # checkpoints contain plain values only
         self.task = task
         self.processor: Any = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.resumed: dict[str, Any] = {"rows": 0, "batches": 0}
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokenizer; make an example, so that a task that has none says so before training starts."""
+        """Load the tokenizer and create one example, so that an unsuitable task raises before training starts."""
         if self.tokenizer is not None:
             return
         if self.hparams.processor is None:
             self.tokenizer = load_tokenizer(self.hparams.tokenizer)
             if self.hparams.chat_template and self.tokenizer.chat_template is None:
                 raise ValueError(
-                    f"chat_template=true but tokenizer={self.hparams.tokenizer!r} has none: set it to false, or take "
-                    "an instruct model's tokenizer"
+                    f"chat_template=true, but tokenizer={self.hparams.tokenizer!r} has no chat template; set "
+                    "chat_template to false, or use an instruct model's tokenizer"
                 )
         else:
             self.processor = load_processor(self.hparams.processor)
             self.tokenizer = self.processor.tokenizer
         self.vocab_size = vocabulary_size(self.tokenizer)
         self.token_byte_lengths = token_byte_lengths(self.tokenizer)
+        if isinstance(self.task, MeasuredTask):
+            self.task.measure_with(partial(count_tokens, self.processor or self.tokenizer, self.hparams.chat_template))
         splits: tuple[Split, ...] = ("train", "val") if stage in (None, "fit") else ("val",)
         for split in splits:
             example = self.task.example(split, 0)
@@ -127,11 +130,11 @@ class TaskDataModule(L.LightningDataModule):
             self.batch([example])
 
     def rows(self, split: Split) -> "TaskRows":
-        """The examples of a split."""
+        """Return the examples of a split."""
         return TaskRows(self.task, split, self.hparams.num_train if split == "train" else self.hparams.num_val)
 
     def batch(self, examples: list[Example]) -> list[Example] | dict[str, Tensor]:
-        """Examples as the mode wants them."""
+        """Collate examples to a batch for the mode."""
         prompts = [self.prompt(example).tokens for example in examples]
         if self.hparams.mode == "prompts":
             return examples
@@ -142,27 +145,25 @@ class TaskDataModule(L.LightningDataModule):
         return batch
 
     def prompt(self, example: Example) -> Prompt:
-        """What is asked, as the tokenizer writes it by itself, or the processor."""
+        """Tokenise an example's prompt with the tokenizer, the chat template or the processor."""
         assert self.tokenizer is not None
         if self.processor is not None:
             prompt = vision_prompt(self.processor, example["prompt"], example.get("images"))
-        elif self.hparams.chat_template:
-            prompt = Prompt(chat_tokens(self.tokenizer, example["prompt"]), example.get("images"))
         else:
-            tokens = self.tokenizer(example["prompt"], split_special_tokens=True, verbose=False)["input_ids"]
+            tokens = prompt_tokens(self.tokenizer, self.hparams.chat_template, example["prompt"])
             prompt = Prompt(tokens, example.get("images"))
         limit = self.hparams.max_prompt_length
         if limit is not None and len(prompt.tokens) > limit:
             raise ValueError(
-                f"max_prompt_length={limit} is too short for a prompt of {len(prompt.tokens)} tokens: raise it, or "
-                "make the task's prompts shorter"
+                f"max_prompt_length={limit} is too short for a prompt of {len(prompt.tokens)} tokens; raise "
+                "max_prompt_length, or shorten the task's prompts"
             )
         return prompt
 
     def row(self, prompt: list[int], example: Example) -> Row:
-        """Prompt, answer and end of sequence as inputs with their labels; what an environment says has none.
+        """Return prompt, answer and EOS as inputs with labels; an environment's observations have none.
 
-        `answer_labels` are those that an answer must have to be right.
+        `answer_labels` cover the tokens that must be predicted for a correct answer.
         """
         answer, own = self.answer_and_mask(prompt, example)
         tokens = torch.tensor([*prompt, *answer])
@@ -180,9 +181,9 @@ class TaskDataModule(L.LightningDataModule):
         }
 
     def answer_and_mask(self, prompt: list[int], example: Example) -> tuple[list[int], list[bool]]:
-        """The answer's tokens with their end, or the turns and what was answered to them; and which a model says.
+        """Return the answer's tokens with EOS, or all turns and observations, and a mask of the model's own tokens.
 
-        An example of many turns has the column `turns`: of every turn what is said, and the environment's answer.
+        A multi-turn example has a column `turns` of pairs (turn, observation).
         """
         if "turns" not in example:
             answer = [*self.answer_tokens(prompt, example), self.end_id]
@@ -194,11 +195,11 @@ class TaskDataModule(L.LightningDataModule):
             heard = self.observation_tokens(observation)
             tokens += [*turn, self.end_id, *heard]
             own += [True] * (len(turn) + 1) + [False] * len(heard)
-        last = len(own) - own[::-1].index(True)  # what is heard after the last turn is read by nobody
+        last = len(own) - own[::-1].index(True)  # drop the observation after the last turn
         return tokens[:last], own[:last]
 
     def observation_tokens(self, observation: str) -> list[int]:
-        """What an environment says, as it stands between two turns; its text makes no special tokens."""
+        """Format and tokenise an observation; special tokens in its text are treated as plain text."""
         assert self.tokenizer is not None
         before, after = self.hparams.observation_format.split("{}")
         options = dict(add_special_tokens=False, verbose=False)
@@ -210,7 +211,7 @@ class TaskDataModule(L.LightningDataModule):
         ]
 
     def answer_tokens(self, prompt: list[int], example: Example) -> list[int]:
-        """The answer's tokens as they follow the prompt's, without the space that some tokenizers begin with."""
+        """Return the answer's tokens after the prompt, without the leading space that some tokenizers add."""
         assert self.tokenizer is not None
         options = dict(split_special_tokens=True, verbose=False)
         if self.hparams.chat_template:
@@ -222,46 +223,47 @@ class TaskDataModule(L.LightningDataModule):
 
     @property
     def end_id(self) -> int:
-        """The token that ends an answer."""
+        """Return the token that ends an answer."""
         _, end = document_marks(self.tokenizer)
         return end
 
     @property
     def pad_id(self) -> int:
-        """What stands where there is no token; document id -1 is what marks such places."""
+        """Return the padding token; only document id -1 identifies padding."""
         assert self.tokenizer is not None
         return self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def train_dataloader(self) -> ResumableLoader:
-        """The endless sequence of training examples from where the run stands, an epoch's worth of it.
+        """Return an epoch's worth of the endless sequence of training examples, from the run's current position on.
 
-        With gradient accumulation an epoch takes a few examples of the next one, to end with an optimiser step.
+        With gradient accumulation, an epoch borrows a few examples from the next one, so that it ends with an optimiser
+        step.
         """
         _, processes = share_of(self.trainer)
         if self.hparams.num_train < self.hparams.batch_size * processes:
             raise ValueError(
                 f"num_train={self.hparams.num_train} does not fill one batch of batch_size={self.hparams.batch_size} "
-                f"on {processes} process(es): raise num_train or lower batch_size"
+                f"on {processes} process(es); raise num_train or lower batch_size"
             )
         self.check_sequence()
         count = whole_steps(self.hparams.num_train, self.hparams.batch_size, processes, batches_of_steps(self.trainer))
         return self.loader("train", seed=self.hparams.seed, position=self.rows_read, drop_last=True, num_samples=count)
 
     def val_dataloader(self) -> ResumableLoader:
-        """The validation examples."""
+        """Return the validation examples."""
         _, processes = share_of(self.trainer)
         if self.hparams.num_val % processes:
             raise ValueError(
-                f"num_val={self.hparams.num_val} cannot be shared evenly by {processes} processes: set a multiple"
+                f"num_val={self.hparams.num_val} is not divisible by {processes} processes; set it to a multiple"
             )
         return self.loader("val")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """The validation examples."""
+        """Return the validation examples."""
         return self.val_dataloader()
 
     def test_dataloader(self) -> ResumableLoader:
-        """The validation examples."""
+        """Return the validation examples."""
         return self.val_dataloader()
 
     def loader(
@@ -272,7 +274,7 @@ class TaskDataModule(L.LightningDataModule):
         drop_last: bool = False,
         num_samples: int | None = None,
     ) -> ResumableLoader:
-        """This process's share of a split, in batches."""
+        """Return the loader of this rank's share of a split."""
         (rank, processes), rows = share_of(self.trainer), self.rows(split)
         sampler = EndlessSampler(
             len(rows), seed=seed, position=position, rank=rank, world_size=processes, num_samples=num_samples
@@ -285,17 +287,17 @@ class TaskDataModule(L.LightningDataModule):
             drop_last=drop_last,
             num_workers=self.hparams.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),  # as in `ordered_loader`: no draw from the global one
+            generator=torch.Generator().manual_seed(0),  # spares the global generator, as in `ordered_loader`
         )
 
     def rows_read(self) -> int:
-        """How many examples of the endless sequence training has used, over all processes."""
+        """Return the number of examples of the endless sequence that training has used on all ranks."""
         _, processes = share_of(self.trainer)
         batches = batches_used(self) - self.resumed["batches"]
         return self.resumed["rows"] + batches * self.hparams.batch_size * processes
 
     def sequence(self) -> dict[str, int | str]:
-        """What the sequence of training examples follows from."""
+        """Return the settings that determine the sequence of training examples."""
         return {
             "examples": fingerprint([self.task.example("train", index) for index in range(FINGERPRINTED)]),
             "seed": self.hparams.seed,
@@ -303,29 +305,43 @@ class TaskDataModule(L.LightningDataModule):
         }
 
     def check_sequence(self) -> None:
-        """Refuse to go on in another sequence than the checkpoint's."""
+        """Raise a ValueError if the sequence differs from the checkpoint's."""
         before, now = self.resumed.get("sequence"), self.sequence()
         if before not in (None, now):
             raise ValueError(
-                f"the checkpoint's training examples were {before}, those of this run are {now}: resume with the task "
-                "and the data settings of the checkpoint, or start a new run from its weights: "
+                f"the checkpoint has the training examples {before}, but this run has {now}; resume with the "
+                "checkpoint's task and data settings, or start a new run from its weights with "
                 "model.init_args.init_from"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of which sequence was used. It goes on with another batch size or number of processes."""
+        """Return the sequence and the position in it; a resumed run may change the batch size or number of ranks."""
         return {"rows": self.rows_read(), "batches": batches_used(self), "sequence": self.sequence()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint's run ended, if this one trains."""
+        """Continue from the checkpoint's position if this run trains."""
         if is_training(self.trainer):
             self.resumed = state
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Return a user's message in the tokenizer's chat template, up to where the model answers.
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: bool, text: str) -> list[int]:
+    """Return a prompt's tokens: a user's message in the chat template, or as the tokenizer begins texts."""
+    if chat_template:
+        return chat_tokens(tokenizer, text)
+    return tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
 
-    Special tokens in the message itself are text.
+
+def count_tokens(tokenizer: Any, chat_template: bool, text: str) -> int:
+    """Return the number of a prompt's tokens, for a tokenizer or a processor."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return len(prompt_tokens(tokenizer, chat_template, text))
+    return len(vision_prompt(tokenizer, text, None).tokens)
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """Return the tokens of a user message in the tokenizer's chat template, with the generation prompt.
+
+    Special tokens in the message itself are treated as plain text.
     """
     chat = [{"role": "user", "content": MESSAGE}]
     written = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -338,13 +354,13 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
 
 
 class TaskRows(Dataset[Example]):
-    """A split's examples. The index counts on from epoch to epoch; the examples of every epoch are the same."""
+    """Examples of a split; the index counts over epochs, and every epoch has the same examples."""
 
     def __init__(self, task: Task, split: Split, num_rows: int):
         self.task, self.split, self.num_rows = task, split, num_rows
 
     def __len__(self) -> int:
-        """Examples of an epoch."""
+        """Return the number of examples in an epoch."""
         return self.num_rows
 
     def __getitem__(self, index: int) -> Example:
@@ -352,7 +368,7 @@ class TaskRows(Dataset[Example]):
 
 
 def pad(rows: list[dict[str, Int64[Tensor, " _"]]], pad_id: int) -> dict[str, Int64[Tensor, "batch time"]]:
-    """Rows of different lengths as one batch, padded on the right."""
+    """Batch rows of different lengths with padding on the right."""
     filling = {"input_ids": pad_id, "shift_labels": IGNORED, "answer_labels": IGNORED, "document_ids": PADDING}
     return {
         name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
@@ -361,7 +377,7 @@ def pad(rows: list[dict[str, Int64[Tensor, " _"]]], pad_id: int) -> dict[str, In
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """A short text that differs where prompts, answers or images do."""
+    """Return a short hash of examples' prompts, answers and images."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example['prompt']}\0{example['answer']}\0".encode())

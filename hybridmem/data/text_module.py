@@ -1,4 +1,4 @@
-"""Text from files as a LightningDataModule."""
+"""LightningDataModule of text from files."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -21,40 +21,40 @@ from .trainer_state import batches_of_steps, batches_used, is_training, share_of
 class TextDataModule(L.LightningDataModule):
     """Rows of tokens from text files, for training, validation and testing.
 
-    Batches are dicts of input_ids, shift_labels and document_ids, each (batch, time); see `packing`. Training is
-    an endless sequence of rows that `seed` fixes: a run that is resumed goes on with the very row that would have
-    been next, wherever it stopped. Several processes share each batch, with `batch_size` rows each, and each reads
-    the text for itself; Lightning need not be told (`use_distributed_sampler` makes no difference).
+    Batches are dicts of input_ids, shift_labels and document_ids, each (batch, time); see `packing`. Training is an
+    endless sequence of rows that depends on `seed`, and a resumed run continues with exactly the next row. Several
+    ranks share each step, with `batch_size` rows each; every rank reads the text itself, and Lightning's
+    `use_distributed_sampler` has no effect.
 
-    After `setup`: `tokenizer`, `vocab_size` (its largest id + 1) and `token_byte_lengths`, the bytes of every id.
+    `setup` sets `tokenizer`, `vocab_size` (the largest id + 1) and `token_byte_lengths` (the number of bytes per id).
 
     Args:
-        path: files and folders to read; without one, the standard library of the running Python (about 30 MB).
-        val_path: files and folders to validate on; what is in `path` as well is not trained on. Without one,
-            `val_fraction` of the files is held out.
+        path: files and folders to read; None reads the standard library of the running Python (about 30 MB).
+        val_path: files and folders for validation, which are removed from the training data. None holds out
+            `val_fraction` of the files.
         tokenizer: "bytes", a folder with a tokenizer, or the name of a model on the Hugging Face hub.
-        text_column: the column of .jsonl files that holds the text; each line is a document.
-        pattern: which files of a folder to read, such as "*.txt" or "*.jsonl.gz"; hidden ones are left out.
-        sequence_length: tokens of a training row.
-        val_sequence_length: tokens of a validation row; as in training if not given.
-        batch_size: training rows per process and step.
-        val_batch_size: validation rows per process and step; as in training if not given.
-        mode: "packed" rows stand alone and come in random order; with "continuous" ones each row of a batch goes on
-            where the same row of the batch before ended, so that a state can be carried along.
-        val_fraction: share of the files to hold out, if there is no `val_path`.
-        split_seed: which files are held out, and which ones a limit takes. It is apart from `seed` so that runs with
-            several seeds have the same validation data.
-        max_bytes: at most so many bytes of training documents, for quick runs.
-        max_val_bytes: at most so many bytes of validation documents.
-        encoding_errors: what to do about files that are not UTF-8, unless the tokenizer is "bytes": "strict" stops.
-        num_workers: processes that prepare batches; 0 prepares them in the training process.
-        seed: of the order of documents and rows.
-        needle_lengths: for testing, lengths in tokens at which to look for needles in a haystack.
-        needle_keys: needles in a haystack, of which one is asked for.
-        num_needles: haystacks of each length.
+        text_column: the column of .jsonl files with the text; each line is a document.
+        pattern: glob pattern of the files to read, such as "*.txt" or "*.jsonl.gz"; hidden files are skipped.
+        sequence_length: the number of tokens in a training row.
+        val_sequence_length: the number of tokens in a validation row; None takes sequence_length.
+        batch_size: training rows per rank and step.
+        val_batch_size: validation rows per rank and step; None takes batch_size.
+        mode: "packed" gives independent rows in random order; "continuous" makes each row of a batch continue the same
+            row of the previous batch, so that a state can be carried over.
+        val_fraction: the fraction of files to hold out without `val_path`.
+        split_seed: seeds the choice of held-out files and of documents under a byte limit. It is separate from `seed`,
+            so that runs with different seeds share their validation data.
+        max_bytes: the maximum size of all training documents, for quick runs.
+        max_val_bytes: the maximum size of all validation documents.
+        encoding_errors: treatment of invalid UTF-8, unless the tokenizer is "bytes": "strict" raises.
+        num_workers: the number of processes that prepare batches; 0 prepares them in the training process.
+        seed: seeds the order of documents and rows.
+        needle_lengths: lengths in tokens of the needle-in-a-haystack tests.
+        needle_keys: the number of needles in a haystack; the question asks for one.
+        num_needles: the number of haystacks per length.
 
     Raises:
-        ValueError, FileNotFoundError: in the constructor or in `setup`, naming the setting to change.
+        ValueError, FileNotFoundError: A setting is invalid; raised by the constructor or by `setup`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TextDataModule(L.LightningDataModule):
         at_least(1, sequence_length=sequence_length, val_sequence_length=val_sequence_length)
         at_least(1, MOST_ROWS, batch_size=batch_size, val_batch_size=val_batch_size)
         if len(set(needle_lengths or ())) < len(needle_lengths or ()):
-            raise ValueError(f"needle_lengths={needle_lengths} names a length twice: name each once")
+            raise ValueError(f"needle_lengths={needle_lengths} contains a length twice; remove the duplicate")
         at_least(1, needle_lengths=min(needle_lengths or [1]), needle_keys=needle_keys, num_needles=num_needles)
         at_least(0, MOST_WORKERS, num_workers=num_workers)
         at_least(0, seed=seed, split_seed=split_seed)
@@ -95,11 +95,11 @@ class TextDataModule(L.LightningDataModule):
         self.val_sequence_length = val_sequence_length or sequence_length
         self.val_batch_size = val_batch_size or batch_size
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.corpora: dict[str, Corpus] = {}  # "train" and "val", once they are needed
+        self.corpora: dict[str, Corpus] = {}  # "train" and "val", filled on demand
         self.resumed: dict[str, Any] = {"rows": 0, "batches": 0}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise what the stage needs and is not there yet."""
+        """Read and tokenise the data that the stage needs."""
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.hparams.tokenizer)
             document_marks(self.tokenizer)
@@ -111,10 +111,10 @@ class TextDataModule(L.LightningDataModule):
             documents = self.find_documents()
             self.corpora |= {split: self.read(split, documents[split]) for split in sorted(missing)}
             if "train" in missing:
-                self.train_rows()  # too little text is found now rather than when training starts
+                self.train_rows()  # raises early if there is too little text
 
     def find_documents(self) -> dict[str, list[Document]]:
-        """The documents to train on and those to validate on."""
+        """Return the training and validation documents."""
         settings = self.hparams
         options = {"pattern": settings.pattern, "text_column": settings.text_column}
         documents = list_documents(settings.path, **options)
@@ -125,23 +125,27 @@ class TextDataModule(L.LightningDataModule):
             held_out = {document.name for document in val}
             train = [document for document in documents if document.name not in held_out]
             if not train:
-                raise ValueError(f"val_path={settings.val_path} holds all documents of path={settings.path}")
+                raise ValueError(
+                    f"val_path={settings.val_path} contains all documents of path={settings.path}; set path to further "
+                    "documents"
+                )
         return {
             "train": limit_bytes(train, settings.max_bytes, settings.split_seed, "max_bytes"),
             "val": limit_bytes(val, settings.max_val_bytes, settings.split_seed, "max_val_bytes"),
         }
 
     def read(self, split: str, documents: list[Document]) -> Corpus:
-        """Tokenise documents, and say how much there is."""
+        """Tokenise documents, and log their number and size."""
         corpus = tokenize(documents, self.tokenizer, self.hparams.encoding_errors)
         size = sum(document.size for document in documents)
         rank_zero_info(f"{split}: {len(corpus):,} documents, {size:,} bytes, {len(corpus.tokens):,} tokens")
         return corpus
 
     def train_dataloader(self) -> ResumableLoader:
-        """The endless sequence of training rows from where the run stands, an epoch's worth of it.
+        """Return an epoch's worth of the endless sequence of training rows, from the run's current position on.
 
-        With gradient accumulation an epoch takes a few rows of the next one, to end with an optimiser step.
+        With gradient accumulation, an epoch borrows a few rows from the next one, so that it ends with an optimiser
+        step.
         """
         rows, (_, processes) = self.train_rows(), share_of(self.trainer)
         self.check_sequence(rows)
@@ -156,7 +160,7 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> ResumableLoader:
-        """All validation rows, what is left of the last ones padded."""
+        """Return all validation rows; the last rows are padded."""
         corpus, length, seed = self.corpora["val"], self.val_sequence_length, self.hparams.split_seed
         _, processes = share_of(self.trainer)
         rows: PackedRows | ContinuousRows
@@ -168,20 +172,20 @@ class TextDataModule(L.LightningDataModule):
         return ordered_loader(rows, self.sampler(rows), self.val_batch_size, num_workers=self.hparams.num_workers)
 
     def predict_dataloader(self) -> ResumableLoader:
-        """The validation rows."""
+        """Return the validation rows."""
         return self.val_dataloader()
 
     def test_dataloader(self) -> list[ResumableLoader]:
-        """The validation rows; then, for each of `needle_lengths`, haystacks with needles."""
+        """Return the validation rows, then the haystacks of each length in `needle_lengths`."""
         return [self.val_dataloader(), *map(self.needle_dataloader, self.hparams.needle_lengths or [])]
 
     def needle_dataloader(self, length: int) -> ResumableLoader:
-        """Haystacks of `length` tokens, in batches of about as many tokens as validation has."""
+        """Return haystacks of `length` tokens, with about the same number of tokens per batch as validation."""
         settings, (_, processes) = self.hparams, share_of(self.trainer)
         if settings.num_needles % processes:
             raise ValueError(
-                f"num_needles={settings.num_needles} cannot be shared evenly by {processes} processes: set a "
-                "multiple, or test on one device"
+                f"num_needles={settings.num_needles} is not divisible by {processes} processes; set it to a multiple, "
+                "or test on one device"
             )
         rows = NeedleRows(
             self.corpora["val"].text,
@@ -195,7 +199,7 @@ class TextDataModule(L.LightningDataModule):
         return ordered_loader(rows, self.sampler(rows), batch_size, num_workers=settings.num_workers)
 
     def train_rows(self) -> PackedRows | ContinuousRows:
-        """The rows of a training epoch."""
+        """Return the rows of a training epoch."""
         settings, corpus, (_, processes) = self.hparams, self.corpora["train"], share_of(self.trainer)
         lanes = settings.batch_size * processes
         rows: PackedRows | ContinuousRows
@@ -206,8 +210,8 @@ class TextDataModule(L.LightningDataModule):
         if len(rows) < lanes:
             raise ValueError(
                 f"{len(corpus.tokens)} training tokens do not fill one batch of batch_size={settings.batch_size} "
-                f"rows of sequence_length={settings.sequence_length} on {processes} process(es): lower one of "
-                "them, or give more text"
+                f"rows of sequence_length={settings.sequence_length} on {processes} process(es); lower one of them, or "
+                "set path to more text"
             )
         return rows
 
@@ -218,20 +222,20 @@ class TextDataModule(L.LightningDataModule):
         position: Callable[[], int] = start_of_data,
         num_samples: int | None = None,
     ) -> EndlessSampler:
-        """This process's share of the rows."""
+        """Return the sampler of this rank's share of the rows."""
         rank, processes = share_of(self.trainer)
         return EndlessSampler(
             len(rows), seed=seed, position=position, rank=rank, world_size=processes, num_samples=num_samples
         )
 
     def rows_read(self) -> int:
-        """How many rows of the endless sequence training has used, over all processes."""
+        """Return the number of rows of the endless sequence that training has used on all ranks."""
         _, processes = share_of(self.trainer)
         batches = batches_used(self) - self.resumed["batches"]
         return self.resumed["rows"] + batches * self.hparams.batch_size * processes
 
     def sequence(self, rows: PackedRows | ContinuousRows) -> dict[str, int | str]:
-        """What the sequence of training rows follows from."""
+        """Return the settings that determine the sequence of training rows."""
         lanes = rows.lanes if isinstance(rows, ContinuousRows) else 1
         return {
             "mode": self.hparams.mode,
@@ -242,17 +246,16 @@ class TextDataModule(L.LightningDataModule):
         }
 
     def check_sequence(self, rows: PackedRows | ContinuousRows) -> None:
-        """Refuse to go on in another sequence than the checkpoint's."""
+        """Raise a ValueError if the sequence differs from the checkpoint's."""
         before, now = self.resumed.get("sequence", {}), self.sequence(rows)
         if any(now[name] != value for name, value in before.items()):
             raise ValueError(
-                f"the checkpoint's training rows were {before}, those of this run are {now}: resume with the data "
-                f"settings and the files of the checkpoint (path={self.hparams.path}), or start a new run from its "
-                "weights"
+                f"the checkpoint has the training rows {before}, but this run has {now}; resume with the checkpoint's "
+                f"data settings and files (path={self.hparams.path}), or start a new run from its weights"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of which sequence was used. Packed rows go on with another batch size or number of processes."""
+        """Return the sequence and the position in it; with packed rows, batch size and number of ranks may change."""
         if "train" not in self.corpora:
             return {}
         return {
@@ -262,6 +265,6 @@ class TextDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint's run ended, if this one trains."""
+        """Continue from the checkpoint's position if this run trains."""
         if is_training(self.trainer):
             self.resumed = state

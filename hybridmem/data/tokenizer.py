@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, which need no training, or any of transformers'; and the bytes that each token stands for."""
+"""Tokenizers: a byte tokenizer, any tokenizer of transformers, and the bytes of their tokens."""
 
 import re
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # ids 256, 257, 258
-NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a longest text
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte
+NO_LIMIT = int(1e30)  # transformers' value for unlimited text length
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's notation of a byte
 
 
 def byte_characters() -> str:
-    """The 256 printable characters that stand for the bytes, in GPT-2 and all byte-level tokenizers after it."""
+    """Return the 256 printable characters that represent bytes in GPT-2 and later byte-level tokenizers."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return "".join(chr(byte if byte in kept else next(others)) for byte in range(256))
@@ -25,9 +25,9 @@ BYTE_VOCABULARY = {character: byte for byte, character in enumerate(byte_charact
 
 
 def byte_tokenizer(model_max_length: int = NO_LIMIT) -> PreTrainedTokenizerFast:
-    """A tokenizer whose id of byte b is b, then <|pad|>, <|bos|> and <|eos|>: 259 in all. It pads on the left.
+    """Return a left-padding tokenizer with 259 ids: byte b has id b, followed by <|pad|>, <|bos|> and <|eos|>.
 
-    What `save_pretrained` writes is an ordinary tokenizer: AutoTokenizer loads it without this package.
+    AutoTokenizer can load the saved tokenizer without this package.
     """
     tokenizer = Tokenizer(models.BPE(vocab=BYTE_VOCABULARY, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -45,15 +45,15 @@ def byte_tokenizer(model_max_length: int = NO_LIMIT) -> PreTrainedTokenizerFast:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every byte is its own id and there are no longer tokens: bytes then need no tokenizer at all."""
+    """Return True if every byte is its own id and no token is longer, so that tokenisation is trivial."""
     return tokenizer.vocab_size == 256 and tokenizer.get_vocab().items() >= BYTE_VOCABULARY.items()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The byte tokenizer for "bytes", else what transformers finds in a folder or on the Hugging Face hub.
+    """Return the byte tokenizer for "bytes", or load a tokenizer from a folder or the Hugging Face hub.
 
     Raises:
-        ValueError: there is no such tokenizer.
+        ValueError: The tokenizer cannot be loaded.
     """
     if name_or_path == "bytes":
         return byte_tokenizer()
@@ -61,15 +61,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer={name_or_path!r} cannot be loaded: set 'bytes', a folder that holds a tokenizer, or the "
-            f"name of a model on the Hugging Face hub ({str(error).splitlines()[0]})"
+            f"cannot load tokenizer={name_or_path!r} ({str(error).splitlines()[0]}); set it to 'bytes', a folder with "
+            "a tokenizer, or the name of a model on the Hugging Face hub"
         ) from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest id + 1: the rows that an embedding needs.
+    """Return the largest id + 1, the number of rows that an embedding needs.
 
-    `len(tokenizer)` counts tokens instead, which is less where ids have gaps: reserved ids, or removed tokens.
+    `len(tokenizer)` counts tokens instead and is smaller if ids have gaps, from reserved ids or removed tokens.
     """
     return 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder], default=-1)
 
@@ -77,13 +77,13 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Return the bytes of every id, empty for special tokens and for ids without a token.
 
-    Byte-level tokenizers write a character for a byte, SentencePiece "▁" for a space and <0x0A> for a byte. Of
-    others the token's own text counts, without the white space that they drop.
+    Byte-level tokenizers represent each byte by a character. SentencePiece writes "▁" for a space and <0x0A> for a
+    byte. For other tokenizers, the token's own text counts, without the white space that they drop.
     """
     pieces = [b""] * vocabulary_size(tokenizer)
     decode, added_tokens = _piece_decoder(tokenizer), tokenizer.added_tokens_decoder
     for piece, token in tokenizer.get_vocab().items():
-        if token not in added_tokens:  # whose text is written as it is
+        if token not in added_tokens:  # added tokens contain plain text
             pieces[token] = decode(piece)
     for token, added in added_tokens.items():
         pieces[token] = b"" if added.special else added.content.encode()
@@ -93,9 +93,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
-    """How many UTF-8 bytes each id stands for, 0 for special tokens: what bits per byte divide by.
+    """Return the number of UTF-8 bytes of each id, 0 for special tokens, the denominator of bits per byte.
 
-    Summed over a text's tokens this is the text's length, but for what the tokenizer adds or drops by itself
+    The sum over a text's tokens is the text's length, apart from characters that the tokenizer adds or drops
     (SentencePiece: a space before the text).
     """
     return torch.tensor([len(piece) for piece in token_bytes(tokenizer)])

@@ -1,4 +1,4 @@
-"""A corpus as one long array of tokens."""
+"""Corpora as one array of tokens."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,20 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from .corpora import Document
 from .tokenizer import is_byte_tokenizer, vocabulary_size
 
-DOCUMENTS_AT_ONCE = 64  # enough for a fast tokenizer to use every core, few enough for memory
+DOCUMENTS_AT_ONCE = 64  # enough for fast tokenizers to use all cores, few enough for memory
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokens of all documents, in the smallest type that holds them.
+    """Tokens of all documents, in the smallest sufficient dtype.
 
-    Every document begins with the tokenizer's bos and ends with its eos; where it has one of them only, that one
-    does both.
+    Every document starts with the tokenizer's BOS and ends with its EOS. If the tokenizer has only one of them, it
+    serves as both.
 
     Args:
-        tokens: of all documents, one after another.
-        offsets: where each document begins, and where the last one ends.
-        pad_id: what stands where there is no token; document id -1 is what marks such places.
+        tokens: the concatenated tokens of all documents.
+        offsets: the start of each document, and the end of the last one.
+        pad_id: the padding token; only document id -1 identifies padding.
     """
 
     tokens: Integer[np.ndarray, " tokens"]
@@ -33,23 +33,23 @@ class Corpus:
     pad_id: int
 
     def __len__(self) -> int:
-        """Documents."""
+        """Return the number of documents."""
         return len(self.offsets) - 1
 
     def document(self, index: int) -> Integer[np.ndarray, " tokens"]:
-        """The tokens of one document, its first and last marks with them."""
+        """Return the tokens of one document, BOS and EOS included."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short text that differs where tokens or documents do."""
+        """Return a short hash of the tokens and document boundaries."""
         digest = hashlib.blake2b(self.tokens.data, digest_size=8)
         digest.update(self.offsets.data)
         return digest.hexdigest()
 
     @property
     def text(self) -> Integer[np.ndarray, " tokens"]:
-        """The tokens of all documents without the marks between them."""
+        """Return the tokens of all documents without BOS and EOS."""
         inside = np.ones(len(self.tokens), dtype=bool)
         inside[self.offsets[:-1]] = inside[self.offsets[1:] - 1] = False
         return self.tokens[inside]
@@ -58,13 +58,13 @@ class Corpus:
 def tokenize(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, encoding_errors: str = "strict"
 ) -> Corpus:
-    """Read and tokenise documents. The byte tokenizer takes bytes as they are, others take UTF-8.
+    """Read and tokenise documents; the byte tokenizer takes arbitrary bytes, other tokenizers need UTF-8.
 
-    Names of special tokens in a text are text. `encoding_errors` is what to do about bytes that are not UTF-8:
-    "strict", "replace" or "ignore".
+    Special tokens in a text are treated as plain text. `encoding_errors` handles invalid UTF-8: "strict" raises,
+    "replace" substitutes and "ignore" drops it.
 
     Raises:
-        ValueError: a document is not UTF-8, or the tokenizer has neither bos nor eos.
+        ValueError: A document is not UTF-8, or the tokenizer has neither BOS nor EOS.
     """
     first, last = document_marks(tokenizer)
     dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
@@ -77,16 +77,16 @@ def tokenize(
 
 
 def document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """The tokens that begin and end a document.
+    """Return the tokens that start and end a document.
 
     Raises:
-        ValueError: the tokenizer has none.
+        ValueError: The tokenizer has neither BOS nor EOS.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token to keep documents apart: "
-            "set its eos_token, save it, and set tokenizer to the saved folder"
+            f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token to separate documents; set its "
+            "eos_token, save it, and set tokenizer to the saved folder"
         )
     return (eos if bos is None else bos), (bos if eos is None else eos)
 
@@ -106,7 +106,7 @@ def _token_arrays(
             split_special_tokens=True,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # a text longer than the model's limit is cut into rows later
+            verbose=False,  # packing splits texts that exceed the model's limit
         )
         for ids in encoded["input_ids"]:
             yield np.array(ids, dtype)
@@ -117,6 +117,6 @@ def _decode(document: Document, encoding_errors: str) -> str:
         return document.read().decode("utf-8", encoding_errors)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{document.name} is not UTF-8 ({error.reason} at byte {error.start}): set encoding_errors to 'replace' "
-            "or 'ignore', or tokenizer to 'bytes', which takes any file"
+            f"{document.name} is not UTF-8 ({error.reason} at byte {error.start}); set encoding_errors to 'replace' "
+            "or 'ignore', or tokenizer to 'bytes', which accepts any file"
         ) from error

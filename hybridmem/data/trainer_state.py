@@ -1,4 +1,4 @@
-"""What the data modules ask of their trainer."""
+"""Queries of data modules to their trainer."""
 
 import math
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def batches_trained(trainer: L.Trainer | None) -> int:
-    """Return how many batches training has used since its first start, through all resumes: Lightning's own count."""
+    """Return Lightning's count of training batches since the first start, including resumed runs."""
     return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
 def batches_used(data: L.LightningDataModule) -> int:
-    """Return how many of a data module's batches training has used: a part's share of them in a MixedDataModule."""
+    """Return the number of a data module's batches used in training; in a MixedDataModule, each part's own."""
     count: Callable[[], int] | None = getattr(data, "count_batches", None)
     return batches_trained(data.trainer) if count is None else count()
 
 
 def share_of(trainer: L.Trainer | None) -> tuple[int, int]:
-    """This process's number, and how many share the data."""
+    """Return this process's rank, and the number of ranks that share the data."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 def is_training(trainer: L.Trainer | None) -> bool:
-    """Whether a checkpoint is loaded to go on training, not to validate or test."""
+    """Return True if a checkpoint is loaded for training rather than for validation or testing."""
     return trainer is None or trainer.state.fn == "fit"
 
 
@@ -35,5 +35,5 @@ def accumulations(trainer: L.Trainer) -> set[int]:
 
 
 def batches_of_steps(trainer: L.Trainer | None) -> int:
-    """Return the number of batches that is a whole number of optimiser steps, whatever the epoch accumulates."""
+    """Return the smallest number of batches that gives full optimiser steps for every accumulation in the run."""
     return 1 if trainer is None else math.lcm(*accumulations(trainer))

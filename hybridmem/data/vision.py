@@ -1,4 +1,4 @@
-"""Questions about pictures as a vision-language model's own processor writes them."""
+"""Prompts with pictures, formatted by a vision-language model's processor."""
 
 from functools import cache
 from typing import Any
@@ -11,47 +11,48 @@ from transformers import AutoProcessor
 
 from hybridmem.rl.rollouts.prompts import Prompt
 
-SCALE = 7  # a pixel is drawn as 7 × 7: a patch of 8 × 8 pixels fills four of Qwen's image tokens
+SCALE = 7  # magnification of pixels; a patch of 8 × 8 pixels then fills four of Qwen's image tokens
 
 
 @cache
 def load_processor(name_or_path: str) -> Any:
-    """The processor that transformers finds in a folder or on the Hugging Face hub.
+    """Load a processor from a folder or the Hugging Face hub.
 
     Raises:
-        ValueError: there is none, it takes no images, or it has no chat template.
+        ValueError: The processor cannot be loaded, accepts no images or has no chat template.
     """
     try:
         processor = AutoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"processor={name_or_path!r} cannot be loaded: name the folder or model of a vision-language model "
-            f"({reason})"
+            f"cannot load processor={name_or_path!r} ({reason}); set it to the folder or name of a vision model"
         ) from error
     if getattr(processor, "image_processor", None) is None:
-        raise ValueError(f"processor={name_or_path!r} takes no images: set tokenizer instead")
+        raise ValueError(f"processor={name_or_path!r} accepts no images; set tokenizer instead")
     if processor.chat_template is None:
-        raise ValueError(f"processor={name_or_path!r} has no chat template, which says where a prompt's image stands")
+        raise ValueError(
+            f"processor={name_or_path!r} has no chat template, which places a prompt's image; use an instruct model"
+        )
     return processor
 
 
 def picture(patches: Float[Tensor, "patches pixels"]) -> Image.Image:
-    """Square patches of grey, in [0, 1], row by row, as one square picture.
+    """Assemble square grey patches in [0, 1], in row-major order, to one square picture.
 
     Raises:
-        ValueError: patches that fill no square.
+        ValueError: The patches, or their pixels, do not fill a square.
     """
     side, size = round(len(patches) ** 0.5), round(patches.shape[1] ** 0.5)
     if side**2 != len(patches) or size**2 != patches.shape[1]:
-        raise ValueError(f"images are {tuple(patches.shape)}: neither patches nor their pixels fill a square")
+        raise ValueError(f"images have shape {tuple(patches.shape)}; both dimensions must be square numbers")
     grey = patches.view(side, side, size, size).transpose(1, 2).reshape(side * size, side * size)
     pixels = (grey.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.numpy()).resize((side * size * SCALE,) * 2, Image.Resampling.NEAREST).convert("RGB")
 
 
 def vision_prompt(processor: Any, text: str, patches: Float[Tensor, "patches pixels"] | None) -> Prompt:
-    """A user's turn, with a picture before its text where there is one, up to where the model answers."""
+    """Return the prompt of a user message with an optional picture before its text."""
     content: list[dict[str, str]] = [{"type": "text", "text": text}]
     images = None
     if patches is not None:

@@ -1,4 +1,4 @@
-"""What is measured: torchmetrics and functions that work on their own as well."""
+"""Metrics as torchmetrics classes and functions, usable independently of the rest of the package."""
 
 from .bits import BitsPerByte, LossByPosition, document_positions
 from .distance import BeyondWindow, MeanDistance

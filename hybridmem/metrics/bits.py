@@ -1,4 +1,4 @@
-"""Bits per byte, overall and by how much of the document was read before."""
+"""Bits per byte, overall and by position in the document."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from .mean import RunningMean
 
 
 class BitsPerByte(Float64Metric):
-    """Negative log-likelihood in bits over the bytes that the predicted tokens stand for.
+    """Negative log-likelihood in bits, divided by the number of bytes that the predicted tokens represent.
 
-    It does not depend on the tokenizer: 8 is no compression at all.
+    It is independent of the tokenizer; 8 means no compression.
     """
 
     full_state_update = False
@@ -29,31 +29,31 @@ class BitsPerByte(Float64Metric):
         self.add_state("bytes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nats: Float[Tensor, " *shape"], num_bytes: Int[Tensor, " *shape"]) -> None:
-        """Add predicted tokens: each one's negative log-likelihood and how many bytes it stands for."""
+        """Add predicted tokens, with the negative log-likelihood and the number of bytes of each token."""
         self.nats += nats.double().sum()
         self.bytes += num_bytes.double().sum()
 
     def compute(self) -> Float[Tensor, ""]:
-        """Bits per byte; NaN before any byte was seen."""
+        """Return bits per byte, or NaN before the first byte."""
         return self.nats / self.bytes / math.log(2)
 
 
 class NatsPerToken(RunningMean):
-    """Negative log-likelihood per predicted token, in nats; nan before any token was seen."""
+    """Negative log-likelihood per predicted token in nats; NaN before the first token."""
 
     def update(self, nats: Float[Tensor, " *shape"]) -> None:
-        """Add predicted tokens' negative log-likelihoods."""
+        """Add the negative log-likelihoods of predicted tokens."""
         self.add(nats)
 
 
 class LossByPosition(Float64Metric):
-    """Bits per byte of tokens whose document position lies in [edges[i], edges[i+1]), the last range being open.
+    """Bits per byte of tokens whose document position lies in [edges[i], edges[i+1]); the last range is unbounded.
 
     Args:
-        edges: where the ranges begin, growing from 0.
+        edges: increasing starts of the ranges, beginning with 0.
 
     Raises:
-        ValueError: edges that do not grow from 0.
+        ValueError: the edges do not increase from 0.
     """
 
     full_state_update = False
@@ -71,21 +71,21 @@ class LossByPosition(Float64Metric):
     def update(
         self, nats: Float[Tensor, "*shape"], num_bytes: Int[Tensor, "*shape"], positions: Int[Tensor, "*shape"]
     ) -> None:
-        """Add predicted tokens, each with the number of its document's tokens that were read before it."""
+        """Add predicted tokens, each with the number of earlier tokens in its document."""
         inner = torch.tensor(self.edges[1:], device=positions.device)
         bucket = torch.bucketize(positions.flatten(), inner, right=True)
         self.nats.index_add_(0, bucket, nats.flatten().double())
         self.bytes.index_add_(0, bucket, num_bytes.flatten().double())
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Bits per byte by range, named as intervals; ranges without a byte are left out."""
+        """Return bits per byte by range, named as intervals, without empty ranges."""
         bits = self.nats / self.bytes / math.log(2)
         names = [f"[{low},{high})" for low, high in zip(self.edges, [*self.edges[1:], "∞"], strict=True)]
         return {name: value for name, value, seen in zip(names, bits, self.bytes, strict=True) if seen > 0}
 
 
 def document_positions(document_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """How many tokens of its document stand before each token in its row."""
+    """Count, for each token, the earlier tokens of its document in its row."""
     time = torch.arange(document_ids.shape[1], device=document_ids.device)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

@@ -1,4 +1,4 @@
-"""How far back attention goes."""
+"""Attention distance."""
 
 from typing import Any
 
@@ -12,34 +12,34 @@ from .mean import RunningMean
 
 
 def distances(attention: Float[Tensor, "batch queries keys"]) -> Int[Tensor, "queries keys"]:
-    """How many tokens each key lies before each query, where the queries are the last ones of the keys' text."""
+    """Return the distance in tokens from each query back to each key; the queries are the last tokens of the text."""
     queries, keys = attention.shape[1:]
     clock = torch.arange(keys, device=attention.device)
     return clock[keys - queries :, None] - clock
 
 
 class MeanDistance(RunningMean):
-    """Σ_i p_t(i) · (t − i) in tokens, averaged over queries: 1 is the token before."""
+    """Mean attention distance Σ_i p_t(i) · (t − i) in tokens, averaged over queries; 1 is the previous token."""
 
     def update(
         self, attention: Float[Tensor, "batch queries keys"], mask: Bool[Tensor, "batch queries"] | None = None
     ) -> None:
-        """Add distributions over all tokens, of the last `queries` of them; `mask` says which queries count.
+        """Add the distributions of the last `queries` tokens over all tokens; `mask` selects queries.
 
-        A query that has no earlier token, a row of zeros, should not.
+        Mask out queries without earlier tokens, whose distributions are rows of zeros.
         """
         away = distances(attention)
         self.add((attention.double() * away).sum(-1), mask)
 
 
 class BeyondWindow(RunningMean):
-    """The share of attention on tokens that lie `window` or more back, where window attention cannot see.
+    """Share of attention on tokens at a distance of `window` or more, outside the reach of window attention.
 
     Args:
-        window: tokens that a query sees, itself among them, as in `attention_window`.
+        window: number of tokens that a query sees, itself included, as in `attention_window`.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: the window is below 1.
     """
 
     def __init__(self, window: int, **kwargs: Any):
@@ -50,9 +50,9 @@ class BeyondWindow(RunningMean):
     def update(
         self, attention: Float[Tensor, "batch queries keys"], mask: Bool[Tensor, "batch queries"] | None = None
     ) -> None:
-        """Add distributions over all tokens, of the last `queries` of them; `mask` says which queries count.
+        """Add the distributions of the last `queries` tokens over all tokens; `mask` selects queries.
 
-        A query that has no earlier token, a row of zeros, should not.
+        Mask out queries without earlier tokens, whose distributions are rows of zeros.
         """
         beyond = distances(attention) >= self.window
         self.add((attention.double() * beyond).sum(-1), mask)

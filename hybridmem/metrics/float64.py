@@ -1,4 +1,4 @@
-"""Sums that keep float64's digits, whatever the precision of the module that holds the metric."""
+"""Metrics with float64 sums, independent of the precision of the module that holds them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torchmetrics import Metric
 
 
 class Float64Metric(Metric):
-    """A metric whose states change their device with a module's, and never their dtype.
+    """Metric whose states follow a module's device but not its dtype.
 
-    torchmetrics guards states against `module.bfloat16()`, but not against `module.to(torch.bfloat16)`, which is how
-    Lightning's bf16-true converts a module: sums of 8 bits end at a few hundred.
+    torchmetrics protects states from `module.bfloat16()`, but not from `module.to(torch.bfloat16)`, with which
+    Lightning's bf16-true converts a module. Sums with 8 bits of precision would stop growing at a few hundred.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:

@@ -1,4 +1,4 @@
-"""In which surface formats answers are written, and which of them is right how often (after arXiv 2504.07912)."""
+"""Shares of the surface formats of answers, and the accuracy of each format (after arXiv 2504.07912)."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +12,22 @@ from torch import Tensor
 from .entropy import entropy
 from .float64 import Float64Metric
 
-OTHER = "other"  # what is none of the formats
+OTHER = "other"  # texts in none of the formats
 Classifier = Callable[[str], str | None]
 Formats = Mapping[str, str] | Classifier
 
 
 class FormatShare(Float64Metric):
-    """The share of each format among texts, the entropy of the shares in nats, and the accuracy of each.
+    """Share of each format among texts, entropy of the shares in nats, and accuracy of each format.
 
     Args:
-        formats: a regular expression for each format's name, searched for in the text, of which the first that is
-            found counts; or a function from a text to a format's name, None being none of them.
-        names: the formats that such a function tells apart.
+        formats: regular expressions by format name, of which the first one found in the text counts; or a function
+            from a text to a format name, or to None for texts in no format.
+        names: the format names that such a function returns.
 
     Raises:
-        ValueError: an expression that is none, names that are missing, twice or "other"; in `update`, a function that
-            gives another name.
+        ValueError: an expression is invalid, or names are missing, repeated or "other"; in `update`, the function
+            returns an unknown name.
     """
 
     full_state_update = False
@@ -43,7 +43,7 @@ class FormatShare(Float64Metric):
             self.add_state(state, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], right: Sequence[bool] | None = None) -> None:
-        """Add texts, and where it is known which of them are right."""
+        """Add texts and, if known, the correctness of each text."""
         if right is not None and len(right) != len(texts):
             raise ValueError(f"right has {len(right)} values for {len(texts)} texts: give one for each")
         for number, text in enumerate(texts):
@@ -54,9 +54,9 @@ class FormatShare(Float64Metric):
                 self.right[place] += bool(right[number])
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """`share/NAME` of every format and of `other`, `entropy`, and `accuracy/NAME` of those with a judged text.
+        """Return `share/NAME` of every format and of `other`, `entropy`, and `accuracy/NAME` of formats.
 
-        Shares and entropy are nan before any text.
+        Shares and entropy are NaN before the first text. Formats without texts of known correctness have no accuracy.
         """
         shares = self.texts / self.texts.sum()
         values = {f"share/{name}": share for name, share in zip(self.names, shares, strict=True)}
@@ -71,16 +71,16 @@ class FormatShare(Float64Metric):
         if name is None:
             return len(self.names) - 1
         if name not in self.names:
-            raise ValueError(f"formats gives {name!r}, which is none of names={self.names[:-1]}: add it to names")
+            raise ValueError(f"formats returned {name!r}, which is not in names={self.names[:-1]}: add it to names")
         return self.names.index(name)
 
 
 def _names(formats: Formats, names: Sequence[str] | None) -> list[str]:
     if callable(formats) == (names is None):
-        raise ValueError("names are those of a function: give both, or formats as regular expressions by name alone")
-    found = list(formats) if names is None else list(names)  # type: ignore[arg-type] # a mapping where names is None
+        raise ValueError("names goes with a function: give both, or formats as regular expressions by name alone")
+    found = list(formats) if names is None else list(names)  # type: ignore[arg-type] # a mapping if names is None
     if not found or len({*found, OTHER}) <= len(found):
-        raise ValueError(f"names of formats must differ and not be {OTHER!r}, which is what none of them is: {found}")
+        raise ValueError(f"names of formats must differ and not be {OTHER!r}, which is reserved: {found}")
     return found
 
 
@@ -90,7 +90,7 @@ def _compiled(formats: Mapping[str, str]) -> dict[str, re.Pattern[str]]:
         try:
             patterns[name] = re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"formats: {name}={pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"formats: {name}={pattern!r} is not a regular expression: {error}") from error
     return patterns
 
 

@@ -1,4 +1,4 @@
-"""Means over seeds, with their confidence intervals."""
+"""Means over seeds with confidence intervals."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ NORMAL = 1.96
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half of the 95 % confidence interval of Student's t; None for one value, which has no interval."""
+    """Return the mean and half the width of Student's 95 % confidence interval, or None for the latter if one value."""
     if len(values) < 2:
         return values[0], None
     freedom = len(values) - 1

@@ -1,4 +1,4 @@
-"""A mean that adds up over batches and processes."""
+"""Mean accumulated over batches and processes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .float64 import Float64Metric
 
 
 class RunningMean(Float64Metric):
-    """A mean of values; what is measured is up to the metrics that are built on it."""
+    """Mean of values, as a base for other metrics."""
 
     full_state_update = False
     total: Tensor
@@ -22,11 +22,11 @@ class RunningMean(Float64Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def add(self, values: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None) -> None:
-        """Add values; `mask` says which count, None that all do."""
+        """Add values; `mask` selects values, None all of them."""
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
         self.total += values.double().masked_fill(~mask, 0).sum().to(self.total.device)
         self.count += mask.sum().to(self.count.device)
 
     def compute(self) -> Shaped[Tensor, ""]:
-        """The mean; nan if nothing counted."""
+        """Return the mean, or NaN without values."""
         return self.total / self.count

@@ -1,4 +1,4 @@
-"""Needles: does the model answer with what was hidden far back?"""
+"""Accuracy of needle-in-a-haystack retrieval."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 
 class NeedleAccuracy(Metric):
-    """Share of rows whose every answer token is the most likely one: what greedy decoding would have written."""
+    """Share of rows in which every answer token is the most likely one, as in greedy decoding."""
 
     full_state_update = False
     right: Tensor
@@ -21,12 +21,12 @@ class NeedleAccuracy(Metric):
         self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Float[Tensor, "batch time vocab"], shift_labels: Int[Tensor, "batch time"]) -> None:
-        """Add rows; labels are -100 everywhere but at the answer."""
+        """Add rows; labels are -100 everywhere except at the answer."""
         answer = shift_labels != -100
         hits = (logits.argmax(-1) == shift_labels) | ~answer
         self.right += (hits.all(1) & answer.any(1)).sum()
         self.rows += answer.any(1).sum()
 
     def compute(self) -> Float[Tensor, ""]:
-        """The share, in [0, 1]."""
+        """Return the share in [0, 1]."""
         return self.right / self.rows

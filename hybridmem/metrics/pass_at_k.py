@@ -1,4 +1,4 @@
-"""What k samples are good for: one of them right, or most of them."""
+"""Accuracy of k samples: pass@k and maj@k."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -16,34 +16,35 @@ Votes = Sequence[Sequence[Hashable | None]]
 
 
 def pass_at_k(right: Bool[Tensor, "prompts samples"], k: int) -> Float[Tensor, " prompts"]:
-    """The chance that one of k samples is right, unbiased from n ≥ k samples of which c are (Chen et al., 2107.03374).
+    """Estimate, without bias, the probability that one of k samples is right (Chen et al., arXiv 2107.03374).
 
-    1 − C(n − c, k) / C(n, k) = 1 − Π_{j<k} (n − c − j) / (n − j), in float64: the share of the subsets of k with a
-    right one among them.
+    With c right samples among n ≥ k, the estimate is 1 − C(n − c, k) / C(n, k) = 1 − Π_{j<k} (n − c − j) / (n − j), the
+    share of subsets of size k with a right sample. It is computed in float64.
 
     Raises:
-        ValueError: k below 1, or fewer samples than k.
+        ValueError: k is below 1, or there are fewer samples than k.
     """
     samples = _check_samples(right.shape[1], k)
     wrong = samples - right.sum(1, keepdim=True)
     drawn = torch.arange(k, device=right.device)
-    return 1 - ((wrong - drawn).double() / (samples - drawn)).prod(1)  # one factor is 0 where fewer than k are wrong
+    return 1 - ((wrong - drawn).double() / (samples - drawn)).prod(1)  # one factor is 0 if fewer than k are wrong
 
 
 def maj_at_k(votes: Votes, answers: Sequence[Hashable], k: int) -> Float[Tensor, " prompts"]:
-    """Whether the commonest of k answers is the right one, for each prompt, in float64.
+    """Compute the accuracy of majority votes of k answers for each prompt, in float64.
 
-    Answers that tie for the first place share the vote: of m of them with the right one among them, 1/m counts, as
-    if one was drawn. None is an answer that cannot be read: it has no vote, and with no other it is wrong. With more
-    than k samples this is the mean over the groups of k that follow one another; what fills no group is left out.
+    If the right answer ties with others for the most votes, with m answers in total, the prompt counts 1/m, as if one
+    of them was drawn. None is an unreadable answer, which has no vote; a prompt without votes counts as wrong. More
+    than k samples are split into consecutive groups of k, over which the result is averaged; an incomplete group is
+    ignored.
 
     Args:
         votes: the answers of each prompt's samples.
         answers: the right answer to each prompt.
-        k: samples that vote together.
+        k: number of samples that vote together.
 
     Raises:
-        ValueError: k below 1, or fewer samples than k.
+        ValueError: k is below 1, or there are fewer samples than k.
     """
     shares = []
     for sampled, answer in zip(votes, answers, strict=True):
@@ -54,7 +55,7 @@ def maj_at_k(votes: Votes, answers: Sequence[Hashable], k: int) -> Float[Tensor,
 
 
 class _OfK(RunningMean):
-    """A mean over prompts of what k samples are good for."""
+    """Mean over prompts of a metric of k samples."""
 
     def __init__(self, k: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -63,32 +64,32 @@ class _OfK(RunningMean):
 
 
 class PassAtK(_OfK):
-    """`pass_at_k`, averaged over prompts.
+    """Mean of `pass_at_k` over prompts.
 
     Args:
-        k: samples of which one must be right.
+        k: number of samples of which one must be right.
 
     Raises:
-        ValueError: k below 1; in `update`, fewer samples than k.
+        ValueError: k is below 1; in `update`, there are fewer samples than k.
     """
 
     def update(self, right: Bool[Tensor, "prompts samples"]) -> None:
-        """Add prompts: which of each one's samples are right."""
+        """Add prompts with the correctness of each sample."""
         self.add(pass_at_k(right, self.k))
 
 
 class MajAtK(_OfK):
-    """`maj_at_k`, averaged over prompts.
+    """Mean of `maj_at_k` over prompts.
 
     Args:
-        k: samples that vote together.
+        k: number of samples that vote together.
 
     Raises:
-        ValueError: k below 1; in `update`, fewer samples than k.
+        ValueError: k is below 1; in `update`, there are fewer samples than k.
     """
 
     def update(self, votes: Votes, answers: Sequence[Hashable]) -> None:
-        """Add prompts: what each one's samples answer, None where that cannot be read, and the right answer."""
+        """Add prompts with the answer of each sample, None if unreadable, and the right answer."""
         self.add(maj_at_k(votes, answers, self.k))
 
 

@@ -1,7 +1,7 @@
-"""How good a ranked list is: NDCG, recall and reciprocal rank of its first k documents.
+"""Quality of ranked lists: NDCG, recall and reciprocal rank of the first k documents.
 
-A document's relevance is a number of at least 0; those that are not named have none. A document that a list names twice
-counts where it stands first.
+A document's relevance is at least 0, and 0 for documents without an entry. A document that appears twice in a list
+counts only at its first position.
 """
 
 import math
@@ -12,22 +12,22 @@ RankingMetric = Callable[[Sequence[str], Mapping[str, float], int], float]
 
 
 def ndcg(ranking: Sequence[str], relevance: Mapping[str, float], k: int) -> float:
-    """Normalised discounted cumulative gain.
+    """Compute the normalised discounted cumulative gain.
 
-    Σ_r relevance_r / log2(r + 1) over the ranks r ≤ k, divided by the best possible; 0 where nothing is relevant.
+    This is Σ_r relevance_r / log2(r + 1) over ranks r ≤ k, divided by the best possible; 0 if nothing is relevant.
     """
     best = _dcg(sorted(relevance.values(), reverse=True)[:k])
     return _dcg(_gains(ranking, relevance, k)) / best if best else 0.0
 
 
 def recall(ranking: Sequence[str], relevance: Mapping[str, float], k: int) -> float:
-    """Share of all relevant documents among the first k; 0 where nothing is relevant."""
+    """Compute the share of all relevant documents that are among the first k; 0 if nothing is relevant."""
     relevant = sum(gain > 0 for gain in relevance.values())
     return sum(gain > 0 for gain in _gains(ranking, relevance, k)) / relevant if relevant else 0.0
 
 
 def mrr(ranking: Sequence[str], relevance: Mapping[str, float], k: int) -> float:
-    """1 / rank of the first relevant document, 0 where the first k have none; its mean over queries is the MRR."""
+    """Compute 1 / rank of the first relevant document, 0 if not among the first k; the mean over queries is the MRR."""
     gains = _gains(ranking, relevance, k)
     return next((1 / rank for rank, gain in enumerate(gains, start=1) if gain > 0), 0.0)
 

@@ -1,9 +1,8 @@
-"""Which weights training changes: how many, of what rank, and the same ones as another run? (after arXiv 2505.11711)
+"""Subnetworks updated by training: their sparsity, rank, and overlap between runs (after arXiv 2505.11711).
 
-Weights are mappings from names to tensors: state dicts, or `StoredWeights`, of which one tensor is in memory at a
-time. Tensors of integers are left out; a tied tensor counts once for each of its names. An entry is updated where it
-differs by more than a tolerance, both sides cast to `dtype` first: in float32 nearly every entry moves, in bfloat16
-few do.
+Weights are mappings from names to tensors: state dicts, or `StoredWeights`, which keep one tensor in memory at a time.
+Integer tensors are ignored; a tied tensor counts once for each of its names. An entry is updated if it differs by more
+than a tolerance after both sides are cast to `dtype`: in float32 nearly every entry changes, in bfloat16 few do.
 """
 
 import re
@@ -18,18 +17,18 @@ from torch import Tensor
 from .weights import StoredWeights, is_float, listed, shapes_of
 
 Weights = Mapping[str, Tensor]
-SWEEP = (1e-8, 1e-7, 1e-6, 1e-5)  # the last one is the paper's
+SWEEP = (1e-8, 1e-7, 1e-6, 1e-5)  # the paper uses the last one
 TOLERANCE = SWEEP[-1]
-PIECE = 2**18  # entries that are compared at a time: their copies stay in a core's cache, which is seven times faster
-NUMBERED = re.compile(r"((?:[^.]*\.)*?\d+)\.(.*)")  # a layer, and what is within it
+PIECE = 2**18  # entries compared at a time; copies that fit into a core's cache are seven times as fast
+NUMBERED = re.compile(r"((?:[^.]*\.)*?\d+)\.(.*)")  # a layer, and the name within the layer
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class UpdateSparsity:
-    """The share of entries whose update is within a tolerance; all but tensors are weighted by entries.
+    """Share of entries whose update is within a tolerance, by tensor, layer and kind of tensor, and overall.
 
-    A kind is a tensor's name after its layer's number, such as `mlp.up_proj.weight`.
+    A kind is a tensor's name after its layer's number, such as `mlp.up_proj.weight`. Shares are weighted by entries.
     """
 
     by_tensor: dict[str, float]
@@ -40,11 +39,11 @@ class UpdateSparsity:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of each of several subnetworks all of them share, a value for each; nan for one without entries.
+    """Share of each subnetwork that is common to all of them; NaN for subnetworks without entries.
 
-    For two: |I₁ ∩ I₂| / |I₁| and |I₁ ∩ I₂| / |I₂|. `chance` is what subnetworks of their sizes would share if drawn
-    from all entries alike, the product of the others' densities; `chance_by_tensor` if they had their sizes in every
-    tensor: what goes beyond is agreement about entries, and not about tensors alone.
+    For two subnetworks, the shares are |I₁ ∩ I₂| / |I₁| and |I₁ ∩ I₂| / |I₂|. `chance` is the expected share of
+    uniformly drawn subnetworks of equal sizes, the product of the others' densities. `chance_by_tensor` draws them with
+    equal sizes within each tensor: a larger overlap is agreement about entries, not only about tensors.
     """
 
     shares: list[float]
@@ -65,10 +64,10 @@ class SubnetworkOverlap:
 def update_sparsity(
     before: Weights, after: Weights, tolerance: float = TOLERANCE, dtype: torch.dtype = torch.bfloat16
 ) -> UpdateSparsity:
-    """1 − ‖θ₁ − θ₀‖₀ / n, where an entry is 0 if |θ₁ − θ₀| ≤ tolerance.
+    """Compute 1 − ‖θ₁ − θ₀‖₀ / n, where an entry is 0 if |θ₁ − θ₀| ≤ tolerance.
 
     Raises:
-        ValueError: names or shapes that differ; no tensor of floats; a tolerance below 0.
+        ValueError: names or shapes differ, there is no floating-point tensor, or the tolerance is below 0.
     """
     check_tolerances(tolerance)
     names = float_names(before, after)
@@ -76,12 +75,12 @@ def update_sparsity(
 
 
 def update_rank(before: Weights, after: Weights, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """rank(θ₁ − θ₀) / min(rows, columns) of each matrix, by name; other tensors are left out.
+    """Compute rank(θ₁ − θ₀) / min(rows, columns) of each matrix by name; other tensors are ignored.
 
-    Takes the singular values of every matrix: minutes for one of thousands of rows.
+    The singular values of a matrix with thousands of rows take minutes.
 
     Raises:
-        ValueError: names or shapes that differ; no tensor of floats.
+        ValueError: names or shapes differ, or there is no floating-point tensor.
     """
     shapes = shapes_of(before)
     matrices = [name for name in float_names(before, after) if len(shapes[name]) == 2]
@@ -91,10 +90,10 @@ def update_rank(before: Weights, after: Weights, dtype: torch.dtype = torch.bflo
 def update_masks(
     before: Weights, after: Weights, tolerance: float = TOLERANCE, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[str, Bool[Tensor, "..."]]]:
-    """Which entries of every tensor are updated, name by name.
+    """Yield a mask of updated entries for every tensor, with its name.
 
     Raises:
-        ValueError: names or shapes that differ; no tensor of floats; a tolerance below 0.
+        ValueError: names or shapes differ, there is no floating-point tensor, or the tolerance is below 0.
     """
     check_tolerances(tolerance)
     names = float_names(before, after)
@@ -102,35 +101,35 @@ def update_masks(
 
 
 def subnetwork_overlap(*masks: Weights) -> SubnetworkOverlap:
-    """What two or more subnetworks share, beside what chance would give (see `Overlap`).
+    """Compute the overlap of two or more subnetworks, and the overlap expected by chance (see `Overlap`).
 
     Args:
-        masks: of each subnetwork, bool tensors by name; state dicts or `StoredWeights`.
+        masks: bool tensors by name for each subnetwork; state dicts or `StoredWeights`.
 
     Raises:
-        ValueError: fewer than two subnetworks; names or shapes that differ; tensors that are no masks.
+        ValueError: there are fewer than two subnetworks, names or shapes differ, or tensors are not masks.
     """
     if len(masks) < 2:
-        raise ValueError(f"an overlap takes two subnetworks or more, not {len(masks)}")
+        raise ValueError(f"an overlap needs at least two subnetworks, not {len(masks)}: give more masks")
     check_alike(*masks)
     return overlap_of({name: count_shared([mask[name] for mask in masks]) for name in masks[0]})
 
 
 def float_names(*weights: Weights) -> list[str]:
-    """Names of the tensors of floats in weights of one model, without reading stored ones.
+    """List the names of floating-point tensors in weights of one model, without reading stored tensors.
 
     Raises:
-        ValueError: names or shapes that differ; no tensor of floats.
+        ValueError: names or shapes differ, or there is no floating-point tensor.
     """
     check_alike(*weights)
     names = [name for name in weights[0] if all(is_float(each, name) for each in weights)]
     if not names:
-        raise ValueError("no tensor of the weights is one of floats: masks, or a model of integers?")
+        raise ValueError("the weights hold no floating-point tensor: give weights, not masks or a quantised model")
     return names
 
 
 def check_alike(*weights: Weights) -> None:
-    """Raise a ValueError that names tensors which are not in all weights, or of other shapes."""
+    """Raise a ValueError that names tensors which are missing from some weights or differ in shape."""
     first, *others = map(shapes_of, weights)
     for number, other in enumerate(others, start=1):
         one, two = _label(weights, 0), _label(weights, number)
@@ -149,7 +148,7 @@ def check_alike(*weights: Weights) -> None:
 
 
 def check_tolerances(*tolerances: float) -> None:
-    """Raise a ValueError for a tolerance that is none."""
+    """Raise a ValueError for a negative or NaN tolerance."""
     for tolerance in tolerances:
         if not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance} must be at least 0")
@@ -158,7 +157,7 @@ def check_tolerances(*tolerances: float) -> None:
 def count_within(
     before: Float[Tensor, "*shape"], after: Float[Tensor, "*shape"], tolerances: Sequence[float], dtype: torch.dtype
 ) -> Int64[Tensor, " counts"]:
-    """How many entries' updates are within each tolerance, and last how many entries there are."""
+    """Count the entries whose updates are within each tolerance, followed by the number of all entries."""
     counts = torch.zeros(len(tolerances) + 1, dtype=torch.int64)
     for size in _sizes(before, after, dtype):
         counts += torch.tensor([*((size <= tolerance).sum() for tolerance in tolerances), size.numel()])
@@ -168,7 +167,7 @@ def count_within(
 def updated(
     before: Float[Tensor, "*shape"], after: Float[Tensor, "*shape"], tolerance: float, dtype: torch.dtype
 ) -> Bool[Tensor, "*shape"]:
-    """Which entries' updates are not within a tolerance."""
+    """Mark the entries whose updates exceed a tolerance."""
     mask = torch.empty(before.numel(), dtype=torch.bool, device=before.device)
     for part, size in zip(mask.split(PIECE), _sizes(before, after, dtype), strict=True):
         part.copy_(~(size <= tolerance))
@@ -176,16 +175,16 @@ def updated(
 
 
 def rank_share(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"], dtype: torch.dtype) -> float:
-    """The numerical rank of an update, as torch.linalg.matrix_rank finds it, of the full one."""
+    """Compute the numerical rank of an update (torch.linalg.matrix_rank) as a share of full rank."""
     update = _cast(after, dtype) - _cast(before, dtype)
     return int(torch.linalg.matrix_rank(update)) / min(update.shape)
 
 
 def count_shared(masks: Sequence[Tensor]) -> Float64[Tensor, " counts"]:
-    """Entries that all masks of a tensor have, those that chance would give, each mask's own, and all there are.
+    """Count a tensor's entries that are common to all masks, expected by chance, in each mask, and in total.
 
     Raises:
-        ValueError: tensors that are no masks.
+        ValueError: the tensors are not masks.
     """
     if any(mask.dtype != torch.bool for mask in masks):
         raise ValueError(f"masks are bool, not {masks[0].dtype}: make them with update_masks")
@@ -199,7 +198,7 @@ def count_shared(masks: Sequence[Tensor]) -> Float64[Tensor, " counts"]:
 
 
 def sparsity_of(counts: Mapping[str, Int64[Tensor, " counts"]], place: int = 0) -> UpdateSparsity:
-    """The sparsity at one of the tolerances that `count_within` counted for every tensor."""
+    """Compute the sparsity at one of the tolerances from the counts of `count_within` for every tensor."""
 
     def shares(key: Callable[[str], str]) -> dict[str, float]:
         return {name: (count[place].double() / count[-1]).item() for name, count in summed(counts, key).items()}
@@ -208,7 +207,7 @@ def sparsity_of(counts: Mapping[str, Int64[Tensor, " counts"]], place: int = 0) 
 
 
 def overlap_of(counts: Mapping[str, Float64[Tensor, " counts"]]) -> SubnetworkOverlap:
-    """The overlap of the subnetworks that `count_shared` counted for every tensor."""
+    """Compute the overlap of subnetworks from the counts of `count_shared` for every tensor."""
 
     def overlaps(key: Callable[[str], str]) -> dict[str, Overlap]:
         return {name: _overlap(count) for name, count in summed(counts, key).items()}
@@ -217,7 +216,7 @@ def overlap_of(counts: Mapping[str, Float64[Tensor, " counts"]]) -> SubnetworkOv
 
 
 def summed(counts: Mapping[str, Tensor], key: Callable[[str], str]) -> dict[str, Tensor]:
-    """Counts of tensors added up by what their names have in common, in the order of first appearance."""
+    """Sum the counts of tensors by a key of their names, in the order of first appearance."""
     sums: dict[str, Tensor] = {}
     for name, count in counts.items():
         sums[key(name)] = sums.get(key(name), torch.zeros_like(count)) + count
@@ -225,19 +224,19 @@ def summed(counts: Mapping[str, Tensor], key: Callable[[str], str]) -> dict[str,
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to: its name up to the first number, or its module where there is none."""
+    """Return the layer of a tensor: its name up to the first number, or its module if there is no number."""
     found = NUMBERED.match(name)
     return found[1] if found else name.rpartition(".")[0]
 
 
 def kind_of(name: str) -> str:
-    """What a tensor is in its layer: its name after the first number, or all of it where there is none."""
+    """Return the kind of a tensor: its name after the first number, or the whole name if there is no number."""
     found = NUMBERED.match(name)
     return found[2] if found else name
 
 
 def all_of(name: str) -> str:
-    """The same for every tensor."""
+    """Return the key of all tensors together."""
     return ALL
 
 
@@ -252,13 +251,13 @@ def _overlap(counts: Float64[Tensor, " counts"]) -> Overlap:
 
 
 def _sizes(before: Tensor, after: Tensor, dtype: torch.dtype) -> Iterator[Float[Tensor, " entries"]]:
-    """|θ₁ − θ₀| of all entries, some at a time."""
+    """Yield |θ₁ − θ₀| of all entries, piece by piece."""
     for old, new in zip(before.flatten().split(PIECE), after.flatten().split(PIECE), strict=True):
         yield (_cast(new, dtype) - _cast(old, dtype)).abs()
 
 
 def _cast(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of a dtype, in one that holds their differences."""
+    """Round weights to `dtype`, and return them in a dtype that can represent their differences."""
     return weights.to(dtype).to(torch.promote_types(dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Weights read tensor by tensor from safetensors, and masks written so: neither model nor mask has to fit in memory."""
+"""Weights read from safetensors and masks written to them, tensor by tensor, so that neither has to fit in memory."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,29 +14,29 @@ from hybridmem.checks import refuse_adapter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHOWN = 3  # names in an error
-ALIGNMENT = 8  # bytes that the data of a safetensors file is aligned to
+SHOWN = 3  # names listed in an error
+ALIGNMENT = 8  # bytes, of the data in a safetensors file
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder, sharded or not, or of a safetensors file, each read when it is asked for.
+    """Tensors of a Hugging Face folder, sharded or not, or of a safetensors file, read lazily.
 
     Args:
         path: the folder or the file.
 
     Raises:
-        ValueError: the path does not exist, or holds no safetensors that can be read.
+        ValueError: the path does not exist or holds no readable safetensors.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}  # as safetensors writes them, such as BF16
+        self.dtypes: dict[str, str] = {}  # in the notation of safetensors, such as BF16
         self._files: dict[str, Path] = {}
         for file in _safetensors_files(self.path):
             try:
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    for name in opened.keys():  # noqa: SIM118 (not a mapping)
                         stored = opened.get_slice(name)
                         self.shapes[name], self.dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
                         self._files[name] = file
@@ -44,11 +44,11 @@ class StoredWeights(Mapping[str, Tensor]):
                 raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        # Opened anew for each tensor: a file that stays open keeps what was read of it mapped.
+        # The file is reopened for each tensor, because an open file keeps all tensors read so far mapped.
         with safe_open(self._files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name: object) -> bool:  # the default of Mapping would read the tensor
         return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
@@ -62,21 +62,21 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor, without reading stored ones."""
+    """Return the shape of every tensor by name, without reading stored tensors."""
     if isinstance(weights, StoredWeights):
         return weights.shapes
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def is_float(weights: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a tensor is one of floats, without reading a stored one."""
+    """Return True for a floating-point tensor, without reading a stored tensor."""
     if isinstance(weights, StoredWeights):
         return weights.dtypes[name].startswith(("F", "BF"))
     return weights[name].is_floating_point()
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for an error: the first ones, and how many there are; empty for none."""
+    """Format names for an error: the first ones, and their number if there are more; empty without names."""
     shown = ", ".join(names[:SHOWN])
     return f"{shown} … ({len(names)} tensors)" if len(names) > SHOWN else shown
 
@@ -84,13 +84,13 @@ def listed(names: Sequence[str]) -> str:
 def write_masks(
     path: Path, shapes: Mapping[str, tuple[int, ...]], masks: Iterable[tuple[str, Bool[Tensor, "..."]]]
 ) -> None:
-    """Write masks as a safetensors file while they are made, one in memory at a time, in the order of `shapes`.
+    """Write masks to a safetensors file as they are generated, one in memory at a time, in the order of `shapes`.
 
-    The file appears when all of it is written.
+    The write is atomic.
     """
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + prod(shape)  # a byte for an entry
+        start, end = end, end + prod(shape)  # one byte per entry
         header[name] = {"dtype": "BOOL", "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
@@ -104,7 +104,7 @@ def write_masks(
 
 
 def _safetensors_files(path: Path) -> list[Path]:
-    """The files that hold a model's tensors: what an index names where there is one."""
+    """List the files that hold a model's tensors, from its index if there is one."""
     if path.is_file():
         return [path]
     if not path.is_dir():

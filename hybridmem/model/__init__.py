@@ -1,1 +1,1 @@
-"""The Hugging Face model; flat, because an exported folder carries these files."""
+"""The Hugging Face model. The package is flat because an exported folder carries these files."""

@@ -1,4 +1,4 @@
-"""Short-range attention: a sliding window, a segment or everything before, beside tokens that are always seen."""
+"""Short-range attention over a sliding window, a segment or the whole past, plus always-visible persistent tokens."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,15 +13,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
 from .functional import linear_rows, rotate
-from .keys import KeyBuffer, PlainKeys, key_buffer
 from .sequence import NOWHERE, TokenSequence, known_true, splits_tokens
-from .state import map_state
+from .state import KeyBuffer, PlainKeys, key_buffer, map_state
 
 MASK_DECODING = ("sdpa", "eager")  # attention functions that take one token's mask, or none, as it is
 
 
 class AttentionState(NamedTuple):
-    """The keys and values that later tokens can still see, rotated, and their documents (None: all of one)."""
+    """Rotated keys and values that later tokens can still see, and their documents (None: a single document)."""
 
     past: PlainKeys | KeyBuffer
     document_ids: Int[Tensor, "batch past"] | None
@@ -40,10 +39,10 @@ class AttentionState(NamedTuple):
 
 @dataclass
 class Visibility:
-    """Which keys a query sees: persistent ones, and earlier ones of its document within the window.
+    """Visibility of keys: a query sees persistent keys, and earlier keys of its document within the window.
 
-    Keys stand in the order [persistent, others]; times and documents are those of the others. `rows` is 1, the
-    batch, or whatever queries are folded into.
+    Keys are ordered [persistent, others]; times and documents describe the others. `rows` is 1, the batch size, or
+    the number of folded blocks.
     """
 
     query_time: Int[Tensor, " queries"]
@@ -55,7 +54,7 @@ class Visibility:
     _dense: Tensor | None = field(default=None, init=False, repr=False)
 
     def __call__(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether `query` sees `key`, as flex_attention asks it."""
+        """Return True where `query` sees `key`; this is a mask_mod of flex_attention."""
         other = (key - self.num_persistent).clamp(min=0)
         distance = self.query_time[query] - self.key_time[other]
         seen = distance >= 0
@@ -67,7 +66,7 @@ class Visibility:
 
     @property
     def dense(self) -> Bool[Tensor, "rows 1 queries keys"]:
-        """The same as a mask, made once."""
+        """Return the visibility as a dense mask, built once and cached."""
         if self._dense is None:
             self._dense = self._make_dense()
         return self._dense
@@ -90,7 +89,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch queries heads dim"], Float[Tensor, "batch heads queries keys"]]:
-    """Attention with its weights in the open, in transformers' form."""
+    """Compute attention in plain PyTorch and return its weights, with the signature that transformers expects."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = query @ key.mT * scaling
@@ -106,12 +105,12 @@ class ShortRangeAttention(nn.Module):
     """Grouped-query attention with rotary positions and persistent tokens.
 
     The implementation comes from transformers' registry: `eager`, `sdpa`, `flex_attention`, `flash_attention_2`
-    or one that was registered. A window under sdpa is folded into blocks, so that it costs time · window.
+    or a custom registered function. Under sdpa, a window is folded into blocks, so that it costs time · window.
 
     Args:
         config: the model's configuration.
-        layer_idx: the layer's number, which attention functions may ask for.
-        window: how many tokens a token sees, itself included; None: all before it.
+        layer_idx: the layer's index, which attention functions may read.
+        window: number of tokens that a token sees, itself included; None: its whole past.
     """
 
     def __init__(self, config: HybridMemConfig, layer_idx: int, window: int | None):
@@ -139,7 +138,7 @@ class ShortRangeAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time hidden"], state: AttentionState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch time hidden"], AttentionState, Tensor | None]:
-        """Attend along `x`; returns the output, the state to go on with, and the weights where they exist.
+        """Attend along `x`; return the output, the next state, and the attention weights if available.
 
         Columns of the weights are [persistent tokens, kept keys, `x`].
         """
@@ -200,7 +199,7 @@ class ShortRangeAttention(nn.Module):
     def project(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
     ) -> tuple[Tensor, Tensor, Tensor, ConvolutionState | None]:
-        """Rotated queries and keys, values, and the convolution's state."""
+        """Return rotated queries, rotated keys, values, and the convolution's state."""
         qkv = self.qkv_proj(x)
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
@@ -215,7 +214,7 @@ class ShortRangeAttention(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch kv_heads time dim"], Float[Tensor, "batch kv_heads time dim"]]:
-        """Rotated keys and values of tokens that only answer: mac's memory tokens."""
+        """Return rotated keys and values of tokens without queries, such as mac's memory tokens."""
         kv = linear_rows(self.qkv_proj, x, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(self.kv_heads, dim=1)
         cos, sin = (angles.to(k.dtype) for angles in sequence.angles)
@@ -224,12 +223,12 @@ class ShortRangeAttention(nn.Module):
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, visible: Visibility
     ) -> tuple[Float[Tensor, "batch queries heads dim"], Tensor | None]:
-        """Attention of `q` to [persistent, keys] through transformers' registry."""
+        """Attend from `q` to [persistent, keys] through transformers' registry."""
         implementation = self.config._attn_implementation
         if implementation.startswith("flash_attention"):
             raise ValueError(
-                "flash_attention_2 cannot show mac's segments what the memory recalls: set attn_implementation to "
-                "'sdpa' or 'flex_attention'"
+                "flash_attention_2 has no mask for mac's recalled tokens: set attn_implementation to 'sdpa' or "
+                "'flex_attention'"
             )
         keys, values = self.with_persistent(keys, values)
         mask: Any
@@ -245,7 +244,7 @@ class ShortRangeAttention(nn.Module):
     def _attend_in_order(
         self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, sequence: TokenSequence
     ) -> tuple[Tensor, Tensor | None]:
-        """All keys in one row, as they come."""
+        """Attend without folding, to all keys in sequence order."""
         implementation = self.config._attn_implementation
         time, past = q.shape[2], keys.shape[2] - q.shape[2]
         if implementation.startswith("flash_attention"):
@@ -263,17 +262,17 @@ class ShortRangeAttention(nn.Module):
         return self.attend(q, keys, values, sequence.memo[memo])
 
     def _attend_unmasked(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One token that sees all, or a plain causal row: fused kernels skip what a mask would hide."""
+        """Attend from one token to every key, or along a plain causal row; fused kernels need no mask for either."""
         keys, values = self.with_persistent(keys, values)
         front = self.num_persistent if q.shape[2] > 1 else 0
-        # Persistent tokens become the first tokens of the row; what they would answer is dropped.
+        # Persistent tokens become the first tokens of the row; their outputs are dropped.
         out, weights = self._call(F.pad(q, (0, 0, front, 0)), keys, values, None)
         return out[:, front:], weights
 
     def _attend_folded(
         self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, sequence: TokenSequence
     ) -> tuple[Tensor, Tensor | None]:
-        """A window in blocks: each block of queries meets its own keys and those of the block before."""
+        """Attend within a window, in blocks: each block of queries meets its own keys and the previous block's."""
         assert self.window is not None
         batch, _, time, _ = q.shape
         window, past = self.window, keys.shape[2] - q.shape[2]
@@ -308,7 +307,7 @@ class ShortRangeAttention(nn.Module):
     def _attend_flash(
         self, q: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """FlashAttention knows causal rows, windows and padding, but no token that a window always shows."""
+        """Attend with FlashAttention, which supports causal rows, windows and padding, but no persistent tokens."""
         if self.num_persistent and self.window is not None:
             raise ValueError(
                 "flash_attention_2 cannot keep persistent tokens in a sliding window: set "
@@ -316,8 +315,8 @@ class ShortRangeAttention(nn.Module):
             )
         if documents is not None and (documents.max() > 0 or self.num_persistent):
             raise ValueError(
-                "flash_attention_2 takes rows of one document without persistent tokens here: use "
-                "attn_implementation='sdpa' or 'flex_attention' for packed documents"
+                "flash_attention_2 supports only rows of one document without persistent tokens here: set "
+                "attn_implementation to 'sdpa' or 'flex_attention' for packed documents"
             )
         valid = None if documents is None else documents >= 0
         beyond = self.window is not None and keys.shape[2] > self.window
@@ -339,11 +338,11 @@ class ShortRangeAttention(nn.Module):
 
     @property
     def num_persistent(self) -> int:
-        """Tokens that are always seen."""
+        """Return the number of persistent tokens."""
         return 0 if self.persistent_tokens is None else len(self.persistent_tokens)
 
     def with_persistent(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the persistent tokens' keys and values in front."""
+        """Prepend the keys and values of the persistent tokens."""
         if self.persistent_tokens is None:
             return keys, values
         k, v = self._persistent(self.persistent_tokens, keys.dtype)
@@ -353,10 +352,10 @@ class ShortRangeAttention(nn.Module):
         )
 
     def _persistent(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the persistent tokens' keys and values.
+        """Return the keys and values of the persistent tokens.
 
-        They have no position, so their keys leave the channels that turn empty: a query's score with them must
-        not depend on where it stands.
+        Persistent tokens have no position. Their keys are zero in the rotated channels, so that a query's score
+        with them does not depend on its position.
         """
         kv = linear_rows(self.qkv_proj, tokens, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(dtype).split(self.kv_heads)
@@ -370,13 +369,13 @@ class ShortRangeAttention(nn.Module):
 
 
 def _block_pairs(x: Float[Tensor, "batch kv_heads time dim"], size: int) -> Float[Tensor, "folded kv_heads pair dim"]:
-    """Each block behind the one before it (a concatenation: the backward of `unfold` is slow)."""
+    """Concatenate each block with its predecessor; unlike `unfold`, this has a fast backward."""
     blocks = x.unflatten(2, (-1, size)).transpose(1, 2)
     return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=3).flatten(0, 1)
 
 
 def _last(x: Tensor, count: int, dim: int) -> Tensor:
-    """The end of `x`, without keeping the rest of it alive."""
+    """Return a copy of the end of `x`, which does not keep the rest of `x` alive."""
     return x if count == x.shape[dim] else x.narrow(dim, x.shape[dim] - count, count).clone()
 
 
@@ -413,7 +412,7 @@ def decoding_mask(
 
 
 def _documents(sequence: TokenSequence, state: AttentionState | None, x: Tensor) -> Int[Tensor, "batch read"] | None:
-    """The documents of kept keys and tokens; None if there is but one."""
+    """Return the documents of kept keys and tokens; None if there is only one document."""
     before, now = (None if state is None else state.document_ids), sequence.document_ids
     if state is None or (before is None and now is None):
         return now

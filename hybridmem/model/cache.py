@@ -1,8 +1,8 @@
-"""The streaming state of a layer, as a layer of transformers' caches.
+"""Streaming states of layers, as layers of transformers' caches.
 
-`generate` builds a cache from the configuration's layer types; the classes below are registered for ours, in dynamic
-and in static caches. A layer's state is a nested tuple of tensors that the model puts in and takes out; apart from
-the keys of `full` layers its size does not depend on how much was read.
+`generate` builds a cache from the configuration's layer types. The classes below are registered for HybridMem's types,
+in dynamic and static caches. A layer's state is a nested tuple of tensors. Its size is independent of the number of
+tokens read, except for the keys of `full` layers.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from .state import map_state
 
 
 class StreamingLayer(CacheLayerMixin):
-    """One layer's state, how many tokens it has seen, and each row's document."""
+    """Cache layer with the state of one model layer, the number of tokens seen, and each row's current document."""
 
-    is_croppable = False  # what was written to a memory cannot be unwritten
+    is_croppable = False  # writes to a memory cannot be undone
     is_compileable = False
     supports_early_init = False
 
@@ -28,32 +28,32 @@ class StreamingLayer(CacheLayerMixin):
         self.last_document: LastDocument | None = None
 
     def store(self, state: Any, tokens: int, sequence: TokenSequence) -> None:
-        """Take the state after `tokens` more tokens."""
+        """Store the state after `tokens` more tokens."""
         self.state = state
         self.seen_tokens += tokens
         self.is_initialized = True
         self.last_document = sequence.last_document
 
     def get_seq_length(self) -> int:
-        """Tokens read so far."""
+        """Return the number of tokens read so far."""
         return self.seen_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As if every token were kept; the model makes its own masks."""
+        """Return mask sizes as if every token were kept; the model builds its own masks."""
         return self.seen_tokens + query_length, 0
 
     def get_max_length(self) -> int:
-        """No bound."""
+        """Return -1: the length is unbounded."""
         return -1
 
     @property
     def batch_size(self) -> int:
-        """Rows in the state, -1 before the first token."""
+        """Return the number of rows in the state, -1 before the first token."""
         tensors = self.tensors()
         return len(tensors[0]) if tensors else -1
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of the state."""
+        """List all tensors of the state."""
         found: list[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
@@ -64,34 +64,34 @@ class StreamingLayer(CacheLayerMixin):
         return found
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first `store` initialises the layer."""
+        """Do nothing: the first `store` initialises the layer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refuse: this layer keeps a state, not keys and values that grow."""
+        """Raise a TypeError: this layer keeps a state, not growing keys and values."""
         raise TypeError(f"{type(self).__name__} holds a streaming state; only HybridMem layers can use it")
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the state."""
         self.state, self.last_document, self.seen_tokens, self.is_initialized = None, None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to go back; removing nothing is allowed."""
+        """Raise an error unless `tokens_to_remove` is 0."""
         if tokens_to_remove:
             raise ValueError(
-                "a neural memory cannot be rolled back: tokens it has read stay read. Assisted generation and "
-                "cache cropping need variant 'full' models of another family; decode without them"
+                "a neural memory cannot be rolled back, so assisted generation and cache cropping are not supported: "
+                "decode without them"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow beam search."""
+        """Reorder the rows for beam search."""
         self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: Any) -> None:
-        """Repeat each row, or each as often as its own number, for several continuations of one prompt."""
+        """Repeat each row for several continuations of one prompt; `repeats` is one count or one per row."""
         self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep the rows at `indices`."""
         self._apply(lambda tensor: tensor[indices.to(tensor.device)])
 
     def offload(self) -> None:
@@ -99,7 +99,7 @@ class StreamingLayer(CacheLayerMixin):
         self._apply(self._remember_device)
 
     def prefetch(self) -> None:
-        """Bring an offloaded state back."""
+        """Move an offloaded state back to its device."""
         self._apply(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _remember_device(self, tensor: Tensor) -> Tensor:
@@ -111,10 +111,10 @@ class StreamingLayer(CacheLayerMixin):
 
 
 def _register(variant: str) -> type[StreamingLayer]:
-    """Create the class that transformers' caches find by the layer type.
+    """Create the cache layer class that transformers looks up by layer type.
 
-    A dynamic cache knows it by its definition. A static one takes the same class, as for transformers' own linear
-    attention: except for the keys of `full` layers, the state has a constant size anyway.
+    Defining the class registers it for dynamic caches. Static caches use it too, as for transformers' own linear
+    attention: except for the keys of `full` layers, the state has a constant size.
     """
     layer = type(
         f"{variant.capitalize()}StreamingLayer", (StreamingLayer,), {"_layer_type": variant, "__module__": __name__}
@@ -146,5 +146,5 @@ def check_layers(cache: Any, layer_types: list[str]) -> None:
 
 
 def state_bytes(cache: Any) -> int:
-    """Bytes that a cache's states take."""
+    """Return the size of a cache's states in bytes."""
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in layer.tensors())

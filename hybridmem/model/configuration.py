@@ -1,4 +1,4 @@
-"""The configuration of a hybrid of neural memory and short-range attention."""
+"""Configuration of hybrids of neural memory and short-range attention."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -8,73 +8,73 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
 
 if find_spec("hybridmem_kernels") is None:
-    # An exported folder brings this file and the model's, which stand on installed operators. It is loaded first:
-    # transformers itself would ask for a package by the name of the import.
+    # An exported folder contains this file and the model's files, which need the installed operators. This file is
+    # loaded first; without this error, transformers would name a missing import instead of the package.
     raise ModuleNotFoundError("a HybridMem model needs the package hybridmem: pip install hybridmem")
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full", "mah")
 MEMORY_VARIANTS = ("mac", "mag", "mal", "lmm")
-MOST_LAYERS = 10_000  # to build a million takes an hour
+MOST_LAYERS = 10_000  # a typo of a million layers would take an hour to build
 MEMORY_STEPS = ("certified", "damped", "raw")
 HEAD_SOURCES = ("full", "memory", "none")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# When transformers' Trainer resumes it reads config.json through its base class, which knows only these layer types.
+# On resuming, transformers' Trainer reads config.json through its base class, which accepts only these layer types.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(
     variant for variant in VARIANTS if variant not in configuration_utils.ALLOWED_ATTN_LAYER_TYPES
 )
 
 
-@strict  # transformers then runs the validate_* methods below, before saving as well
+@strict  # makes transformers run the validate_* methods below, also before saving
 class HybridMemConfig(PreTrainedConfig):
-    """What a HybridMem model is made of; the names are those of Titans (arXiv 2501.00663) and of transformers.
+    """Configuration of a HybridMem model, with names from Titans (arXiv 2501.00663) and transformers.
 
     Args:
-        vocab_size: tokens; the default is the byte tokenizer's 256 bytes and three special tokens.
+        vocab_size: number of tokens; the default is the byte tokenizer's 256 bytes and three special tokens.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the SwiGLU feed-forward layers.
-        num_hidden_layers: decoder layers.
-        num_attention_heads, num_key_value_heads, head_dim: attention's shape; fewer key-value heads than heads
-            is grouped-query attention.
-        max_position_embeddings: the longest text that evaluation tools should feed at once. It bounds nothing here.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads, num_key_value_heads, head_dim: shape of attention; fewer key-value heads than heads
+            means grouped-query attention.
+        max_position_embeddings: the longest text that evaluation tools should feed at once. The model has no limit.
         rope_theta: base of the rotary embedding.
-        partial_rotary_factor: share of each head's channels that turn with the position. Persistent tokens have
-            no position: their keys live in the other channels.
-        variant: how a layer mixes tokens: `mac` memory as context, `mag` memory as gate, `mal` memory as layer,
+        partial_rotary_factor: share of each head's channels that rotate with the position. Persistent tokens have
+            no position: their keys use only the other channels.
+        variant: token mixer of a layer: `mac` memory as context, `mag` memory as gate, `mal` memory as layer,
             `lmm` memory alone, `swa` sliding-window attention alone, `full` causal attention alone, `mah` memory as
-            heads: every KV head has a source of its own.
+            heads, with a separate source for every KV head.
         layer_types: the variant of every layer; None fills the list with `variant`.
         head_sources: for each layer, the source of every KV head of `mah`, an empty list for layers of other types;
-            None: all `full`. Every head sees the window and the document's first tokens. Beyond them `full` reads all
-            keys, `memory` a neural memory of the tokens that left the window, and `none` nothing.
+            None: all `full`. Every head sees the window and the document's first tokens. Beyond them, `full` reads
+            all keys, `memory` reads a neural memory of the tokens that left the window, and `none` reads nothing.
         num_sink_tokens: first tokens of a document that heads of `mah` always see.
-        sliding_windows: for each layer, how many tokens its `full` heads see, itself included; None: all of them.
-        attention_bias, attention_output_bias, mlp_bias: give q, k and v of `mah`, its output projection, or the
-            feed-forward layers a bias.
+        sliding_windows: for each layer, the window of its `full` heads, the current token included; None: unlimited.
+        attention_bias, attention_output_bias, mlp_bias: add a bias to q, k and v of `mah`, to its output projection,
+            or to the feed-forward layers.
         qk_norm: normalise the queries and keys of `mah`, head by head, before the rotary embedding.
-        rope_parameters: rotary embedding of a pretrained model as transformers describes it: `rope_type` default,
-            linear, llama3 or yarn, and what that type needs. None: rope_theta alone, in float64.
+        rope_parameters: rotary embedding of a pretrained model in transformers' format: `rope_type` default, linear,
+            llama3 or yarn, with the parameters of that type. None: rope_theta alone, in float64.
         attention_window: tokens that a token of mag, mal, swa and mah sees, itself included.
-        attention_conv: give attention's q, k and v the short convolution that the memory has.
+        attention_conv: apply the memory's short convolution to attention's q, k and v as well.
         attention_dropout: dropout on attention weights.
-        segment_length: tokens per segment of mac; None: attention_window, so that all variants attend as far back.
+        segment_length: tokens per segment of mac; None: attention_window, so that all variants have the same range.
         num_persistent_tokens: learned tokens that attention always sees.
-        memory_depth: 1 is a linear memory, exact; from 2 on an MLP of that many layers.
-        memory_heads, memory_head_dim: the memory's heads, each with a state of its own.
+        memory_depth: 1 is an exact linear memory; 2 or more is an MLP of that many layers.
+        memory_heads, memory_head_dim: the memory's heads, each with its own state.
         memory_expansion: width of a deep memory's hidden layers in multiples of memory_head_dim.
-        memory_chunk_size: tokens worked on at once. A speed knob at depth 1; from depth 2 on, the tokens that
-            take their gradient at the same weights.
+        memory_chunk_size: tokens processed at once. At depth 1 it affects only the speed; from depth 2 on, the tokens
+            of a chunk take their gradients at the same weights.
         memory_step: bound on the write: `certified` keeps eta fixed per head and theta below
             2(1-eta)²/(1+eta), where no sequence of keys makes the state grow; `damped` bounds theta by 1-eta;
             `raw` by 1.
-        memory_momentum, memory_forgetting: switch the surprise's momentum or the forgetting gate off.
-        memory_conv_size: taps of the convolution on the memory's q, k, v; 1 is none.
+        memory_momentum, memory_forgetting: False disables the surprise's momentum or the forgetting gate.
+        memory_conv_size: taps of the convolution on the memory's q, k, v; 1 disables it.
         memory_max_grad_norm: bound on a token's gradient, over all layers of a head, from depth 2 on.
-        initializer_range: standard deviation of the weights at the start.
+        initializer_range: standard deviation of the initial weights.
         rms_norm_eps: added to mean squares.
 
     Raises:
-        StrictDataclassClassValidationError: a combination that cannot work; the message names the setting and the
+        StrictDataclassClassValidationError: an invalid combination of settings; the message names the setting and the
             remedy (huggingface_hub.errors; its cause is a ValueError).
         StrictDataclassFieldValidationError: a value of the wrong type.
     """
@@ -135,7 +135,7 @@ class HybridMemConfig(PreTrainedConfig):
         if not all(str(key).isdigit() for key in self.id2label or ()):
             raise ValueError(f"id2label={self.id2label} must have numbers as keys")
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r} is no type of torch, such as bfloat16")
+            raise ValueError(f"dtype={self.dtype!r} is not a torch dtype; use one such as bfloat16")
         if self.head_sources is None and "mah" in self.layer_types:
             self.head_sources = [
                 ["full"] * self.num_key_value_heads if kind == "mah" else [] for kind in self.layer_types
@@ -150,26 +150,26 @@ class HybridMemConfig(PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that turn: pairs of them."""
+        """Return the number of channels of a head that rotate, an even number."""
         return int(self.head_dim * self.partial_rotary_factor) // 2 * 2
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether rotary embedding and norms follow the arithmetic of transformers' models, bit for bit."""
+        """Return True if rotary embedding and norms reproduce the arithmetic of transformers' models bit for bit."""
         return self.rope_parameters is not None
 
     def layer_type(self, layer_idx: int) -> str:
-        """The variant of a layer."""
+        """Return the variant of a layer."""
         assert self.layer_types is not None
         return self.layer_types[layer_idx]
 
     @property
     def has_memory(self) -> bool:
-        """Whether any layer is of a variant with a `NeuralMemory`; memories of `mah` are named by head_sources."""
+        """Return True if any layer's variant has a `NeuralMemory`; memories of `mah` are listed in head_sources."""
         return any(kind in MEMORY_VARIANTS for kind in self.layer_types or ())
 
     def validate_layer_type(self) -> None:
-        """Check the variants; transformers' own check would offer its layer types too."""
+        """Check the variants; the error of transformers' own check would also list foreign layer types."""
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
         layer_types = self.layer_types or []
@@ -204,12 +204,25 @@ class HybridMemConfig(PreTrainedConfig):
             )
 
     def validate_shapes(self) -> None:
-        """Check numbers that must be positive or must divide one another."""
+        """Check for positive sizes and divisibility."""
         positive = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "attention_window", "segment_length", "memory_depth", "memory_heads",
-            "memory_head_dim", "memory_expansion", "memory_chunk_size", "memory_conv_size", "max_position_embeddings",
-        )  # fmt: skip
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "attention_window",
+            "segment_length",
+            "memory_depth",
+            "memory_heads",
+            "memory_head_dim",
+            "memory_expansion",
+            "memory_chunk_size",
+            "memory_conv_size",
+            "max_position_embeddings",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -227,7 +240,7 @@ class HybridMemConfig(PreTrainedConfig):
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"pad_token_id={self.pad_token_id} is no token of a vocabulary of {self.vocab_size}; raise "
+                f"pad_token_id={self.pad_token_id} is outside the vocabulary of {self.vocab_size} tokens; raise "
                 "vocab_size or choose another token"
             )
         if not 0 <= self.partial_rotary_factor <= 1:
@@ -235,7 +248,7 @@ class HybridMemConfig(PreTrainedConfig):
         if "mag" in (self.layer_types or ()) and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
-                f"{self.num_attention_heads} in mag: every head's share of channels has one gate"
+                f"{self.num_attention_heads} in mag, which has one gate per head"
             )
 
     def validate_memory(self) -> None:
@@ -249,10 +262,11 @@ class HybridMemConfig(PreTrainedConfig):
 
 
 def check_head_sources(sources: list[list[str]], config: HybridMemConfig) -> None:
-    """Raise a ValueError unless `sources` names a source for every KV head of every `mah` layer, and nothing else."""
+    """Raise a ValueError unless `sources` names a source for exactly the KV heads of the `mah` layers."""
     if len(sources) != config.num_hidden_layers:
         raise ValueError(
-            f"head_sources names {len(sources)} layers but num_hidden_layers={config.num_hidden_layers}; name as many"
+            f"head_sources names {len(sources)} layers but num_hidden_layers={config.num_hidden_layers}; "
+            "make them equal"
         )
     for layer, row in enumerate(sources):
         heads = config.num_key_value_heads if config.layer_type(layer) == "mah" else 0

@@ -1,10 +1,10 @@
-"""Context parallelism: a sequence split over ranks, its streaming states handed from rank to rank, layer by layer.
+"""Context parallelism: a sequence split over ranks, with streaming states passed from rank to rank, layer by layer.
 
-A model that reads a text in pieces gives what it gives in one forward, so a rank that reads one piece needs nothing but
-the states behind the piece before it: memory, window and convolutions, whose size does not grow with the text. When a
-layer is done, its state goes to the next rank, which begins with that layer while this one goes on with the next: rank
-r is at layer l in slot l + r, and size - 1 slots of layers + size - 1 are lost. The backward runs the other way, the
-states' gradients going from rank to rank.
+Reading a text in pieces gives the same outputs as a single forward. A rank that reads one piece therefore needs only
+the states after the previous piece: memory, window and convolutions, whose size does not grow with the text. When a
+rank finishes a layer, it sends the layer's state to the next rank, which then runs that layer while the first rank
+continues with its next layer. Rank r runs layer l in slot l + r, so size - 1 of layers + size - 1 slots are idle. The
+backward runs in the opposite direction and passes the gradients of the states.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,39 +22,39 @@ from .state import map_state
 
 
 def own_part(x: Shaped[Tensor, "batch time *rest"], group: Any = None) -> Shaped[Tensor, "batch part *rest"]:
-    """This rank's piece of a sequence.
+    """Return this rank's piece of a sequence.
 
     Raises:
-        ValueError: fewer tokens than ranks.
+        ValueError: the sequence has fewer tokens than the group has ranks.
     """
     size = dist.get_world_size(group)
     if x.shape[1] < size:
-        raise ValueError(f"{x.shape[1]} tokens cannot be split over {size} ranks: give at least one token each")
-    return x.tensor_split(size, dim=1)[dist.get_rank(group)].contiguous()  # as losses want it
+        raise ValueError(f"{x.shape[1]} tokens cannot be split over {size} ranks: give each rank at least one token")
+    return x.tensor_split(size, dim=1)[dist.get_rank(group)].contiguous()  # losses require contiguous tensors
 
 
 @contextmanager
 def handed_over(model: HybridMemForCausalLM | HybridMemModel, group: Any = None) -> Iterator[DynamicCache]:
-    """A cache with which a model goes on where the rank before ends.
+    """Provide a cache with which the model continues from the previous rank's states.
 
         with handed_over(model) as cache:
             loss = model(own_part(ids), past_key_values=cache, shift_labels=own_part(labels)).loss
         loss.backward()
         sum_gradients(model)
 
-    Every rank of the group runs one forward in it, and every one or none the backward. Every rank gives `document_ids`,
-    or none does. Layers of variant `full` hand over all keys so far.
+    Every rank of the group must run one forward inside the context, and all ranks or none must run the backward. All
+    ranks or none must pass `document_ids`. Layers of variant `full` send all keys so far.
 
     Args:
-        model: the same weights on every rank.
-        group: the ranks, in the order of the pieces; None: all.
+        model: the model, with identical weights on every rank.
+        group: the ranks, in the order of the pieces; None: all ranks.
 
     Raises:
-        ValueError: activation checkpointing is on, which leaves states out.
+        ValueError: activation checkpointing is enabled, which discards states.
     """
     if model.is_activation_checkpointing:
         raise ValueError(
-            "context parallelism hands states over, which activation checkpointing leaves out: turn it off"
+            "context parallelism passes states between ranks, but activation checkpointing discards them: disable it"
         )
     inner: HybridMemModel = model.base_model
     cache = DynamicCache(config=model.config)
@@ -72,7 +72,7 @@ def handed_over(model: HybridMemForCausalLM | HybridMemModel, group: Any = None)
         layer: Any = cache.layers[number]
         return hidden + _send((layer.state, layer.seen_tokens, layer.last_document), rank + 1, group).to(hidden.dtype)
 
-    # The first layer's state also says where the piece stands, which is asked before the layers run.
+    # The first layer's state also holds the position of the piece, which the model needs before it runs the layers.
     hooks = [inner.register_forward_pre_hook(lambda *_: take(0))]
     for number, layer in enumerate(inner.layers):
         if number:
@@ -86,14 +86,14 @@ def handed_over(model: HybridMemForCausalLM | HybridMemModel, group: Any = None)
 
 
 def sum_gradients(model: torch.nn.Module, group: Any = None) -> None:
-    """Add up the gradients of all ranks, each of which has those of its own piece's losses."""
+    """Sum the gradients over all ranks; each rank has computed the gradients of its own piece's loss."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad, group=group)
 
 
 def _send(carried: tuple[Any, int, Any], to: int, group: Any) -> Tensor:
-    """Hand over a layer's state; a zero whose gradient is that of the state, fetched when the backward comes by."""
+    """Send a layer's state; return a zero whose backward receives the gradient of that state."""
     tensors = _tensors(carried)
     shapes = _each(carried, lambda x: x.to("meta"))
     dist.send_object_list([shapes], group=group, group_dst=to, device=tensors[0].device)
@@ -104,21 +104,21 @@ def _send(carried: tuple[Any, int, Any], to: int, group: Any) -> Tensor:
 
 
 def _receive(source: int, group: Any, device: torch.device) -> tuple[Any, int, Any]:
-    """What `_send` handed over."""
+    """Receive a state sent by `_send`."""
     message: list[Any] = [None]
     dist.recv_object_list(message, group=group, group_src=source, device=device)
     empty = [torch.empty(shape.shape, dtype=shape.dtype, device=device) for shape in _tensors(message[0])]
     for tensor in empty:
         if not tensor.is_floating_point():
             dist.recv(tensor, group=group, group_src=source)
-    anchor = torch.zeros((), device=device, requires_grad=True)  # so that the backward comes by
+    anchor = torch.zeros((), device=device, requires_grad=True)  # makes autograd run the backward
     received = iter(_Receive.apply(source, group, anchor, *(x for x in empty if x.is_floating_point())))
     filled = iter([next(received) if tensor.is_floating_point() else tensor for tensor in empty])
     return _each(message[0], lambda _: next(filled))
 
 
 def _each(carried: tuple[Any, int, Any], function: Callable[[Tensor], Tensor]) -> tuple[Any, int, Any]:
-    """A state and where it ends, with `function` of every tensor."""
+    """Apply `function` to every tensor of a state and of its position."""
     state, seen_tokens, last_document = carried
     state, last_document = map_state(function, (state, last_document))
     return state, seen_tokens, last_document

@@ -1,4 +1,4 @@
-"""The short causal convolution in front of the memory, and in front of attention where a baseline wants it."""
+"""Short causal convolution before the memory, and optionally before a baseline's attention."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,18 @@ from .sequence import NOWHERE, PADDING, TokenSequence
 
 
 class ConvolutionState(NamedTuple):
-    """The last `kernel - 1` tokens that were read, padding left out, and their documents (None: all of one)."""
+    """The last `kernel - 1` tokens read, without padding, and their documents (None: a single document)."""
 
     tail: Float[Tensor, "batch taps channels"]
     document_ids: Int[Tensor, "batch taps"] | None
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise causal convolution that streams, skips padding and does not look across documents.
+    """Depthwise causal convolution that supports streaming, skips padding and respects document boundaries.
 
     Args:
-        channels: width of its input and output.
-        kernel: tokens that an output depends on, the current one included.
+        channels: width of input and output.
+        kernel: number of tokens that an output depends on, the current one included.
     """
 
     def __init__(self, channels: int, kernel: int):
@@ -32,7 +32,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time channels"], state: ConvolutionState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
-        """Convolve, and return the state to go on with."""
+        """Convolve `x`; return the output and the next state."""
         return convolve(x, self.weight, state, sequence)
 
 
@@ -42,7 +42,7 @@ def convolve(
     state: ConvolutionState | None,
     sequence: TokenSequence,
 ) -> tuple[Float[Tensor, "batch time channels"], ConvolutionState]:
-    """`ShortConvolution` as a function of its weight."""
+    """Apply `ShortConvolution` with a given weight."""
     if sequence.decodes and state is not None:
         return _convolve_token(x, weight, state, sequence)
     batch, time, channels = x.shape
@@ -94,14 +94,14 @@ def _convolve_token(
 def _extended_documents(
     x: Tensor, now: Tensor | None, taps: int, state: ConvolutionState | None, fresh_rows: Tensor | None
 ) -> Int[Tensor, "batch read"] | None:
-    """Join the documents of the tail and of the tokens; None if there is but one."""
+    """Concatenate the documents of the tail and the tokens; return None if there is only one document."""
     before = None if state is None else state.document_ids
     if before is None and now is None and fresh_rows is None:
         return None
     zeros = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     now = zeros if now is None else now
     if before is None:
-        # Zeros, or the one document that was read without a word about documents.
+        # The tail is zeros, or belongs to document 0 if earlier calls passed no document ids.
         before = torch.full((x.shape[0], taps), NOWHERE if state is None else 0, device=x.device)
     if fresh_rows is not None:
         before = before.masked_fill(fresh_rows[:, None], NOWHERE)

@@ -1,8 +1,8 @@
-"""Small differentiable functions whose backward is written by hand.
+"""Small differentiable functions with hand-written backwards.
 
-On a CPU these are bound by memory traffic: autograd's composite backward of a norm takes ten times as long as
-the norm. Here every pass over the data is one that is needed. torch.compile fuses passes by itself: in its graphs the
-same formulas stand in plain PyTorch.
+On a CPU these functions are bound by memory traffic: autograd's composite backward of a norm takes ten times as long as
+the norm. The implementations here make as few passes over the data as possible. torch.compile fuses passes by itself,
+so compiled graphs use the same formulas in plain PyTorch.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +22,15 @@ PRECISE = (torch.float32, torch.float64)
 def linear_rows(
     linear: nn.Module, x: Float[Tensor, "*lead inputs"], start: int, stop: int | None = None
 ) -> Float[Tensor, "*lead rows"]:
-    """The outputs `start` to `stop` of a linear layer."""
-    # An adapter in the layer's place, or a hook that brings its weight, is only there when the layer itself is called.
+    """Return the outputs `start` to `stop` of a linear layer."""
+    # Adapters that replace the layer, and hooks that load its weight, take effect only when the layer is called.
     if type(linear) is nn.Linear and "forward" not in vars(linear):
         return F.linear(x, linear.weight[start:stop])
     return linear(x)[..., start:stop]
 
 
 def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*lead dim"]:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32 at least."""
+    """Compute x / sqrt(mean(x²) + eps) · weight over the last axis, in at least float32."""
     if x.is_cuda or torch.compiler.is_compiling():
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
@@ -40,7 +40,7 @@ def rms_norm(x: Float[Tensor, "*lead dim"], weight: Float[Tensor, " dim"], eps: 
 
 
 def l2_normalize(x: Float[Tensor, "*lead dim"], eps: float = 1e-6) -> Float[Tensor, "*lead dim"]:
-    """x / sqrt(sum(x²) + eps) over the last axis: unit vectors, and zero for zero."""
+    """Compute x / sqrt(sum(x²) + eps) over the last axis: unit vectors, and zero for zero."""
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
@@ -50,7 +50,7 @@ def l2_normalize(x: Float[Tensor, "*lead dim"], eps: float = 1e-6) -> Float[Tens
 
 
 def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would round the sums inside a function that says itself what precision it works in."""
+    """Disable autocast inside a function that chooses its own precision; autocast would round its sums."""
 
     @wraps(method)
     def precise(*arguments: Any) -> Any:
@@ -96,14 +96,14 @@ class _Normalize(torch.autograd.Function):
         wide, grad = x.to(inverse.dtype), grad.to(inverse.dtype)
         grad_weight = None
         if weight is not None:
-            # A product with the vector of inverse norms sums over all tokens in one pass.
+            # Multiplying by the vector of inverse norms sums over all tokens in one pass.
             grad_weight = (inverse.flatten() @ (grad * wide).reshape(-1, x.shape[-1])).to(weight.dtype)
             grad = grad * weight
         along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3).mul_(-ctx.scale)
         return (grad * inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None, None
 
 
-IN_CACHE = 2**16  # elements that a convolution passes over again and again
+IN_CACHE = 2**16  # elements per block of a convolution, small enough to stay in the CPU cache
 
 
 def causal_convolution(
@@ -111,12 +111,12 @@ def causal_convolution(
     weight: Float[Tensor, "channels kernel"],
     same_document: Bool[Tensor, "batch time kernel"] | None = None,
 ) -> Float[Tensor, "batch time channels"]:
-    """A depthwise convolution over the current and the `kernel - 1` tokens before it.
+    """Convolve each channel over the current token and the `kernel - 1` tokens before it.
 
     Args:
-        x: the tokens with `kernel - 1` earlier ones in front.
-        weight: the last tap meets the current token.
-        same_document: which taps of a token lie in its own document; None: all.
+        x: the tokens, preceded by `kernel - 1` earlier ones.
+        weight: the taps; the last one applies to the current token.
+        same_document: True for taps within the token's own document; None: all of them.
     """
     if torch.compiler.is_compiling():
         taps = weight.t().to(x.dtype)
@@ -141,7 +141,7 @@ def _convolved_token(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _CausalConvolution(torch.autograd.Function):
-    """One multiply-add over the sequence a tap; as a grouped convolution it takes three times as long."""
+    """Convolution with one multiply-add over the sequence per tap; a grouped convolution takes three times as long."""
 
     @staticmethod
     @_without_autocast
@@ -172,9 +172,9 @@ class _CausalConvolution(torch.autograd.Function):
 
 
 def _parts(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """A few rows at a time on the CPU, so that they stay in the cache while their taps pass; all at once elsewhere.
+    """Split tensors into blocks of rows on the CPU, so that a block stays in the cache for all taps.
 
-    The last tensor is a mask; rows that it leaves whole come without.
+    The last tensor is a mask. It is replaced by None for rows where it is all True.
     """
     *data, mask = tensors
     first = data[0]
@@ -191,7 +191,7 @@ def rotate(
     cos: Float[Tensor, "rows 1 time half"],
     sin: Float[Tensor, "rows 1 time half"],
 ) -> Float[Tensor, "batch heads time dim"]:
-    """Rotary position embedding (arXiv 2104.09864): channels i and i + half turn by the i-th angle, the rest stay."""
+    """Rotate channels i and i + half by the i-th angle, and leave the rest unchanged (RoPE, arXiv 2104.09864)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _turn(x, cos, sin, 1)
     return _Rotate.apply(x, cos, sin)
@@ -202,7 +202,7 @@ def rotate_as_pretrained(
     cos: Float[Tensor, "rows 1 time turning"],
     sin: Float[Tensor, "rows 1 time turning"],
 ) -> Float[Tensor, "batch heads time dim"]:
-    """Rotate as `rotate` does, with the roundings of transformers' models; each angle is given for both channels."""
+    """Apply `rotate` with the rounding of transformers' models; each angle is given for both of its channels."""
     dim = cos.shape[-1]
     turning = x if dim == x.shape[-1] else x[..., :dim]
     first, second = turning.chunk(2, dim=-1)
@@ -211,7 +211,7 @@ def rotate_as_pretrained(
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation; its backward is the rotation back."""
+    """Rotation whose backward is the inverse rotation."""
 
     @staticmethod
     @_without_autocast

@@ -1,7 +1,7 @@
-"""Memory as heads (`mah`): every KV head reads a window, sinks, and a source of its own beyond them.
+"""Memory as heads (`mah`): every KV head reads a window, sinks, and its own source for older tokens.
 
 Softmax attention splits exactly: o_full = w · o_window + (1 - w) · o_far, where w is the window's share of the
-attention mass. A `full` head attends to everything. A `none` head drops the far part. A `memory` head models o_far by
+attention mass. A `full` head attends to all tokens. A `none` head drops the far part. A `memory` head models o_far by
 a neural memory of the tokens that left the window, and w by a gate.
 """
 
@@ -17,16 +17,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import MASK_DECODING, Visibility, decoding_mask, eager_attention
 from .configuration import HybridMemConfig
 from .functional import rotate, rotate_as_pretrained
-from .keys import KeyBuffer, PlainKeys, key_buffer
 from .memory import HeadMemory, HeadMemoryState, norm_layer, pick
 from .sequence import HeadChoice, TokenSequence
 from .sinks import Places, Rows, WindowPlan, plan_window
+from .state import KeyBuffer, PlainKeys, key_buffer
 
 Hidden = Float[Tensor, "batch time hidden"]
 
 
 class FullKeys(NamedTuple):
-    """All rotated keys and values so far, and their documents (None: one document)."""
+    """All rotated keys and values so far, and their documents (None: a single document)."""
 
     past: PlainKeys | KeyBuffer
     document_ids: Int[Tensor, "batch past"] | None
@@ -43,7 +43,7 @@ class FullKeys(NamedTuple):
 
 
 class WindowKeys(NamedTuple):
-    """Rotated keys and values of the last tokens and of the document's first ones."""
+    """Rotated keys and values of the last tokens and of the document's first tokens."""
 
     keys: Float[Tensor, "batch kv_heads kept dim"]
     values: Float[Tensor, "batch kv_heads kept dim"]
@@ -53,9 +53,9 @@ class WindowKeys(NamedTuple):
 
 
 class HeadsState(NamedTuple):
-    """The state of a `mah` layer: one part for each source that its heads read."""
+    """State of a `mah` layer, with one part for each source that its heads read."""
 
-    sources: str  # the first letter of each KV head's source; + after it: heads may also read `full`
+    sources: str  # the first letter of each KV head's source; a trailing + allows heads to read `full` as well
     full: FullKeys | None
     sliding: WindowKeys | None  # `full` heads of a base model with a sliding window
     local: WindowKeys | None
@@ -63,7 +63,7 @@ class HeadsState(NamedTuple):
 
 
 class HeadTokens(NamedTuple):
-    """Queries, keys and values of a call's tokens."""
+    """Queries, keys and values of the tokens of one call."""
 
     raw_q: Float[Tensor, "batch heads time dim"]  # before the rotary embedding
     raw_k: Float[Tensor, "batch kv_heads time dim"]
@@ -73,7 +73,7 @@ class HeadTokens(NamedTuple):
 
 
 class HeadWindow(NamedTuple):
-    """Keys and values of [kept tokens, the call's tokens] and of the sinks, and those that the next call needs."""
+    """Keys and values of [kept tokens, the call's tokens] and of the sinks, plus the part that the next call needs."""
 
     plan: WindowPlan
     keys: Float[Tensor, "batch kv_heads read dim"]
@@ -83,7 +83,7 @@ class HeadWindow(NamedTuple):
     kept: WindowKeys
 
     def heads(self, start: int, count: int) -> "HeadWindow":
-        """Return the part of some neighbouring heads."""
+        """Return the slice for `count` consecutive heads."""
         keys, values, sink_keys, sink_values = (
             x.narrow(1, start, count) for x in (self.keys, self.values, self.sink_keys, self.sink_values)
         )
@@ -91,12 +91,12 @@ class HeadWindow(NamedTuple):
 
     @property
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Keys and values that each block of queries meets."""
+        """Return the keys and values that each block of queries attends to."""
         return self.plan.fold_keys(self.sink_keys, self.keys), self.plan.fold_keys(self.sink_values, self.values)
 
 
 class HeadGroups(NamedTuple):
-    """KV heads by source, in order."""
+    """Indices of KV heads, grouped by source."""
 
     full: list[int]
     none: list[int]
@@ -104,16 +104,16 @@ class HeadGroups(NamedTuple):
 
     @property
     def local(self) -> list[int]:
-        """Heads with a window."""
+        """Return the heads that attend within a window."""
         return self.none + self.memory
 
 
 class HeadMixer(nn.Module):
-    """`mah`: attention whose KV heads each have a source.
+    """Mixer of `mah`: attention in which each KV head has its own source.
 
     Args:
         config: the model's configuration.
-        layer_idx: the layer's number.
+        layer_idx: the layer's index.
     """
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
@@ -142,10 +142,10 @@ class HeadMixer(nn.Module):
     def forward(
         self, x: Hidden, state: HeadsState | None, sequence: TokenSequence
     ) -> tuple[Hidden, HeadsState, Tensor | None]:
-        """Mix; returns the output, the state to go on with, and attention weights where every head is `full`.
+        """Mix tokens; return the output, the next state, and attention weights if every head is `full`.
 
         Raises:
-            ValueError: a head reads a memory that the layer lacks, or the state is of other sources.
+            ValueError: a head reads a memory that the layer lacks, or the state was filled with other sources.
         """
         mixed, state, weights = self.mix(x, state, sequence)
         return self.o_proj(mixed.flatten(-2)), state, weights
@@ -153,7 +153,7 @@ class HeadMixer(nn.Module):
     def mix(
         self, x: Hidden, state: HeadsState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch time heads dim"], HeadsState, Tensor | None]:
-        """Return what `forward` returns, with the heads' outputs before their projection."""
+        """Run `forward` without the output projection, and return the outputs by head."""
         groups, share, code = self._choice(sequence.heads, len(x))
         state = self._checked(state, code)
         if "rows" not in sequence.memo:
@@ -169,6 +169,17 @@ class HeadMixer(nn.Module):
             state = state._replace(sliding=window.kept)
         elif groups.full:
             outputs["full"], weights, state = self._attend_full(tokens, groups.full, state, sequence)
+        if groups.local and not groups.memory and sequence.heads is not None and sequence.heads.all_full:
+            window = self._window(
+                aligned,
+                groups.none,
+                self.config.attention_window,
+                self.config.num_sink_tokens,
+                state.local,
+                rows,
+                sequence,
+            )
+            return outputs["full"], state._replace(local=window.kept), None
         if groups.local:
             local, state = self._attend_local(rows.align(x), aligned, groups, state, rows, sequence)
             outputs["local"] = rows.restore(local)
@@ -199,7 +210,7 @@ class HeadMixer(nn.Module):
     def _choice(
         self, choice: HeadChoice | None, batch: int | None = None
     ) -> tuple[HeadGroups, Float[Tensor, "rows kv_heads"] | None, str]:
-        """Return the heads of each source, the share of `full` in each, and the name of their state's layout."""
+        """Return the heads of each source, the share of `full` in each head, and the code of the state's layout."""
         layers = None if choice is None else choice.sources
         if layers is None:
             assert self.config.head_sources is not None
@@ -207,16 +218,14 @@ class HeadMixer(nn.Module):
         sources = layers[self.layer_idx]
         share = None if choice is None or choice.full_share is None else choice.full_share[:, self.layer_idx]
         if share is not None and batch is not None and len(share) not in (1, batch):
-            raise ValueError(
-                f"full_share has {len(share)} rows for a batch of {batch}: give one for each, or one for all"
-            )
+            raise ValueError(f"full_share has {len(share)} rows for a batch of {batch}: give 1 or {batch} rows")
         full, none, memory = (
             [n for n, name in enumerate(sources) if name == kind] for kind in ("full", "none", "memory")
         )
         if memory and self.memory is None:
             raise ValueError(
                 f"head_sources[{self.layer_idx}] names memory but the layer was built without one: load the model with "
-                "head_sources that name memory there, or convert with head_source='memory'"
+                "memory in head_sources for this layer, or convert with head_source='memory'"
             )
         code = "".join(name[0] for name in sources) + ("" if share is None else "+")
         return HeadGroups(full if share is None else list(range(self.kv_heads)), none, memory), share, code
@@ -226,8 +235,8 @@ class HeadMixer(nn.Module):
             return HeadsState(code, None, None, None, None)
         if state.sources != code:
             raise ValueError(
-                f"layer {self.layer_idx}: the cache was filled with head sources {state.sources!r} and is read with "
-                f"{code!r}: start with an empty cache after changing them"
+                f"layer {self.layer_idx}: the cache was filled with head sources {state.sources!r} but is read with "
+                f"{code!r}: start with an empty cache after changing head sources"
             )
         return state
 
@@ -240,11 +249,13 @@ class HeadMixer(nn.Module):
         implementation = self.config._attn_implementation
         if sequence.decodes and state.full is not None and implementation in MASK_DECODING:
             return self._decode_full(q, keys, values, state, state.full, sequence)
+        if state.full is None and len(heads) < self.kv_heads:  # a view would keep the keys of other heads alive
+            keys, values = keys.clone(), values.clone()
         if state.full is not None:
             before = state.full
             if documents is not None:
                 earlier = before.document_ids
-                if earlier is None:  # earlier calls named no documents: theirs is document 0
+                if earlier is None:  # earlier calls passed no document ids: their tokens belong to document 0
                     earlier = documents.new_zeros(len(documents), before.keys.shape[2])
                 documents = torch.cat((earlier, documents), dim=1)
             keys = torch.cat((before.keys.to(keys.dtype), keys), dim=2)
@@ -267,13 +278,13 @@ class HeadMixer(nn.Module):
         return out, weights, state._replace(full=FullKeys(buffer, documents))
 
     def _full_mask(self, q: Tensor, keys: Tensor, documents: Tensor | None, sequence: TokenSequence) -> Any:
-        """Return the attention function's mask for causal rows of documents, or None for one causal row."""
+        """Return the attention mask for causal rows of documents, or None for plain causal rows."""
         implementation, past = self.config._attn_implementation, keys.shape[2] - q.shape[2]
         if implementation.startswith("flash_attention"):
             if documents is not None and documents.max() > 0:
                 raise ValueError(
-                    "flash_attention_2 takes rows of one document: use attn_implementation='sdpa' or 'flex_attention' "
-                    "for packed documents"
+                    "flash_attention_2 supports only rows of one document: set attn_implementation to 'sdpa' or "
+                    "'flex_attention' for packed documents"
                 )
             return None if documents is None else (documents >= 0).long()
         if implementation == "sdpa" and documents is None and (q.shape[2] == 1 or past == 0):
@@ -294,7 +305,7 @@ class HeadMixer(nn.Module):
     def _attend_local(
         self, x: Hidden, tokens: HeadTokens, groups: HeadGroups, state: HeadsState, rows: Rows, sequence: TokenSequence
     ) -> tuple[Tensor, HeadsState]:
-        """Attend to window and sinks; read the memory beyond them where the source says so."""
+        """Attend to window and sinks, and read the memory for heads with source `memory`."""
         config, none = self.config, len(groups.none)
         window = self._window(
             tokens, groups.local, config.attention_window, config.num_sink_tokens, state.local, rows, sequence
@@ -328,7 +339,7 @@ class HeadMixer(nn.Module):
         rows: Rows,
         sequence: TokenSequence,
     ) -> HeadWindow:
-        """Put the keys and values of `heads` behind those that earlier calls kept."""
+        """Append the keys and values of `heads` to the ones kept by earlier calls."""
         k, v = pick(tokens.k, heads), pick(tokens.v, heads)
         places = None if before is None else before.places
         plan = plan_window(sequence, rows, k.shape[2], window, sinks, places, k.device)
@@ -345,7 +356,7 @@ class HeadMixer(nn.Module):
         """Attend in blocks through transformers' registry."""
         plan, implementation = window.plan, self.config._attn_implementation
         if implementation.startswith("flash_attention"):
-            implementation = "sdpa"  # it has no mask for sinks
+            implementation = "sdpa"  # FlashAttention has no mask for sinks
         folded, keys, values = plan.fold_queries(q), *window.folded
         mask = None
         if plan.needs_mask or (implementation != "sdpa" and plan.time > 1):
@@ -358,10 +369,10 @@ class HeadMixer(nn.Module):
     def _attend_with_mass(
         self, q: Tensor, window: HeadWindow
     ) -> tuple[Float[Tensor, "batch time heads dim"], Float[Tensor, "batch time heads"]]:
-        """Attend in blocks, and return the log-sum-exp of each query's scores too."""
+        """Attend in blocks; return the output and the log-sum-exp of each query's scores."""
         plan = window.plan
         folded, keys, values = plan.fold_queries(q), *window.folded
-        grouped = folded.unflatten(1, (keys.shape[1], -1))  # no key is repeated for the queries that share it
+        grouped = folded.unflatten(1, (keys.shape[1], -1))  # queries that share a key are grouped, not keys repeated
         scores = (grouped.flatten(2, 3) @ keys.mT).unflatten(2, grouped.shape[2:4]) * self.scaling
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if plan.needs_mask or plan.time > 1:
@@ -377,17 +388,22 @@ class HeadMixer(nn.Module):
     ) -> tuple[Float[Tensor, "batch queries heads dim"], Tensor | None]:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
+        if implementation == "sdpa" and q.shape[2] == 1 and q.shape[1] > keys.shape[1]:
+            # The heads that share a key are its queries: torch's grouped kernel takes five times as long for one token.
+            grouped = q.flatten(1, 2).unflatten(1, (keys.shape[1], -1))
+            out = F.scaled_dot_product_attention(grouped, keys, values, mask, dropout, scale=self.scaling)
+            return out.flatten(1, 2).unsqueeze(1), None
         out, weights = function(self, q, keys, values, mask, dropout=dropout, scaling=self.scaling)
         return out, weights
 
     def _queries(self, q: Float[Tensor, "batch heads time dim"], heads: list[int]) -> Tensor:
-        """Return the queries of KV heads."""
+        """Select the queries that belong to the given KV heads."""
         return pick(q.unflatten(1, (self.kv_heads, -1)), heads).flatten(1, 2)
 
     def _blend(
         self, outputs: dict[str, Tensor], groups: HeadGroups, share: Float[Tensor, "rows kv_heads"]
     ) -> dict[str, Tensor]:
-        """Mix `full` with each local head's own source; keep heads that have no other source."""
+        """Mix `full` with each local head's own source; leave heads without another source unchanged."""
         full = outputs["full"].unflatten(2, (self.kv_heads, -1))
         local = outputs["local"].unflatten(2, (len(groups.local), -1))
         weight = pick(share, groups.local)[:, None, :, None, None].to(local.dtype)
@@ -396,7 +412,7 @@ class HeadMixer(nn.Module):
         return {"full": pick(full, alone, 2).flatten(2, 3), "local": blended} if alone else {"local": blended}
 
     def _join(self, outputs: dict[str, Tensor], groups: HeadGroups) -> Float[Tensor, "batch time heads dim"]:
-        """Bring the outputs of all sources into the order of heads."""
+        """Concatenate the outputs of all sources in the order of the heads."""
         if len(outputs) == 1 and not (groups.none and groups.memory):
             return next(iter(outputs.values()))
         order = [*groups.full, *groups.local]
@@ -405,13 +421,13 @@ class HeadMixer(nn.Module):
 
 
 def _mask_for(implementation: str, seen: Bool[Tensor, "rows 1 queries keys"], q: Tensor) -> Any:
-    """Turn a mask into the form that an attention function takes."""
+    """Convert a mask to the format of an attention implementation."""
     if implementation == "eager":
         return torch.zeros((), dtype=q.dtype, device=q.device).where(seen, torch.finfo(q.dtype).min)
     if implementation == "flex_attention":
         rows = len(seen)
         return create_block_mask(
-            lambda row, _, query, key: seen[row if rows > 1 else 0, 0, query, key],  # its signature is inspected
+            lambda row, _, query, key: seen[row if rows > 1 else 0, 0, query, key],  # flex inspects the signature
             rows if rows > 1 else None,
             None,
             seen.shape[2],

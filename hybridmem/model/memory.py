@@ -1,4 +1,4 @@
-"""The neural memory as a layer: what is in front of the scan and behind it (Titans, arXiv 2501.00663, section 4)."""
+"""Neural memory layers: projections and gates, the scan, and the output gate (Titans, arXiv 2501.00663, section 4)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,11 +20,11 @@ from .sequence import TokenSequence, known_true
 from .sinks import WindowPlan
 from .state import select_rows
 
-NO_DOCUMENT = -3  # no token of a document was written yet
+NO_DOCUMENT = -3  # no token has been written yet
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis (arXiv 1910.07467)."""
+    """Root-mean-square normalisation over the last axis (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -32,27 +32,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead dim"]:
-        """Normalise."""
+        """Normalise `x`."""
         return rms_norm(x, self.weight, self.eps)
 
 
 class PretrainedRMSNorm(RMSNorm):
-    """RMSNorm with the roundings of transformers' models, so that converted models give the same logits."""
+    """RMSNorm with the rounding of transformers' models, so that converted models give identical logits."""
 
     def forward(self, x: Float[Tensor, "*lead dim"]) -> Float[Tensor, "*lead dim"]:
-        """Normalise."""
+        """Normalise `x`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 def norm_layer(config: HybridMemConfig, dim: int) -> RMSNorm:
-    """Return a normalisation layer in the arithmetic of the model's origin."""
+    """Return the normalisation layer for a pretrained base model, or the default one."""
     return (PretrainedRMSNorm if config.is_pretrained else RMSNorm)(dim, config.rms_norm_eps)
 
 
 class ScanInputs(NamedTuple):
-    """What the scan reads and writes for every token."""
+    """Queries, keys, values and gates of every token, as inputs of the scan."""
 
     q: Float[Tensor, "batch heads time dim"]
     k: Float[Tensor, "batch heads time dim"]
@@ -63,26 +63,26 @@ class ScanInputs(NamedTuple):
 
 
 class MemoryTrace(NamedTuple):
-    """What the memory did with a text."""
+    """Gates, surprise and state norms of a memory along a text."""
 
     alpha: Float[Tensor, "batch heads time"]
     eta: Float[Tensor, "batch heads time"]
     theta: Float[Tensor, "batch heads time"]
-    surprise: Float[Tensor, "batch heads rest"]  # of every token but the first
+    surprise: Float[Tensor, "batch heads rest"]  # of every token except the first
     state_norm: Float[Tensor, "batch heads"]
 
 
 class NeuralMemoryState(NamedTuple):
-    """What a memory layer carries from call to call, whatever was read: constant in size."""
+    """State that a memory layer carries from call to call; its size is constant."""
 
     scan: MemoryState | MemoryMLPState
     convolution: ConvolutionState | None
 
 
 class NeuralMemory(nn.Module):
-    """A memory that writes what surprises it and forgets the rest, read by every token after its own write.
+    """Memory that learns surprising tokens and forgets old ones; each token reads it after its own write.
 
-    Projections, short convolution, SiLU and L2-norm; gates; the scan; RMSNorm, output gate and projection.
+    The pipeline: projections, short convolution, SiLU, L2 norm, gates, scan, RMSNorm, output gate, output projection.
     """
 
     def __init__(self, config: HybridMemConfig):
@@ -96,7 +96,7 @@ class NeuralMemory(nn.Module):
         )
         self.eta_depends_on_token = config.memory_momentum and config.memory_step != "certified"
         self.gate_proj = nn.Linear(config.hidden_size, heads * (3 if self.eta_depends_on_token else 2))
-        # Certified steps need a constant eta: one per head.
+        # Certified steps require a constant eta, one per head.
         self.eta_logit = (
             nn.Parameter(torch.empty(heads)) if config.memory_momentum and not self.eta_depends_on_token else None
         )
@@ -111,7 +111,7 @@ class NeuralMemory(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch time hidden"], NeuralMemoryState]:
-        """Read and write along `x`; returns the output and the state to go on with."""
+        """Read and write along `x`; return the output and the next state."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
         inputs, convolution = self.scan_inputs(x, None if state is None else state.convolution, sequence)
@@ -121,7 +121,7 @@ class NeuralMemory(nn.Module):
     def scan_inputs(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
     ) -> tuple[ScanInputs, ConvolutionState | None]:
-        """Queries, keys, values and gates of every token."""
+        """Compute queries, keys, values and gates of every token."""
         qkv = self.qkv_proj(x)
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
@@ -131,17 +131,17 @@ class NeuralMemory(nn.Module):
     def trace(
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
     ) -> MemoryTrace:
-        """Gates, surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
+        """Record the gates, the surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
         inputs, _ = self.scan_inputs(x, None if state is None else state.convolution, sequence)
-        # A token reads what stands after its own write: asked with the next token's key, it tells what that one found.
+        # A token reads the state after its own write. Querying with the next token's key gives M(W_{t-1}; k_t).
         ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
         recalled, scan = self._scan(ahead, None if state is None else state.scan, sequence)
         weights = (scan.weight,) if isinstance(scan, MemoryState) else scan.weights
         norm = torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0).sqrt()
         recalled = recalled[:, :, :-1]
-        if sequence.document_ids is not None:  # a document's first token finds a memory that has read nothing
+        if sequence.document_ids is not None:  # the first token of a document finds an empty memory
             starts = document_starts(sequence.document_ids, sequence.mask)[:, None, 1:, None]
             fresh = _recall(self.initial_scan_state(len(x), x), inputs.k[:, :, 1:])
             recalled = torch.where(starts, fresh.to(recalled.dtype), recalled)
@@ -154,26 +154,26 @@ class NeuralMemory(nn.Module):
         queries: Float[Tensor, "batch heads time dim"],
         scan: MemoryState | MemoryMLPState,
     ) -> Float[Tensor, "batch time hidden"]:
-        """What the memory as it stands answers to `queries` (see `queries`), nothing being written."""
+        """Read the memory in its current state with `queries` from `NeuralMemory.queries`, without writing."""
         return self._finish(_recall(scan, queries).to(queries.dtype), x)
 
     def queries(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch heads time dim"], ConvolutionState | None]:
-        """The queries of `x` alone, for `read`."""
+        """Compute only the queries of `x`, for `read`."""
         q = linear_rows(self.qkv_proj, x, 0, self.inner)
         if self.convolution is not None:
             q, state = convolve(q, self.convolution.weight[: self.inner], state, sequence)
         return l2_normalize(self._heads(nn.functional.silu(q))), state
 
     def initial_scan_state(self, batch: int, like: Tensor) -> MemoryState | MemoryMLPState:
-        """The state of a memory that has read nothing."""
+        """Return the state of an empty memory."""
         empty = like.new_zeros(batch, self.heads, 0, self.dim)
         gate = like.new_zeros(batch, self.heads, 0)
         return self._scan(ScanInputs(empty, empty, empty, gate, gate, gate), None, TokenSequence())[1]
 
     def reset(self, state: NeuralMemoryState, rows: Bool[Tensor, " batch"]) -> NeuralMemoryState:
-        """Forget everything in `rows`."""
+        """Empty the memory in the selected rows."""
         fresh = self.initial_scan_state(len(rows), self.o_proj.weight)
         return state._replace(scan=select_rows(rows, fresh, state.scan))
 
@@ -203,17 +203,17 @@ class NeuralMemory(nn.Module):
         )
 
     def _gates(self, x: Float[Tensor, "batch time hidden"]) -> tuple[Float[Tensor, "batch heads time"], ...]:
-        """alpha, eta and theta; theta within the bound of `memory_step`."""
+        """Compute alpha, eta and theta, with theta within the bound of `memory_step`."""
         return memory_gates(self.config, self.gate_proj(x), self.eta_logit)
 
     def _heads(self, x: Float[Tensor, "batch time channels"]) -> Float[Tensor, "batch heads time dim"]:
-        """Cut channels into heads."""
+        """Split channels into heads."""
         return x.unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
     def _split(
         self, x: Float[Tensor, "batch time channels"], together: bool
     ) -> tuple[Float[Tensor, "batch heads time dim"], ...]:
-        """Cut channels into normalised queries and keys, and values; `together` takes one norm for both."""
+        """Split channels into normalised queries and keys, and values; `together` takes one norm for both."""
         heads = self._heads(x)
         if together:
             normal, v = l2_normalize(heads[:, : 2 * self.heads]), heads[:, 2 * self.heads :]
@@ -224,7 +224,7 @@ class NeuralMemory(nn.Module):
     def _finish(
         self, out: Float[Tensor, "batch heads time dim"], x: Float[Tensor, "batch time hidden"]
     ) -> Float[Tensor, "batch time hidden"]:
-        """Normalise each head, gate by the token, project."""
+        """Normalise each head, apply the output gate, and project."""
         out = self.norm(out.transpose(1, 2)).flatten(-2)
         return self.o_proj(out * torch.sigmoid(self.output_gate(x)))
 
@@ -232,7 +232,7 @@ class NeuralMemory(nn.Module):
 def _recall(
     scan: MemoryState | MemoryMLPState, queries: Float[Tensor, "batch heads time dim"]
 ) -> Float[Tensor, "batch heads time dim"]:
-    """What a memory in this state answers, in the state's dtype."""
+    """Read a memory state with `queries`, in the state's dtype."""
     if isinstance(scan, MemoryState):
         return queries.to(scan.weight.dtype) @ scan.weight
     return memory_mlp(scan.weights, queries.to(scan.weights[0].dtype))
@@ -243,7 +243,7 @@ def memory_gates(
     logits: Float[Tensor, "batch time channels"],
     eta_logit: Float[Tensor, " heads"] | None,
 ) -> tuple[Float[Tensor, "batch heads time"], ...]:
-    """Return alpha, eta and theta from the logits of alpha and theta, and of eta where it depends on the token."""
+    """Compute alpha, eta and theta from the logits of alpha and theta, and of eta if it depends on the token."""
     depends_on_token = config.memory_momentum and eta_logit is None
     gates = torch.sigmoid(logits.to(state_dtype(logits.dtype))).transpose(1, 2)
     alpha, write, *rest = gates.chunk(3 if depends_on_token else 2, dim=1)
@@ -256,16 +256,16 @@ def memory_gates(
     else:
         eta = rest[0]
     theta = write * write_bound(config.memory_step, eta)
-    # A deep memory has no certificate: every layer moves at once, so each gets its share of the step.
+    # A deep memory has no certificate: all layers move at once, so the step is divided among them.
     return alpha, eta.expand_as(write), theta if config.memory_depth == 1 else theta / config.memory_depth
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
-    """The largest theta that `memory_step` allows with the gate eta.
+    """Return the largest theta that `memory_step` allows for the momentum gate eta.
 
-    A write keeps moving the weights after its key is gone, by theta / (1 - eta) in all. Below
-    2(1 - eta)² / (1 + eta), eta being constant, no sequence of unit keys makes the state grow; above 1 a write
-    without momentum overshoots its target, so the bound stops there.
+    Through the momentum, a write keeps moving the weights, by theta / (1 - eta) in total. Below
+    2(1 - eta)² / (1 + eta) and with constant eta, no sequence of unit keys makes the state grow. Above 1, a write
+    without momentum overshoots its target, so the bound is capped at 1.
     """
     if step == "certified":
         return (2 * (1 - eta).square() / (1 + eta)).clamp(max=1)
@@ -273,16 +273,16 @@ def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"
 
 
 class HeadMemoryState(NamedTuple):
-    """The memory, and unrotated keys and gates of the tokens in the window, which it writes later."""
+    """State of the memory, with unrotated keys and gates of the window's tokens, which are written later."""
 
-    scan: MemoryState | MemoryMLPState | None  # None: nothing has left the window
+    scan: MemoryState | MemoryMLPState | None  # None: no token has left the window
     keys: Float[Tensor, "batch kv_heads kept dim"]
     gates: Float[Tensor, "batch heads kept gates"]
     document: Int[Tensor, " batch"]  # of the last write
 
 
 class FeatureMap(nn.Module):
-    """A linear map for each head, followed by L2 normalisation; the identity at the start."""
+    """Linear map for each head, followed by L2 normalisation; it starts as the identity."""
 
     def __init__(self, heads: int, dim: int):
         super().__init__()
@@ -296,7 +296,7 @@ class FeatureMap(nn.Module):
 
 
 class HeadMemory(nn.Module):
-    """The memories of a layer's query heads, and the gates that mix them with the window."""
+    """Memories of a layer's query heads, with the gates that mix them with the window."""
 
     def __init__(self, config: HybridMemConfig):
         super().__init__()
@@ -315,7 +315,7 @@ class HeadMemory(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Start near the plain window: identity maps, a mixing gate near 1, gates that write gently."""
+        """Initialise near plain window attention: identity maps, a mixing gate near 1, small write gates."""
         for feature_map in (self.q_map, self.k_map):
             init.copy_(feature_map.weight, torch.eye(self.config.head_dim).repeat(self.heads, 1, 1))
         init.normal_(self.gate_proj.weight, std=self.config.initializer_range)
@@ -351,9 +351,9 @@ class HeadMemory(nn.Module):
             keys, values: unrotated keys, and values, of [kept tokens, `x`].
             attended: the window's output.
             mass: log-sum-exp of the window's scores.
-            kv_heads: the heads of which these are.
-            plan: which tokens leave the window at which step.
-            state: what earlier calls left.
+            kv_heads: indices of the KV heads.
+            plan: the tokens that leave the window at each step.
+            state: the state after earlier calls.
         """
         heads = [head * self.groups + n for head in kv_heads for n in range(self.groups)]
         found = memory_gates(self.config, _project(self.gate_proj, x), self.eta_logit)
@@ -372,7 +372,7 @@ class HeadMemory(nn.Module):
     def _mix(
         self, x: Tensor, attended: Tensor, recalled: Tensor, mass: Tensor, heads: list[int], plan: WindowPlan
     ) -> Tensor:
-        """Weigh the window by its modelled share of the attention mass, which is 1 while the memory is empty."""
+        """Weight the window by its modelled share of the attention mass, which is 1 while the memory is empty."""
         start = plan.first_write
         logits = pick(_project(self.mixing_gate, x[:, start:]).to(mass.dtype), heads, 2)
         share = torch.sigmoid(logits + pick(self.window_mass, heads, 0).to(mass.dtype) * mass[:, start:])
@@ -384,7 +384,7 @@ class HeadMemory(nn.Module):
     def _read_and_write(
         self, plan: WindowPlan, q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, heads: list[int], state: Any
     ) -> tuple[Tensor, Any]:
-        """Step by step, write the token that leaves the window and answer the query."""
+        """Write the token that leaves the window and read the memory, step by step."""
         start = plan.first_write
         q = self.q_map(q[:, :, start:], heads)
         k = self.k_map(self._repeat(plan.leaving(keys)), heads)
@@ -396,9 +396,9 @@ class HeadMemory(nn.Module):
     def _begin_documents(
         self, plan: WindowPlan, scan: Any, document: Int[Tensor, " batch"], q: Tensor, heads: list[int]
     ) -> tuple[Any, Int[Tensor, " batch"]]:
-        """Empty the memories of rows whose first write is of another document than the last one.
+        """Empty the memories of rows whose first write belongs to a new document.
 
-        Returns the memories, and the document that each row will have written last.
+        Return the memories, and the document of each row's last write after this call.
         """
         written = plan.written
         if written is None or plan.document_ids is None:
@@ -431,17 +431,17 @@ class HeadMemory(nn.Module):
         return memory_mlp_scan(*inputs, weights, state, max_grad_norm=config.memory_max_grad_norm, **rows)
 
     def _repeat(self, x: Tensor) -> Tensor:
-        """Give each query head its KV head."""
+        """Repeat each KV head for its query heads."""
         return x.repeat_interleave(self.groups, dim=1)
 
 
 def _project(linear: Any, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
-    """Project in the layer's dtype: memories may be more precise than the model around them."""
+    """Project in the layer's dtype, since memories may have a higher precision than the rest of the model."""
     return linear(x.to(linear.weight.dtype))
 
 
 def pick(x: Tensor, wanted: Sequence[int], dim: int = 1) -> Tensor:
-    """Take entries along an axis, in this order; a view where they are neighbours."""
+    """Select entries along an axis, in the given order; return a view if they are consecutive."""
     if list(wanted) == list(range(x.shape[dim])):
         return x
     if not wanted:

@@ -1,4 +1,4 @@
-"""The variants: how a decoder layer mixes tokens (Titans, arXiv 2501.00663, section 4)."""
+"""Token mixers, one class per variant (Titans, arXiv 2501.00663, section 4)."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,16 +13,15 @@ from hybridmem_kernels.blocks import even_blocks, split_blocks
 from .attention import AttentionState, ShortRangeAttention, Visibility
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState
-from .keys import KeyBuffer, key_buffer
 from .memory import NeuralMemory, NeuralMemoryState, RMSNorm
 from .sequence import NOWHERE, TokenSequence, known_true
-from .state import map_state, select_rows
+from .state import KeyBuffer, key_buffer, map_state, select_rows
 
 Hidden = Float[Tensor, "batch time hidden"]
 
 
 class AttentionMixer(nn.Module):
-    """`swa` and `full`: attention alone."""
+    """Mixer of `swa` and `full`: attention alone."""
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
@@ -32,12 +31,12 @@ class AttentionMixer(nn.Module):
     def forward(
         self, x: Hidden, state: AttentionState | None, sequence: TokenSequence
     ) -> tuple[Hidden, AttentionState, Tensor | None]:
-        """Mix; returns the output, the state to go on with, and attention weights where they exist."""
+        """Mix tokens; return the output, the next state, and the attention weights if available."""
         return self.attention(x, state, sequence)
 
 
 class MemoryMixer(nn.Module):
-    """`lmm`: the memory alone."""
+    """Mixer of `lmm`: the memory alone."""
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
@@ -46,21 +45,22 @@ class MemoryMixer(nn.Module):
     def forward(
         self, x: Hidden, state: NeuralMemoryState | None, sequence: TokenSequence
     ) -> tuple[Hidden, NeuralMemoryState, None]:
-        """Mix; returns the output and the state to go on with."""
+        """Mix tokens; return the output, the next state and None."""
         return *self.memory(x, state, sequence), None
 
 
 class BranchStates(NamedTuple):
-    """The states of a layer with attention and memory."""
+    """States of a layer with attention and memory."""
 
     attention: AttentionState
     memory: NeuralMemoryState
 
 
 class GateMixer(nn.Module):
-    """`mag`: window and memory side by side on the same input, g ⊙ attention + (1 - g) ⊙ memory.
+    """Mixer of `mag`: window attention and memory on the same input, g ⊙ attention + (1 - g) ⊙ memory.
 
-    Both are normalised with learned vectors first, so that g, one number per head and token, is the allocation.
+    Both outputs are first normalised with learned vectors, so that the gate g, one number per head and token, is the
+    allocation between them.
     """
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
@@ -74,7 +74,7 @@ class GateMixer(nn.Module):
     def forward(
         self, x: Hidden, state: BranchStates | None, sequence: TokenSequence
     ) -> tuple[Hidden, BranchStates, Tensor | None]:
-        """Mix; returns the output, the state to go on with, and attention weights where they exist."""
+        """Mix tokens; return the output, the next state, and the attention weights if available."""
         attended, attention, weights = self.attention(x, None if state is None else state.attention, sequence)
         remembered, memory = self.memory(x, None if state is None else state.memory, sequence)
         attended, remembered = self.attention_norm(attended), self.memory_norm(remembered)
@@ -85,7 +85,7 @@ class GateMixer(nn.Module):
 
 
 class LayerMixer(nn.Module):
-    """`mal`: the memory first, the window on the stream as the memory left it."""
+    """Mixer of `mal`: the memory first, then window attention on the memory's output."""
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
@@ -96,7 +96,7 @@ class LayerMixer(nn.Module):
     def forward(
         self, x: Hidden, state: BranchStates | None, sequence: TokenSequence
     ) -> tuple[Hidden, BranchStates, Tensor | None]:
-        """Mix; returns the output, the state to go on with, and attention weights where they exist."""
+        """Mix tokens; return the output, the next state, and the attention weights if available."""
         remembered, memory = self.memory(x, None if state is None else state.memory, sequence)
         past = None if state is None else state.attention
         attended, attention, weights = self.attention(self.norm(x + remembered), past, sequence)
@@ -104,16 +104,16 @@ class LayerMixer(nn.Module):
 
 
 class OpenSegment(NamedTuple):
-    """The tokens of the segment that is being read: a column each, of keys and values for memory and for attention."""
+    """Keys and values of the open segment, one column per token, for memory and attention."""
 
     memory_keys: Float[Tensor, "batch kv_heads columns dim"]
     memory_values: Float[Tensor, "batch kv_heads columns dim"]
     keys: Float[Tensor, "batch kv_heads columns dim"]
     values: Float[Tensor, "batch kv_heads columns dim"]
-    valid: Bool[Tensor, "batch columns"]  # a row's columns before its segment began hold nothing
+    valid: Bool[Tensor, "batch columns"]  # False for columns before the row's segment began
 
     def without(self, rows: Bool[Tensor, " batch"]) -> "OpenSegment":
-        """Empty the segments of `rows`; columns that then hold nothing in any row go."""
+        """Empty the segments of `rows`, and drop columns that are then empty in every row."""
         valid = self.valid & ~rows[:, None]
         alive = valid.any(0)
         keys, values = self.keys[:, :, alive], self.values[:, :, alive]
@@ -122,7 +122,7 @@ class OpenSegment(NamedTuple):
         )
 
     def followed_by(self, new: "OpenSegment") -> "OpenSegment":
-        """Put new columns behind."""
+        """Append new columns."""
         return OpenSegment(
             torch.cat((self.memory_keys, new.memory_keys), dim=2),
             torch.cat((self.memory_values, new.memory_values), dim=2),
@@ -145,24 +145,24 @@ class SegmentBuffer(NamedTuple):
 
 
 class SegmentStates(NamedTuple):
-    """The state of a mac layer."""
+    """State of a mac layer."""
 
     segment: OpenSegment | SegmentBuffer
-    filled: Int[Tensor, " batch"]  # tokens of the open segment; 0: the next token opens one
-    segment_memory: MemoryState | MemoryMLPState  # as it stood before the open segment
+    filled: Int[Tensor, " batch"]  # number of tokens in the open segment; 0: the next token opens a segment
+    segment_memory: MemoryState | MemoryMLPState  # the memory's state before the open segment
     memory: NeuralMemoryState
     attention_convolution: ConvolutionState | None
     query_convolution: ConvolutionState | None
 
 
 class ContextMixer(nn.Module):
-    """`mac`: in each segment, attention over [persistent, what the memory recalls, the segment], then a write.
+    """Mixer of `mac`: in each segment, attention over [persistent, recalled, segment] tokens, then a memory write.
 
-    For token i of a segment: h_i = M(q_i) from the memory as it stood before the segment; a_i attends to h_j and
+    For token i of a segment, h_i = M(q_i) is read from the memory's state before the segment; a_i attends to h_j and
     x_j, j <= i; y_i = norm(x_i + a_i) is written to the memory; the output is a_i + (1 + y_i) ⊙ M_i(y_i), read after
-    that write. (The paper draws the product alone. Without the residual around attention, what is written shares
-    nothing with what is asked for at the start; without that around the product, what is read passes on with random
-    signs: key-value recall that takes 100 steps is then not learnt in 800.)
+    that write. The paper has only the product. Both residuals are necessary: without the one around attention, the
+    initial writes and queries are unrelated; without the one around the product, recalled values have random signs.
+    Key-value recall that takes 100 steps with the residuals is not learnt in 800 without them.
     """
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
@@ -177,10 +177,10 @@ class ContextMixer(nn.Module):
     def forward(
         self, x: Hidden, state: SegmentStates | None, sequence: TokenSequence
     ) -> tuple[Hidden, SegmentStates, Tensor | None]:
-        """Mix; returns the output, the state to go on with, and attention weights where they exist.
+        """Mix tokens; return the output, the next state, and the attention weights if available.
 
-        Columns of the weights are [persistent tokens, recalled tokens, tokens]; the latter two begin with those
-        of the segment that earlier calls left open.
+        Columns of the weights are [persistent tokens, recalled tokens, tokens]; the latter two begin with the columns
+        of the segment left open by earlier calls.
         """
         if sequence.decodes and state is not None and self._decodes_alike(state):
             return *self._decode(x, state, sequence), None
@@ -217,7 +217,7 @@ class ContextMixer(nn.Module):
             attention_convolution=attention_convolution,
             query_convolution=query_convolution,
         )
-        mixed = segments.join(outputs) if outputs else torch.zeros_like(x)  # nothing but padding
+        mixed = segments.join(outputs) if outputs else torch.zeros_like(x)  # every token is padding
         return mixed, state, self._join_weights(segments, weights)
 
     def _decodes_alike(self, state: SegmentStates) -> bool:
@@ -266,7 +266,7 @@ class ContextMixer(nn.Module):
     def _gone_on_with(
         self, segments: "_Segments", n: int, scan: MemoryState | MemoryMLPState, state: SegmentStates
     ) -> tuple[MemoryState | MemoryMLPState, OpenSegment]:
-        """The memory as it stood before the n-th segment, and what of that was read, where a row goes on with it."""
+        """Return the memory's state before the n-th segment, and the columns of that segment read so far."""
         assert isinstance(state.segment, OpenSegment)
         if segments.alike:
             return state.segment_memory, state.segment
@@ -276,7 +276,10 @@ class ContextMixer(nn.Module):
     def _attend(
         self, q: Tensor, new: OpenSegment, old: OpenSegment | None
     ) -> tuple[OpenSegment, Hidden, Tensor | None]:
-        """Attend in one segment; returns its columns so far, the output, and the weights. No `old`: all is valid."""
+        """Attend within a segment; return its columns so far, the output, and the weights.
+
+        Without `old`, all columns are valid.
+        """
         columns = new if old is None else old.followed_by(new)
         past, time = columns.valid.shape[1] - q.shape[2], q.shape[2]
         clock = torch.arange(-past, time, device=q.device)
@@ -290,14 +293,14 @@ class ContextMixer(nn.Module):
         return columns, self.attention.o_proj(out.flatten(-2)), weights
 
     def _join_weights(self, segments: "_Segments", maps: list[Tensor | None]) -> Tensor | None:
-        """The segments' attention weights as one map over [persistent, recalled, tokens]."""
+        """Merge the segments' attention weights into one map over [persistent, recalled, tokens]."""
         weights = [w for w in maps if w is not None]
         if not weights:
             return None
         persistent = self.attention.num_persistent
         past = (weights[0].shape[3] - persistent) // 2 - weights[0].shape[2]
         width = past + segments.time
-        nowhere = persistent + 2 * width  # a column that is cut off in the end
+        nowhere = persistent + 2 * width  # an extra column that is cut off at the end
         rows = []
         for n, of_segment in enumerate(weights):
             places = segments.places(n, (of_segment.shape[3] - persistent) // 2, past)
@@ -320,13 +323,13 @@ class ContextMixer(nn.Module):
 
 
 class _Segments:
-    """The tokens of a call cut into segments, which begin where they begin when a document is read alone."""
+    """Tokens of a call cut into segments; each document's segments begin as if the document were read alone."""
 
     def __init__(self, x: Hidden, length: int, filled: Int[Tensor, " batch"] | None, sequence: TokenSequence):
         batch, time, _ = x.shape
         self.sequence = sequence
         one_document = sequence.document_ids is None and sequence.mask is None
-        # Every row is cut alike, with as many tokens in its open segment: nothing has to be looked up.
+        # All rows are cut alike and have equally long open segments, so no lookup is needed.
         self.alike = one_document and (filled is None or known_true((filled == filled[0]).all()))
         if self.alike:
             self.open = 0 if filled is None else int(filled[0])
@@ -354,7 +357,7 @@ class _Segments:
         return self.blocks.scatter(torch.stack(outputs).unsqueeze(2)).squeeze(1)
 
     def part(self, n: int, cos: Tensor, sin: Tensor) -> TokenSequence:
-        """What the n-th segment knows about its tokens."""
+        """Return the token sequence of the n-th segment."""
         if self.alike:
             return TokenSequence(cos, sin)
         fresh = self.blocks.new_document[:, n]
@@ -364,12 +367,12 @@ class _Segments:
         return TokenSequence(cos, sin, mask=mask, fresh_rows=fresh if fresh.any() else None)
 
     def valid(self, n: int) -> Bool[Tensor, "batch width"]:
-        """Which places of the n-th segment hold a token."""
+        """Mark the places of the n-th segment that hold a token."""
         valid = self.blocks.valid[:, n]
         return valid[:, : self.sizes[n]] if self.alike else valid
 
     def places(self, n: int, columns: int, past: int) -> Int[Tensor, "batch columns"]:
-        """Where each column of the n-th segment stands in [columns that earlier calls left, tokens]; -1: nowhere."""
+        """Map each column of the n-th segment to its index in [earlier calls' columns, tokens]; -1: none."""
         valid = self.valid(n)
         new = (past + self.blocks.times[:, n, : valid.shape[1]]).where(valid, -1)
         old = (
@@ -380,9 +383,9 @@ class _Segments:
         return torch.cat((old.expand(len(new), -1), new), dim=1)
 
     def begin_alike(self, n: int) -> bool:
-        """Whether the n-th segment has its first token here in every row, as far as that is known without a look."""
+        """Return True if the n-th segment is known, without reading data, to begin in this call in every row."""
         return self.alike and (n > 0 or not self.open)
 
     def begins(self, n: int) -> Bool[Tensor, " batch"]:
-        """Rows whose n-th segment has its first token here."""
+        """Mark the rows whose n-th segment begins in this call."""
         return self.blocks.begins[:, n]

@@ -1,4 +1,4 @@
-"""The language model: decoder layers of any variant, and what transformers expects around them."""
+"""Language model with decoder layers of any variant, and its integration into transformers."""
 
 import math
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ MIXERS = {
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU feed-forward layer (arXiv 2002.05202)."""
 
     def __init__(self, config: HybridMemConfig):
         super().__init__()
@@ -67,13 +67,13 @@ class FeedForward(nn.Module):
 
 
 class HybridMemLayer(GradientCheckpointingLayer):
-    """A decoder layer: the variant's mixer and a feed-forward layer, pre-norm, each with a residual."""
+    """Decoder layer: the variant's mixer and a feed-forward layer, both pre-norm with a residual."""
 
     def __init__(self, config: HybridMemConfig, layer_idx: int):
         super().__init__()
         self.layer_idx, self.variant = layer_idx, config.layer_type(layer_idx)
-        # mac works with its parts' weights and a deep memory with a list of them: accelerate's hooks, which bring a
-        # module's weights when it is called, miss both.
+        # accelerate's hooks load a module's weights when the module is called. mac reads the weights of its submodules
+        # directly, and a deep memory passes its weights as a list, so both bypass the hooks.
         self.needs_all_weights = self.variant == "mac" or config.memory_depth > 1
         self.mixer_norm = norm_layer(config, config.hidden_size)
         self.mixer = MIXERS[self.variant](config, layer_idx)
@@ -86,11 +86,11 @@ class HybridMemLayer(GradientCheckpointingLayer):
         sequence: TokenSequence,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        """Mix tokens, then transform each; takes the layer's state from the cache and puts the new one in."""
+        """Mix tokens, then transform each one; read the layer's state from the cache and store the next one."""
         if self.needs_all_weights and not hidden_states.is_meta and any(w.is_meta for w in self.mixer.parameters()):
             raise ValueError(
-                f"layer {self.layer_idx} ({self.variant}) is offloaded weight by weight and needs them together: place "
-                "it on a device, or offload it as a whole with accelerate's preload_module_classes=['HybridMemLayer']"
+                f"layer {self.layer_idx} ({self.variant}) is offloaded weight by weight but needs all weights at once: "
+                "place it on a device, or offload it with accelerate's preload_module_classes=['HybridMemLayer']"
             )
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         mixed, state, _ = self.mixer(self.mixer_norm(hidden_states), None if cache is None else cache.state, sequence)
@@ -101,7 +101,7 @@ class HybridMemLayer(GradientCheckpointingLayer):
 
 
 class HybridMemPreTrainedModel(PreTrainedModel):
-    """Weights' start, and what transformers may do with the model."""
+    """Weight initialisation and declaration of the transformers features that the model supports."""
 
     config: HybridMemConfig
     base_model_prefix = "model"
@@ -112,28 +112,28 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = (r"\.mixer\.memory\.",)  # of heads that no longer read one
-    _is_stateful = True  # assisted generation would have to unread tokens
+    _keys_to_ignore_on_load_unexpected = (r"\.mixer\.memory\.",)  # memories of heads whose source has changed
+    _is_stateful = True  # assisted generation would need to undo writes
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": HybridMemLayer,
         "attentions": [OutputRecorder(mixer, index=2) for mixer in set(MIXERS.values())],
     }
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save, with code in the folder for AutoModel and AutoModelForCausalLM, whichever of the two this is."""
+        """Save the model, together with code that lets AutoModel and AutoModelForCausalLM load the folder."""
         self.set_auto_map()
         super().save_pretrained(*args, **kwargs)
 
     def set_auto_map(self) -> None:
-        """Name in the configuration which of the folder's code AutoModel and AutoModelForCausalLM load."""
+        """Record in the configuration the classes that AutoModel and AutoModelForCausalLM load from the folder."""
         classes = HybridMemModel, HybridMemForCausalLM
         self.config.auto_map = {cls._auto_class: f"{__name__.split('.')[-1]}.{cls.__name__}" for cls in classes}
 
     def set_head_sources(self, sources: list[list[str]]) -> None:
-        """Let the KV heads of `mah` layers read other sources from now on, and write that into the configuration.
+        """Change the sources of the KV heads of `mah` layers, and record the change in the configuration.
 
         Args:
-            sources: for each layer a list of `full`, `memory` or `none` for its KV heads, empty where it is not mah.
+            sources: for each layer, a list of `full`, `memory` or `none` for its KV heads; empty for other variants.
 
         Raises:
             ValueError: `sources` has the wrong shape or an unknown name.
@@ -145,15 +145,16 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     def head_sources(
         self,
         sources: list[list[str]] | None = None,
-        full_share: Float[Tensor, "rows layers kv_heads"] | None = None,
+        full_share: Float[Tensor, "rows layers kv_heads"] | float | None = None,
     ) -> Iterator[None]:
-        """Let the KV heads of `mah` layers read other sources inside the context.
+        """Change the sources of the KV heads of `mah` layers temporarily, inside the context.
 
         Args:
-            sources: as in `set_head_sources`; None: the configuration's.
-            full_share: in each row (or in all, if it has one row) the share of `full` in a head's output; the rest
-                comes from the head's source. 1 and 0 choose, numbers between mix. Caches then hold all keys and the
-                other source's state, so that a head may change its share from call to call.
+            sources: as in `set_head_sources`; None: the configuration's sources.
+            full_share: for each row (or for all rows, if it has one row) the share of `full` in a head's output; the
+                rest comes from the head's source. 1 and 0 select, numbers in between mix. Caches then hold all keys as
+                well as the other source's state, so that a head may change its share from call to call. The number 1.0
+                means a share of 1 everywhere and skips the other source's output.
 
         Raises:
             ValueError: `sources` or `full_share` has the wrong shape.
@@ -162,20 +163,23 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         if sources is not None:
             check_head_sources(sources, config)
         wanted = (config.num_hidden_layers, config.num_key_value_heads)
-        if full_share is not None and full_share.shape[1:] != wanted:
+        all_full = isinstance(full_share, float)
+        share = torch.ones(1, *wanted, device=self.device) if isinstance(full_share, float) else full_share
+        if isinstance(full_share, float) and full_share != 1:
+            raise ValueError(f"full_share={full_share} must be 1.0, or a tensor of (rows, layers, KV heads)")
+        if share is not None and share.shape[1:] != wanted:
             raise ValueError(
-                f"full_share must be (rows, layers, KV heads) = (…, {wanted[0]}, {wanted[1]}), "
-                f"got {tuple(full_share.shape)}"
+                f"full_share must be (rows, layers, KV heads) = (…, {wanted[0]}, {wanted[1]}), got {tuple(share.shape)}"
             )
-        before, decoder.head_choice = decoder.head_choice, HeadChoice(sources, full_share)
+        before, decoder.head_choice = decoder.head_choice, HeadChoice(sources, share, all_full)
         try:
             yield
         finally:
             decoder.head_choice = before
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code that is not its own, transformers passes over modules that hold no parameter themselves, as if they
-        # had been loaded. Ours start what their children hold; what was loaded is left alone tensor by tensor.
+        # For custom code, transformers skips modules without own parameters, as if they had been loaded. HybridMem's
+        # modules also initialise parameters of their children. Loaded tensors are still skipped one by one.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -190,7 +194,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
                 self._init_look_back(module.qkv_proj.weight, module.convolution, widths, module.head_dim)
         elif isinstance(module, GateMixer):
             init.zeros_(module.allocation_gate.weight)
-            # At 1 the normalised branches would drown the embeddings, which start small too.
+            # Embeddings start small. At 1, the normalised branches would dominate them.
             init.constant_(module.attention_norm.weight, 0.2)
             init.constant_(module.memory_norm.weight, 0.2)
         elif isinstance(module, NeuralMemory):
@@ -201,11 +205,11 @@ class HybridMemPreTrainedModel(PreTrainedModel):
     def _init_look_back(
         self, qkv: Tensor, convolution: ShortConvolution, widths: tuple[int, int], head_dim: int
     ) -> None:
-        """Start as a look-up of what followed the same context earlier.
+        """Initialise attention or memory as an induction head: a lookup of the token that followed the same context.
 
-        A channel of a query is one of the last tokens, that of a key the token before it, a value the current token;
-        queries and keys share their projection. So a query meets the keys of those earlier tokens whose predecessors
-        were like its own, and reads what stood there: the next token, if the text repeats itself.
+        A channel of a query holds one of the last tokens, the same channel of a key the token before that, and a value
+        the current token; queries and keys share their projection. A query therefore matches the keys of earlier
+        tokens with similar predecessors, and reads the value there: the next token, if the text repeats itself.
         """
         queries, keys = widths
         kernel = convolution.weight.shape[1]
@@ -220,10 +224,10 @@ class HybridMemPreTrainedModel(PreTrainedModel):
         init.copy_(convolution.weight, taps)
 
     def _init_memory(self, memory: NeuralMemory) -> None:
-        """Write gently, forget slowly: heads start with half-lives from some tens to some thousands of tokens."""
+        """Initialise with small writes and slow forgetting: half-lives range from tens to thousands of tokens."""
         heads = memory.heads
         alpha = -torch.linspace(4, 8, heads) if heads > 1 else torch.tensor([-6.0])
-        # A deep memory's chunk moves the weights from one point: its tokens share a single token's step.
+        # The tokens of a deep memory's chunk take gradients at the same weights, so they share one token's step.
         gentle = math.log(self.config.memory_chunk_size) if self.config.memory_depth > 1 else 0.0
         write = torch.full((heads,), -gentle)
         eta = torch.zeros(heads) if memory.eta_depends_on_token else torch.zeros(0)
@@ -238,7 +242,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
 
 
 class HybridMemModel(HybridMemPreTrainedModel):
-    """The decoder without its head."""
+    """Decoder without a language modelling head."""
 
     def __init__(self, config: HybridMemConfig):
         super().__init__(config)
@@ -263,29 +267,29 @@ class HybridMemModel(HybridMemPreTrainedModel):
         document_ids: Int[Tensor, "batch time"] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Read tokens, going on from `past_key_values` if there is one.
+        """Run the decoder on tokens, continuing from `past_key_values` if given.
 
         Args:
-            input_ids, inputs_embeds: one of the two.
-            attention_mask: 0 for padding, over these tokens or over all read so far; padding is not read.
-            position_ids: rotary positions; by default they count all tokens from the first one read. Only their
-                distances matter. A jump starts a document where neither a mask nor a cache, even an empty one, is
-                given, as in transformers.
+            input_ids, inputs_embeds: exactly one of the two.
+            attention_mask: 0 for padding, over these tokens or over all tokens so far; padding is skipped.
+            position_ids: rotary positions; by default they count all tokens from the first one read. Only distances
+                matter. As in transformers, a jump starts a new document if neither a mask nor a cache (not even an
+                empty one) is given.
             past_key_values: the streaming state, which this call advances.
-            document_ids: a token of another document than the one before it starts from an empty state; with a
-                cache the ids go on from call to call. -1 is padding.
+            document_ids: the document of each token; a change of id starts from an empty state. With a cache, ids
+                continue from call to call. -1 is padding.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not inputs_embeds.shape[1]:
-            raise ValueError("input_ids holds no token: give at least one, such as the tokenizer's bos")
+            raise ValueError("input_ids is empty: give at least one token, such as the tokenizer's bos")
         if past_key_values is None:
             jumps = position_ids
             past_key_values = DynamicCache(config=self.config) if use_cache else None
         else:
-            jumps = None  # positions then say where tokens are, however the text is cut
+            jumps = None  # positions then only place the tokens and start no documents
         sequence = self._sequence(inputs_embeds, attention_mask, position_ids, jumps, past_key_values, document_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -303,7 +307,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
         past_key_values: Cache | None,
         document_ids: Tensor | None,
     ) -> TokenSequence:
-        """Work out documents, padding and positions, once for all layers."""
+        """Compute documents, padding and positions, once for all layers."""
         shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
         past = 0
         last: LastDocument | None = None
@@ -331,9 +335,9 @@ class HybridMemModel(HybridMemPreTrainedModel):
         documents = read_documents(shape, document_ids, attention_mask, jumps, None if last is None else last.id)
         mask = fresh_rows = compaction = None
         if documents is not None and past_key_values is None and known_true((documents == documents[:, :1]).all()):
-            documents = None  # each row is one document, and none goes on: nothing to keep apart
+            documents = None  # each row is one new document, so there is nothing to separate
         if documents is not None:
-            if past and last is None:  # what was read without a word about documents is document 0
+            if past and last is None:  # tokens read without document ids belong to document 0
                 last = LastDocument(torch.zeros_like(documents[:, 0]), torch.zeros_like(documents[:, 0]))
             mask = documents != PADDING
             mask = None if known_true(mask.all()) else mask
@@ -356,7 +360,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
 
 
 class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
-    """The decoder with a language model's head."""
+    """Decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -370,20 +374,20 @@ class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
-                "cache_implementation='quantized' quantizes keys and values, and a HybridMem cache also holds memory "
-                "states: leave cache_implementation unset"
+                "cache_implementation='quantized' only supports keys and values, but a HybridMem cache also holds "
+                "memory states: leave cache_implementation unset"
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: continuous batching (`generate_batch`) pages keys and values, and a memory's state has no pages.
+        """Reject continuous batching (`generate_batch`): it pages keys and values, and a memory's state has no pages.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "cache_implementation='paged' (continuous batching, generate_batch) pages keys and values, and a HybridMem "
-            "cache also holds memory states: leave cache_implementation unset and call generate on a left-padded batch"
+            "cache_implementation='paged' (continuous batching, generate_batch) only supports keys and values, but a "
+            "HybridMem cache also holds memory states: leave it unset and call generate on a left-padded batch"
         )
 
     @can_return_tuple
@@ -400,7 +404,7 @@ class HybridMemForCausalLM(HybridMemPreTrainedModel, GenerationMixin):
         document_ids: Int[Tensor, "batch time"] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, and the loss where `labels` (or `shift_labels`, already moved by one) are given."""
+        """Return next-token logits, and the loss if `labels` (or `shift_labels`, already shifted by one) are given."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""Image patches as tokens of a text model: a fixed map puts what they show, and where, where embeddings are."""
+"""Image patches as tokens of a text model: a fixed map from pixels and positions to embeddings."""
 
 import math
 from functools import lru_cache
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 @lru_cache(maxsize=8)
 def patch_projection(pixels: int, hidden_size: int) -> Float[Tensor, "pixels hidden"]:
-    """A random orthogonal map that every process draws alike: nothing to train, nothing to save.
+    """Draw a fixed random orthogonal map, identical in every process, which needs no training and no saving.
 
     Raises:
-        ValueError: a model too narrow to hold a patch.
+        ValueError: the model is too narrow to hold a patch.
     """
     if hidden_size < pixels:
-        raise ValueError(f"hidden_size={hidden_size} must be at least {pixels}, the pixels of a patch")
+        raise ValueError(f"hidden_size={hidden_size} must be at least {pixels}, the number of pixels per patch")
     square = torch.randn(hidden_size, pixels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.linalg.qr(square).Q.T.float()
 
 
 @lru_cache(maxsize=8)
 def place_codes(patches: int, hidden_size: int) -> Float[Tensor, "patches hidden"]:
-    """Where a patch stands, as sines and cosines of its row and its column: of a square field, or else of one row."""
+    """Encode each patch's row and column as sines and cosines; patches form a square if possible, else one row."""
     side = math.isqrt(patches)
     width = side if side**2 == patches else patches
     places = torch.arange(patches)
-    slowest = 4.0 * width  # a quarter turn from patch to patch, down to a sixteenth over the whole field
+    slowest = 4.0 * width  # from a quarter turn per patch down to a sixteenth of a turn over the whole image
     turns = slowest ** -torch.linspace(0, 1, -(-hidden_size // 4)) * math.pi / 2
     angles = [axis.unsqueeze(-1) * turns for axis in (places // width, places % width)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1)[:, :hidden_size]
@@ -36,7 +36,7 @@ def place_codes(patches: int, hidden_size: int) -> Float[Tensor, "patches hidden
 def embed_patches(
     images: Float[Tensor, "batch patches pixels"], embedding: nn.Module
 ) -> Float[Tensor, "batch patches hidden"]:
-    """Patches as embeddings, about as long as those of a model's tokens: their contrast, and where they stand."""
+    """Embed the contrast and the position of patches, with a norm similar to the model's token embeddings."""
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     pixels, hidden = images.shape[-1], weight.shape[-1]
     contrast = nn.functional.layer_norm(images.to(weight), (pixels,)) @ patch_projection(pixels, hidden).to(weight)
@@ -51,7 +51,7 @@ def embed_with_patches(
     mask: Bool[Tensor, "batch time"] | None,
     embedding: nn.Module,
 ) -> Float[Tensor, "batch time hidden"]:
-    """A model's inputs_embeds: each row's first tokens behind the padding on its left give way to its patches."""
+    """Return inputs_embeds in which patches replace the first tokens of each row, after any left padding."""
     rows = embedding(input_ids)
     patches = embed_patches(images, embedding).to(rows.dtype)
     start = torch.zeros_like(input_ids[:, :1]) if mask is None else mask.long().argmax(1, keepdim=True)

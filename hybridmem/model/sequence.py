@@ -1,4 +1,4 @@
-"""What one forward pass knows about its tokens: where they stand, and which document they belong to."""
+"""Positions, documents and padding of the tokens in one forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybridmem_kernels.documents import document_starts
 
-PADDING = -1  # the document of tokens that do not count
-NOWHERE = -2  # the document of places that hold no token
+PADDING = -1  # document id of padding
+NOWHERE = -2  # document id of places that hold no token
 
 
 class LastDocument(NamedTuple):
     """The document that each row was in when a call ended."""
 
-    id: Int[Tensor, " batch"]  # what the caller called it; PADDING: no token of the row was read yet
-    number: Int[Tensor, " batch"]  # how many documents the row had before it
+    id: Int[Tensor, " batch"]  # the caller's id; PADDING: no token of the row has been read yet
+    number: Int[Tensor, " batch"]  # the number of earlier documents in the row
 
 
 class Compaction(NamedTuple):
-    """A permutation that moves each row's tokens together to its front, in order, and its padding to the end."""
+    """Permutation that moves each row's tokens to the front, in order, and its padding to the end."""
 
-    order: Int[Tensor, "batch time"]  # where the token at each compacted place comes from
-    place: Int[Tensor, "batch time"]  # where each token goes: the inverse of `order`
+    order: Int[Tensor, "batch time"]  # the source index of each compacted token
+    place: Int[Tensor, "batch time"]  # the target index of each token, the inverse of `order`
 
     def compact(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
-        """Move tokens together."""
+        """Move each row's tokens to the front."""
         return _take(x, self.order)
 
     def restore(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
-        """Move tokens back: the inverse of `compact`."""
+        """Move tokens back, undoing `compact`."""
         return _take(x, self.place)
 
 
@@ -42,39 +42,40 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def known_true(condition: Bool[Tensor, ""]) -> bool:
-    """Whether a shortcut may be taken, because `condition` holds.
+    """Return True if `condition` is known to hold, so that a shortcut may be taken.
 
-    A compiled graph cannot look at data without breaking in two: while one is made the answer is no, and it does what
-    is right in any case.
+    Reading data would break a compiled graph in two. While a graph is compiled the result is False, and the graph
+    contains the general case.
     """
     return not torch.compiler.is_compiling() and bool(condition)
 
 
 class HeadChoice(NamedTuple):
-    """The sources that heads of `mah` read in one forward pass, in place of the configuration's."""
+    """Sources of `mah` heads in one forward pass, which override the configuration."""
 
-    sources: Sequence[Sequence[str]] | None  # a list for each layer; None: the configuration's
+    sources: Sequence[Sequence[str]] | None  # a list for each layer; None: as configured
     full_share: Float[Tensor, "rows layers kv_heads"] | None  # mixes `full` with the head's own source
+    all_full: bool = False  # every share is 1: other sources only keep their states
 
 
 @dataclass
 class TokenSequence:
-    """The tokens of a forward pass, seen by every layer alike.
+    """Properties of the tokens of one forward pass, shared by all layers.
 
     Args:
-        cos, sin: rotary angles of every token; None where no attention needs them.
-        document_ids: each document's number in its row, PADDING (-1) for tokens that do not count; None: one
-            document, no padding.
-        mask: which tokens count; None: all.
-        fresh_rows: rows whose first token does not continue what the cache holds; None: no row.
-        compaction: moves together tokens that padding separates, for layers whose reach is counted in tokens; None:
-            padding precedes all tokens of its row, earlier calls' included, or follows all of this call's.
-        last_document: where the call ends; None: in the one document that there is.
-        past: tokens that earlier calls read.
-        heads: the sources that heads of `mah` read; None: the configuration's.
-        decodes: the call is one token a row, which continues its document, without gradients; layers may write over
+        cos, sin: rotary angles of every token; None if no layer has attention.
+        document_ids: each token's document number within its row, PADDING (-1) for padding; None: one document, no
+            padding.
+        mask: False for padding; None: no padding.
+        fresh_rows: rows whose first token does not continue the cache's document; None: no row.
+        compaction: permutation that removes padding between tokens, for layers whose range is counted in tokens; None:
+            padding precedes all tokens of its row, earlier calls included, or follows all tokens of this call.
+        last_document: the document of each row at the end of the call; None: the only document.
+        past: number of tokens that earlier calls read.
+        heads: sources of `mah` heads; None: as configured.
+        decodes: the call is one token per row, which continues its document, without gradients; layers may overwrite
             their states in the cache.
-        memo: what layers work out from the above and share.
+        memo: intermediate results that layers share.
     """
 
     cos: Float[Tensor, "rows 1 time half"] | None = None
@@ -91,7 +92,7 @@ class TokenSequence:
 
     @property
     def angles(self) -> tuple[Tensor, Tensor]:
-        """(cos, sin), where attention needs them."""
+        """Return (cos, sin), which must exist."""
         assert self.cos is not None
         assert self.sin is not None
         return self.cos, self.sin
@@ -116,11 +117,11 @@ def read_documents(
     position_ids: Int[Tensor, "batch time"] | None,
     last_document: Int[Tensor, " batch"] | None,
 ) -> Int[Tensor, "batch time"] | None:
-    """The document of every token, PADDING for padding; None if there is one document and no padding.
+    """Return the document of every token, PADDING for padding; None if there is one document and no padding.
 
-    `attention_mask` marks padding, over this call's tokens or over all that was ever read (as transformers
-    passes it). Without a mask, `position_ids` that do not go up by one start a document, as in transformers; None:
-    positions start none. `last_document` is what earlier calls left: tokens go on with it unless told otherwise.
+    `attention_mask` marks padding, over this call's tokens or over all tokens so far (as transformers passes it).
+    Without a mask, each of `position_ids` that does not increase by one starts a document, as in transformers; with
+    `position_ids=None`, positions start no document. Tokens continue `last_document` of earlier calls by default.
     """
     batch, time = shape
     check_mask(attention_mask, shape)
@@ -148,7 +149,7 @@ def read_documents(
 def rows_starting_afresh(
     document_ids: Int[Tensor, "batch time"], last_document: LastDocument | None
 ) -> Bool[Tensor, " batch"] | None:
-    """Rows whose first valid token belongs to another document than the cache; None if there is none."""
+    """Mark the rows whose first valid token starts a new document; return None if there are none."""
     if last_document is None:
         return None
     before = last_document.id
@@ -159,7 +160,7 @@ def rows_starting_afresh(
 
 
 def splits_tokens(mask: Bool[Tensor, "batch time"], begun: Bool[Tensor, " batch"] | None = None) -> Bool[Tensor, ""]:
-    """Check for padding between two tokens of a row; `begun` marks rows of which tokens were read earlier."""
+    """Check for padding between two tokens of a row; `begun` marks rows with tokens in earlier calls."""
     earlier = mask.cumsum(1)[:, :-1] > 0
     if begun is not None:
         earlier = earlier | begun[:, None]
@@ -167,9 +168,9 @@ def splits_tokens(mask: Bool[Tensor, "batch time"], begun: Bool[Tensor, " batch"
 
 
 def compact_rows(mask: Bool[Tensor, "batch time"], begun: Bool[Tensor, " batch"]) -> Compaction | None:
-    """Move together the tokens of each row; None if no padding lies between two of them.
+    """Compute the permutation that removes padding between tokens; return None if there is no such padding.
 
-    `begun` marks the rows of which earlier calls have read tokens: padding at their start separates tokens too.
+    `begun` marks the rows with tokens in earlier calls: padding at their start separates tokens, too.
     """
     if known_true(~splits_tokens(mask, begun)):
         return None
@@ -185,9 +186,9 @@ def number_documents(
     fresh_rows: Bool[Tensor, " batch"] | None,
     last_document: LastDocument | None,
 ) -> tuple[Int[Tensor, "batch time"], LastDocument]:
-    """Count each row's documents, over all calls: an id that comes back later is another document.
+    """Number each row's documents consecutively over all calls; an id that reappears later is a new document.
 
-    Returns the number of every token's document, PADDING for padding, and where the call ends.
+    Return the number of every token's document, PADDING for padding, and the last document of each row.
     """
     numbers = document_starts(document_ids, mask).long().cumsum(1)
     if fresh_rows is not None:
@@ -199,7 +200,7 @@ def number_documents(
     time = torch.arange(mask.shape[1], device=mask.device)
     end = torch.where(mask, time, -1).amax(1)
     ids, last_numbers = (x.gather(1, end.clamp(min=0)[:, None])[:, 0] for x in (document_ids, numbers))
-    if last_document is None:  # a row of padding holds no document yet: its id is PADDING
+    if last_document is None:  # a row with only padding has no document yet: its id is PADDING
         last_document = LastDocument(torch.full_like(ids, PADDING), torch.zeros_like(ids))
     last = LastDocument(
         torch.where(end >= 0, ids, last_document.id), torch.where(end >= 0, last_numbers, last_document.number)
@@ -210,9 +211,9 @@ def number_documents(
 def rotary_angles(
     position_ids: Int[Tensor, "rows time"], dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows 1 time half"], Float[Tensor, "rows 1 time half"]]:
-    """Cosine and sine of the angles by which `dim` channels turn at every position, taken in float64.
+    """Return cosine and sine of the rotation angles of `dim` channels at every position, computed in float64.
 
-    In float32 the angle at position 2,000,000 is wrong by a quarter of a radian.
+    In float32, the angle at position 2,000,000 would be wrong by a quarter of a radian.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device) / dim
     angles = position_ids.to(torch.float64)[:, None, :, None] * theta**-exponent
@@ -228,8 +229,8 @@ def pretrained_rotary_angles(
 ) -> tuple[Float[Tensor, "rows 1 time half"], Float[Tensor, "rows 1 time half"]]:
     """Return cosine and sine of a pretrained model's rotary embedding, times its attention factor.
 
-    Within the model's context the angles are float32 products, as transformers takes them and as the model was
-    trained, so that logits agree. Beyond it, and in float64 models, they are float64 products.
+    Within the model's context the angles are float32 products, as in transformers and in the model's training, so that
+    logits agree. Beyond the context, and in float64 models, they are float64 products.
     """
     frequencies = torch.tensor(inverse_frequencies, dtype=torch.float64, device=position_ids.device)
     positions = position_ids[:, None, :, None]
@@ -243,7 +244,7 @@ def pretrained_rotary_angles(
 
 def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
     """Return frequencies and attention factor of `config.rope_parameters`, as transformers computes them."""
-    with torch.device("cpu"):  # models are also built on the meta device, which holds no numbers
+    with torch.device("cpu"):  # models may be built on the meta device, which holds no values
         if config.rope_parameters["rope_type"] == "default":
             exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float) / config.rotary_dim
             return tuple((1.0 / config.rope_parameters["rope_theta"] ** exponent).tolist()), 1.0

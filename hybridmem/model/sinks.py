@@ -1,7 +1,7 @@
-"""A window with sinks: each token sees the last tokens of its document and the document's first ones.
+"""Window attention with sinks: each token sees the last and the first tokens of its document.
 
-Queries are folded into blocks of a window, so that attention costs time · (window + sinks). Tokens that left the window
-come out one by one, as they enter a memory. Rows are left-aligned: padding only follows a row's tokens.
+Queries are folded into blocks of one window, so that attention costs time · (window + sinks). Tokens that leave the
+window are returned one by one, to be written to a memory. Rows are left-aligned: padding only follows a row's tokens.
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ from .sequence import NOWHERE, PADDING, TokenSequence
 
 
 class Places(NamedTuple):
-    """Documents of the tokens that a window keeps, their numbers in the document, and its tokens so far."""
+    """Documents of a window's kept tokens, their indices in the document, and the document's length so far."""
 
-    document_ids: Int[Tensor, "batch kept"]  # NOWHERE where a row keeps fewer tokens
+    document_ids: Int[Tensor, "batch kept"]  # NOWHERE if a row keeps fewer tokens
     numbers: Int[Tensor, "batch kept"]
     length: Int[Tensor, " batch"]
 
 
 class Rows:
-    """The rows of a call with padding moved behind each row's tokens."""
+    """Rows of a call with padding moved after each row's tokens."""
 
     def __init__(self, sequence: TokenSequence):
         self.document_ids, self.order = sequence.document_ids, None
@@ -33,12 +33,12 @@ class Rows:
             return
         self.order = torch.sort(~sequence.mask, dim=1, stable=True).indices
         self.back = self.order.argsort(dim=1)
-        if self.document_ids is None:  # padding alone, no document named
+        if self.document_ids is None:  # padding without document ids
             self.document_ids = torch.where(sequence.mask, 0, PADDING)
         self.document_ids = self.document_ids.gather(1, self.order)
 
     def align(self, x: Shaped[Tensor, "batch *rest"], dim: int = 1) -> Shaped[Tensor, "batch *rest"]:
-        """Move each row's padding behind its tokens along the axis of time."""
+        """Move each row's padding after its tokens along the time axis."""
         return x if self.order is None else _gather(x, self.order, dim)
 
     def restore(self, x: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch time *rest"]:
@@ -47,16 +47,16 @@ class Rows:
 
 
 class WindowPlan:
-    """Keys that the queries of one call meet, and those that the next call needs, for rows of one document.
+    """Plan of one call: the keys its queries meet and the keys the next call needs, for rows of one document.
 
-    Buffers hold [tokens that earlier calls kept, the call's tokens] along their third axis.
+    Buffers hold [tokens kept by earlier calls, the call's tokens] along their third axis.
 
     Args:
-        window: tokens that a token sees, itself included.
-        sinks: first tokens of the document that every later token sees.
-        time: tokens of the call.
-        past: tokens that earlier calls read.
-        device: where the masks live.
+        window: number of tokens that a token sees, itself included.
+        sinks: number of first tokens of the document that every later token sees.
+        time: number of tokens in the call.
+        past: number of tokens that earlier calls read.
+        device: device of the masks.
     """
 
     places: Places | None = None
@@ -67,34 +67,34 @@ class WindowPlan:
         self.kept, self.kept_sinks = min(window, past), min(sinks, past)
         self.folded = time > window
         self.blocks, self.block = (-(-time // window), window) if self.folded else (1, time)
-        # Where queries are not folded, the oldest kept token has just left the window.
+        # Without folding, the oldest kept token has just left the window.
         self.dropped = 0 if self.folded else max(0, self.kept - window + 1)
         self.seen_sinks = min(sinks, max(0, past + time - window))
-        # Earlier steps write nothing: only sinks, if any token, have left the window.
+        # Earlier steps write nothing: at most sinks have left the window.
         self.first_write = min(time, max(0, window + sinks - past))
-        self.masks: dict[str, Any] = {}  # in the forms that attention functions take
+        self.masks: dict[str, Any] = {}  # by attention implementation
         self._mask: Tensor | None = None
 
     @property
     def written(self) -> Bool[Tensor, "batch steps"] | None:
-        """Steps from `first_write` on that write a token to the memory; None: all."""
+        """Mark the steps from `first_write` on that write a token to the memory; None: all of them."""
         return None
 
     def fold_queries(self, q: Shaped[Tensor, "batch heads time dim"]) -> Shaped[Tensor, "folded heads queries dim"]:
-        """Cut queries into blocks."""
+        """Fold queries into blocks along the batch axis."""
         if not self.folded:
             return q
         q = F.pad(q, (0, 0, 0, self.blocks * self.window - self.time))
         return q.unflatten(2, (self.blocks, self.window)).transpose(1, 2).flatten(0, 1)
 
     def unfold(self, out: Shaped[Tensor, "folded queries *rest"]) -> Shaped[Tensor, "batch time *rest"]:
-        """Join the outputs of blocks."""
+        """Join the outputs of the blocks."""
         return out.unflatten(0, (-1, self.blocks)).flatten(1, 2)[:, : self.time] if self.folded else out
 
     def fold_keys(
         self, sinks: Shaped[Tensor, "batch heads kept_sinks dim"], buffer: Shaped[Tensor, "batch heads read dim"]
     ) -> Shaped[Tensor, "folded heads keys dim"]:
-        """Return the keys, or the values, that each block meets: [sinks, window]."""
+        """Return the keys, or the values, that each block attends to: [sinks, window]."""
         window = buffer[:, :, self.dropped :]
         if self.folded:
             front, back = self.window - self.kept, self.blocks * self.window - self.time
@@ -103,7 +103,7 @@ class WindowPlan:
 
     @property
     def needs_mask(self) -> bool:
-        """Tell a block's keys from those of a causal row or of a single last token."""
+        """Return True unless the queries form a plain causal row or a single last token."""
         return self.folded or bool(self.seen_sinks and self.time > 1) or (self.time > 1 and self.kept > 0)
 
     def mask(self, batch: int) -> Bool[Tensor, "rows 1 queries keys"]:
@@ -115,13 +115,13 @@ class WindowPlan:
         return self._mask
 
     def keep(self, buffer: Shaped[Tensor, "batch heads read *rest"]) -> Shaped[Tensor, "batch heads kept *rest"]:
-        """Return the end of a buffer that the next call needs."""
+        """Return the end of a buffer, which the next call needs."""
         return _last(buffer, min(self.window, self.kept + self.time), 2)
 
     def keep_sinks(
         self, sinks: Shaped[Tensor, "batch heads kept_sinks dim"], buffer: Shaped[Tensor, "batch heads read dim"]
     ) -> Shaped[Tensor, "batch heads sinks dim"]:
-        """Return the document's first tokens, as far as they were read."""
+        """Return the document's first tokens read so far."""
         missing = min(self.num_sinks - self.kept_sinks, self.time)
         return torch.cat((sinks, buffer[:, :, self.kept : self.kept + missing]), dim=2) if missing > 0 else sinks
 
@@ -146,10 +146,10 @@ class WindowPlan:
 
 
 class DocumentsPlan(WindowPlan):
-    """A window's plan for rows of several documents, or of different lengths.
+    """Plan for rows of several documents, or of different lengths.
 
-    A token outside the window of a block's query is a sink of one document only, the one that the block's first token
-    belongs to: any other began within the window.
+    Outside the window of a block's query, only sinks of the block's first document can be visible: any other document
+    began within the window.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class DocumentsPlan(WindowPlan):
         starts = torch.cat((last, document_ids[:, :-1]), dim=1) != document_ids
         self.clock = torch.arange(self.time, device=self.device)
         begin = torch.where(starts, self.clock, -1).cummax(dim=1).values
-        # Where a document began, from the call's first token; before it for the document that goes on.
+        # The begin of each token's document relative to the call's first token; negative for a continued document.
         self.begin = torch.where(begin >= 0, begin, -self.before.length[:, None])
         self.index = self.clock - self.begin
         self.all_documents = torch.cat((self.before.document_ids, document_ids), dim=1)
@@ -181,7 +181,7 @@ class DocumentsPlan(WindowPlan):
 
     @property
     def written(self) -> Bool[Tensor, "batch steps"] | None:
-        """Steps that write a token: one of the same document left the window and is no sink."""
+        """Mark the steps at which a token of the same document, other than a sink, leaves the window."""
         if self._written is None:
             front = self.window - self.kept
             documents = F.pad(self.all_documents, (front, 0), value=NOWHERE)[:, : self.time]
@@ -192,7 +192,7 @@ class DocumentsPlan(WindowPlan):
 
     @property
     def needs_mask(self) -> bool:
-        """A compiled graph cannot look at documents: there is a mask in any case."""
+        """Return True: a compiled graph cannot inspect documents, so a mask is always needed."""
         return True
 
     def keep(self, buffer: Shaped[Tensor, "batch heads read *rest"]) -> Shaped[Tensor, "batch heads kept *rest"]:
@@ -212,7 +212,7 @@ class DocumentsPlan(WindowPlan):
         return _gather(torch.cat((sinks, buffer), dim=2), columns, 2)
 
     def leaving(self, buffer: Shaped[Tensor, "batch heads read *rest"]) -> Shaped[Tensor, "batch heads steps *rest"]:
-        """Return the tokens at a window's distance, whether or not they are written."""
+        """Return the tokens one window back from each step, including tokens that are not written."""
         missing = self.window - self.kept if self.first_write < self.time else 0
         rest = (0, 0) * (buffer.dim() - 3)
         return F.pad(buffer, (*rest, missing, 0))[:, :, : self.time - self.first_write]
@@ -224,7 +224,7 @@ class DocumentsPlan(WindowPlan):
         return found.unflatten(2, (self.blocks, self.seen_sinks)).transpose(1, 2).flatten(0, 1)
 
     def _sink_columns(self, begin: Tensor, count: int) -> Tensor:
-        """Where in [sinks, buffer] the first `count` tokens of documents that began at `begin` are."""
+        """Locate, in [sinks, buffer], the first `count` tokens of documents that began at `begin`."""
         number = torch.arange(count, device=self.device)
         place = begin + number
         columns = torch.where(place >= 0, self.kept_sinks + self.kept + place, number)
@@ -275,7 +275,7 @@ def plan_window(
             plan = WindowPlan(window, sinks, time, sequence.past, device)
         else:
             documents = rows.document_ids
-            assert documents is not None  # once documents are known, every call names them
+            assert documents is not None  # once a call has documents, all later calls have them
             plan = DocumentsPlan(window, sinks, documents, sequence.past, before, rows.order is not None)
         sequence.memo[memo] = plan
     plan = sequence.memo[memo]
@@ -284,7 +284,7 @@ def plan_window(
 
 
 def _gather(x: Tensor, columns: Int[Tensor, "batch wanted"], dim: int) -> Tensor:
-    """Take columns along `dim` of `x`, others in every row."""
+    """Gather columns of `x` along `dim`, with separate indices for every row."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = columns.shape
     wanted = list(x.shape)

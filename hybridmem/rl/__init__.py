@@ -1,7 +1,9 @@
-"""Attention as the policy: objectives on attention and tokens, a teacher, and rewards."""
+"""Reinforcement learning: objectives on attention and on tokens, distillation, rewards and rollouts."""
 
 from .attention.recorder import AttentionRecorder
 from .objectives.advantages import group_advantages, groups_with_signal
+from .objectives.allocation import AllocationRL
+from .objectives.allocation_supervised import AllocationDistillation, AllocationSFT
 from .objectives.attention import AttentionRL
 from .objectives.critique import CritiqueGRPO, CritiqueGRPOReleased
 from .objectives.distillation import AttentionDistillation
@@ -20,6 +22,9 @@ __all__ = [
     "GRPO",
     "GSPO",
     "SFT",
+    "AllocationDistillation",
+    "AllocationRL",
+    "AllocationSFT",
     "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",

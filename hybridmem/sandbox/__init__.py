@@ -1,1 +1,1 @@
-"""Execution of untrusted programs."""
+"""Sandboxed execution of untrusted programs."""

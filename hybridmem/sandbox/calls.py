@@ -1,4 +1,4 @@
-"""What calls of a program's functions return, found by making them in a sandbox."""
+"""Results of function calls in untrusted programs, executed in a sandbox."""
 
 import json
 import marshal
@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from .run import Limits, run_python
 
 RAISED, UNFINISHED = "raises ", "does not end"
-ENOUGH = Limits(seconds=5.0)  # of the clock, on a busy machine too; loops are ended by the processor's time
-# A program to a process: none can change what the next one finds. What the code itself says goes nowhere.
+ENOUGH = Limits(seconds=5.0)  # wall-clock time, sufficient on a busy machine; CPU time limits end infinite loops
+# Each program has its own process, so that programs cannot affect each other. Their own output is discarded.
 PROGRAM = """
 import json, marshal, os, resource, signal, sys
 
@@ -67,15 +67,15 @@ def run_calls(
     seconds: float = 0.25,
     limits: Limits = ENOUGH,
 ) -> list[list[list[str]]]:
-    """What each source of each program gives for each of the program's calls, as its repr.
+    """Run each program's calls on each of its sources, and return the repr of every result.
 
-    Where a call raises it is "raises " and the error, where it takes too long "does not end".
+    The result is "raises " followed by the error if a call raises, and "does not end" if it takes too long.
 
     Args:
-        programs: sources, and the calls to make of each of them, as Python writes them.
-        files: what lies in the folder that they run in.
-        seconds: of the processor, that all calls of a source may take together.
-        limits: of everything together.
+        programs: sources, and the calls to run on each of them, as Python expressions.
+        files: contents of the working folder by name.
+        seconds: CPU time for all calls of a source together.
+        limits: limits of the whole run.
 
     Raises:
         SandboxError: the system cannot isolate programs.
@@ -96,19 +96,19 @@ def run_calls(
 
 @lru_cache(maxsize=4096)
 def results_of(files: tuple[tuple[str, str], ...], path: str, calls: tuple[str, ...]) -> tuple[str, ...]:
-    """What a file of a folder gives for calls; the same question is run once.
+    """Return the results of calls to functions in a file of a folder, with caching.
 
     Args:
         files: names and texts of the folder's files.
-        path: the one whose functions are called.
-        calls: as Python writes them.
+        path: the file whose functions are called.
+        calls: Python expressions.
     """
     folder = dict(files)
     return tuple(run_calls([([folder[path]], calls)], folder)[0][0])
 
 
 def _told(line: str, programs: list[tuple[list[str], list[str]]]) -> tuple[int | None, list[list[str]]]:
-    """A line of the output, unless the code that ran has written something of its own there."""
+    """Parse a line of output into (program number, results); reject lines forged by the untrusted code."""
     try:
         number, results = json.loads(line)
         sources, calls = programs[number]

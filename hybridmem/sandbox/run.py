@@ -1,11 +1,12 @@
-"""Python programs that may do anything, and can do nothing: in namespaces of their own, on a copy of a folder.
+"""Sandbox for untrusted Python programs, which run in separate namespaces on a copy of a folder.
 
     outcome = run_python(folder, ["test.py"], Limits(seconds=2))
     outcome.returncode, outcome.output
 
-No network, no file of the host but Python's own, to read; no process, variable or right of the caller; limits of time,
-memory, processes, disk and output. What the program writes goes to a copy in memory, so the folder stays as it is. When
-it is over, all that the program started is over. It takes nothing but Linux and costs tens of milliseconds.
+A program has no network, no host files except Python's own (read-only), and no access to the caller's processes,
+environment variables or capabilities. Time, memory, processes, disk and output are limited. Writes go to an in-memory
+copy, so the folder is never modified. When the program ends, all of its child processes are killed. The sandbox
+requires only Linux and takes tens of milliseconds.
 """
 
 import marshal
@@ -33,19 +34,19 @@ WHAT_IT_NEEDS = (
 
 
 class SandboxError(RuntimeError):
-    """The system cannot isolate a program. Nothing is run then."""
+    """Error raised if the system cannot isolate a program, which is then not run."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take.
+    """Resource limits of a program.
 
     Args:
-        seconds: of the clock, from the program's start on, and of the processor.
-        memory: bytes of each process.
-        processes: and threads, all together.
-        output: bytes that it may say, and of any file; what is more cannot be written.
-        disk: bytes of all files, in memory.
+        seconds: wall-clock time from the program's start, and CPU time.
+        memory: bytes per process.
+        processes: total number of processes and threads.
+        output: maximum size of the output and of each file, in bytes; writes beyond it fail.
+        disk: total size of all files in bytes, held in memory.
     """
 
     seconds: float = 2.0
@@ -58,16 +59,16 @@ class Limits:
         if not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds} must be above 0")
         at_least(1, processes=self.processes, output=self.output, disk=self.disk)
-        at_least(64 * 2**20, memory=self.memory)  # less than Python takes to start
+        at_least(64 * 2**20, memory=self.memory)  # Python cannot start with less
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program.
+    """Result of a program.
 
     Args:
-        returncode: 0 if it ended well, -n if signal n ended it, None if its time was over.
-        output: what it said, errors too.
+        returncode: 0 on success, -n if signal n killed it, None if it timed out.
+        output: standard output and standard error.
     """
 
     returncode: int | None
@@ -75,27 +76,27 @@ class Outcome:
 
     @property
     def timed_out(self) -> bool:
-        """Whether it was ended because its time was over."""
+        """Return True if the program was killed by the time limit."""
         return self.returncode is None
 
 
 def run_python(folder: Path | str, arguments: list[str], limits: Limits | None = None) -> Outcome:
-    """Run this Python, with its standard library alone, on a copy of a folder.
+    """Run this Python interpreter, with only its standard library, on a copy of a folder.
 
     Args:
-        folder: its copy is what the program works in; no link in it leads anywhere else.
-        arguments: the program's path in the folder and what it is given, or -c and a program.
-        limits: of time, memory, processes, output and disk.
+        folder: folder whose copy is the program's working directory; links cannot lead out of it.
+        arguments: the program's path in the folder and its arguments, or -c and a program.
+        limits: limits on time, memory, processes, output and disk.
 
     Raises:
-        SandboxError: the system cannot isolate it; it says what is missing.
-        ValueError: the folder is larger than the limit of disk.
-        NotADirectoryError: there is no such folder.
+        SandboxError: the system cannot isolate programs; the message lists the requirements.
+        ValueError: the folder is larger than the disk limit.
+        NotADirectoryError: the folder does not exist.
     """
     if platform.system() != "Linux" or platform.machine() not in jail.MACHINES:
         raise SandboxError(f"no sandbox on {platform.system()} {platform.machine()}: {WHAT_IT_NEEDS}")
     if not Path(folder).is_dir():
-        raise NotADirectoryError(f"folder={str(folder)!r} is no folder")
+        raise NotADirectoryError(f"folder={str(folder)!r} is not a folder: name an existing one")
     limits, python = limits or Limits(), interpreter()
     output = os.memfd_create("output")
     settings = {
@@ -125,7 +126,7 @@ def run_python(folder: Path | str, arguments: list[str], limits: Limits | None =
 
 
 def _kept(command: list[str], settings: dict[str, Any], output: int, seconds: float) -> str:
-    """The first line of what the keeper tells of a program."""
+    """Run the keeper and return the first line of its report."""
     pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with subprocess.Popen(command, env={}, cwd="/", pass_fds=[output], start_new_session=True, **pipes) as keeper:
         try:
@@ -152,13 +153,13 @@ def _resource_limits(limits: Limits) -> dict[str, int]:
 
 @cache
 def interpreter() -> str:
-    """This Python, not that of a virtual environment, which would look for its packages."""
+    """Return the path of the base interpreter; a virtual environment's interpreter would look for its packages."""
     return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 
 
 @cache
 def readable() -> list[tuple[str, str]]:
-    """What a program can read of the host: (where, what is there), folders before what lies in them."""
+    """List the host paths that a program can read as (path inside, path on the host), parents first."""
     base = {
         "installed_base": sys.base_prefix,
         "installed_platbase": sys.base_exec_prefix,
@@ -171,6 +172,6 @@ def readable() -> list[tuple[str, str]]:
 
 @cache
 def hidden() -> list[str]:
-    """Folders of installed packages in there."""
+    """List the folders of installed packages below the readable paths, which the sandbox hides."""
     folders = [Path(path) for path, _ in readable() if os.path.isdir(path)]
     return sorted({str(found) for folder in folders for found in folder.glob("python3*/*-packages") if found.is_dir()})

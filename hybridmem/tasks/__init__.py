@@ -1,4 +1,4 @@
-"""Tasks whose answers can be checked."""
+"""Tasks with verifiable answers."""
 
 from .facts import Facts
 from .identifier import Identifier
@@ -7,6 +7,7 @@ from .product_search import ProductSearch
 from .query import Query
 from .recall import Recall
 from .repair import Repair
+from .ruler import Ruler
 from .swe_bench import SWEBench
 from .task import Task
 from .two_formats import TwoFormats
@@ -21,6 +22,7 @@ __all__ = [
     "Query",
     "Recall",
     "Repair",
+    "Ruler",
     "SWEBench",
     "Task",
     "TwoFormats",

@@ -1,4 +1,4 @@
-"""One small bug in a function, by its syntax tree: an operator, a comparison, a constant or a condition is another.
+"""Single bugs in functions, made by changing an operator, comparison, constant or condition in the syntax tree.
 
 return a + b   →   return a - b
 """
@@ -8,15 +8,31 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 OPERATORS: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {
-    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Add,), ast.Div: (ast.Mult,), ast.FloorDiv: (ast.Mult,),
-    ast.Mod: (ast.FloorDiv,), ast.Pow: (ast.Mult,), ast.LShift: (ast.RShift,), ast.RShift: (ast.LShift,),
-    ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,), ast.BitXor: (ast.BitAnd,),
-}  # fmt: skip
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Add,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Mod: (ast.FloorDiv,),
+    ast.Pow: (ast.Mult,),
+    ast.LShift: (ast.RShift,),
+    ast.RShift: (ast.LShift,),
+    ast.BitAnd: (ast.BitOr,),
+    ast.BitOr: (ast.BitAnd,),
+    ast.BitXor: (ast.BitAnd,),
+}
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.Is: (ast.IsNot,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+    ast.Is: (ast.IsNot,),
     ast.IsNot: (ast.Is,),
-}  # fmt: skip
+}
 CONDITIONS: dict[type[ast.boolop], type[ast.boolop]] = {ast.And: ast.Or, ast.Or: ast.And}
 KINDS = ("operator", "comparison", "constant", "condition")
 
@@ -29,7 +45,7 @@ class Bug(NamedTuple):
 
 
 def bugs_of(source: str) -> list[Bug]:
-    """Every bug of these kinds that a function can have, each in a line of its own, the others as they were."""
+    """Return all variants of a function with one bug of these kinds; each differs from the source in one line."""
     right = source.splitlines()
     found: dict[str, Bug] = {}
     for kind, buggy in _changed(ast.parse(source)):
@@ -40,7 +56,7 @@ def bugs_of(source: str) -> list[Bug]:
 
 
 def _changed(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """The tree's source, while one place of it is another."""
+    """Yield the kind of each possible bug and the tree's source with it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp | ast.AugAssign):
             for operator in OPERATORS.get(type(node.op), ()):

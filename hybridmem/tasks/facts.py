@@ -1,4 +1,4 @@
-"""Key–value facts scattered through real text, one of which is asked for.
+"""Key–value facts scattered through real text, with a question about one of them.
 
 Return the canonical form of a path.
 The access code of Lisbon is 4821.
@@ -20,41 +20,87 @@ from hybridmem.files import files_below, read_file
 from .identifier import split_files
 from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
-KEYS = (
-    "Lisbon", "Oslo", "Madrid", "Paris", "London", "Berlin", "Rome", "Vienna", "Athens", "Dublin", "Prague", "Warsaw",
-    "Cairo", "Tokyo", "Delhi", "Moscow", "Boston", "Chicago", "Denver", "Dallas", "Seattle", "Houston", "Atlanta",
-    "Toronto", "Sydney", "Lima", "Havana", "Bogota", "Nairobi", "Jakarta", "Manila", "Seoul", "Hanoi", "Beijing",
-    "Tehran", "Baghdad", "Istanbul", "Geneva", "Zurich", "Milan", "Venice", "Florence", "Naples", "Munich", "Hamburg",
-    "Cologne", "Brussels", "Amsterdam", "Stockholm", "Helsinki", "Copenhagen", "Budapest", "Belgrade", "Sofia", "Kiev",
-    "Riga", "Glasgow", "Manchester", "Liverpool", "Oxford", "Cambridge", "Montreal", "Vancouver", "Melbourne",
-)  # fmt: skip
+CITIES = """
+Lisbon Oslo Madrid Paris London Berlin Rome Vienna Athens Dublin Prague Warsaw Cairo Tokyo Delhi Moscow Boston Chicago
+Denver Dallas Seattle Houston Atlanta Toronto Sydney Lima Havana Bogota Nairobi Jakarta Manila Seoul Hanoi Beijing
+Tehran Baghdad Istanbul Geneva Zurich Milan Venice Florence Naples Munich Hamburg Cologne Brussels Amsterdam Stockholm
+Helsinki Copenhagen Budapest Belgrade Sofia Kiev Riga Glasgow Manchester Liverpool Oxford Cambridge Montreal Vancouver
+Melbourne
+"""
+KEYS = tuple(CITIES.split())
 FACT = "The access code of {key} is {value}."
 QUESTION = "What is the access code of {key}?"
-SHORTEST_PARAGRAPH = 20  # characters; shorter ones are headings and remains
+SHORTEST_PARAGRAPH = 20  # characters; shorter paragraphs are headings and fragments
+
+
+class Paragraphs:
+    """Paragraphs of text files: the docstrings of .py files, and all of other files. Whole files are held out.
+
+    Args:
+        path: a folder of text files; None: the standard library of the running Python.
+        pattern: files of the folder to read.
+        val_fraction: share of the files to hold out.
+        seed: of the split.
+    """
+
+    def __init__(self, path: str | None, pattern: str, val_fraction: float, seed: int):
+        self.files = split_files(text_files(path, pattern), val_fraction, seed)
+        self.read: dict[Path, list[str]] = {}
+
+    def text(self, split: Split, room: int, rng: np.random.Generator) -> list[str]:
+        """Return paragraphs that take `room` characters in total, with one newline after each."""
+        pieces: list[str] = []
+        order = rng.permutation(len(self.files[split])).tolist()
+        while room > 0:
+            before = room
+            for number in order:
+                found = self.of(self.files[split][number])
+                start = int(rng.integers(len(found))) if found else 0
+                for paragraph in found[start:]:
+                    if room <= 0:
+                        return pieces
+                    left = room - len(paragraph) - 1
+                    # Do not leave a single character, which could only hold a newline.
+                    pieces.append(paragraph[:-1] if left == 1 else paragraph[: room - 1])
+                    room -= len(pieces[-1]) + 1
+            if room == before:
+                raise ValueError(
+                    f"the {split} files contain no paragraph of {SHORTEST_PARAGRAPH} characters; change path"
+                )
+        return pieces
+
+    def of(self, file: Path) -> list[str]:
+        """Return a file's paragraphs, each joined to one line; the file is read on first use."""
+        if file not in self.read:
+            text = read_file(file).decode("utf-8", "replace")
+            parts = docstrings(text) if file.suffix == ".py" else [text]
+            lines = [" ".join(paragraph.split()) for part in parts for paragraph in part.split("\n\n")]
+            self.read[file] = [line for line in lines if len(line) >= SHORTEST_PARAGRAPH]
+        return self.read[file]
 
 
 class Facts:
     """Facts such as "The access code of Lisbon is 4821." between paragraphs of text, then a question about one.
 
-    The answer is the fact, word for word: instruct models answer in this form by themselves. Each fact is equally
-    likely to be asked for. Whole files are held out for validation. An example's text comes from one file, or from
-    several if that is too short: the docstrings of .py files, and all of other files.
+    The answer is the fact, word for word, which is the form in which instruct models answer by themselves. Every fact
+    is equally likely to be asked. Whole files are held out for validation. An example's text comes from one file, or
+    from several if that file is too short: docstrings from .py files, and the full text of other files.
 
     The column `distance` is the number of characters from the end of the asked fact to the end of the prompt.
 
     Args:
-        length: characters of the prompt, question included. In the standard library's docstrings, a token of SmolLM2
-            has about four characters.
-        num_facts: facts in a prompt.
-        digits: of each value.
-        path: a folder of text files; without one, the standard library of the running Python.
-        pattern: which files of a folder to read.
-        question_first: put the question before the text as well.
-        val_fraction: share of the files to hold out.
-        seed: of the split and of all examples.
+        length: the number of characters in the prompt, question included. In the standard library's docstrings, a
+            token of SmolLM2 has about four characters.
+        num_facts: the number of facts in a prompt.
+        digits: the number of digits in each value.
+        path: a folder of text files; None reads the standard library of the running Python.
+        pattern: glob pattern of the files to read.
+        question_first: ask the question before the text as well.
+        val_fraction: the fraction of files to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
-        ValueError: settings that leave no room for the text, or too few files.
+        ValueError: The settings leave no room for text, or there are too few files.
     """
 
     def __init__(
@@ -73,21 +119,20 @@ class Facts:
         at_least(0, seed=seed)
         between_0_and_1(val_fraction=val_fraction)
         if num_facts > 9 * 10 ** (digits - 1):
-            raise ValueError(f"digits={digits} gives too few values for num_facts={num_facts}: raise digits")
+            raise ValueError(f"digits={digits} gives too few values for num_facts={num_facts}; raise digits")
         self.length, self.num_facts, self.digits = length, num_facts, digits
         self.question_first, self.seed = question_first, seed
         longest = max(map(len, KEYS))
         needed = num_facts * (len(FACT) + longest + digits) + (1 + question_first) * (len(QUESTION) + longest)
         if length < needed:
             raise ValueError(
-                f"length={length} is too short for num_facts={num_facts} and the question, which can take {needed} "
-                "characters: raise length or lower num_facts"
+                f"length={length} is too short for num_facts={num_facts} and the question, which take up to {needed} "
+                "characters; raise length or lower num_facts"
             )
-        self.files = split_files(text_files(path, pattern), val_fraction, seed)
-        self.paragraphs: dict[Path, list[str]] = {}
+        self.paragraphs = Paragraphs(path, pattern, val_fraction, seed)
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "distance" in characters}."""
+        """Return {"prompt", "answer", "distance" in characters}."""
         rng = example_generator(self.seed, split, index)
         keys = [KEYS[n] for n in rng.choice(len(KEYS), self.num_facts, replace=False)]
         first = 10 ** (self.digits - 1)
@@ -97,7 +142,7 @@ class Facts:
         facts = [FACT.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         head = f"{question}\n\n" if self.question_first else ""
         room = self.length - sum(len(fact) + 1 for fact in facts) - len(head) - len(question) - 1
-        pieces = self.text(split, room, rng)
+        pieces = self.paragraphs.text(split, room, rng)
         places = np.sort(rng.integers(0, len(pieces) + 1, self.num_facts)).tolist()
         for place, fact in reversed(list(zip(places, facts, strict=True))):
             pieces.insert(place, fact)
@@ -106,57 +151,30 @@ class Facts:
         return {"prompt": prompt, "answer": facts[asked], "distance": distance}
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 where the completion, without white space around it, is the fact, else 0."""
+        """Return 1 for completions that equal the fact, up to surrounding white space, and 0 for others."""
         return exact_match([completion.strip() for completion in completions], answer)
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest fact and its end, if each byte is a token."""
+        """Return the number of tokens in the longest fact, EOS included, with one token per byte."""
         return len(FACT.format(key=max(KEYS, key=len), value="")) + self.digits + END_OF_ANSWER
-
-    def text(self, split: Split, room: int, rng: np.random.Generator) -> list[str]:
-        """Return paragraphs that take `room` characters with a line's end after each."""
-        pieces: list[str] = []
-        order = rng.permutation(len(self.files[split])).tolist()
-        while room > 0:
-            before = room
-            for number in order:
-                found = self.paragraphs_of(self.files[split][number])
-                start = int(rng.integers(len(found))) if found else 0
-                for paragraph in found[start:]:
-                    if room <= 0:
-                        return pieces
-                    left = room - len(paragraph) - 1
-                    # A single character could not be filled: it would be a line's end alone.
-                    pieces.append(paragraph[:-1] if left == 1 else paragraph[: room - 1])
-                    room -= len(pieces[-1]) + 1
-            if room == before:
-                raise ValueError(f"the {split} files hold no paragraph of {SHORTEST_PARAGRAPH} characters: give others")
-        return pieces
-
-    def paragraphs_of(self, file: Path) -> list[str]:
-        """Return a file's paragraphs, each on one line; read when an example first needs them."""
-        if file not in self.paragraphs:
-            text = read_file(file).decode("utf-8", "replace")
-            parts = docstrings(text) if file.suffix == ".py" else [text]
-            lines = [" ".join(paragraph.split()) for part in parts for paragraph in part.split("\n\n")]
-            self.paragraphs[file] = [line for line in lines if len(line) >= SHORTEST_PARAGRAPH]
-        return self.paragraphs[file]
 
 
 def text_files(path: str | None, pattern: str) -> list[Path]:
-    """Return the files of a folder that match a pattern and are not empty, sorted; None: the standard library."""
+    """Return the non-empty files of a folder, or of the standard library for None, that match a pattern, sorted."""
     folder = Path(sysconfig.get_path("stdlib") if path is None else path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"path={path!r} is no folder: give one with files that match pattern={pattern!r}")
+        raise FileNotFoundError(
+            f"path={path!r} is not a folder; set it to a folder with files that match pattern={pattern!r}"
+        )
     files = [file for file in files_below(folder) if file.match(pattern) and file.stat().st_size]
     if not files:
-        raise ValueError(f"path={path!r} has no file that matches pattern={pattern!r}: change one of them")
+        raise ValueError(f"path={path!r} has no file that matches pattern={pattern!r}; change one of them")
     return files
 
 
 def docstrings(source: str) -> list[str]:
-    """Return the docstrings of a module in order; none where it is no Python."""
+    """Return the docstrings of a module in order, or an empty list if it cannot be parsed."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""Functions of real source that need nothing but their arguments, what they return, and bugs that change it."""
+"""Self-contained functions from real source code, with calls, results, and bugs that change the results."""
 
 import ast
 import builtins
@@ -19,15 +19,15 @@ from .identifier import source_files
 from .query import TESTS
 
 DEFINITION = re.compile(r"^def \w+\(.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
-LONGEST_SOURCE = 3000  # characters with docstring and comments
-LONGEST_REPR = 32  # of what a call returns
+LONGEST_SOURCE = 3000  # characters, with docstring and comments
+LONGEST_REPR = 32  # characters of a result's repr
 MOST_CALLS, FEWEST_CALLS, FEWEST_RESULTS = 16, 6, 2
-# What looks at or changes anything but arguments.
-OUTSIDE = {
-    "__import__", "breakpoint", "compile", "delattr", "dir", "eval", "exec", "exit", "globals", "help", "id", "input",
-    "locals", "memoryview", "object", "open", "print", "quit", "setattr", "super", "vars",
-}  # fmt: skip
-BUILTINS = set(dir(builtins)) - OUTSIDE
+# Builtins that read or change state beyond their arguments.
+OUTSIDE = """
+__import__ breakpoint compile delattr dir eval exec exit globals help id input locals memoryview object open print quit
+setattr super vars
+"""
+BUILTINS = set(dir(builtins)) - set(OUTSIDE.split())
 EFFECTS = (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
 VALUES: dict[str, list[str]] = {
     "int": ["0", "1", "2", "3", "5", "7", "12", "100", "255", "1024", "-1", "-4"],
@@ -36,13 +36,13 @@ VALUES: dict[str, list[str]] = {
     "bytes": ["b''", "b'abc'", r"b'\x01\x02\x03\x04'"],
     "list": ["[]", "[3]", "[1, 2, 3]", "[5, 2, 4]", "['a', 'b']"],
 }
-SECONDS = 0.1  # of the processor, for all calls of a source: what ends takes far less, what does not far more
-TRIED = (12, 6, 2)  # argument lists of each combination of types, of one, two and three of them
+SECONDS = 0.1  # CPU time for all calls of one source; functions that terminate need far less
+TRIED = (12, 6, 2)  # argument lists per combination of types, for one, two and three arguments
 EVERYTHING = Limits(seconds=300.0, memory=2**30, output=2**26, disk=2**26)
 
 
 class BrokenFunction(NamedTuple):
-    """A function, calls with what they return, and bugs: kind, source, and what the same calls return then."""
+    """A function, calls with their results, and bugs as (kind, source, results of the same calls)."""
 
     name: str
     source: str
@@ -53,21 +53,18 @@ class BrokenFunction(NamedTuple):
 
 @cache
 def broken_functions(path: str | None, max_length: int = LONGEST_SOURCE) -> tuple[BrokenFunction, ...]:
-    """All functions of a folder that stand alone, whose calls tell them from every bug that is given.
+    """Return the self-contained functions of a folder, each with the bugs that change the result of a call.
 
-    Functions run in a sandbox alone, their bugs too. Those that do not end are left out.
+    Functions and bugs run in a sandbox only. Those that do not terminate are excluded.
 
     Args:
-        path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
-        max_length: characters of a function, without docstring and comments.
+        path: a folder of .py files; None reads the standard library of the running Python without its tests.
+        max_length: the maximum number of characters in a function, without docstring and comments.
     """
     sources = {name: source for name, source in sorted(functions_alone(path)) if len(source) <= max_length}
     tried = [([source], calls_to_try(source)) for source in sources.values()]
     said = run_calls(tried, seconds=SECONDS, limits=EVERYTHING)
-    chosen = {
-        name: choose(calls, results)
-        for name, (_, calls), (results,) in zip(sources, tried, said, strict=True)
-    }  # fmt: skip
+    chosen = {name: choose(calls, results) for name, (_, calls), (results,) in zip(sources, tried, said, strict=True)}
     chosen = {name: told for name, told in chosen.items() if enough(told)}
     bugs = {name: bugs_of(sources[name]) for name in chosen}
     programs = [([sources[name], *(bug.source for bug in bugs[name])], list(told)) for name, told in chosen.items()]
@@ -85,7 +82,7 @@ def broken_functions(path: str | None, max_length: int = LONGEST_SOURCE) -> tupl
 
 
 def functions_alone(path: str | None) -> Iterator[tuple[str, str]]:
-    """Names and sources of top-level functions that use arguments and builtins alone, without docstring; each once."""
+    """Yield the names and docstring-free sources of distinct top-level functions that `alone` accepts."""
     names, bodies = set(), set()
     for file in source_files(path):
         if path is None and TESTS & set(file.parts):
@@ -103,7 +100,7 @@ def functions_alone(path: str | None) -> Iterator[tuple[str, str]]:
 
 
 def alone(source: str) -> ast.FunctionDef | None:
-    """A function that needs nothing but its arguments and does nothing but return, else None."""
+    """Parse a function without docstring; return None if it needs or affects anything beyond arguments and builtins."""
     try:
         (function,) = ast.parse(source).body
     except (SyntaxError, ValueError):
@@ -122,7 +119,7 @@ def alone(source: str) -> ast.FunctionDef | None:
 
 
 def required(function: ast.FunctionDef) -> int:
-    """How many arguments a call has to give; 0 where there are none, or too many."""
+    """Return the number of required arguments, or 0 if there are too many or keyword-only ones."""
     given = function.args
     if any(default is None for default in given.kw_defaults):
         return 0
@@ -131,7 +128,7 @@ def required(function: ast.FunctionDef) -> int:
 
 
 def calls_to_try(source: str) -> list[str]:
-    """Calls with arguments of all combinations of types, always the same ones."""
+    """Return calls with arguments of all combinations of types, deterministic for each source."""
     (function,) = ast.parse(source).body
     assert isinstance(function, ast.FunctionDef)
     rng = np.random.default_rng(zlib.crc32(source.encode()))
@@ -144,7 +141,7 @@ def calls_to_try(source: str) -> list[str]:
 
 
 def choose(calls: list[str], said: list[str]) -> dict[str, str]:
-    """Calls that return something short and plain, as different as can be, and what."""
+    """Return up to 16 calls with short, plain results, which are as diverse as possible."""
     by_result: dict[str, list[str]] = {}
     for call, result in zip(calls, said, strict=True):
         if len(result) <= LONGEST_REPR and is_plain(result):
@@ -154,12 +151,12 @@ def choose(calls: list[str], said: list[str]) -> dict[str, str]:
 
 
 def enough(told: dict[str, str]) -> bool:
-    """Whether calls tell one function from another."""
+    """Return True if there are enough calls and different results to distinguish functions."""
     return len(told) >= FEWEST_CALLS and len(set(told.values())) >= FEWEST_RESULTS
 
 
 def is_plain(result: str) -> bool:
-    """Whether a repr is that of numbers, texts and containers of them."""
+    """Return True if a repr is a literal: numbers, strings and containers of them."""
     if result.startswith(RAISED) or result == UNFINISHED:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Identifiers in real Python source, of which the last use lies further back than a window.
+"""Prediction of identifiers in real Python source whose last use lies beyond a window.
 
 …  def _flush_unlocked(self): … (more than a window of other text) …  with self._write_lock:
         self.                                                           answer  _flush_unlocked
@@ -18,10 +18,10 @@ from hybridmem.files import files_below
 
 from .task import END_OF_ANSWER, Split, example_generator
 
-# Words of source, in bytes. What is not ASCII counts as part of a word, so that no half of a word is one.
+# Words of source, in bytes. Non-ASCII bytes belong to words, so that no match is a part of a word.
 WORD = re.compile(rb"(?<![0-9A-Za-z_\x80-\xff])[A-Za-z_\x80-\xff][0-9A-Za-z_\x80-\xff]*")
 IDENTIFIER = re.compile(r"\w*")
-# Comments and strings: found from left to right, so that a quote in a comment begins no string.
+# Comments and strings, matched from left to right, so that a quote in a comment starts no string.
 NOT_CODE = re.compile(
     rb"\#[^\n]*"
     rb'|"""(?:[^\\]|\\.)*?"""'
@@ -35,27 +35,27 @@ NOT_CODE = re.compile(
 class Identifier:
     """Python source, cut right before an identifier of its code; the answer is that identifier.
 
-    All of the identifier's last occurrence, wherever in the text, lies more than `window` bytes before the cut and
-    within the prompt. Keywords are never asked for. The completion's answer ends at its first character that no
-    identifier has; what comes after counts for nothing.
+    The identifier's last occurrence, in code or elsewhere, lies in the prompt and ends at least `window` bytes before
+    the cut. Keywords are never asked. A completion's answer ends at its first character that cannot be part of an
+    identifier; later characters are ignored.
 
-    Whole files are held out: the very ones that TextDataModule holds out of the same folder when its `val_fraction`
-    and its `split_seed` are this task's `val_fraction` and `seed`. A file is read when an example first needs it;
-    one that is not UTF-8 has no examples.
+    Whole files are held out. They are the files that TextDataModule holds out of the same folder if its `val_fraction`
+    and `split_seed` equal this task's `val_fraction` and `seed`. A file is read on first use; files that are not UTF-8
+    have no examples.
 
     The column `distance` is the number of whole windows between the last occurrence's end and the cut.
 
     Args:
-        window: bytes before the cut that the identifier is not in.
-        context_length: bytes of a prompt; fewer where the file begins within it.
-        min_length, max_length: of the identifier, in bytes.
-        path: a folder of .py files; without one, the standard library of the running Python (about 30 MB).
-        val_fraction: share of the files to hold out.
-        seed: of the split and of all examples.
+        window: the number of bytes before the cut without the identifier.
+        context_length: the number of bytes in a prompt; fewer at the start of a file.
+        min_length, max_length: bounds on the identifier's length in bytes.
+        path: a folder of .py files; None reads the standard library of the running Python (about 30 MB).
+        val_fraction: the fraction of files to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
-        ValueError: settings that leave no examples; an impossible combination is found at once, files without
-            examples at the first one.
+        ValueError: The settings leave no examples. Contradictory settings raise at construction, unsuitable files at
+            the first example.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Identifier:
         at_least(0, seed=seed)
         if context_length < window + min_length:
             raise ValueError(
-                f"context_length={context_length} must be at least window + min_length = {window + min_length}: the "
-                "identifier stands in the prompt, before the window"
+                f"context_length={context_length} must be at least window + min_length = {window + min_length}, so "
+                "that the prompt contains the identifier before the window"
             )
         if max_length < min_length:
             raise ValueError(f"max_length={max_length} must be at least min_length={min_length}")
@@ -85,7 +85,7 @@ class Identifier:
         self.places: dict[Path, Int32[np.ndarray, "places 3"]] = {}
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "distance" in whole windows}. Each file is as likely as any other that has one."""
+        """Return {"prompt", "answer", "distance" in whole windows}; all files with examples are equally likely."""
         rng = example_generator(self.seed, split, index)
         for number in rng.permutation(len(self.files[split])):
             file = self.files[split][number]
@@ -93,7 +93,7 @@ class Identifier:
             if len(places):
                 last_end, start, stop = rng.choice(places).tolist()
                 source = file.read_bytes()
-                # The prompt can begin within a character of several bytes, of which the rest is left out.
+                # The prompt may start inside a multi-byte character, whose remaining bytes are dropped.
                 prompt = source[max(0, start - self.context_length) : start].decode(errors="ignore")
                 return {
                     "prompt": prompt,
@@ -102,25 +102,25 @@ class Identifier:
                 }
         raise ValueError(
             f"no {split} file has an identifier of {self.min_length} to {self.max_length} bytes whose last use lies "
-            f"more than window={self.window} bytes back and within context_length={self.context_length}: lower window "
-            "or min_length, raise context_length, or give more files"
+            f"more than window={self.window} bytes back and within context_length={self.context_length}; lower window "
+            "or min_length, raise context_length, or set path to more files"
         )
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 where the identifier that a completion begins with is the answer, else 0."""
+        """Return 1 for completions whose leading identifier is the answer, and 0 for others."""
         return [float(right) for right in self.is_right(completions, answer)]
 
     def is_right(self, completions: list[str], answers: list[str]) -> list[bool]:
-        """Whether the identifier that a completion begins with is the answer."""
+        """Return True for completions whose leading identifier is the answer."""
         return [_leading(text) == right for text, right in zip(completions, answers, strict=True)]
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest identifier and its end, if each byte is a token."""
+        """Return the number of tokens in the longest identifier, EOS included, with one token per byte."""
         return self.max_length + END_OF_ANSWER
 
     def places_in(self, file: Path) -> Int32[np.ndarray, "places 3"]:
-        """Where a file can be cut: the last occurrence's end, the identifier's start and its end, in bytes."""
+        """Return a file's possible cuts as (last occurrence's end, identifier's start, identifier's end) in bytes."""
         if file not in self.places:
             found = [
                 (last_end, start, stop)
@@ -134,9 +134,10 @@ class Identifier:
 
 
 def repeated_words(source: bytes) -> list[tuple[int, int, int, int]]:
-    """Each identifier of the code that occurred before: its last occurrence's start and end, its own start and end.
+    """Return the start and end of each repeated identifier's last occurrence, and its own start and end.
 
-    The last occurrence can stand in a comment or a string. Source that is not UTF-8 has none.
+    The identifier is in code; its last occurrence may be in a comment or a string. Source that is not UTF-8 gives an
+    empty list.
     """
     try:
         source.decode()
@@ -156,10 +157,10 @@ def repeated_words(source: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def source_files(path: str | None) -> list[Path]:
-    """The .py files of a folder that are not empty, each once and sorted, without hidden and installed ones."""
+    """Return the distinct non-empty .py files of a folder, sorted, without hidden and installed files."""
     folder = Path(sysconfig.get_path("stdlib") if path is None else path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"path={path!r} is no folder")
+        raise FileNotFoundError(f"path={path!r} is not a folder; set it to a folder of .py files")
     unique: dict[Path, Path] = {}
     for file in files_below(folder):
         if file.suffix == ".py":
@@ -168,7 +169,7 @@ def source_files(path: str | None) -> list[Path]:
 
 
 def split_files(files: list[Path], val_fraction: float, seed: int) -> dict[Split, list[Path]]:
-    """Files to train on, and a fraction of them, drawn by `seed`, to validate on."""
+    """Split files at random into training files and a fraction of validation files."""
     held_out = number_held_out(val_fraction, len(files), f"{len(files)} files", ", or give more files")
     chosen = set(np.random.default_rng((seed,)).permutation(len(files))[:held_out].tolist())
     return {

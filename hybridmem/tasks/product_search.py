@@ -1,7 +1,7 @@
-"""Product search with graded judgements, such as ESCI: a shopper's query is rewritten so that it finds better products.
+"""Product search with graded judgements, such as ESCI: the policy rewrites a shopper's query.
 
-examples   {"query": "usb c hub", "product_id": "B01", "esci_label": "E", "split": "train"}   a judgement a line
-products   {"product_id": "B01", "product_title": "7-in-1 USB-C hub", …}                      a product a line
+examples   {"query": "usb c hub", "product_id": "B01", "esci_label": "E", "split": "train"}   one judgement per line
+products   {"product_id": "B01", "product_title": "7-in-1 USB-C hub", …}                      one product per line
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,28 +25,28 @@ Query: {query}
 
 
 class ProductSearch:
-    """Queries with graded products; the response is a better query, rewarded by NDCG@k of what BM25 finds with it.
+    """Queries with graded products; the response is a better query, rewarded by the NDCG@k of BM25's results.
 
-    Judgements' own column `split` divides the queries; without it some are held out. The answer, which can teach the
-    format, is the query as it was.
+    The judgements' column `split` divides the queries; without it, a fraction is held out. The answer is the original
+    query, from which a model can learn the format.
 
     Needs bm25s (`pip install hybridmem[rank]`).
 
     Args:
-        examples: JSONL of judgements, with the columns query, product_id, esci_label and perhaps split.
-        products: JSONL of all products that can be found, with product_id.
-        text_columns: of the products, where their text stands.
-        k: how many products count.
+        examples: a JSONL file of judgements, with the columns query, product_id, esci_label and optionally split.
+        products: a JSONL file of all searchable products, with the column product_id.
+        text_columns: the products' columns with searchable text.
+        k: the cutoff of NDCG, in products.
         gains: the relevance of each label; {E: 1, S: 0, C: 0, I: 0} is the binary gain of Rec-R1.
-        think: whether the response must think first.
-        prompt: with {query}; a brace itself is written twice.
-        max_completion_length: tokens of a response.
-        val_fraction: share of the queries to hold out where no split is given.
-        seed: of the split and of all examples.
+        think: True if a response must contain <think>…</think> before its answer.
+        prompt: a format string with {query}; double other braces.
+        max_completion_length: the maximum number of tokens in a response.
+        val_fraction: the fraction of queries to hold out if the judgements have no split.
+        seed: seeds the split and all examples.
 
     Raises:
         ImportError: bm25s is not installed.
-        FileNotFoundError, ValueError: files or settings that cannot work, naming the line or the setting.
+        FileNotFoundError, ValueError: A file or a setting is invalid; the message contains the line or the setting.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class ProductSearch:
         at_least(1, k=k, max_completion_length=max_completion_length)
         at_least(0, seed=seed)
         if "{query}" not in prompt:
-            raise ValueError(f"prompt={prompt!r} must have {{query}}, where the query is written")
+            raise ValueError(f"prompt={prompt!r} must contain {{query}}, the place of the query")
         between_0_and_1(val_fraction=val_fraction)
         for name, file in (("examples", examples), ("products", products)):
             if not Path(file).is_file():
-                raise FileNotFoundError(f"{name}={file!r} is no file")
+                raise FileNotFoundError(f"{name}={file!r} does not exist or is not a file; set it to a JSONL file")
         self.prompt, self.think, self.seed = prompt, think, seed
         self._max_completion_length = max_completion_length
         self.judged, splits = read_judgements(examples, gains)
@@ -77,11 +77,14 @@ class ProductSearch:
         retriever = BM25(products, id_column="product_id", text_columns=text_columns)
         found = {product for judged in self.judged.values() for product in judged} & set(retriever.ids)
         if not found:
-            raise ValueError(f"none of the products that examples={examples!r} judges is in products={products!r}")
+            raise ValueError(
+                f"products={products!r} contains none of the products judged in examples={examples!r}; check that the "
+                "files belong together"
+            )
         self.ranking = RankingReward("ndcg", k, retriever, think)
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "relevance" by product}."""
+        """Return {"prompt", "answer", "relevance" by product}."""
         rng = example_generator(self.seed, split, index)
         query = self.queries[split][rng.integers(len(self.queries[split]))]
         return {
@@ -91,43 +94,43 @@ class ProductSearch:
         }
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """Rec-R1's: 0.1 + NDCG@k above 0, 0 for a query that finds nothing relevant, −2 for none."""
+        """Return Rec-R1's reward: 0.1 + NDCG@k, 0 for queries that find nothing relevant, −2 if malformed."""
         rewards: Any = self.ranking(completions, **columns)
         return rewards
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of a response, as set."""
+        """Return the maximum number of tokens in a response."""
         return self._max_completion_length
 
 
 def read_judgements(
     path: str, gains: Mapping[str, float]
 ) -> tuple[dict[str, dict[str, float]], dict[Split, list[str]] | None]:
-    """The gain of each judged product, by query, and the queries of each split; None where no line names one.
+    """Read the gain of each judged product by query, and the queries of each split (None if no line has a split).
 
-    Queries without a product of some gain are left out: no ranking is better than another.
+    Queries whose products all have gain 0 are dropped, because every ranking would score the same.
 
     Raises:
-        FileNotFoundError, ValueError: a file without usable queries, or a line without its columns or of another label.
+        FileNotFoundError, ValueError: The file has no usable query, or a line lacks a column or has an unknown label.
     """
     judged: dict[str, dict[str, float]] = {}
     split_of: dict[str, Split] = {}
     for name, record in read_jsonl(path):
         missing = {"query", "product_id", "esci_label"} - set(record)
         if missing:
-            raise ValueError(f"{name} has no {', '.join(sorted(missing))} (it has {', '.join(sorted(record))})")
+            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(record))}")
         if record["esci_label"] not in gains:
-            raise ValueError(f"{name} has the label {record['esci_label']!r}: gains has {', '.join(gains)}")
+            raise ValueError(f"{name} has esci_label={record['esci_label']!r}, but gains has {', '.join(gains)}")
         query = record["query"]
         judged.setdefault(query, {})[str(record["product_id"])] = gains[record["esci_label"]]
         if "split" in record:
             if record["split"] not in SPLIT_OF:
-                raise ValueError(f"{name} has the split {record['split']!r}: it must be one of {', '.join(SPLIT_OF)}")
+                raise ValueError(f"{name} has split={record['split']!r}; it must be one of {', '.join(SPLIT_OF)}")
             split_of[query] = SPLIT_OF[record["split"]]  # type: ignore[assignment]
     judged = {query: products for query, products in judged.items() if any(gain > 0 for gain in products.values())}
     if not judged:
-        raise ValueError(f"examples={path!r} has no query with a product of a gain above 0: look at labels and gains")
+        raise ValueError(f"examples={path!r} has no query with a product of gain above 0; check its labels and gains")
     if not split_of:
         return judged, None
     splits: dict[Split, list[str]] = {
@@ -135,5 +138,5 @@ def read_judgements(
     }
     empty = [split for split, queries in splits.items() if not queries]
     if empty:
-        raise ValueError(f"examples={path!r} has no usable query of the split {empty[0]}: add some, or leave out split")
+        raise ValueError(f"examples={path!r} has no usable query in split {empty[0]}; add some, or remove column split")
     return judged, splits

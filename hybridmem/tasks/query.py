@@ -1,4 +1,4 @@
-"""Search queries: a function of the standard library is described in a line; which query finds its documentation?
+"""Search queries that find a standard library function's documentation from its one-line description.
 
 Return True if the path is absolute.        answer  <answer>{"query": "return true the path absolute"}</answer>
 """
@@ -22,47 +22,47 @@ from .task import END_OF_ANSWER, Split, example_generator
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")  # parts of CamelCase and snake_case
 TESTS = {"test", "tests", "idle_test"}
-BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)  # what can hold a function
+BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)  # nodes that can contain a function
 
 
 class Function(NamedTuple):
     """A function or method with a docstring."""
 
-    name: str  # from its module on
+    name: str  # qualified, including the module
     description: str  # the docstring's first line
-    rest: str  # the docstring without it
+    rest: str  # the docstring's other lines
 
 
 class Query:
-    """A one-line description of a function; the response is a query, rewarded by NDCG of what BM25 finds with it.
+    """A one-line description of a function; the response is a query, rewarded by the NDCG of BM25's results.
 
-    The corpus has a document for each function: its name, in words, and its docstring but for the line that is the
-    prompt. Functions that are described alike are equally relevant. Source is parsed, never run. Descriptions are
-    held out, and validated on one after another; the functions' documents are all in the corpus.
+    The corpus has one document per function: the words of its name, and its docstring without the first line, which is
+    the prompt. Functions with equal descriptions are equally relevant. Source is parsed and never run. Descriptions are
+    held out, and validation goes through them in order; the corpus contains the documents of all functions.
 
-    The answer, to warm up with, is a query of the description's words, each there or not by chance: how to write one,
-    and that words can be left out. Which ones is for the reward to say.
+    The answer, for supervised warm-up, is a query of randomly kept words of the description. It teaches the format and
+    that words can be dropped; the reward teaches which words to drop.
 
     Needs bm25s (`pip install hybridmem[rank]`).
 
     Args:
-        k: how many documents count.
-        reward_k: how many count for the reward; None: k. Where a query finds what it should too far down for NDCG@k,
-            one further up is not rewarded, and most groups' rewards are all zero.
-        think: whether the response must think first; the answers then think nothing.
-        max_query_length: bytes of the answers' queries, and with the format what a response has room for.
-        keep: the share of a description's words that the answers' queries keep.
-        min_words: of a description.
-        every_line: draw training examples from the other lines of those functions' docstrings too, as if each described
-            its function: more text to learn to read and copy from.
-        shuffle: put the words of every other training example in any order: those can be copied, not guessed.
-        path: a folder of .py files; without one, the standard library of the running Python, its tests left out.
-        val_fraction: share of the descriptions to hold out.
-        seed: of the split and of all examples.
+        k: the cutoff of NDCG, in documents.
+        reward_k: the cutoff of the reward's NDCG; None takes k. A larger cutoff also rewards progress at ranks below
+            k, where NDCG@k would be zero for most groups.
+        think: True if a response must contain <think>…</think> before its answer; the answers leave it empty.
+        max_query_length: the maximum number of bytes in an answer's query; it also bounds max_completion_length.
+        keep: the fraction of a description's words that an answer's query keeps.
+        min_words: the minimum number of words in a description.
+        every_line: also use the other lines of the training functions' docstrings as descriptions, which gives more
+            text to learn reading and copying from.
+        shuffle: shuffle the words of every other training example, which can then be copied but not guessed.
+        path: a folder of .py files; None reads the standard library of the running Python without its tests.
+        val_fraction: the fraction of descriptions to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
         ImportError: bm25s is not installed.
-        ValueError: settings that leave no examples.
+        ValueError: The settings leave no examples.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Query:
             self._describe_by_every_line(functions, min_words)
 
     def _describe_by_every_line(self, functions: list[Function], min_words: int) -> None:
-        """Add the lines of the training functions' docstrings, but those that describe another function."""
+        """Add the other docstring lines of the training functions, except those that describe another function."""
         learned = {name for description in self.descriptions["train"] for name in self.described[description]}
         lines: dict[str, list[str]] = {}
         for function in functions:
@@ -110,7 +110,7 @@ class Query:
         self.descriptions["train"] = [*self.descriptions["train"], *lines]
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "relevance": the names of the functions so described}."""
+        """Return {"prompt", "answer", "relevance": the names of the functions with this description}."""
         rng = example_generator(self.seed, split, index)
         descriptions = self.descriptions[split]
         description = descriptions[rng.integers(len(descriptions)) if split == "train" else index % len(descriptions)]
@@ -124,17 +124,17 @@ class Query:
         }
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """Rec-R1's: 0.1 + NDCG@reward_k above 0, 0 for a query that finds nothing relevant, −2 for none."""
+        """Return Rec-R1's reward: 0.1 + NDCG@reward_k, 0 for queries that find nothing relevant, −2 if malformed."""
         rewards: Any = self.rewarded(completions, **columns)
         return rewards
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest answer and its end, if each byte is a token."""
+        """Return the number of tokens in the longest answer, EOS included, with one token per byte."""
         return len(write_answer("", "" if self.think else None)) + self.max_query_length + END_OF_ANSWER
 
     def target(self, description: str, rng: np.random.Generator) -> str:
-        """The description's words, each there or not by chance, as far as there is room; never none of them."""
+        """Return a query of randomly kept words of the description, at least one, up to max_query_length."""
         found = words(description)
         kept = [word for word, kept in zip(found, rng.random(len(found)) < self.keep, strict=True) if kept] or found
         query = ""
@@ -148,7 +148,7 @@ class Query:
 
 @cache
 def documented_functions(path: str | None) -> list[Function]:
-    """The functions and methods in a folder's .py files that have a docstring of more than white space, by name."""
+    """Return the functions and methods in a folder's .py files that have a non-empty docstring, sorted by name."""
     root = Path(sysconfig.get_path("stdlib") if path is None else path)
     found: dict[str, Function] = {}
     for file in source_files(path):
@@ -162,7 +162,9 @@ def documented_functions(path: str | None) -> list[Function]:
         module = [part for part in place.with_suffix("").parts if part != "__init__"]
         found |= {function.name: function for function in _functions(tree, module)}
     if not found:
-        raise ValueError(f"path={path!r} has no function with a docstring")
+        raise ValueError(
+            f"path={path!r} has no function with a docstring; set it to a folder with documented functions"
+        )
     return [found[name] for name in sorted(found)]
 
 
@@ -180,12 +182,12 @@ def _functions(node: ast.AST, path: list[str]) -> Iterator[Function]:
 
 
 def words(text: str) -> list[str]:
-    """Its words in lower case, those of identifiers one by one."""
+    """Return the lower-case words of a text, with identifiers split into words."""
     return [word.lower() for word in WORD.findall(text)]
 
 
 def split_texts(texts: list[str], val_fraction: float, seed: int) -> dict[Split, list[str]]:
-    """Texts to train on, and a fraction of them, drawn by `seed`, to validate on."""
+    """Split texts at random into training texts and a fraction of validation texts."""
     held_out = number_held_out(val_fraction, len(texts), f"{len(texts)} descriptions", ", or give more files")
     order = np.random.default_rng((seed,)).permutation(len(texts)).tolist()
     return {"train": [texts[i] for i in order[held_out:]], "val": [texts[i] for i in order[:held_out]]}

@@ -1,10 +1,10 @@
-"""Key–value recall: which value stood beside this key, one or many attention windows ago?
+"""Key–value recall over a distance of one or many attention windows.
 
     qm=xkc rz ufo wd=pab e hsoq …  ab=uvw … lt nqmi ?wd=            answer  pab
     qm=wd  rz ufo wd=pab e hsoq …  ab=uv  … lt nqmi ?qm=            answer  wd=pab     (hops=2)
 
-Between the pairs stand words of random letters. All prompts of a task have the same length: what changes is where
-the asked pair stands.
+Words of random letters separate the pairs. All prompts of a task have equal length and differ in the position of the
+asked pair.
 """
 
 from collections.abc import Sequence
@@ -20,31 +20,31 @@ from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 LETTERS = np.array([*ascii_lowercase])
 FILLER = np.array([*ascii_lowercase, *"    "])  # words of six letters or so
-MOST_BYTES = 10**9  # of a prompt; for more NumPy cannot say where the pairs stand
+MOST_BYTES = 10**9  # of a prompt; NumPy's hypergeometric sampling allows no more
 
 
 class Recall:
-    """Key–value pairs, filler, then a key; the answer is its value.
+    """Key–value pairs in filler text, then a key; the answer is its value.
 
-    The column `distance` says how far back the asked pair lies: its value ends `distance` · `window` bytes before
-    the prompt does. A stack of window-attention layers reaches back by its number of layers times the window: what
-    lies further back only a memory can answer. With several hops this is the place of the chain's first pair; the
-    others stand anywhere.
+    The column `distance` is the distance of the asked pair: its value ends `distance` · `window` bytes before the end
+    of the prompt. A stack of window-attention layers reaches back by the number of layers times the window; beyond
+    that, answers need a memory. With several hops, the distance refers to the first pair of the chain, and the other
+    pairs are anywhere.
 
     Args:
-        num_pairs: key–value pairs in a prompt.
-        key_length: letters of a key; no key stands twice in a prompt.
-        value_length: letters of a value.
-        hops: lookups that lead to the answer. From two on a value is the next key, and the answer writes the
+        num_pairs: the number of key–value pairs in a prompt.
+        key_length: the number of letters in a key; keys are unique within a prompt.
+        value_length: the number of letters in a value.
+        hops: the number of lookups to the answer. With two or more, each value is the next key, and the answer is the
             whole chain.
-        num_distractors: pairs whose key differs from the asked one in one letter, among `num_pairs`.
-        distance: how far back the asked pair can lie, in windows; each example draws one.
-        window: bytes of a window.
-        partial_credit: reward the share of leading characters that are right rather than the whole answer alone.
-        seed: of all examples.
+        num_distractors: the number of pairs, among `num_pairs`, whose key differs from the asked one in one letter.
+        distance: possible distances of the asked pair in windows; each example draws one.
+        window: the number of bytes in a window.
+        partial_credit: reward the fraction of correct leading characters instead of exact matches only.
+        seed: seeds all examples.
 
     Raises:
-        ValueError: settings that leave no room, or not enough keys, for the pairs.
+        ValueError: The settings leave too little room or too few keys for the pairs.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Recall:
         at_least(1, num_pairs=num_pairs, key_length=key_length, value_length=value_length, hops=hops, window=window)
         at_least(0, num_distractors=num_distractors, seed=seed)
         if not distance:
-            raise ValueError("distance names no distance: give at least one")
+            raise ValueError("distance is empty; set at least one distance")
         at_least(1, distance=min(distance))
         if max(distance) * window >= MOST_BYTES:
             raise ValueError(
-                f"distance={max(distance)} windows of window={window} bytes are too far: lower one of them"
+                f"distance={max(distance)} times window={window} must be below {MOST_BYTES} bytes; lower one of them"
             )
         self.num_pairs, self.key_length, self.value_length = num_pairs, key_length, value_length
         self.hops, self.num_distractors = hops, num_distractors
@@ -78,32 +78,32 @@ class Recall:
         self._check_room()
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "distance" in windows}."""
+        """Return {"prompt", "answer", "distance" in windows}."""
         rng = example_generator(self.seed, split, index)
         distance = int(rng.choice(self.distance))
         keys, values = self._draw_pairs(rng)
         asked, *others = [f"{key}={value} " for key, value in zip(keys, values, strict=True)]
         others = rng.permutation(others).tolist()
         before, after = self._room(distance)
-        # Each place is as likely as any other: so many of the others stand before the asked pair.
+        # All positions are equally likely, so the number of pairs before the asked one is hypergeometric.
         first = rng.hypergeometric(before // self.pair_length, after // self.pair_length, len(others))
         context = scatter(others[:first], before, rng) + asked + scatter(others[first:], after, rng)
         answer = "=".join([*keys[1 : self.hops], values[self.hops - 1]])
         return {"prompt": f"{context}?{keys[0]}=", "answer": answer, "distance": distance}
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 for the exact answer, else 0; with `partial_credit` the share of leading characters that are right."""
+        """Return 1 for the exact answer and 0 otherwise, or the fraction of correct leading characters."""
         if not self.partial_credit:
             return exact_match(completions, answer)
         return [leading_share(text.rstrip(), right) for text, right in zip(completions, answer, strict=True)]
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of an answer and its end, if each byte is a token."""
+        """Return the number of tokens in an answer, EOS included, with one token per byte."""
         return self.hops * (self.value_length + 1) - 1 + END_OF_ANSWER
 
     def _room(self, distance: int) -> tuple[int, int]:
-        """Bytes before the asked pair, and from its end to the question."""
+        """Return the number of bytes before the asked pair, and between its end and the question."""
         before = (max(self.distance) - distance) * self.window
         return before, distance * self.window - 1 - self.question_length  # 1: the space that ends the pair
 
@@ -130,19 +130,19 @@ class Recall:
             before, after = self._room(distance)
             if after < 0:
                 raise ValueError(
-                    f"window={self.window} is too short for the question of {self.question_length} bytes: raise window"
+                    f"window={self.window} is too short for the question of {self.question_length} bytes; raise window"
                 )
             room = before // self.pair_length + after // self.pair_length
             if self.num_pairs - 1 > room:
                 raise ValueError(
-                    f"num_pairs={self.num_pairs} of {self.pair_length} bytes do not fit: distance={distance} of up to "
-                    f"{max(self.distance)} windows of window={self.window} bytes has room for {room + 1}; lower "
+                    f"num_pairs={self.num_pairs} of {self.pair_length} bytes do not fit: with distance={distance} out "
+                    f"of {self.distance} and window={self.window}, a prompt has room for {room + 1}; lower "
                     f"num_pairs, key_length={self.key_length} or value_length={self.value_length}, or raise window or "
                     "the largest distance"
                 )
 
     def _draw_pairs(self, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-        """Keys and values: first those of the chain, then the distractors, then the rest."""
+        """Draw keys and values, ordered as chain, distractors, other pairs."""
         asked = spell(self.key_length, rng)
         distractors = rng.permutation(neighbours_of(asked))[: self.num_distractors].tolist()
         drawn = dict.fromkeys([asked, *distractors])
@@ -155,7 +155,7 @@ class Recall:
 
 
 def scatter(pairs: list[str], length: int, rng: np.random.Generator) -> str:
-    """The pairs in their order at random places of `length` bytes of filler."""
+    """Place pairs, in their order, at random positions of a filler text with `length` bytes in total."""
     free = length - sum(map(len, pairs))
     cuts = np.sort(rng.integers(0, free + 1, len(pairs))).tolist()
     text = filler(free, cuts, rng)
@@ -164,7 +164,7 @@ def scatter(pairs: list[str], length: int, rng: np.random.Generator) -> str:
 
 
 def filler(length: int, cuts: list[int], rng: np.random.Generator) -> str:
-    """Words of random letters; a word ends at each cut and at the end."""
+    """Return words of random letters; a word ends at each cut and at the end."""
     letters = rng.choice(FILLER, length)
     ends = np.array([cut - 1 for cut in [*cuts, length] if cut > 0], dtype=np.int64)
     letters[ends] = " "
@@ -172,12 +172,12 @@ def filler(length: int, cuts: list[int], rng: np.random.Generator) -> str:
 
 
 def spell(length: int, rng: np.random.Generator) -> str:
-    """Random letters."""
+    """Return random letters."""
     return "".join(rng.choice(LETTERS, length).tolist())
 
 
 def neighbours_of(key: str) -> list[str]:
-    """All keys that differ from a key in one letter."""
+    """Return all keys that differ from a key in one letter."""
     return [
         key[:place] + letter + key[place + 1 :]
         for place, right in enumerate(key)
@@ -187,6 +187,6 @@ def neighbours_of(key: str) -> list[str]:
 
 
 def leading_share(text: str, answer: str) -> float:
-    """The share of leading characters in which two texts agree, of the longer one's."""
+    """Return the length of the common prefix of two texts, divided by the length of the longer one."""
     agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(text, answer, strict=False))
     return sum(1 for _ in agreeing) / max(len(text), len(answer))

@@ -1,4 +1,4 @@
-"""A folder of real source with one small bug, and tests: find it, put it right.
+"""Repair of a small bug in a folder of real source code, with tests.
 
 add(2, 3) gives -1, not 5               open a.py
 1 def add(a, b):
@@ -21,15 +21,15 @@ from .functions import LONGEST_REPR, MOST_CALLS, BrokenFunction, broken_function
 from .task import END_OF_ANSWER, Split, example_generator
 from .workspace import MARKS, NAMES
 
-MOST_TOLD = 3  # calls that are wrong
-LONGEST_RESULT = 100  # characters of what a test tells of a call
-Call = list[str]  # a call as Python writes it, and what it returns, as a repr
+MOST_TOLD = 3  # wrong calls that `test` shows
+LONGEST_RESULT = 100  # characters of a result that `test` shows
+Call = list[str]  # a call's source and the repr of its result
 
 
 class CodeFolder(Files):
-    """An environment by TRL's conventions: a real folder of code that is read, changed and tested, until `submit`.
+    """Environment with TRL's interface: a folder of code to read, edit and test until `submit`.
 
-    Code runs in a sandbox alone (hybridmem.sandbox.run), on a copy of the folder.
+    Code runs only in a sandbox (hybridmem.sandbox.run), on a copy of the folder.
     """
 
     def __init__(self) -> None:
@@ -40,55 +40,55 @@ class CodeFolder(Files):
         """Write the files.
 
         Args:
-            files: their texts by name.
+            files: the files' texts by name.
             path: the file whose functions are called.
-            shown: what `test` looks at.
-            hidden: what the reward asks for as well.
-            columns: of the example, ignored.
+            shown: the calls that `test` checks.
+            hidden: further calls that the reward checks.
+            columns: further columns of the example, ignored.
         """
         self._write(files)
         self._path, self._shown, self._hidden, self.done = path, shown, hidden, False
 
     def get_reward(self) -> float:
-        """1 if the folder was submitted and every call returns what it should, those that `test` does not show too."""
+        """Return 1 if the folder was submitted and all shown and hidden calls return the right results, else 0."""
         calls = [*self._shown, *self._hidden]
         return float(self.done and self._results(calls) == [right for _, right in calls])
 
     def grep(self, text: str) -> str:
-        """Lines that hold a text, behind their file's name.
+        """Return the lines that contain a text, each after its file's name.
 
         Args:
-            text: what to look for, letter by letter.
+            text: the literal text to search for.
         """
         return self._lines_with(text)
 
     def open(self, path: str) -> str:
-        """What a file holds, its lines numbered.
+        """Return the numbered lines of a file.
 
         Args:
-            path: its name.
+            path: the file's name.
         """
         lines = super().open(path).splitlines()
         return "\n".join(f"{number} {line}" for number, line in enumerate(lines, 1))
 
     def edit(self, path: str, line: int, text: str = "") -> str:
-        """Put a text in the place of a line.
+        """Replace a line of a file.
 
         Args:
             path: the file's name.
-            line: the line's number, as `open` tells it.
-            text: what stands there from now on, with its indentation; nothing takes the line away.
+            line: the line's number, as shown by `open`.
+            text: the new text with its indentation; an empty text deletes the line.
         """
         file = self._file(path)
         file.write_text(with_line(path, file.read_text().splitlines(), line, text))
         return "edited"
 
     def test(self) -> str:
-        """Make the calls that are to come out right; tells of those that do not."""
+        """Run the shown calls and report those with wrong results."""
         return told(self._shown, self._results(self._shown))
 
     def submit(self) -> str:
-        """Hand in the folder as it is, and end."""
+        """Submit the folder and end the episode."""
         self.done = True
         return ""
 
@@ -98,30 +98,30 @@ class CodeFolder(Files):
 
 
 class Repair:
-    """A bug in a function of the standard library, to be found and put right. Reward comes at the end, by tests.
+    """A bug in a function of the standard library, to be located and repaired; tests give the final reward.
 
-    The policy acts over turns (see PolicyModule's environment_factory, which this task brings): `ls`, `grep TEXT`,
-    `open FILE`, `edit FILE LINE TEXT`, `test`, `submit`. The prompt tells a call that comes out wrong. What calls
-    return is found by running the function as it was; code runs in a sandbox, without which there is no such task.
+    The policy acts over several turns (the task provides PolicyModule's environment_factory): `ls`, `grep TEXT`,
+    `open FILE`, `edit FILE LINE TEXT`, `test`, `submit`. The prompt contains a call with a wrong result. The right
+    results come from running the original function. All code runs in a sandbox, which the task requires.
 
-    Simplest is a file of one short function with one kind of bug; longer functions, more files and kinds make it
-    harder. Columns: `kind` of the bug, `function`, `files`, `path` of the right one, calls that `test` shows and
-    hidden ones. Functions are held out, by name.
+    The simplest setting is one file with one short function and one kind of bug; longer functions, more files and more
+    kinds are harder. The columns are the bug's `kind`, `function`, `files`, the `path` of the file with the bug, and
+    the `shown` and `hidden` calls. Functions are held out by name.
 
-    Examples have `turns` to learn from: open the file, edit the line, test, submit.
+    Examples have `turns` as demonstrations: open the file, edit the line, test, submit.
 
     Args:
-        num_files: files of a folder, each with a function; one has a bug.
-        max_length: characters of a function.
-        kinds: of bugs: operator, comparison, constant, condition. None: all.
-        num_shown: calls that `test` makes; the reward asks for more.
-        path: a folder of .py files; without one, the standard library of the running Python.
-        val_fraction: share of the functions to hold out.
-        seed: of the split and of all examples.
+        num_files: the number of files in a folder, each with one function; one function has a bug.
+        max_length: the maximum number of characters in a function.
+        kinds: kinds of bugs among operator, comparison, constant and condition; None takes all.
+        num_shown: the number of calls that `test` checks; the reward checks more.
+        path: a folder of .py files; None reads the standard library of the running Python.
+        val_fraction: the fraction of functions to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
-        ValueError: settings that leave no examples.
-        SandboxError: the system cannot run code in isolation; it says what is missing.
+        ValueError: The settings leave no examples.
+        SandboxError: The system cannot run code in isolation; the message contains the missing feature.
     """
 
     environment = CodeFolder
@@ -141,7 +141,9 @@ class Repair:
         if num_files > len(NAMES):
             raise ValueError(f"num_files={num_files} must be at most {len(NAMES)}")
         if num_shown >= MOST_CALLS:
-            raise ValueError(f"num_shown={num_shown} must be below {MOST_CALLS}: the reward asks for others too")
+            raise ValueError(
+                f"num_shown={num_shown} must be below {MOST_CALLS}, because the reward needs further calls"
+            )
         between_0_and_1(val_fraction=val_fraction)
         for kind in kinds or []:
             one_of(KINDS, kinds=kind)
@@ -151,8 +153,8 @@ class Repair:
         number = len(self.functions)
         if number < 2:
             raise ValueError(
-                f"max_length={max_length} and kinds={kinds} leave {number} functions with bugs: raise max_length, "
-                "allow more kinds, or give more files"
+                f"max_length={max_length} and kinds={kinds} leave {number} functions with bugs; raise max_length, "
+                "allow more kinds, or set path to more files"
             )
         held_out = number_held_out(val_fraction, number, f"{number} functions", ", or give more files")
         names = np.random.default_rng((seed,)).permutation(sorted(self.functions)).tolist()
@@ -160,11 +162,11 @@ class Repair:
         if min(map(len, self.names.values())) < num_files:
             raise ValueError(
                 f"max_length={max_length} leaves {number} functions, too few for num_files={num_files} in training "
-                "and validation: raise it, or val_fraction, or give more files"
+                "and validation; raise max_length or val_fraction, or set path to more files"
             )
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "files", "path", "shown", "hidden", "function", "kind", "turns"}."""
+        """Return {"prompt", "answer", "files", "path", "shown", "hidden", "function", "kind", "turns"}."""
         rng = example_generator(self.seed, split, index)
         names = rng.choice(self.names[split], self.num_files, replace=False).tolist()
         place = int(rng.integers(self.num_files))
@@ -189,7 +191,7 @@ class Repair:
         return {**example, "turns": self.demonstration(example, function.source)}
 
     def demonstration(self, example: dict[str, Any], right: str) -> list[tuple[str, str]]:
-        """What one says who sees the bug at once, and what the folder answers; what `test` says is known."""
+        """Return the turns (action, observation) of a perfect repair; the output of `test` needs no run."""
         path, shown = example["path"], example["shown"]
         lines = enumerate(zip(example["files"][path].splitlines(), right.splitlines(), strict=True), 1)
         number, text = next((number, line) for number, (buggy, line) in lines if buggy != line)
@@ -203,12 +205,12 @@ class Repair:
         return [*zip(looks, heard, strict=True), ("test", passed), ("submit", "")]
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """What the folders say: 1 where every test passes."""
+        """Return the environments' rewards: 1 if all tests pass, else 0."""
         return [environment.get_reward() for environment in columns["environments"]]
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the demonstration's longest form, a failed test and an edit more, if each byte is a token."""
+        """Return the tokens of the longest demonstration plus a failed test and an edit, with one token per byte."""
         turn, longest = END_OF_ANSWER + MARKS, len("edit a.py 99 ") + self.max_length
         find = len("grep def (") + len("a.py:") + 2 * self.max_length + turn if self.num_files > 1 else 0
         numbers = len("99 ") * self.max_length // len("def f(a):")  # in front of every line
@@ -220,24 +222,21 @@ class Repair:
 
 
 def with_bugs(function: BrokenFunction, kinds: list[str] | None, max_length: int) -> BrokenFunction:
-    """A function with those of its bugs that are of some kinds, in few enough characters."""
+    """Return a function with only the bugs of the given kinds and length."""
     bugs = [bug for bug in function.bugs if (kinds is None or bug[0] in kinds) and len(bug[1]) <= max_length]
     return function._replace(bugs=tuple(bugs))
 
 
 def told(calls: list[Call], results: list[str]) -> str:
-    """What a test says."""
-    wrong = [
-        told_of(call, right, result)
-        for (call, right), result in zip(calls, results, strict=True)
-        if result != right
-    ]  # fmt: skip
+    """Return the output of `test`."""
+    pairs = zip(calls, results, strict=True)
+    wrong = [told_of(call, right, result) for (call, right), result in pairs if result != right]
     if not wrong:
         return f"all {len(calls)} calls are right"
     return "\n".join([f"{len(wrong)} of {len(calls)} calls are wrong", *wrong[:MOST_TOLD]])
 
 
 def told_of(call: str, right: str, result: str) -> str:
-    """What came of a call, and what should have."""
+    """Describe a wrong call by its result and the right one."""
     given = result if result.startswith(("raises ", "does not end")) else f"gives {result}"
     return f"{call} {given[:LONGEST_RESULT]}, not {right}"

@@ -1,4 +1,4 @@
-"""Issues of real repositories, as SWE-bench has them: a container each, and tests that pass once it is solved."""
+"""Issues of real repositories in SWE-bench's format, each with a container and tests."""
 
 import json
 import shlex
@@ -23,29 +23,30 @@ The tools are bash(command), open(path, line), edit(path, line, text), which rep
 
 
 class SWEBench:
-    """Issues in containers, by Docker: the policy reads and changes a repository; reward is 1 where all tests pass.
+    """Issues in Docker containers: the policy reads and edits a repository, and the reward is 1 if all tests pass.
 
-    Rows come from a dataset of the Hugging Face hub or from files, with SWE-bench's columns: instance_id,
-    problem_statement, FAIL_TO_PASS, PASS_TO_PASS and perhaps test_patch, image and test command. Without a column
-    `test_command` the tests run by pytest, as most of SWE-bench's repositories do; Django's and SymPy's do not.
+    Rows come from a dataset on the Hugging Face hub or from files, with SWE-bench's columns: instance_id,
+    problem_statement, FAIL_TO_PASS, PASS_TO_PASS and optionally test_patch, image and test_command. Rows without a
+    test_command run their tests with pytest, which fits most of SWE-bench's repositories, but not Django and SymPy.
 
-    Needs datasets (`pip install hybridmem[data]`), the docker command, and room for the images.
+    Needs datasets (`pip install hybridmem[data]`), the docker command, and disk space for the images.
 
     Args:
         dataset: a name on the hub, or json for files.
-        split: of the dataset.
-        data_files: with json, where they are.
-        image: of a row's container, with {instance}, the row's instance_id as SWE-bench names images, or any column.
-        test_command: with {tests}, the names of the tests.
-        directory: where images hold the repository.
-        prompt: with {problem_statement}; a brace itself is written twice.
-        max_completion_length: tokens of a trajectory.
-        val_fraction: share of the rows to hold out.
-        seed: of the split and of all examples.
+        split: the split of the dataset.
+        data_files: the files to read with json.
+        image: the name of a row's image; a format string with {instance}, the instance_id in the form of SWE-bench's
+            image names, and any column.
+        test_command: a format string with {tests}, the names of the tests.
+        directory: the folder of the repository in the image.
+        prompt: a format string with {problem_statement}; double other braces.
+        max_completion_length: the maximum number of tokens in a trajectory.
+        val_fraction: the fraction of rows to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
         ImportError: datasets is not installed.
-        ValueError: a column is missing, or no row is left.
+        ValueError: A column is missing, or too few rows are left.
     """
 
     environment = Container
@@ -75,12 +76,12 @@ class SWEBench:
         self.rows: dict[Split, list[dict[str, Any]]] = {"train": chosen[held_out:], "val": chosen[:held_out]}
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "image", "test_command", "test_patch", "directory", "instance_id"}."""
+        """Return {"prompt", "answer", "image", "test_command", "test_patch", "directory", "instance_id"}."""
         rng = example_generator(self.seed, split, index)
         row = self.rows[split][rng.integers(len(self.rows[split]))]
         tests = [*as_list(row["FAIL_TO_PASS"]), *as_list(row["PASS_TO_PASS"])]
         command = row.get("test_command") or self.test_command.format(tests=shlex.join(tests))
-        instance = row["instance_id"].lower().replace("__", "_1776_")  # Docker allows no two underscores
+        instance = row["instance_id"].lower().replace("__", "_1776_")  # Docker forbids double underscores
         return {
             "prompt": self.prompt.format(**row),
             "answer": "submit",
@@ -92,28 +93,31 @@ class SWEBench:
         }
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """What the containers say: 1 where every test passes."""
+        """Return the environments' rewards: 1 if all tests pass, else 0."""
         return [environment.get_reward() for environment in columns["environments"]]
 
 
 def read_rows(dataset: str, split: str, data_files: str | None) -> list[dict[str, Any]]:
-    """All rows of a dataset.
+    """Read all rows of a dataset.
 
     Raises:
         ImportError: datasets is not installed.
-        ValueError: a column is missing.
+        ValueError: A column is missing.
     """
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
-        raise ImportError("SWEBench reads with `datasets`: pip install hybridmem[data]") from error
+        raise ImportError("SWEBench needs datasets: pip install hybridmem[data]") from error
     rows = [dict(row) for row in load_dataset(dataset, split=split, data_files=data_files)]
     missing = [name for name in NEEDED if rows and name not in rows[0]]
     if missing:
-        raise ValueError(f"dataset={dataset!r} has no column {', '.join(missing)}: it has {', '.join(rows[0])}")
+        raise ValueError(
+            f"dataset={dataset!r} lacks the columns {', '.join(missing)}; choose a dataset with them (it has "
+            f"{', '.join(rows[0])})"
+        )
     return rows
 
 
 def as_list(tests: str | list[str]) -> list[str]:
-    """Names of tests, which SWE-bench writes as JSON in a text."""
+    """Return test names as a list, which SWE-bench stores as a JSON string."""
     return json.loads(tests) if isinstance(tests, str) else list(tests)

@@ -1,4 +1,4 @@
-"""A folder of real source files, looked through turn by turn: which of them defines this function?
+"""Multi-turn search in a folder of real source files for the file that defines a function.
 
 which file defines getatime?            ls
 a.py b.py c.py d.py                     open a.py
@@ -21,14 +21,14 @@ from .task import END_OF_ANSWER, Split, example_generator
 
 FUNCTION = re.compile(rb"^def ([a-z]\w*)\([\w, =*.]*\):$", re.MULTILINE)
 NAMES = [f"{letter}.py" for letter in "abcdefghijklmnopqrstuvwxyz"]
-MARKS = 2  # bytes around what the environment says
+MARKS = 2  # bytes around an observation
 LONGEST_CALL = len("submit a.py") + END_OF_ANSWER
 
 
 class Folder(Files):
-    """An environment by TRL's conventions: a real folder that is read with `ls` and `open`, until `submit`.
+    """Environment with TRL's interface: a folder to read with `ls` and `open` until `submit`.
 
-    Nothing is run and nothing is written; paths that lead out of the folder are refused.
+    Tools run no code, write no files and reject paths outside the folder.
     """
 
     def __init__(self) -> None:
@@ -36,55 +36,55 @@ class Folder(Files):
         self.done = False
 
     def reset(self, files: dict[str, str], answer: str, **columns: Any) -> None:
-        """Write the files; `answer` is what has to be submitted."""
+        """Write the files; `answer` is the right submission."""
         self._write(files)
         self._answer, self._submitted, self.done = answer, "", False
 
     def get_reward(self) -> float:
-        """1 for the right answer."""
+        """Return 1 for the right submission, else 0."""
         return float(self._submitted == self._answer)
 
     def submit(self, path: str) -> str:
-        """Answer, and end.
+        """Submit the answer and end the episode.
 
         Args:
-            path: the file that is asked for.
+            path: the file that answers the question.
         """
         self._submitted, self.done = path.strip(), True
         return ""
 
 
 class SearchableFolder(Folder):
-    """A folder with `grep` as well: what takes a turn for every file takes one."""
+    """Folder with an additional `grep`, which searches all files in one turn."""
 
     def grep(self, text: str) -> str:
-        """Lines that hold a text, behind their file's name.
+        """Return the lines that contain a text, each after its file's name.
 
         Args:
-            text: what to look for, letter by letter.
+            text: the literal text to search for.
         """
         return self._lines_with(text)
 
 
 class Workspace:
-    """Which file of a folder defines a function of the standard library? Reward comes at the end, for the right one.
+    """A search for the file that defines a function of the standard library, with a final reward for the right file.
 
-    The policy acts over turns (see PolicyModule's environment_factory, which this task brings): `ls`, `open FILE`,
-    with `search` also `grep TEXT`, and `submit FILE`. Without `search` the answer takes as many turns as files have
-    to be opened. The column `place` is the number of the right file; names of functions are held out.
+    The policy acts over several turns (the task provides PolicyModule's environment_factory): `ls`, `open FILE`,
+    `grep TEXT` if `search` is set, and `submit FILE`. Without `search`, the policy must open files one by one. The
+    column `place` is the index of the right file. Function names are held out.
 
-    Examples have `turns` to learn from: what a patient reader does, file after file, and what it is told.
+    Examples have `turns` as demonstrations, which open file after file until the function is found.
 
     Args:
-        num_files: files of a folder, each with the first line of a function.
-        search: whether there is `grep`.
-        max_line_length: bytes of those lines.
-        path: a folder of .py files; without one, the standard library of the running Python.
-        val_fraction: share of the functions to hold out.
-        seed: of the split and of all examples.
+        num_files: the number of files in a folder, each with the first line of a function.
+        search: provide `grep`.
+        max_line_length: the maximum number of bytes in those lines.
+        path: a folder of .py files; None reads the standard library of the running Python.
+        val_fraction: the fraction of functions to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
-        ValueError: settings that leave no examples.
+        ValueError: The settings leave no examples.
     """
 
     def __init__(
@@ -110,18 +110,18 @@ class Workspace:
         if min(map(len, self.names.values())) < num_files:
             raise ValueError(
                 f"max_line_length={max_line_length} leaves {len(functions)} functions, too few for num_files="
-                f"{num_files} in training and validation: raise it, or give more files"
+                f"{num_files} in training and validation; raise max_line_length or set path to more files"
             )
         self.functions = functions
         self.longest_line = max(map(len, functions.values()))
 
     @property
     def environment(self) -> type[Folder]:
-        """What makes a folder to act in."""
+        """Return the environment class."""
         return SearchableFolder if self.search else Folder
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "files", "place", "turns"}."""
+        """Return {"prompt", "answer", "files", "place", "turns"}."""
         rng = example_generator(self.seed, split, index)
         names = rng.choice(self.names[split], self.num_files, replace=False).tolist()
         place = int(rng.integers(self.num_files))
@@ -130,7 +130,7 @@ class Workspace:
         return {**example, "place": place, "turns": self.demonstration(example, names[place], place)}
 
     def demonstration(self, example: dict[str, Any], name: str, place: int) -> list[tuple[str, str]]:
-        """What a patient reader says, and what the folder answers."""
+        """Return the turns (action, observation) of a successful search."""
         looks = [f"grep {name}("] if self.search else ["ls", *(f"open {file}" for file in NAMES[: place + 1])]
         folder = self.environment()
         folder.reset(**example)
@@ -138,14 +138,14 @@ class Workspace:
         return [*zip(looks, told, strict=True), (f"submit {example['answer']}", "")]
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 where the last call submits the answer; in an environment that is its own to say."""
+        """Return 1 for completions that end by submitting the answer; in environments, `get_reward` decides instead."""
         return [float(text.endswith(f"submit {right}")) for text, right in zip(completions, answer, strict=True)]
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest patient look through the folder and a call more, if each byte is a token."""
+        """Return the tokens of the longest demonstration plus one call, with one token per byte."""
         line = self.longest_line + MARKS
-        if self.search:  # a name is a part of its line
+        if self.search:  # a name is shorter than its line
             looks = 2 * (len("grep ") + self.longest_line + END_OF_ANSWER + len("a.py:") + line)
         else:
             listing = len(" ".join(NAMES[: self.num_files])) + MARKS
@@ -155,7 +155,7 @@ class Workspace:
 
 @cache
 def functions_of(path: str | None) -> dict[str, str]:
-    """The first lines of all functions of a folder that have one of a name, by it."""
+    """Return the first lines of a folder's top-level functions by name."""
     found: dict[str, str] = {}
     for file in source_files(path):
         for match in FUNCTION.finditer(file.read_bytes()):

@@ -1,13 +1,13 @@
-"""Gradient accumulation weighted by tokens, and its place in checkpoints.
+"""Gradient accumulation weighted by tokens, with checkpoints in the middle of a step.
 
-Lightning adds up the gradients of loss / A over A = accumulate_grad_batches batches, and averages them over R ranks.
-Taking the mean over tokens in each batch would weigh a short batch like a long one. Here a batch's loss is
+Lightning sums the gradients of loss / A over A = accumulate_grad_batches batches and averages them over R ranks. With
+a mean over tokens in each batch, a short batch would weigh as much as a long one. Here a batch's loss is
 
     loss = sum of nats / unit           unit: one number for all batches and ranks of an optimiser step
 
-so that one factor, A · R · unit / (tokens of the step), makes the accumulated gradient that of the mean over all
-tokens, as if the step were a single batch. `unit` is close to a batch's tokens on a rank: gradients keep the
-magnitude that they have without accumulation, which matters in float16.
+A final factor of A · R · unit / (tokens of the step) turns the accumulated gradient into the gradient of the mean over
+all tokens, as if the step were a single batch. `unit` is close to the number of tokens per batch and rank. Gradients
+therefore keep their usual magnitude, which matters in float16.
 """
 
 from collections.abc import Iterable
@@ -28,20 +28,20 @@ Gradients = dict[str, Tensor]  # by parameter name
 
 
 class Accumulation:
-    """The batches of one optimiser step: how many tokens they predict, and how far the step has come."""
+    """Token counts and progress of one optimiser step over several batches."""
 
     def __init__(self) -> None:
-        self.sums: Float[Tensor, " sums"] | None = None  # tokens, nats and bytes of all ranks, once there is a batch
+        self.sums: Float[Tensor, " sums"] | None = None  # tokens, nats and bytes of all ranks; None before a batch
         self.unit: Float[Tensor, ""] = torch.ones(())
-        self.first = 0  # the number of the step's first batch, counted over the whole run
-        self.backwards = 0  # backward passes that have begun
-        self.next_place = 0  # place of the next batch among Lightning's accumulate_grad_batches
-        self.is_complete = False  # the last backward pass is done
+        self.first = 0  # index of the step's first batch in the whole run
+        self.backwards = 0  # backward passes begun
+        self.next_place = 0  # position of the next batch among Lightning's accumulate_grad_batches
+        self.is_complete = False  # True after the last backward pass
 
     def loss(
         self, trainer: L.Trainer, batch_idx: int, nats: Float[Tensor, "batch time"], labels: Tensor, num_bytes: Tensor
     ) -> Float[Tensor, ""]:
-        """Count a batch of this rank and return its loss, whose backward pass follows."""
+        """Add this rank's batch to the counts and return its loss; the caller runs the backward pass next."""
         counts = [(labels != -100).sum(), nats.detach().double().sum(), num_bytes.sum(), nats.new_tensor(nats.numel())]
         *sums, positions = _sum_over_ranks(torch.stack([count.double() for count in counts]))
         if self.sums is None or self.is_complete:
@@ -54,13 +54,13 @@ class Accumulation:
         return nats.sum() / self.unit.to(nats.dtype)
 
     def means(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return nats per token and nats per byte of the step so far, over all ranks."""
+        """Return nats per token and nats per byte of the step so far, averaged over all ranks."""
         assert self.sums is not None
         tokens, nats, num_bytes = self.sums
         return nats / tokens.clamp(min=1), nats / num_bytes
 
     def finish(self, parameters: Iterable[nn.Parameter], accumulate_grad_batches: int) -> None:
-        """Scale the accumulated gradients to the mean over the step's tokens, after its last backward pass."""
+        """Scale the accumulated gradients to the mean over the step's tokens; call after the last backward pass."""
         assert self.sums is not None
         _, size = rank_and_size()
         factor = self.unit * accumulate_grad_batches * size / self.sums[0].clamp(min=1)
@@ -70,10 +70,10 @@ class Accumulation:
         self.is_complete = True
 
     def state_dict(self, module: nn.Module, trainer: L.Trainer) -> dict[str, Any] | None:
-        """Return what a checkpoint needs of a step under way, or None between steps; every rank has to call it.
+        """Return the state of a step under way, or None between steps. Every rank must call this method.
 
-        A checkpoint written on an exception may find a batch's backward pass cut short. Its gradients cannot be told
-        from those before, and are left out: training refuses to resume from there.
+        An exception may have cut short a backward pass. Its partial gradients cannot be separated from the earlier
+        ones, so the checkpoint stores none, and training refuses to resume from it.
         """
         done = batches_trained(trainer) - self.first
         if self.sums is None or done == 0 or (self.is_complete and done >= self.backwards):
@@ -91,21 +91,21 @@ class Accumulation:
         }
 
     def load_state_dict(self, loaded: dict[str, Any], module: nn.Module, trainer: L.Trainer) -> None:
-        """Take up the step under way that a checkpoint holds.
+        """Restore the step that was under way when the checkpoint was written.
 
         Raises:
-            ValueError: the checkpoint's gradients are not those of whole batches, or of another accumulation.
+            ValueError: the gradients are incomplete, or accumulate_grad_batches has changed.
         """
         batches, size = loaded["batches"], loaded["accumulate_grad_batches"]
         if loaded["gradients"] is None:
             raise ValueError(
-                f"ckpt_path={trainer.ckpt_path} was written when an error cut the backward pass of batch {batches + 1} "
-                f"of accumulate_grad_batches={size}: its gradients are incomplete; resume from another checkpoint"
+                f"ckpt_path={trainer.ckpt_path} has incomplete gradients, because an error interrupted the backward "
+                f"pass of batch {batches + 1} of accumulate_grad_batches={size}; resume from another checkpoint"
             )
         if size != trainer.accumulate_grad_batches:
             raise ValueError(
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but the checkpoint was written "
-                f"after {batches} of {size} batches: resume with {size}, or from a checkpoint of a step's end"
+                f"after {batches} of {size} batches; set it to {size}, or resume from a checkpoint between steps"
             )
         device = next(module.parameters()).device
         self.sums = torch.tensor(loaded["sums"], dtype=torch.float64, device=device)
@@ -115,13 +115,13 @@ class Accumulation:
         set_gradients(module, loaded["gradients"], loaded["ranks"], loaded["averaged"])
 
     def check_place(self, module: nn.Module, trainer: L.Trainer, batch_idx: int) -> None:
-        """Drop a resumed step, with a warning, if the epoch begins anew where the checkpoint's did not."""
+        """Drop a resumed step, with a warning, if the run resumes at an epoch's start but the checkpoint did not."""
         under_way = self.sums is not None and not self.is_complete
         if under_way and self.next_place != batch_idx % trainer.accumulate_grad_batches:
             size = trainer.accumulate_grad_batches
             rank_zero_warn(
-                f"the checkpoint had accumulated {self.backwards} of accumulate_grad_batches={size} batches, which are "
-                "left out, since the run resumes at an epoch's start"
+                f"dropped the {self.backwards} of accumulate_grad_batches={size} batches that the checkpoint had "
+                "accumulated, because the run resumes at an epoch's start"
             )
             module.zero_grad(set_to_none=True)
             self.sums = None
@@ -147,7 +147,7 @@ def check_epochs(trainer: L.Trainer) -> None:
 
 
 def gather_gradients(module: nn.Module) -> list[Gradients]:
-    """Return the gradients of every rank, on the CPU; only rank 0 gets them. Sharded ones make one whole part."""
+    """Gather every rank's gradients on rank 0, on the CPU; sharded gradients form a single part."""
     rank, size = rank_and_size()
     parts: list[Gradients] = [{} for _ in range(1 if _is_sharded(module) else size)]
     parameters = dict(module.named_parameters())
@@ -162,13 +162,13 @@ def gather_gradients(module: nn.Module) -> list[Gradients]:
 
 
 def set_gradients(module: nn.Module, parts: list[Gradients], ranks: int, averaged: bool) -> None:
-    """Give a rank its share of gathered gradients, bit for bit if there are as many ranks as before.
+    """Give this rank its share of gathered gradients, bit for bit if the number of ranks is unchanged.
 
     Args:
-        module: whose parameters they belong to.
-        parts: of every rank, or one whole part.
-        ranks: of the run that gathered them.
-        averaged: whether they are means over those ranks already, as sharded ones are.
+        module: receives the gradients.
+        parts: gradients of each rank, or a single part with the whole gradients.
+        ranks: number of ranks that gathered them.
+        averaged: True if they are already means over those ranks, as sharded gradients are.
     """
     (rank, size), sharded = rank_and_size(), _is_sharded(module)
     scale = 1.0
@@ -192,13 +192,13 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def _used(parameters: list[nn.Parameter]) -> list[bool]:
-    """Return which parameters have a gradient on any rank."""
+    """Return, for each parameter, True if any rank has a gradient for it."""
     used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
     return (_sum_over_ranks(used) > 0).tolist()
 
 
 def _gathered(grad: Tensor) -> list[Tensor]:
-    """Return a gradient of every rank on rank 0, or the whole of a sharded one."""
+    """Return every rank's gradient on rank 0, or the full tensor of a sharded gradient."""
     rank, size = rank_and_size()
     if isinstance(grad, DTensor):
         return [grad.full_tensor()]
@@ -214,7 +214,7 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _like(parameter: nn.Parameter, whole: Float[Tensor, "*shape"]) -> Tensor:
-    """Return a gradient sharded as its parameter is."""
+    """Return a gradient with the sharding of its parameter."""
     if not isinstance(parameter, DTensor):
         return whole
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""How the C library hands out memory, for processes that train on the CPU."""
+"""glibc settings that speed up training on a CPU."""
 
 import ctypes
 import os
@@ -8,11 +8,13 @@ MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks instead of returning them: a step then reuses its pages.
+    """Make glibc keep large freed blocks, so that each step reuses the pages of the last one.
 
-    Otherwise every large temporary is mapped, zeroed by the kernel and unmapped again, step after step. The
-    process's peak memory stays the same. Does nothing where MALLOC_ variables are set or the C library is another;
-    returns whether it did something.
+    By default, every large temporary is mapped, zeroed by the kernel and unmapped again in every step. Peak memory
+    does not change. With another C library, or if any MALLOC_ variable is set, the function changes nothing.
+
+    Returns:
+        True if the settings were changed.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return False

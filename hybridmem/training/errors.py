@@ -1,4 +1,4 @@
-"""Errors that users can act on, each in one line."""
+"""One-line errors that users can act on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +7,26 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class SettingsError(Exception):
-    """A setting or file that the user can correct, found before any long work."""
+    """An error in a setting or file, raised before any long computation."""
 
 
 class StoppedError(Exception):
-    """A reason, in one line, why a run cannot continue."""
+    """A one-line error that ends a run which cannot continue."""
 
 
 @contextmanager
 def named(setting: str) -> Iterator[None]:
-    """Prefix the errors of a class with the name of the setting that chose it."""
+    """Prefix errors with the name of the setting that caused them."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
         raise ValueError(f"{setting}: {error}") from error
+
+
+@contextmanager
+def stopping_at(kind: type[Exception]) -> Iterator[None]:
+    """Raise exceptions of a class as a StoppedError with the same message."""
+    try:
+        yield
+    except kind as error:
+        raise StoppedError(str(error)) from error

@@ -13,18 +13,18 @@ from .errors import StoppedError
 
 
 def non_finite_remedy(trainer: L.Trainer, alternative: str = "") -> str:
-    """Return advice, with the checkpoint to continue from if there is one."""
+    """Return advice for a run with NaN or inf, including the checkpoint to resume from if there is one."""
     good = newest_good(Path(getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir))
-    resume = "" if good is None else f", and go on with --ckpt_path {good}"
-    return f"lower the learning rate, look at the data of this step and at rewards and clipping{alternative}{resume}"
+    resume = "" if good is None else f", then resume with --ckpt_path {good}"
+    return f"lower the learning rate, check this step's data, rewards and gradient clipping{alternative}{resume}"
 
 
 @contextmanager
 def stopping_at_non_finite_logits(trainer: L.Trainer) -> Iterator[None]:
-    """Turn non-finite logits of a rollout into the one line that ends a run.
+    """Convert a rollout's non-finite logits into the one-line error that ends the run.
 
     Raises:
-        StoppedError: names layer, optimiser step and remedy.
+        StoppedError: the logits are non-finite; the message names the layer, the optimiser step and the remedy.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which parameters decay, and two optimisers as one."""
+"""Parameter groups for weight decay, and two optimisers combined into one."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 from hybridmem.model.convolution import ShortConvolution
 
-OptimizerFactory = Callable[[Iterable], Optimizer]  # made with parameter groups
+OptimizerFactory = Callable[[Iterable], Optimizer]  # takes parameter groups
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; vectors, embeddings and short convolutions do not."""
+    """Return two parameter groups: matrices decay; vectors, embeddings and short convolutions do not."""
     kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | ShortConvolution)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1 and id(p) not in kept]
@@ -22,7 +22,7 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def split_matrices(model: nn.Module) -> tuple[list[Tensor], set[int]]:
-    """The hidden layers' matrices, which Muon is made for, and their identities."""
+    """Return the hidden layers' weight matrices, the parameters that Muon is designed for, and their ids."""
     head = {id(m.weight) for name, m in model.named_modules() if name.endswith("lm_head")}
     matrices = [
         m.weight
@@ -33,12 +33,12 @@ def split_matrices(model: nn.Module) -> tuple[list[Tensor], set[int]]:
 
 
 class MatrixOptimizer(Optimizer):
-    """One optimiser for the hidden layers' matrices, another for all the rest, as one to the trainer.
+    """One optimiser for the hidden layers' matrices and one for all other parameters, combined for the trainer.
 
     Args:
-        model: whose parameters are trained.
-        matrices: makes the optimiser of the matrices (torch.optim.Muon).
-        others: makes the optimiser of everything else (torch.optim.AdamW).
+        model: model to train.
+        matrices: makes the optimiser of the matrices, such as torch.optim.Muon.
+        others: makes the optimiser of all other parameters, such as torch.optim.AdamW.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class MatrixOptimizer(Optimizer):
         self.parts = [matrices(chosen), others([group for group in rest if group["params"]])]
         groups = [group for part in self.parts for group in part.param_groups]
         super().__init__(groups, {})
-        # The parts and the whole share their groups, so that a scheduler's learning rate reaches both.
+        # Shared groups pass a scheduler's learning rate on to both optimisers.
         self.param_groups = groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step both."""
+        """Step both optimisers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,15 +66,15 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
+        """Return the states of both optimisers."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore both optimisers."""
         if "parts" not in state_dict:
             raise ValueError(
-                "the checkpoint was written without matrix_optimizer: resume with the optimisers of the checkpoint, or "
-                "start a new run"
+                "the checkpoint was written without matrix_optimizer; set model.init_args.matrix_optimizer to null to "
+                "resume, or start a new run"
             )
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Pretraining as a Lightning module: next-token prediction, packed or with the memory carried from row to row."""
+"""Lightning module for pretraining: next-token prediction on packed rows, or with memory carried across rows."""
 
 import math
 import time
@@ -37,24 +37,25 @@ Batch = dict[str, Tensor]
 
 
 class PretrainModule(L.LightningModule):
-    """Trains a HybridMem language model, from scratch or from the weights of another.
+    """Pretraining of a HybridMem language model, from scratch or from existing weights.
 
     Args:
-        config: the model.
-        init_from: a checkpoint of `hybridmem fit`, or a folder or name of `from_pretrained`, with the same tensors: its
-            weights are where training begins. Optimiser and data start anew; --ckpt_path goes on with a run.
-        optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
-        matrix_optimizer: a second optimiser for the hidden layers' matrices, such as torch.optim.Muon.
-        lr_scheduler: made with the optimiser and the number of optimiser steps of the whole run.
-        carry_state: hand each row's memory and window, detached, to the next batch's row (truncated
-            backpropagation). For data in `continuous` mode.
-        activation_checkpointing: recompute layers in the backward instead of keeping their activations.
+        config: model configuration.
+        init_from: checkpoint of `hybridmem fit`, or folder or name for `from_pretrained`, with the same tensors.
+            Training starts from its weights, with a new optimiser and from the first batch. Use --ckpt_path to resume
+            a run.
+        optimizer: optimiser of the parameter groups; matrices decay, vectors and embeddings do not.
+        matrix_optimizer: separate optimiser for the hidden layers' matrices, such as torch.optim.Muon.
+        lr_scheduler: learning-rate schedule over the optimiser steps of the whole run.
+        carry_state: pass each row's memory and window, detached, to the same row of the next batch (truncated
+            backpropagation through time). Requires data in `continuous` mode.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: `eager`, `sdpa`, `flex_attention` or `flash_attention_2`.
-        position_edges: where the ranges of the loss by position begin; None: 0 and the attention window times
+        position_edges: start of each position range in the loss by position. None: 0 and the attention window times
             1, 2, 4, ….
 
     Raises:
-        ValueError: settings that cannot go together, before training starts.
+        ValueError: incompatible settings, before training starts.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class PretrainModule(L.LightningModule):
         super().__init__()
         if carry_state and activation_checkpointing:
             raise ValueError(
-                "carry_state hands states over through the cache, which activation_checkpointing leaves out: "
-                "set one of the two to false"
+                "carry_state=true needs the cache, which activation_checkpointing=true disables; set one of the two to "
+                "false"
             )
         self.config, self.init_from = config, init_from
         self.optimizer, self.matrix_optimizer, self.lr_scheduler = optimizer, matrix_optimizer, lr_scheduler
@@ -84,27 +85,27 @@ class PretrainModule(L.LightningModule):
         with named("position_edges"):
             self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
         self.needles = torch.nn.ModuleDict()
-        self.answers: NeedleAccuracy | None = None  # of a task, where the data has one
+        self.answers: NeedleAccuracy | None = None  # accuracy on the data's task, if it has one
         self.model: HybridMemForCausalLM | None = None
         self.carried: DynamicCache | None = None
-        self.carried_before: tuple[int, DynamicCache | None] = (-1, None)  # after that many batches
+        self.carried_before: tuple[int, DynamicCache | None] = (-1, None)  # number of batches, and the cache after them
         self.accumulation = Accumulation()
         self.loaded_accumulation: dict[str, Any] | None = None
         self.register_buffer("byte_lengths", torch.ones(config.vocab_size, dtype=torch.long), persistent=False)
         self._batch_started = 0.0
 
-    saves_accumulation = True  # for GracefulStop: checkpoints may be taken between any two batches
+    saves_accumulation = True  # lets GracefulStop save a checkpoint between any two batches
 
     @property
     def has_started(self) -> bool:
-        """Whether a training batch was begun: what fails earlier is a matter of settings."""
+        """True once a training batch has begun; earlier errors are errors in settings."""
         return self._batch_started > 0
 
     def configure_model(self) -> None:
-        """Build the model once; under Lightning's ModelParallelStrategy, sharded layer by layer (FSDP2)."""
+        """Build the model once; shard it layer by layer (FSDP2) under Lightning's ModelParallelStrategy."""
         if self.model is not None:
             return
-        with named("config"):  # such as more memory than there is
+        with named("config"):  # for example, out of memory
             model = HybridMemForCausalLM(self.config)
         if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
             with named("init_from"):
@@ -116,14 +117,14 @@ class PretrainModule(L.LightningModule):
         if mesh is not None:
             if self.matrix_optimizer is not None:
                 raise ValueError(
-                    "matrix_optimizer works on whole matrices, which ModelParallelStrategy shards: set it to null, or "
+                    "matrix_optimizer needs whole matrices, but ModelParallelStrategy shards them; set it to null, or "
                     "trainer.strategy to ddp"
                 )
             shard(model, mesh)
         self.model = model
 
     def setup(self, stage: str) -> None:
-        """Take from the data what a token stands for."""
+        """Check the data, and create the metrics that depend on it."""
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
@@ -137,26 +138,27 @@ class PretrainModule(L.LightningModule):
             self.needles = torch.nn.ModuleDict(needles).to(self.device)
 
     def check_data(self, data: L.LightningDataModule) -> None:
-        """Raise a ValueError when the data cannot be read by this model."""
+        """Raise a ValueError if the model cannot train on this data."""
         if data.vocab_size > self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer's largest id is {data.vocab_size - 1} but config.vocab_size={self.config.vocab_size}; "
+                f"the tokenizer's largest id is {data.vocab_size - 1}, but config.vocab_size={self.config.vocab_size}; "
                 f"set model.init_args.config.vocab_size to {data.vocab_size} or more"
             )
         if self.carry_state and data.hparams.get("mode") != "continuous":
             raise ValueError(
-                "carry_state needs rows that go on from batch to batch: set data.init_args.mode to continuous"
+                f"carry_state=true needs rows that continue across batches, but data.init_args.mode is "
+                f"{data.hparams.get('mode')!r}; set it to continuous"
             )
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Raise a ValueError when the learning-rate schedule cannot run for so many optimiser steps."""
+        """Raise a ValueError if the learning-rate schedule cannot run for trainer.max_steps."""
         if trainer.max_steps > 0:
             check_schedule(self.lr_scheduler, trainer)
 
     def on_train_start(self) -> None:
-        """Refuse epochs that end within an optimiser step; take up the one that the checkpoint was written in."""
+        """Reject epochs that end within an optimiser step, and restore a step interrupted by the checkpoint."""
         for callback in self.trainer.callbacks:
-            if isinstance(callback, GradientAccumulationScheduler):  # Lightning asks it at an epoch's start alone
+            if isinstance(callback, GradientAccumulationScheduler):  # Lightning calls it only at an epoch's start
                 callback.on_train_epoch_start(self.trainer)
         check_epochs(self.trainer)
         self.carried_before, self.accumulation = (-1, None), Accumulation()
@@ -165,10 +167,10 @@ class PretrainModule(L.LightningModule):
             self.accumulation.load_state_dict(loaded, self, self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss per predicted token over the batches of all processes.
+        """Return the mean loss per predicted token over the batches of all ranks.
 
-        With gradient accumulation the loss is in the units of `accumulation`, and the mean over the step so far is
-        logged.
+        With gradient accumulation, the returned loss is in the units of `accumulation`, and the logged loss is the mean
+        over the step so far.
         """
         cache = self._cache() if self.carry_state else None
         _, nats = self._token_losses(batch, cache)
@@ -183,7 +185,7 @@ class PretrainModule(L.LightningModule):
             self.log("train/bits_per_byte", (per_byte / math.log(2)).float(), prog_bar=True)
             return loss
         predicted = (batch["shift_labels"] != -100).sum()
-        (share,) = global_mean_weights(predicted)  # processes may predict unequally many tokens
+        (share,) = global_mean_weights(predicted)  # ranks may predict different numbers of tokens
         loss = nats.sum() / predicted.clamp(min=1) * share.to(nats.dtype)
         bits = BitsPerByte().to(self.device)
         bits.update(nats.detach(), self._bytes(batch))
@@ -192,33 +194,33 @@ class PretrainModule(L.LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Scale the gradients once the last batch of an optimiser step is accumulated."""
+        """Scale the gradients after the last batch of an optimiser step."""
         trainer = self.trainer
         if trainer.accumulate_grad_batches > 1 and not trainer.fit_loop._should_accumulate():
             self.accumulation.finish(self.parameters(), trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Keep what is carried into the batch, for a checkpoint on an exception; start the clock."""
+        """Keep the state carried into the batch, for a checkpoint on an exception, and start the clock."""
         self.accumulation.check_place(self, self.trainer, batch_idx)
         self.carried_before = batches_trained(self.trainer), _shallow_copy(self.carried)
         self._batch_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the speed."""
+        """Log the throughput."""
         seconds = time.perf_counter() - self._batch_started
         tokens = batch["input_ids"].numel() * self.trainer.world_size
         self.log("train/tokens_per_second", tokens / seconds)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Bits per byte, overall and by position in the document."""
+        """Update bits per byte, overall and by position in the document."""
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log them."""
+        """Log bits per byte, overall and by position."""
         self._log_evaluation("val")
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Held-out rows first, then needles, length by length."""
+        """Evaluate held-out rows (dataloader 0) or needles of one length (the others)."""
         if dataloader_idx == 0:
             self._evaluate(batch)
             return
@@ -234,7 +236,7 @@ class PretrainModule(L.LightningModule):
             self.log(f"test/needle_accuracy/{length}", metric.compute().float(), sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, list]]:
-        """For every row the tokens to predict, in order, and how many bits each took."""
+        """Return each row's predicted tokens, in order, with the bits that each token costs."""
         _, nats = self._token_losses(batch)
         rows = []
         for labels, row in zip(batch["shift_labels"], nats / math.log(2), strict=True):
@@ -243,7 +245,7 @@ class PretrainModule(L.LightningModule):
         return rows
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimiser for all, or Muon's kind for the matrices beside it; the schedule steps with it."""
+        """Return the optimiser, split in two if matrix_optimizer is set, and the schedule that steps with it."""
         assert self.model is not None
         with named("optimizer" if self.matrix_optimizer is None else "optimizer or matrix_optimizer"):
             if self.matrix_optimizer is None:
@@ -256,21 +258,21 @@ class PretrainModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, so that the checkpoint says what it holds, and the states under way."""
+        """Add the model's configuration, the carried state and the accumulated gradients."""
         checkpoint["hybridmem_config"] = self.config.to_dict()
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
         batches, before = self.carried_before
-        under_way = batches == batches_trained(self.trainer)  # an exception cut the batch, which will be repeated
+        under_way = batches == batches_trained(self.trainer)  # an exception cut the batch; it will be repeated
         checkpoint["carried"] = all_gather_object(save_cache(before if under_way else self.carried))
-        if "optimizer_states" in checkpoint:  # not in one of weights alone
+        if "optimizer_states" in checkpoint:  # absent with save_weights_only
             checkpoint["accumulation"] = self.accumulation.state_dict(self, self.trainer)
             if self.device_mesh is None:
                 name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
         checkpoint["facts"] = training_facts(data, self.trainer.callback_metrics, "pretraining")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint; take up the states."""
+        """Reject another model's checkpoint, and restore the carried state and the accumulated gradients."""
         check_same_model(self.config, checkpoint)
         self.carried = restore_cache(own_cache(checkpoint.get("carried") or [None]), self.config)
         self.loaded_accumulation = checkpoint.get("accumulation") if is_training(self._trainer) else None
@@ -283,7 +285,7 @@ class PretrainModule(L.LightningModule):
     def _token_losses(
         self, batch: Batch, cache: DynamicCache | None = None
     ) -> tuple[Float[Tensor, "batch time vocab"], Float[Tensor, "batch time"]]:
-        """Logits, and each predicted token's negative log-likelihood in nats."""
+        """Return the logits and each predicted token's negative log-likelihood in nats."""
         assert self.model is not None
         batch = self._with_patches(batch)
         outputs = self.model(
@@ -299,7 +301,7 @@ class PretrainModule(L.LightningModule):
         return logits, nats.view_as(labels)
 
     def _with_patches(self, batch: Batch) -> Batch:
-        """Images, where there are any, become patches in front of the text, and part of its first document."""
+        """Return the batch with its images, if any, as patches before the text, in the text's first document."""
         if "images" not in batch:
             return batch
         assert self.model is not None
@@ -309,7 +311,7 @@ class PretrainModule(L.LightningModule):
         return {"inputs_embeds": embeds, "document_ids": documents, "shift_labels": batch["shift_labels"]}
 
     def _bytes(self, batch: Batch) -> Int[Tensor, "batch time"]:
-        """Bytes that each predicted token stands for."""
+        """Return the number of bytes of each predicted token."""
         labels = batch["shift_labels"]
         return torch.where(labels == -100, 0, self.byte_lengths[labels.clamp(min=0)])
 
@@ -325,7 +327,7 @@ class PretrainModule(L.LightningModule):
         self.loss_by_position.update(nats, num_bytes.where(documents != PADDING, 0), document_positions(documents))
 
     def _log_evaluation(self, stage: str) -> None:
-        """Log what is the same on every process, since metrics add up over them."""
+        """Log the metrics, which are already summed over ranks."""
         log = partial(self.log, sync_dist=True)
         log(f"{stage}/bits_per_byte", self.bits_per_byte.compute().float(), prog_bar=True)
         for name, bits in self.loss_by_position.compute().items():
@@ -338,7 +340,7 @@ class PretrainModule(L.LightningModule):
 
 
 def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
-    """Return a cache that keeps its states while the other one takes new ones."""
+    """Return a cache that keeps the current states while the original moves on."""
     if cache is None:
         return None
     kept = copy(cache)

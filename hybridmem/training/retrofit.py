@@ -1,4 +1,4 @@
-"""Retrofit as a Lightning module: a pretrained model's heads learn to read a memory beyond their window."""
+"""Lightning module for retrofits: the heads of a pretrained model learn to read a memory beyond their window."""
 
 import time
 from collections.abc import Callable
@@ -42,40 +42,39 @@ from .retrofit_losses import (
 )
 from .schedules import SchedulerFactory, WarmupCosine, check_schedule, scheduled_steps
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get adapters
-WAYS = ("full", "window", "hybrid")  # of reading a validation row
-STATE_BYTES = 16  # of a trained weight: itself, its gradient and the two moments of AdamW, in float32
-LOGIT_BYTES = 20  # of a logit of `kl`: both models', their logarithms and a gradient
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # projections with adapters by default
+WAYS = ("full", "window", "hybrid")  # passes over a validation row
+STATE_BYTES = 16  # per trained weight: the weight, its gradient and AdamW's two moments, in float32
+LOGIT_BYTES = 20  # per logit in stage `kl`: both models' logits, their logarithms and a gradient
 
 
 class RetrofitModule(L.LightningModule):
-    """Trains the memories of a converted model, whose own weights stay as they are.
+    """Training of the memories that a converted model gains, with its own weights frozen.
 
-    Stage `regression` reads each batch once with full attention and fits window and memory to every layer's full
-    output, layer by layer, without a backward pass through the base model. Stage `kl` trains the whole model to
-    predict the base model's next-token distribution. Both count the tokens that window and sinks do not cover. The
-    teacher is the model itself with all heads `full`.
+    Stage `regression` reads each batch once with full attention. It fits window and memory to the full output of every
+    layer, one layer at a time, without a backward pass through the base model. Stage `kl` trains the whole model to
+    predict the base model's next-token distribution. Both losses cover the tokens beyond window and sinks. The teacher
+    is the model itself with all heads `full`.
 
-    Memories and adapters are float32 in every precision; the base model takes the trainer's (`bf16-true` halves its
-    memory).
+    Memories and adapters are float32 in every precision. The base model uses the trainer's precision; `bf16-true`
+    halves its memory.
 
     Args:
-        base: a Hugging Face folder or name of a supported family, a converted folder, or a checkpoint of an earlier
-            stage.
+        base: Hugging Face folder or name of a supported family, converted folder, or checkpoint of an earlier stage.
         stage: `regression` or `kl`.
-        head_sources: the source of all heads, or a list of sources for each layer and KV head.
-        attention_window, num_sink_tokens: of heads that do not read everything. None: a converted base keeps its own,
-            others get 256 and 4.
-        memory: settings of new memories, as HybridMemConfig names them, such as {memory_depth: 2}.
-        frozen: patterns of memory parameters that are not trained, such as "q_map.*", for ablations.
-        lora: settings of PEFT's LoraConfig, for stage `kl`; by default on q, k, v and o. None: the memories alone are
-            trained.
-        optimizer: made with the trained parameters, in one group.
-        lr_scheduler: made with the optimiser and the number of optimiser steps of the run.
+        head_sources: one source for all heads, or a list of sources for each layer and KV head.
+        attention_window: window of heads without full attention. None: a converted base's own, or else 256.
+        num_sink_tokens: sink tokens of heads without full attention. None: a converted base's own, or else 4.
+        memory: settings of new memories, named as in HybridMemConfig, such as {memory_depth: 2}.
+        frozen: patterns of memory parameters to freeze for ablations, such as "q_map.*".
+        lora: settings of PEFT's LoraConfig, for stage `kl`; adapters are on q, k, v and o by default. None: train only
+            the memories.
+        optimizer: optimiser of the trained parameters, in one group.
+        lr_scheduler: learning-rate schedule over the optimiser steps of the run.
         attn_implementation: `eager`, `sdpa`, `flex_attention` or `flash_attention_2`.
 
     Raises:
-        ValueError: settings that cannot go together, before training starts.
+        ValueError: incompatible settings, before training starts.
     """
 
     def __init__(
@@ -97,25 +96,25 @@ class RetrofitModule(L.LightningModule):
         at_least(1, attention_window=attention_window)
         at_least(0, num_sink_tokens=num_sink_tokens)
         if lora is not None and stage == "regression":
-            raise ValueError("stage=regression trains no weights of the base model: set lora to null, or stage to kl")
+            raise ValueError("stage=regression freezes the base model; set lora to null, or stage to kl")
         self.base, self.stage, self.head_sources = base, stage, head_sources
         self.attention_window, self.num_sink_tokens = attention_window, num_sink_tokens
         self.memory, self.frozen = memory, frozen or []
         self.lora = None if lora is None else {"target_modules": list(PROJECTIONS), **lora}
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.attn_implementation = attn_implementation
-        self.model: Any = None  # HybridMemForCausalLM, inside PEFT's model where there are adapters
+        self.model: Any = None  # HybridMemForCausalLM, wrapped in PEFT's model with lora
         self.nats = nn.ModuleDict({way: NatsPerToken() for way in WAYS})
         self._batch_started = 0.0
 
     @property
     def has_started(self) -> bool:
-        """Whether a training batch was begun. Earlier failures are a matter of settings."""
+        """True once a training batch has begun; earlier errors are errors in settings."""
         return self._batch_started > 0
 
     @property
     def causal(self) -> HybridMemForCausalLM:
-        """The model, adapters in its layers."""
+        """The causal LM, with any adapters in its layers."""
         model = self.model if self.lora is None else self.model.get_base_model()
         assert isinstance(model, HybridMemForCausalLM)
         return model
@@ -127,13 +126,13 @@ class RetrofitModule(L.LightningModule):
 
     @property
     def reach(self) -> int:
-        """Tokens before one that its window and sinks cover."""
+        """Number of tokens that a token's window and sinks cover."""
         return self.config.attention_window + self.config.num_sink_tokens
 
     def configure_model(self) -> None:
-        """Load the base model once, give it memories, and freeze all else."""
+        """Load the base model once, add memories, and freeze everything else."""
         if self.device_mesh is not None:
-            raise ValueError("RetrofitModule needs whole weights on every device: set trainer.strategy to auto or ddp")
+            raise ValueError("RetrofitModule needs whole weights on every device; set trainer.strategy to auto or ddp")
         if self.model is not None:
             return
         try:
@@ -152,24 +151,27 @@ class RetrofitModule(L.LightningModule):
             trained += parameter.requires_grad_(wanted).numel() if wanted else 0
         if not trained:
             raise ValueError(
-                f"head_sources and frozen={self.frozen} leave no memory to train: let heads read memory, or unfreeze it"
+                f"head_sources and frozen={self.frozen} leave no memory to train; set some heads to memory, or shorten "
+                "frozen"
             )
 
     def _load(self) -> HybridMemForCausalLM:
-        """Return the base model with the memories that `head_sources` names."""
+        """Return the base model with the memories that `head_sources` requests."""
         window, sinks = self.attention_window, self.num_sink_tokens
         if _is_ours(self.base):
             with named("base"):
                 model = load_policy(self.base)
             if not isinstance(model, HybridMemForCausalLM):
-                raise ValueError(f"base={self.base!r} is no converted model: give one, or the model to convert")
+                raise ValueError(
+                    f"base={self.base!r} is not a converted model; give a converted model, or a model to convert"
+                )
             config = model.config
             config.attention_window = config.attention_window if window is None else window
             config.num_sink_tokens = config.num_sink_tokens if sinks is None else sinks
             if config.attention_window > config.max_position_embeddings:
                 raise ValueError(
                     f"attention_window={window} is longer than the model's context of "
-                    f"{config.max_position_embeddings} tokens: use at most {config.max_position_embeddings}"
+                    f"{config.max_position_embeddings} tokens; set it to at most {config.max_position_embeddings}"
                 )
         else:
             model = convert(self.base, 256 if window is None else window, 4 if sinks is None else sinks)
@@ -190,25 +192,25 @@ class RetrofitModule(L.LightningModule):
         return self
 
     def train(self, mode: bool = True) -> "RetrofitModule":
-        """Leave the model without dropout, but for adapters'."""
+        """Set the mode, but keep a model without adapters in eval mode, without dropout."""
         super().train(mode)
         if self.model is not None and self.lora is None:
             self.model.eval()
         return self
 
     def check_data(self, data: L.LightningDataModule) -> None:
-        """Build the model, and raise a ValueError when it cannot be trained with this data."""
+        """Build the model, and raise a ValueError if it cannot be trained on this data."""
         self.configure_model()
         own = tokenizer_of_policy(self.base)
         if own is not None and own.get_vocab() != data.tokenizer.get_vocab():
             raise ValueError(
-                f"the data's tokenizer {data.hparams.get('tokenizer')!r} is not that of base={self.base!r}: set "
-                "tokenizer to the base model's folder or name"
+                f"tokenizer={data.hparams.get('tokenizer')!r} differs from the tokenizer of base={self.base!r}; set "
+                "data.init_args.tokenizer to the base model's folder or name"
             )
         if data.vocab_size > self.config.vocab_size:
             raise ValueError(
-                f"the tokenizer's largest id is {data.vocab_size - 1} but the model's vocab_size is "
-                f"{self.config.vocab_size}: use the base model's tokenizer"
+                f"the tokenizer's largest id is {data.vocab_size - 1}, but the model's vocab_size is "
+                f"{self.config.vocab_size}; set data.init_args.tokenizer to the base model's tokenizer"
             )
         tokens = 0
         for part in getattr(data, "parts", [data]):
@@ -217,25 +219,25 @@ class RetrofitModule(L.LightningModule):
                 continue
             if length <= self.reach:
                 raise ValueError(
-                    f"sequence_length={length} must exceed attention_window + num_sink_tokens = {self.reach}: no token "
-                    "of a row lies beyond; raise it, or lower attention_window"
+                    f"sequence_length={length} must exceed attention_window + num_sink_tokens = {self.reach}, or no "
+                    "token needs the memory; raise it, or lower attention_window"
                 )
             tokens = max(tokens, length * part.hparams.get("batch_size", 1))
         self._check_memory(tokens)
 
     def _check_memory(self, tokens: int) -> None:
-        """Raise a ValueError when optimiser and logits would not fit next to the model."""
+        """Raise a ValueError if memory is too small for the optimiser and the logits in addition to the model."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         logits = tokens * self.config.vocab_size * LOGIT_BYTES if self.stage == "kl" else 0
         needed, free = trained * STATE_BYTES + logits, available_memory()
         if free is not None and needed > free:
             raise ValueError(
                 f"stage={self.stage} needs {needed / 1e9:.1f} GB of memory in addition to the model, and "
-                f"{free / 1e9:.1f} GB are free: lower batch_size or sequence_length, or use a machine with more"
+                f"{free / 1e9:.1f} GB are free; lower batch_size or sequence_length, or use a larger machine"
             )
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Raise a ValueError when the learning-rate schedule cannot run for so many optimiser steps."""
+        """Raise a ValueError if the learning-rate schedule cannot run for trainer.max_steps."""
         if trainer.max_steps > 0:
             check_schedule(self.lr_scheduler, trainer)
 
@@ -244,12 +246,12 @@ class RetrofitModule(L.LightningModule):
         self._batch_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the speed."""
+        """Log the throughput."""
         tokens = batch["input_ids"].numel() * self.trainer.world_size
         self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_started))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the stage's loss."""
+        """Return the loss of the current stage."""
         beyond = beyond_window(batch["document_ids"], self.reach)
         loss = self._regression(batch, beyond) if self.stage == "regression" else self._kl(batch, beyond)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
@@ -273,7 +275,7 @@ class RetrofitModule(L.LightningModule):
         return nullcontext() if self.lora is None else self.model.disable_adapter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add each way's nats per token beyond the window."""
+        """Update nats per token beyond the window, for full attention, the window alone and the hybrid."""
         model, labels = self.causal, batch["shift_labels"]
         counted = beyond_window(batch["document_ids"], self.reach) & (labels >= 0)
         for way, source in zip(WAYS, ("full", "none", None), strict=True):
@@ -283,7 +285,7 @@ class RetrofitModule(L.LightningModule):
                 metric.update(nats_beyond(model, hidden, labels, counted))
 
     def on_validation_epoch_end(self) -> None:
-        """Log nats per token, and the share of the gap between window and full attention that the memory recovers."""
+        """Log nats per token, and the fraction of the gap between window and full attention that memory recovers."""
         nats: dict[str, Tensor] = {}
         for way, metric in self.nats.items():
             nats[way] = metric.compute()  # type: ignore[operator]
@@ -294,23 +296,23 @@ class RetrofitModule(L.LightningModule):
             self.log("val/recovered", ((nats["window"] - nats["hybrid"]) / gap).float(), prog_bar=True, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Validate."""
+        """Compute the validation metrics."""
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log the same figures as validation."""
+        """Log the validation metrics."""
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Refuse.
+        """Reject prediction, which needs an exported model.
 
         Raises:
-            ValueError: always; an exported model predicts.
+            ValueError: always.
         """
-        raise ValueError("RetrofitModule predicts nothing: export the checkpoint, or validate it")
+        raise ValueError("RetrofitModule does not support predict; export the checkpoint, or run hybridmem validate")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return one optimiser of all trained parameters and the schedule that steps with it."""
+        """Return an optimiser of all trained parameters and the schedule that steps with it."""
         with named("optimizer"):
             optimizer = self.optimizer(self._trained())
         with named("lr_scheduler"):
@@ -330,18 +332,18 @@ class RetrofitModule(L.LightningModule):
         checkpoint["facts"] = facts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint."""
+        """Reject another model's checkpoint."""
         check_same_model(self.config, checkpoint)
 
 
 def _is_ours(base: str) -> bool:
-    """Return whether `base` is a converted folder or a checkpoint, not a model to convert."""
+    """Return True if `base` is a converted folder or a checkpoint, and False if it still needs converting."""
     if Path(base).suffix == ".ckpt":
         return True
     try:
         return AutoConfig.from_pretrained(base).model_type == HybridMemConfig.model_type
     except (OSError, ValueError, KeyError):
-        return False  # the conversion explains the error
+        return False  # the conversion reports the error
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
@@ -351,4 +353,4 @@ def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
     try:
         return get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora={settings} are no settings of PEFT's LoraConfig: {error}") from error
+        raise ValueError(f"PEFT's LoraConfig rejects lora={settings}: {error}") from error

@@ -1,4 +1,4 @@
-"""Losses of a retrofit: each memory head's regression on full attention, and KL to the base model."""
+"""Retrofit losses: regression of each memory head on full attention, and KL to the base model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,31 +17,31 @@ from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.model.sequence import PADDING, HeadChoice
 
 Batch = dict[str, Tensor]
-KL_TOKENS = 1024  # whose logits are in memory at once
+KL_TOKENS = 1024  # tokens whose logits are in memory at once
 
 
 class Regression(NamedTuple):
     """Relative errors of heads, and gradients of their mean."""
 
-    errors: Float[Tensor, " heads"]  # of all memory heads of all layers
+    errors: Float[Tensor, " heads"]  # all memory heads of all layers
     gradients: dict[nn.Parameter, Tensor]
 
 
 def every_source(model: HybridMemForCausalLM, source: str) -> list[list[str]]:
-    """Return one source for all heads."""
+    """Return a head_sources table with one source for all heads."""
     config = model.config
     return [[source] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
 
 
 def beyond_window(document_ids: Int[Tensor, "batch time"], reach: int) -> Bool[Tensor, "batch time"]:
-    """Return the tokens with at least `reach` tokens of their document before them: window and sinks miss some."""
+    """Return a mask of tokens with at least `reach` earlier tokens in their document, beyond window and sinks."""
     return (document_positions(document_ids) >= reach) & (document_ids != PADDING)
 
 
 def read(
     model: HybridMemForCausalLM, batch: Batch, sources: list[list[str]] | None
 ) -> Float[Tensor, "batch time hidden"]:
-    """Return the last hidden states; `sources` in place of the configuration's."""
+    """Return the last hidden states, with `sources` overriding the configuration's head sources."""
     with model.head_sources(sources):
         return model.model(
             batch["input_ids"], document_ids=batch.get("document_ids"), use_cache=False
@@ -49,10 +49,11 @@ def read(
 
 
 def regress_heads(model: HybridMemForCausalLM, batch: Batch, beyond: Bool[Tensor, "batch time"]) -> Regression:
-    """Fit window and memory to full attention, head by head, while the model reads a batch with all heads `full`.
+    """Return the errors of window and memory against full attention, head by head, with their gradients.
 
-    For every memory head the error is ‖o − o_full‖² / ‖o_full‖² over the tokens of `beyond`, and the loss is the mean
-    over all heads. No gradient passes through the base model, and one layer's graph is in memory at a time.
+    The model reads the batch with all heads `full`. Each memory head's error is ‖o − o_full‖² / ‖o_full‖² over the
+    tokens of `beyond`, and the loss is the mean over all heads. No gradient passes through the base model, and only one
+    layer's graph is in memory at a time.
     """
     sources = model.config.head_sources
     assert sources is not None
@@ -74,7 +75,7 @@ def regress_heads(model: HybridMemForCausalLM, batch: Batch, beyond: Bool[Tensor
         with torch.enable_grad():
             mixed, _, _ = mixer.mix(x.detach(), None, replace(sequence, heads=HeadChoice(sources, None)))
             error = relative_errors(mixed.unflatten(2, (mixer.kv_heads, -1)), target, heads, beyond)
-            if error.requires_grad:  # else no row is longer than the window
+            if error.requires_grad:  # false if no row is longer than the window
                 found = torch.autograd.grad(error.sum() / total, parameters, allow_unused=True)
                 gradients.update({p: g for p, g in zip(parameters, found, strict=True) if g is not None})
         errors.append(error.detach())
@@ -104,22 +105,22 @@ def relative_errors(
 
 
 class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients were computed before, so that trainer, strategy and precision treat it like any other."""
+    """Loss with precomputed gradients, which trainer, strategy and precision treat like any other loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        """Return the loss; each of `gradients` belongs to one of `parameters`."""
+        """Return the loss; `gradients` and `parameters` correspond one to one."""
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Return the gradients, scaled."""
+        """Return the precomputed gradients, scaled."""
         return None, None, *(grad.to(g.dtype) * g for g in ctx.gradients)
 
 
 def with_gradients(loss: Tensor, gradients: dict[nn.Parameter, Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return a loss whose backward gives `parameters` these gradients, and zeros where there are none."""
+    """Return a loss whose backward pass yields these gradients, and zeros for all other `parameters`."""
     found = [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]
     result: Tensor = KnownGradients.apply(loss, found, *parameters)
     return result
@@ -130,7 +131,7 @@ def kl_to_base(
     hidden: Float[Tensor, "tokens hidden"],
     base_hidden: Float[Tensor, "tokens hidden"],
 ) -> Float[Tensor, ""]:
-    """Return the sum over tokens of KL(base ‖ model) of the next-token distributions, in nats."""
+    """Return KL(base ‖ model) of the next-token distributions, summed over tokens, in nats."""
     total = hidden.new_zeros((), dtype=torch.float32)
     for own, base in zip(hidden.split(KL_TOKENS), base_hidden.split(KL_TOKENS), strict=True):
         logs = F.log_softmax(model.lm_head(own).float(), dim=-1)
@@ -146,7 +147,7 @@ def nats_beyond(
     labels: Int[Tensor, "batch time"],
     counted: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, " tokens"]:
-    """Return the negative log-likelihoods of the labels that count, in nats."""
+    """Return the negative log-likelihoods of the counted labels, in nats."""
     parts = zip(hidden[counted].split(KL_TOKENS), labels[counted].split(KL_TOKENS), strict=True)
     found = [F.cross_entropy(model.lm_head(x).float(), label, reduction="none") for x, label in parts]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """Locks that keep a second live run out of a folder.
 
-A lock is a file that names the process that holds it. One whose process ended without releasing it is taken over: its
-pid is gone, or belongs to a process that started at another time. Processes of other hosts and containers cannot be
-looked up, so holders touch their files, and such a lock expires when nobody has touched it for EXPIRY seconds.
+A lock is a file that names the process holding it. A new run takes over the lock of a process that ended without
+releasing it: the pid is unused, or its process has another start time. Processes on other hosts and in other
+containers cannot be inspected. Holders therefore touch their files regularly, and a foreign lock expires EXPIRY seconds
+after the last touch.
 """
 
 import json
@@ -19,9 +20,9 @@ from typing import IO
 
 RUN_LOCK = "run.lock"
 HEARTBEAT, EXPIRY = 20.0, 120.0  # seconds
-STATE, START_TIME = 0, 19  # fields of /proc/PID/stat, counted from behind the command's name
+STATE, START_TIME = 0, 19  # fields of /proc/PID/stat, counted after the command's name
 
-_held: set[Path] = set()  # by this process
+_held: set[Path] = set()  # locks that this process holds
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Holder:
     """The process that holds a lock.
 
     Args:
-        pid: its number.
-        started: when it started, as its system counts time; empty where that is unknown.
-        host: the name of its machine.
-        namespace: of its pid: containers of one host count processes from 1 each.
+        pid: process ID.
+        started: start time in the system's own format, or an empty string if unknown.
+        host: host name.
+        namespace: PID namespace; every container on a host numbers its processes from 1.
     """
 
     pid: int
@@ -45,7 +46,7 @@ class Holder:
 
 
 class LockedError(ValueError):
-    """Another live process holds a lock."""
+    """An error raised when another live process holds a lock."""
 
     def __init__(self, path: Path, holder: Holder):
         super().__init__(f"{path} is held by {holder}")
@@ -54,7 +55,7 @@ class LockedError(ValueError):
 
 @contextmanager
 def hold(*paths: Path) -> Iterator[None]:
-    """A context in which no other process can hold these locks; it removes their files at its end.
+    """Hold locks for the duration of a context, and remove their files at the end.
 
     Raises:
         LockedError: a live process holds one of them.
@@ -84,18 +85,18 @@ def _release(path: Path) -> None:
     _held.discard(path.resolve())
     with suppress(OSError), _opened(path) as file:  # the folder may be gone
         if _read_holder(file) in (None, _this_process()):
-            file.truncate(0)  # Windows removes no open file
+            file.truncate(0)  # Windows cannot remove an open file
             path.unlink()
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open a lock's file, which no other process reads or writes meanwhile."""
+    """Open a lock's file with exclusive access."""
     while True:
         with path.open("a+") as file:
             _wait_for(file)
             with suppress(FileNotFoundError):
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else its holder has just removed it
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else its holder just removed it
                     yield file
                     return
 
@@ -105,12 +106,12 @@ def _wait_for(file: IO[str]) -> None:
         import fcntl
     except ModuleNotFoundError:  # Windows
         return
-    with suppress(OSError):  # a file system without locks of its own
+    with suppress(OSError):  # the file system does not support locks
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _read_holder(file: IO[str]) -> Holder | None:
-    """Return the process that a lock's file names, or None for an empty or damaged file."""
+    """Return the process recorded in a lock's file, or None if the file is empty or damaged."""
     file.seek(0)
     try:
         holder = Holder(**json.loads(file.read()))
@@ -121,7 +122,7 @@ def _read_holder(file: IO[str]) -> Holder | None:
 
 def _is_live(holder: Holder, path: Path) -> bool:
     here = _this_process()
-    if holder == here:  # else an earlier program of this process, which exec has replaced
+    if holder == here:  # unless held, the lock is left over from a program that exec replaced in this process
         return path.resolve() in _held
     if (holder.host, holder.namespace) != (here.host, here.namespace) or not here.started:
         return not _has_expired(path)
@@ -129,14 +130,16 @@ def _is_live(holder: Holder, path: Path) -> bool:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # a live process of another user
         pass
     started = _start_time(holder.pid)
     return started == holder.started if started else started is not None and not _has_expired(path)
 
 
 def _has_expired(path: Path) -> bool:
-    with tempfile.TemporaryFile(dir=path.parent) as probe:  # the file system's clock, not this host's
+    with tempfile.TemporaryFile(
+        dir=path.parent
+    ) as probe:  # reads the file system's clock, which may differ from this host's
         return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime > EXPIRY
 
 
@@ -156,7 +159,7 @@ def _this_process() -> Holder:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a process started, an empty text where that is hidden, or None for one that has ended."""
+    """Return a process's start time, an empty string if it is hidden, or None if the process has ended."""
     if Path("/proc/self/stat").exists():
         return _start_time_in_proc(pid)
     if os.name != "posix":
@@ -171,6 +174,6 @@ def _start_time_in_proc(pid: int) -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except ProcessLookupError:
         return None
-    except OSError:  # /proc shows its user's own processes alone
+    except OSError:  # /proc hides other users' processes
         return ""
     return None if fields[STATE] in "ZX" else f"{fields[START_TIME]} {boot}"

@@ -9,18 +9,18 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-SchedulerFactory = Callable[[Optimizer, int], LRScheduler]  # made with an optimiser and the run's optimiser steps
-ANY_RUN = 10**9  # optimiser steps: more than any warm-up takes
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]  # takes an optimiser and the run's number of steps
+ANY_RUN = 10**9  # optimiser steps, longer than any warm-up
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up, then a cosine down to a share of the peak.
+    """Linear warm-up, then cosine decay to a fraction of the peak learning rate.
 
     Args:
-        optimizer: whose learning rate is the peak.
-        total_steps: optimiser steps of the whole run; the trainer fills it in.
-        warmup_steps: steps of the warm-up.
-        final_ratio: the learning rate at the end, as a share of the peak.
+        optimizer: optimiser whose learning rate is the peak.
+        total_steps: optimiser steps of the whole run, filled in by the trainer.
+        warmup_steps: optimiser steps of the warm-up.
+        final_ratio: final learning rate as a fraction of the peak.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 50, final_ratio: float = 0.1):
@@ -36,14 +36,14 @@ class WarmupCosine(LambdaLR):
 
 
 class WarmupStableDecay(LambdaLR):
-    """Linear warm-up, a plateau, then a linear fall (WSD, arXiv 2404.06395): the plateau can be prolonged.
+    """Linear warm-up, a plateau that can be extended, then linear decay (WSD, arXiv 2404.06395).
 
     Args:
-        optimizer: whose learning rate is the plateau's.
-        total_steps: optimiser steps of the whole run; the trainer fills it in.
-        warmup_steps: steps of the warm-up.
-        decay_share: the share of all steps in which the learning rate falls.
-        final_ratio: the learning rate at the end, as a share of the plateau's.
+        optimizer: optimiser whose learning rate is the plateau.
+        total_steps: optimiser steps of the whole run, filled in by the trainer.
+        warmup_steps: optimiser steps of the warm-up.
+        decay_share: fraction of all steps spent in the decay.
+        final_ratio: final learning rate as a fraction of the plateau.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class WarmupStableDecay(LambdaLR):
 
 
 def check_steps(total_steps: int, warmup_steps: int) -> None:
-    """Raise a ValueError when the warm-up would take the whole run."""
+    """Raise a ValueError if the warm-up would take the whole run."""
     if warmup_steps >= total_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps} is not shorter than the run of {total_steps} optimiser steps; "
+            f"warmup_steps={warmup_steps} must be less than the run's {total_steps} optimiser steps; "
             "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"
         )
 
 
 def scheduled_steps(trainer: L.Trainer, steps: int | float) -> int:
-    """Optimiser steps that a schedule is made for; a fast_dev_run takes the first ones of a run of any length."""
+    """Return the number of optimiser steps to schedule; a fast_dev_run takes the first steps of a very long run."""
     return ANY_RUN if trainer.fast_dev_run else int(steps)
 
 
 def check_schedule(lr_scheduler: Callable[[Optimizer, int], Any], trainer: L.Trainer) -> None:
-    """Raise what the schedule has against the trainer's max_steps."""
+    """Raise the schedule's error if it cannot run for the trainer's max_steps."""
     steps = scheduled_steps(trainer, trainer.max_steps)
     lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), steps)

@@ -1,4 +1,4 @@
-"""The operators under hybridmem: a neural memory's scans, attention as a policy; nothing needed but torch."""
+"""Operators of hybridmem: scans of neural memories and divergences of attention policies; they require only torch."""
 
 from .attention_divergence import AttentionStats, attention_divergence
 from .dispatch import use_backend

@@ -1,8 +1,8 @@
-"""Blocks of tokens at fixed positions of their document: gradient chunks, segments.
+"""Blocks of tokens at fixed positions of their document, such as gradient chunks and segments.
 
-A document's first block starts at its first token, and every `size` tokens of it fill a block, whatever else
-is in the row and however the row is fed in. So a packed, padded or streamed document is cut where it is cut
-alone. Tokens of a block are moved together here; what is left over is marked invalid.
+A document's first block starts at its first token, and every `size` tokens fill a block, independently of the rest of
+the row and of how the row is fed in. A packed, padded or streamed document is therefore cut like a document that is
+read alone. The tokens of a block are moved together; unused slots are marked invalid.
 """
 
 from typing import NamedTuple
@@ -15,24 +15,24 @@ from .documents import document_starts
 
 
 class Blocks(NamedTuple):
-    """Tokens of a row's n-th block, and flags of the blocks that begin something."""
+    """Indices of each row's tokens by block, and flags of blocks that begin in this call or begin a document."""
 
-    times: Int[Tensor, "batch blocks width"]  # time of the block's w-th token, 0 where there is none
+    times: Int[Tensor, "batch blocks width"]  # time of the block's w-th token, 0 for empty slots
     valid: Bool[Tensor, "batch blocks width"]
-    begins: Bool[Tensor, "batch blocks"]  # the block's first slot is filled here, not by an earlier call
+    begins: Bool[Tensor, "batch blocks"]  # the block's first slot is filled in this call, not in an earlier one
     new_document: Bool[Tensor, "batch blocks"]
-    place: Int[Tensor, "batch time"]  # block * width + w of each token; 0 for masked ones
-    filled: Int[Tensor, " batch"]  # slots taken in the row's last block; 0 when it is full
+    place: Int[Tensor, "batch time"]  # block * width + w of each token; 0 for masked tokens
+    filled: Int[Tensor, " batch"]  # number of filled slots in the row's last block; 0 if it is full
 
     def gather(self, x: Shaped[Tensor, "batch heads time *dim"]) -> Shaped[Tensor, "blocks batch heads width *dim"]:
-        """Bring time into blocks, blocks in front."""
+        """Gather time into blocks along a new leading axis."""
         batch, blocks, width = self.times.shape
         index = self.times.view(batch, 1, blocks * width, *(1,) * (x.dim() - 3))
         taken = x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
         return taken.unflatten(2, (blocks, width)).movedim(2, 0)
 
     def scatter(self, x: Shaped[Tensor, "blocks batch heads width *dim"]) -> Shaped[Tensor, "batch heads time *dim"]:
-        """Bring blocks back into time; masked tokens get some other token's values."""
+        """Scatter blocks back to time; masked tokens get arbitrary values of other tokens."""
         flat = x.movedim(0, 2).flatten(2, 3)
         index = self.place.view(len(self.place), 1, -1, *(1,) * (flat.dim() - 3))
         return flat.gather(2, index.expand(-1, flat.shape[1], -1, *flat.shape[3:]))
@@ -45,24 +45,24 @@ def split_blocks(
     document_ids: Int[Tensor, "batch time"] | None = None,
     mask: Bool[Tensor, "batch time"] | None = None,
 ) -> Blocks:
-    """Cut rows of `time` tokens into blocks of `size`; the row's last block before held `filled` tokens."""
+    """Split rows of `time` tokens into blocks of `size`; each row's open block already holds `filled` tokens."""
     batch, device = len(filled), filled.device
     clock = torch.arange(time, device=device)
     mask = torch.ones(batch, time, dtype=torch.bool, device=device) if mask is None else mask
     starts = torch.zeros_like(mask) if document_ids is None else document_starts(document_ids, mask)
 
-    count = mask.cumsum(1)  # valid tokens up to and with this one
-    before_document = torch.where(starts, count - 1, -1).cummax(1).values  # valid tokens before its document
+    count = mask.cumsum(1)  # number of valid tokens up to and including this one
+    before_document = torch.where(starts, count - 1, -1).cummax(1).values  # number of valid tokens before its document
     carried = torch.where(before_document < 0, filled[:, None], 0)
     position = count - 1 - before_document.clamp(min=0) + carried
     opens = mask & (position % size == 0)
-    goes_on = (filled > 0).long()[:, None]  # block 0 is then the one that was begun earlier
+    goes_on = (filled > 0).long()[:, None]  # 1 if block 0 was begun by an earlier call
     block = opens.cumsum(1) - 1 + goes_on
     slot = position % size - torch.where((block == 0) & (goes_on > 0), filled[:, None], 0)
 
     blocks = int(block.max()) + 1 if time else 0
     width = int(torch.where(mask, slot, 0).max()) + 1 if time else 0
-    # Masked tokens are written past the end, then cut off.
+    # Masked tokens are written past the end and cut off afterwards.
     target = torch.where(mask, block * width + slot, blocks * width)
     index = torch.zeros(batch, blocks * width + 1, dtype=torch.long, device=device)
     index.scatter_(1, target, clock.expand(batch, -1))
@@ -86,10 +86,10 @@ def split_blocks(
 
 
 def even_blocks(batch: int, time: int, size: int, device: torch.device, filled: int = 0) -> Blocks:
-    """`split_blocks` of rows that are one document, unpadded, and as full each: known without a look at the data."""
+    """Compute `split_blocks` for rows of one unpadded document with equally filled blocks, without reading any data."""
     clock = torch.arange(time, device=device)
     block, blocks = (filled + clock) // size, -(-(filled + time) // size)
-    opens = torch.arange(blocks, device=device) * size - filled  # where blocks have their first slot
+    opens = torch.arange(blocks, device=device) * size - filled  # time of each block's first slot
     begin, end = opens.clamp(min=0), (opens + size).clamp(max=time)
     width = min(max(size - filled, time - (size - filled)), time, size)
     times = begin[:, None] + torch.arange(width, device=device)

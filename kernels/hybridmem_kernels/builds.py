@@ -1,11 +1,11 @@
-"""Descriptions of Triton kernels, from which they are built ahead of time for a GPU that need not be there."""
+"""Descriptions of Triton kernels for ahead-of-time builds, which need no GPU."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # that the kernels take
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # supported by the kernels
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,14 @@ class Build:
     """One kernel at one set of shapes and dtypes.
 
     Args:
-        name: kernel and shapes in words, the row's name in the resource report.
+        name: kernel and shapes, as the row's label in the resource report.
         kernel: the function under `triton.jit`.
-        signature: argument name: Triton's type (`*fp32`, `*bf16`, `i32`, `fp32`), a named tuple of types, or
+        signature: Triton's type by argument name: `*fp32`, `*bf16`, `i32`, `fp32`, a named tuple of types, or
             `constexpr`.
-        constexprs: argument name: value, of those.
-        num_warps, num_stages: as it is launched.
-        has_dots: whether it multiplies matrices, which must then be on tensor cores.
-        maxnreg: registers that a thread may have, as it is launched; None: as many as the compiler likes.
+        constexprs: values of the `constexpr` arguments by name.
+        num_warps, num_stages: launch options.
+        has_dots: True if the kernel multiplies matrices, which must use tensor cores.
+        maxnreg: limit on registers per thread, a launch option; None: no limit.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Checks that every operator makes of its inputs before it starts."""
+"""Input checks shared by the operators."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def check_scan_inputs(
     chunk_size: int,
     per_token: dict[str, Tensor | None],
 ) -> None:
-    """Raise a ValueError that names the argument when shapes, dtypes or devices cannot go together."""
+    """Raise a ValueError that names the argument if shapes, dtypes or devices do not match."""
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v must be (batch, heads, time, dim), got q {tuple(q.shape)}, v {tuple(v.shape)}")
     if k.shape != q.shape:
@@ -26,7 +26,7 @@ def check_scan_inputs(
         if tensor is not None and tensor.shape != (q.shape[0], q.shape[2]):
             raise ValueError(f"{name} must be (batch, time) = {(q.shape[0], q.shape[2])}, got {tuple(tensor.shape)}")
     if (mask := per_token.get("mask")) is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean (True: the token counts), got {mask.dtype}")
+        raise ValueError(f"mask must be boolean (True: the token is valid), got {mask.dtype}")
     if not q.is_floating_point():
         raise ValueError(f"q, k, v must be floating point, got {q.dtype}")
     if chunk_size < 1:
@@ -34,7 +34,7 @@ def check_scan_inputs(
 
 
 def check_state(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise a ValueError when a given state belongs to another memory."""
+    """Raise a ValueError if a given state does not fit the memory."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"state.{name} must be {shape} here, got {tuple(tensor.shape)}")
     if tensor.device != like.device:

@@ -1,18 +1,18 @@
-"""Decay rows: the share of each write, and of the chunk's first state, that is left at every token of a chunk.
+"""Decay rows: the shares of each write and of the chunk's initial state that remain at every token of a chunk.
 
-Inside a chunk the state is linear in its inputs x = [W_0, S_0, u_1 .. u_C], where u_j = -k_j delta_j^T is the write of
+Within a chunk the state is linear in its inputs x = [W_0, S_0, u_1 .. u_C], where u_j = -k_j delta_j^T is the write of
 token j without its step size:
 
     W_i = sum_x weight_rows[i, x] x          S_i = sum_x momentum_rows[i, x] x
 
-The rows obey the recurrence itself, run on unit inputs:
+The rows follow from running the recurrence on unit inputs:
 
     momentum_rows[i] = eta_i momentum_rows[i-1] + theta_i e_i
     weight_rows[i]   = keep_i weight_rows[i-1] + active_i momentum_rows[i]
 
-These are R_s and R_w of memory_scan/README.md, equations 4 and 5; a, p and D there are columns 0, 1 and 2 .. C + 1 of
-R_w. Products of numbers in [0, 1] neither overflow nor need a logarithm, and a reset (keep = eta = 0) is exact, as are
-its gradients.
+They are R_s and R_w in equations 4 and 5 of memory_scan/README.md, whose a, p and D are columns 0, 1 and 2 .. C + 1 of
+R_w. Products of numbers in [0, 1] neither overflow nor need logarithms. A reset (keep = eta = 0) and its gradients are
+exact.
 """
 
 import torch
@@ -27,7 +27,7 @@ def decay_rows(
     theta: Float[Tensor, "chunks size"],
     active: Float[Tensor, "chunks size"] | None = None,
 ) -> tuple[Float[Tensor, "chunks size+1 size+2"], Float[Tensor, "chunks size+1 size+2"]]:
-    """Return (weight_rows, momentum_rows); row 0 is the chunk's start, row i follows token i."""
+    """Compute (weight_rows, momentum_rows); row 0 describes the chunk's start, row i the state after token i."""
     chunks, size = keep.shape
     momentum_rows = keep.new_zeros(chunks, size + 1, size + 2)
     momentum_rows[:, 0, 1] = 1
@@ -53,7 +53,7 @@ def decay_rows_backward(
     grad_weight_rows: Float[Tensor, "chunks size+1 size+2"],
     grad_momentum_rows: Float[Tensor, "chunks size+1 size+2"],
 ) -> tuple[Float[Tensor, "chunks size"], Float[Tensor, "chunks size"], Float[Tensor, "chunks size"]]:
-    """Return the gradients of (keep, eta, theta). Overwrites the two gradients it is given."""
+    """Compute the gradients of (keep, eta, theta); the two given gradients are overwritten."""
     keep_, eta_ = keep.unsqueeze(-1), eta.unsqueeze(-1)
     for i in reversed(range(keep.shape[1])):
         grad_row = grad_weight_rows[:, i + 1]
@@ -70,7 +70,7 @@ def decay_rows_backward(
 
 
 class DecayRows(torch.autograd.Function):
-    """`decay_rows` with its backward: two recurrences instead of an autograd node per row."""
+    """Autograd function of `decay_rows`, with one recurrence per pass instead of an autograd node per row."""
 
     @staticmethod
     def forward(ctx, keep, eta, theta, active):  # noqa: D102

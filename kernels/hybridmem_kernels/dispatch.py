@@ -1,4 +1,4 @@
-"""Choice of the implementation that an operator runs with."""
+"""Choice of the backend of an operator."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ VARIABLE = "HYBRIDMEM_BACKEND"
 HAS_TRITON = find_spec("triton") is not None
 
 logger = logging.getLogger(__name__)
-_forced: str | None = None  # a plain global, which torch.compile guards: a compiled graph follows `use_backend`
+_forced: str | None = None  # a plain global, guarded by torch.compile, so that compiled graphs follow `use_backend`
 _said: set[tuple[str, str]] = set()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Run every operator with "torch", "triton" or "reference" while the context is open, in all threads.
+    """Run every operator with "torch", "triton" or "reference" inside the context, in all threads.
 
     Raises:
-        ValueError: a backend that does not exist.
+        ValueError: the backend is unknown.
     """
     global _forced
     _check_name(backend, f"use_backend({backend!r})")
@@ -35,15 +35,15 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def choose_backend(operator: str, backend: str | None, like: Tensor) -> str:
-    """The backend that `operator` runs with for tensors like `like`, logged the first time it is chosen.
+    """Choose the backend of `operator` for tensors like `like`, and log each choice once.
 
-    In order: the call's own `backend`, `use_backend`, the environment's HYBRIDMEM_BACKEND; with none of them "triton"
-    on a GPU and "torch" elsewhere. Triton has no float64 on tensor cores: float64 tensors go to "torch". A compiled
-    graph keeps what the environment said when it was compiled.
+    The order of precedence is the call's `backend`, `use_backend`, and the environment variable HYBRIDMEM_BACKEND. The
+    default is "triton" on a GPU and "torch" elsewhere, also for float64, which Triton does not support on tensor cores.
+    A compiled graph keeps the environment variable's value from its compilation.
 
     Raises:
-        ValueError: a backend that does not exist, or Triton for tensors that are not on a GPU.
-        ImportError: Triton is asked for and not installed.
+        ValueError: the backend is unknown, or Triton is requested for tensors that are not on a GPU.
+        ImportError: the Triton backend is requested but not installed.
     """
     variable = os.environ.get(VARIABLE)
     choice = backend or _forced or variable
@@ -57,7 +57,7 @@ def choose_backend(operator: str, backend: str | None, like: Tensor) -> str:
 
 
 def _reason(backend: str | None, variable: str | None, device: str, dtype: torch.dtype) -> str:
-    """Why a backend was chosen, or who asked for it."""
+    """Describe the reason for the choice of a backend, or the setting that requested it."""
     if backend:
         return f"backend={backend!r}"
     if _forced:
@@ -67,7 +67,7 @@ def _reason(backend: str | None, variable: str | None, device: str, dtype: torch
     if device != "cuda":
         return f"the tensors are on {device}"
     if dtype == torch.float64:
-        return "the tensors are float64, which the Triton kernels do not take"
+        return "the tensors are float64, which the Triton kernels do not support"
     return (
         "the tensors are on a GPU"
         if HAS_TRITON
@@ -97,11 +97,11 @@ def _check_choice(choice: str, reason: str, device: str) -> None:
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on any device."""
+    """Return True if Triton's kernels run in its interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result  # said while a graph is compiled, not each time that it runs
+@torch.compiler.assume_constant_result  # logged while a graph is compiled, not on every run
 def _say_once(
     operator: str, choice: str, backend: str | None, variable: str | None, device: str, dtype: torch.dtype
 ) -> None:

@@ -1,4 +1,4 @@
-"""Document starts in packed, padded rows, and their effect on the gates."""
+"""Document boundaries in packed, padded rows, and their effect on gates."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from torch import Tensor
 def document_starts(
     document_ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"] | None = None
 ) -> Bool[Tensor, "batch time"]:
-    """Mark the tokens at which another document begins; the first one of a row continues what came before.
+    """Mark the tokens at which a new document begins; the first token of a row continues the given state.
 
-    Masked tokens belong to no document: the comparison is with the last token that counts.
+    Masked tokens belong to no document: each token is compared with the last unmasked token before it.
     """
     starts = torch.zeros_like(document_ids, dtype=torch.bool)
     if mask is None:
@@ -31,15 +31,15 @@ class Gates(NamedTuple):
     W_t = keep_t W_{t-1} + active_t S_t, S_t = eta_t S_{t-1} - theta_t G_t, G_t taken at continues_t W_{t-1}. S is the
     momentum, and eta the share of it that a token keeps.
 
-    A document's first token keeps nothing (keep = eta = continues = 0). A masked one changes nothing
+    The first token of a document discards the state (keep = eta = continues = 0). A masked token has no effect
     (keep = eta = 1, theta = active = 0).
     """
 
     keep: Float[Tensor, "batch heads time"]
     eta: Float[Tensor, "batch heads time"]
     theta: Float[Tensor, "batch heads time"]
-    active: Float[Tensor, "batch heads time"] | None  # None: every token is
-    continues: Float[Tensor, "batch heads time"] | None  # None: one document
+    active: Float[Tensor, "batch heads time"] | None  # None: all tokens are active
+    continues: Float[Tensor, "batch heads time"] | None  # None: a single document
 
 
 def effective_gates(
@@ -50,7 +50,7 @@ def effective_gates(
     mask: Bool[Tensor, "batch time"] | None,
     dtype: torch.dtype,
 ) -> Gates:
-    """Write document boundaries and padding into the gates, in `dtype`."""
+    """Apply document boundaries and padding to the gates, in `dtype`."""
     keep, eta, theta = 1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)
     active = continues = None
     if mask is not None:

@@ -1,9 +1,9 @@
 """Helpers for registering operators with torch.library.
 
-An operator's forward and backward are two functions of tensors. An eager call reaches them through a
-torch.autograd.Function, which costs least. torch.compile would trace through that class, loop by loop. In compiled
-graphs they are therefore two operators of torch.library, which stay whole. A library operator cannot save tensors, so
-the forward returns its results followed by the tensors that the backward needs.
+An operator's forward and backward are two functions of tensors. Eager calls use them through a torch.autograd.Function,
+which has the lowest overhead. torch.compile would trace through that class, including its loops. Compiled graphs
+therefore use two opaque torch.library operators. A library operator cannot save tensors, so the forward returns its
+results followed by the tensors for the backward.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def triton_module(package: str | None, name: str = "triton_autograd") -> ModuleType:
-    """Import a module of an operator that needs Triton, which is not installed everywhere."""
+    """Import a module of an operator that needs Triton, an optional dependency."""
     return import_module(f".{name}", package)
 
 
@@ -24,7 +24,7 @@ def given(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def own_memory(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor | None]) -> list[Tensor]:
-    """Return the outputs contiguous, and copied where they share memory: an operator must not alias its inputs."""
+    """Make outputs contiguous, and copy those that share memory, because an operator must not alias its inputs."""
     taken = {tensor.untyped_storage().data_ptr() for tensor in given(inputs)}
     owned = []
     for tensor in given(outputs):
@@ -36,5 +36,5 @@ def own_memory(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor | None]
 
 
 def zeros_where_none(grads: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
-    """Replace missing gradients by zeros, for an operator that has to return them all."""
+    """Replace missing gradients by zeros, for operators that must return all of them."""
     return [like.new_zeros(like.shape) if grad is None else grad for grad, like in zip(grads, likes, strict=True)]

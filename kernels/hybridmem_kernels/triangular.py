@@ -1,17 +1,17 @@
-"""The inverse of I + N for many small strictly lower triangular N at once."""
+"""Batched inverse of I + N for small strictly lower triangular N."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BASE = 8  # blocks of this size are inverted by substitution, larger ones from their halves
+BASE = 8  # blocks of this size are inverted by substitution, larger ones by merging their halves
 
 
 def unit_lower_inverse(strict: Float[Tensor, "matrices size size"]) -> Float[Tensor, "matrices size size"]:
-    """Invert I + N, N = `strict` being zero on and above its diagonal.
+    """Invert I + N for N = `strict`, which is zero on and above its diagonal.
 
-    Blocked: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. It is as stable as substitution (a Neumann
-    product is not: powers of N overflow long before the inverse does) and is made of batched products.
+    The inverse is blocked: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. This is as stable as substitution
+    and consists of batched products. A Neumann product is unstable: powers of N overflow long before the inverse does.
     """
     size = strict.shape[-1]
     base = BASE if size % BASE == 0 else size
@@ -30,7 +30,7 @@ def unit_lower_inverse(strict: Float[Tensor, "matrices size size"]) -> Float[Ten
 def _diagonal_blocks(
     matrices: Float[Tensor, "matrices size size"], base: int
 ) -> Float[Tensor, "base base blocks matrices"]:
-    """A view of the blocks along the diagonal, matrices last: substitution then runs over long rows."""
+    """Return a view of the diagonal blocks with the matrices as last axis, so that substitution runs over long rows."""
     blocks = matrices.unflatten(2, (-1, base)).unflatten(1, (-1, base))
     return blocks.diagonal(dim1=1, dim2=3).permute(1, 2, 3, 0)
 
@@ -38,7 +38,7 @@ def _diagonal_blocks(
 def _substitution(
     strict: Float[Tensor, "base base blocks matrices"],
 ) -> Float[Tensor, "base base blocks matrices"]:
-    """Forward substitution of the unit vectors, row by row."""
+    """Invert by forward substitution of the unit vectors, row by row."""
     strict = strict.contiguous()
     inverse = torch.zeros_like(strict)
     for i in range(strict.shape[0]):

@@ -1,6 +1,6 @@
-"""The parts of a training run that are recorded: logged metrics, gradient norms, sampled tokens and weights.
+"""Recording of training runs: logged metrics, gradient norms, sampled tokens and weights.
 
-Floats are written as hexadecimal literals, which lose no bit; tensors as SHA-256 digests of their bytes.
+Floats are stored as hexadecimal literals, which are exact, and tensors as SHA-256 digests of their bytes.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.optim import Optimizer
 
-UNRECORDED = ("epoch", "train/tokens_per_second")  # the second one is a time
-SHORT = 16  # hexadecimal digits that are kept of the weights' digest after a step
+UNRECORDED = ("epoch", "train/tokens_per_second")  # tokens_per_second depends on timing
+SHORT = 16  # hexadecimal digits of a step's weight digest
 Record = dict[str, Any]
 
 
 class GradientNorms(L.Callback):
-    """A callback that notes the norm of all gradients after every backward pass, before they are cut."""
+    """Callback that records the global gradient norm after every backward pass, before clipping."""
 
     def __init__(self) -> None:
         self.norms: list[str] = []
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the norm, from sums that do not depend on the parameters' order."""
+        """Record the norm, from sums that do not depend on the parameters' order."""
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         squares = math.fsum(gradient.double().square().sum().item() for gradient in gradients)
         self.norms.append(math.sqrt(squares).hex())
 
 
 class Notes(Logger):
-    """A Lightning logger that keeps a run in memory, with a reward function and an optimiser that tell it more."""
+    """Lightning logger that keeps a run in memory, with a recording reward function and a recording optimiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Notes(Logger):
         return 0
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Leave hyperparameters out."""
+        """Ignore hyperparameters."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append each metric to its series."""
@@ -63,18 +63,18 @@ class Notes(Logger):
                 self.metrics.setdefault(name, []).append(float(value).hex())
 
     def sampled_tokens(self, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[None]:
-        """Note the tokens of all responses, and reward none."""
+        """Record the tokens of all responses, and return zero rewards."""
         self.sampled.append([" ".join(map(str, ids)) for ids in completion_ids])
         return [None] * len(completion_ids)
 
     def optimizer(self, groups: Iterable[Any], **settings: Any) -> Optimizer:
-        """Make an AdamW that notes the weights after every step."""
+        """Return an AdamW that records the weights after every step."""
         optimizer = torch.optim.AdamW(groups, **settings)
         optimizer.register_step_post_hook(self._note_weights)
         return optimizer
 
     def record(self, weights: dict[str, Tensor]) -> Record:
-        """Return all notes, and the weights at the end."""
+        """Return the complete record with the final weights."""
         return {
             "metrics": dict(sorted(self.metrics.items())),
             "gradient_norms": self.gradients.norms,
@@ -85,17 +85,17 @@ class Notes(Logger):
 
     def _note_weights(self, optimizer: Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        # Sorted, so that the order of the parameter groups does not matter.
+        # Sorted, so that the record does not depend on the order of the parameter groups.
         self.steps.append(digest(sorted(map(tensor_digest, parameters)))[:SHORT])
 
 
 def adamw(notes: Notes, lr: float = 0.01) -> Callable[[Iterable[Any]], Optimizer]:
-    """Return the factory of an AdamW whose steps are noted."""
+    """Return the factory of an AdamW whose steps are recorded."""
     return partial(notes.optimizer, lr=lr)
 
 
 def weights_record(weights: dict[str, Tensor]) -> Record:
-    """Return the sum of all weights, a digest of their bytes, and one of their names and shapes."""
+    """Return the sum of all weights, a digest of their bytes, and a digest of their names and shapes."""
     names = sorted(weights)
     return {
         "sum": math.fsum(weights[name].double().sum().item() for name in names).hex(),
@@ -105,7 +105,7 @@ def weights_record(weights: dict[str, Tensor]) -> Record:
 
 
 def tensor_record(tensor: Tensor) -> list[str]:
-    """Return the rows of a tensor: floats in hexadecimal, integers and truth values in decimal."""
+    """Return the rows of a tensor, with floats in hexadecimal and integers and booleans in decimal."""
     rows = tensor.tolist() if tensor.dim() > 1 else [tensor.tolist()]
     return [" ".join(x.hex() if isinstance(x, float) else str(int(x)) for x in row) for row in rows]
 

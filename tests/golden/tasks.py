@@ -1,4 +1,4 @@
-"""Tiny tasks that an untrained policy solves now and then, in a vocabulary of seventeen words."""
+"""Tiny tasks over seventeen words that an untrained policy sometimes solves."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
-ENDS = (".", "!", ";")  # they end a turn beside <eos>, so that turns are short
+ENDS = (".", "!", ";")  # end a turn like <eos>, which keeps turns short
 WORDS = (PAD, BOS, EOS, UNKNOWN, *"abcdef", "door", "no", "hear", "now", *ENDS)
 END_IDS = [WORDS.index(word) for word in (EOS, *ENDS)]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words."""
+    """Return a tokenizer of whole words."""
     words = models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=UNKNOWN)
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -23,18 +23,18 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tokenizer(folder: Path) -> str:
-    """Write the tokenizer, and return its folder."""
+    """Save the tokenizer and return its folder."""
     word_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 class Words:
-    """A task of answers that consist of the right words.
+    """Task whose answers consist of given words.
 
     Args:
-        right: words that earn a reward.
-        binary: reward the first word alone, with 0 or 1; else the share of right words.
-        length: of every prompt; None: one to five words.
+        right: the words that earn a reward.
+        binary: reward the first word with 0 or 1, instead of the share of right words.
+        length: the length of every prompt in words; None draws one to five words.
     """
 
     max_completion_length = 6
@@ -53,7 +53,7 @@ class Words:
         return [self._reward(completion.split()) for completion in completions]
 
     def is_right(self, completions: list[str], answers: list[str]) -> list[bool]:
-        """Judge the first word."""
+        """Return True if the first word is right."""
         return [completion[:1] in set(self.right) for completion in completions]
 
     def _reward(self, words: list[str]) -> float:
@@ -62,15 +62,15 @@ class Words:
 
 
 class Doors:
-    """An environment in which one of two doors leads out; the other one says no, and everything else is an error."""
+    """Environment with two doors, one of which leads out; the other one answers no, and all else is an error."""
 
     def reset(self, answer: str, **columns: Any) -> str | None:
-        """Begin behind the right door."""
+        """Start an episode with the given right door."""
         self.answer, self.found, self.done = answer, False, False
         return None
 
     def get_reward(self) -> float:
-        """Return 1 outside, else 0."""
+        """Return 1 after the right door was opened, else 0."""
         return float(self.found)
 
     def a(self, rest: str = "") -> str:
@@ -87,7 +87,7 @@ class Doors:
 
 
 class TwoDoors:
-    """A task of many turns."""
+    """Multi-turn task with two doors."""
 
     environment = Doors
     max_completion_length = 24
@@ -99,5 +99,5 @@ class TwoDoors:
         return {"prompt": " ".join(["door"] * (1 + index % 3)), "answer": right, "turns": turns}
 
     def reward(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """Raise, since the environment has its own reward."""
+        """Raise an error, because the environment provides the reward."""
         raise AssertionError("not asked")

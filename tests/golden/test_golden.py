@@ -1,12 +1,12 @@
 """Comparison of golden trajectories with the recorded ones.
 
-On the recorded processor, with the recorded libraries, every number has to be the same to the last bit: metrics,
-gradient norms, sampled tokens, weights after every step. Elsewhere rounding differs, and Adam's first steps, in which a
-gradient counts by its sign alone, amplify it from step to step. There the names and shapes of all weights, the names of
-all metrics, and the tokens of the first rollout have to be the same; each series' first value may differ by TOLERANCE,
-and digests and later values are not compared.
+On the recorded processor with the recorded libraries, all numbers must agree to the last bit: metrics, gradient norms,
+sampled tokens, and weights after every step. Elsewhere rounding differs, and Adam's first steps, which use little more
+than the gradients' signs, amplify the differences. There, the names and shapes of weights, the names of metrics, and
+the tokens of the first rollout must agree; each series' first value may differ by TOLERANCE, and digests and later
+values are not compared.
 
-After a change that is meant to change numbers: python -m tests.golden.trajectories --write
+After an intended change of numbers: python -m tests.golden.trajectories --write
 """
 
 import json
@@ -21,8 +21,8 @@ from .trajectories import GOLDEN, SCENARIOS, record_in_a_process
 pytestmark = pytest.mark.slow
 RECORDED = json.loads(GOLDEN.read_text())
 TOLERANCE = dict(rel_tol=1e-3, abs_tol=1e-5)  # about a hundred times the effect of other vector instructions
-EXACT = ("ids", "mask", "truncated", "turns", "faulty")  # of trajectories, which do not train
-# Metrics above 0 at least once, or the scenario would miss the code that it is for.
+EXACT = ("ids", "mask", "truncated", "turns", "faulty")  # fields of trajectories, which precede any training
+# Metrics that must exceed 0 at least once, as proof that the scenario reaches the code that it covers.
 EXERCISED = [
     ("GRPO", "reward"),
     ("GRPO", "clip_ratio/region_mean"),
@@ -72,7 +72,7 @@ def test_nothing_changed(name, current):
 
 
 def assert_alike(recorded: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare runs of two machines."""
+    """Compare runs from two machines."""
     series, current = ({**run["metrics"], "gradient_norms": run["gradient_norms"]} for run in (recorded, now))
     assert series.keys() == current.keys()
     assert recorded["sampled"][:1] == now["sampled"][:1]
@@ -89,12 +89,12 @@ def assert_close(recorded: list[float], now: list[float], name: str = "") -> Non
 
 
 def floats(lines: list[str]) -> list[float]:
-    """Read hexadecimal floats."""
+    """Parse hexadecimal floats."""
     return [float.fromhex(number) for line in lines for number in line.split()]
 
 
 def flat(record: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk through the leaves of a record, each with its path."""
+    """Yield the leaves of a record with their paths."""
     parts = record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else None
     if parts is None:
         yield path, record

@@ -1,7 +1,7 @@
 """Golden trajectories: tiny seeded runs through public entry points, recorded to the last bit.
 
-`python -m tests.golden.trajectories --write` records golden.json anew. The runs take place in a process of their own,
-in which no operation depends on the number of cores or on the processor's vector instructions.
+`python -m tests.golden.trajectories --write` rewrites golden.json. The runs execute in a separate process, in which no
+operation depends on the number of cores or on the processor's vector instructions.
 """
 
 import argparse
@@ -59,7 +59,7 @@ PINNED = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-STEPS = 6  # optimiser steps by reward
+STEPS = 6  # optimiser steps of reinforcement learning
 PRETRAINING_STEPS = 20
 SHAPE = dict(
     hidden_size=16,
@@ -88,7 +88,7 @@ Scenario = Callable[[Path], Record]
 
 
 def pretrain(folder: Path, mode: str = "packed", **config: Any) -> Record:
-    """Pretrain a byte model on a small text, and validate it once at the end."""
+    """Pretrain a byte model on a small text, with one validation at the end."""
     notes = Notes()
     module = PretrainModule(
         HybridMemConfig(**{**SHAPE, **config}),
@@ -98,18 +98,26 @@ def pretrain(folder: Path, mode: str = "packed", **config: Any) -> Record:
         position_edges=[0, 8, 16],
     )
     data = TextDataModule(
-        path=str(write_text(folder / "text")), pattern="*.txt", sequence_length=32, batch_size=2, val_fraction=0.2,
+        path=str(write_text(folder / "text")),
+        pattern="*.txt",
+        sequence_length=32,
+        batch_size=2,
+        val_fraction=0.2,
         mode=mode,
-    )  # fmt: skip
+    )
     trainer(
-        folder, notes, max_steps=PRETRAINING_STEPS, gradient_clip_val=1.0, val_check_interval=PRETRAINING_STEPS,
+        folder,
+        notes,
+        max_steps=PRETRAINING_STEPS,
+        gradient_clip_val=1.0,
+        val_check_interval=PRETRAINING_STEPS,
         check_val_every_n_epoch=None,
-    ).fit(module, data)  # fmt: skip
+    ).fit(module, data)
     return notes.record(module.state_dict())
 
 
 def learn(folder: Path, *objectives: Any, task: Any = None, model: str = "mag", **settings: Any) -> Record:
-    """Train a policy for some optimiser steps on its own responses, or on answers."""
+    """Train a policy for a few optimiser steps on its own responses, or on given answers."""
     notes = Notes()
     module, data = policy(folder, notes, objectives, task or Words(), model, **settings)
     trainer(folder, notes, max_steps=STEPS, limit_val_batches=0).fit(module, data)
@@ -117,7 +125,7 @@ def learn(folder: Path, *objectives: Any, task: Any = None, model: str = "mag", 
 
 
 def distil(folder: Path, **settings: Any) -> Record:
-    """Train a policy by a teacher of another family, with other heads and layers."""
+    """Distil a policy from a teacher of another model family, with different heads and layers."""
     shape = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
     torch.manual_seed(1)
     teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **shape, initializer_range=0.3))
@@ -135,7 +143,7 @@ def validate(folder: Path, task: Any, model: str = "mag") -> Record:
 
 
 def act_out(folder: Path, model: str) -> Record:
-    """Act over many turns behind prompts of unequal length."""
+    """Sample multi-turn trajectories from prompts of unequal length."""
     data = TaskDataModule(
         TwoDoors(), mode="prompts", tokenizer=write_tokenizer(folder), observation_format="hear {} now"
     )
@@ -235,7 +243,7 @@ SCENARIOS = {**PRETRAINING, **ON_TOKENS, **IN_AN_ENVIRONMENT, **ON_ATTENTION, **
 def policy(
     folder: Path, notes: Notes, objectives: Sequence[Any], task: Any, model: str, **settings: Any
 ) -> tuple[PolicyModule, TaskDataModule]:
-    """Make a policy with the weights of an untrained model, and the data of a task."""
+    """Return a policy with the weights of an untrained model and the data of a task."""
     untrained(model).save_pretrained(folder / "policy")
     own = [] if hasattr(task, "environment") else [task.reward]
     module = PolicyModule(
@@ -248,14 +256,18 @@ def policy(
         **{"num_generations": 4, "num_iterations": 2, **settings},
     )
     data = TaskDataModule(
-        task, mode="prompts", batch_size=4, num_val=8, tokenizer=write_tokenizer(folder / "tokenizer"),
+        task,
+        mode="prompts",
+        batch_size=4,
+        num_val=8,
+        tokenizer=write_tokenizer(folder / "tokenizer"),
         observation_format="hear {} now",
-    )  # fmt: skip
+    )
     return module, data
 
 
 def untrained(kind: str) -> Any:
-    """Make a seeded model, hybridmem's or Llama, whose weights are large enough for every part to matter."""
+    """Return a seeded HybridMem or Llama model with weights large enough for every part to matter."""
     torch.manual_seed(0)
     if kind == "llama":
         shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -269,12 +281,12 @@ def untrained(kind: str) -> Any:
 
 
 def trainer(folder: Path, notes: Notes, **settings: Any) -> L.Trainer:
-    """Make a trainer that writes nothing."""
+    """Return a trainer that writes no files."""
     return L.Trainer(**QUIET, logger=notes, callbacks=[notes.gradients], default_root_dir=folder, **settings)
 
 
 def write_text(folder: Path) -> Path:
-    """Write a folder of small files, each of lines of its own."""
+    """Write a folder of small files with different lines."""
     folder.mkdir(parents=True)
     for n in range(12):
         (folder / f"{n}.txt").write_text(f"value_{n} = {n * 7919} # line\n" * (10 + n))
@@ -282,14 +294,14 @@ def write_text(folder: Path) -> Path:
 
 
 def run(name: str) -> Record:
-    """Run a scenario from its own seed in a folder of its own."""
+    """Run a scenario with its own seed and folder."""
     with tempfile.TemporaryDirectory() as folder:
         L.seed_everything(0, verbose=False)
         return SCENARIOS[name](Path(folder))
 
 
 def machine() -> dict[str, str]:
-    """Return the processor and the libraries behind the numbers."""
+    """Return the processor and library versions that determine the numbers."""
     return {
         "processor": processor(),
         "libc": "-".join(platform.libc_ver()),
@@ -300,7 +312,7 @@ def machine() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Return the processor's model, from /proc/cpuinfo where there is one."""
+    """Return the processor's model, from /proc/cpuinfo if it exists."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -309,7 +321,7 @@ def processor() -> str:
 
 
 def record_in_a_process(output: Path, *names: str) -> dict[str, Any]:
-    """Run scenarios, all unless some are named, in a fresh process whose arithmetic is pinned."""
+    """Run the named scenarios, or all, in a fresh process with pinned arithmetic."""
     command = [sys.executable, "-m", "tests.golden.trajectories", "--output", str(output), *names]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **PINNED}, capture_output=True, text=True)
     if done.returncode:
@@ -327,7 +339,7 @@ def record(names: Sequence[str]) -> dict[str, Any]:
 
 
 def dumped(recorded: dict[str, Any]) -> str:
-    """Return a record as JSON, a line for each series."""
+    """Return a record as JSON with one line per series."""
     return _indented(recorded, depth=4) + "\n"
 
 
@@ -340,7 +352,7 @@ def _indented(value: Any, depth: int, indent: str = "") -> str:
 
 
 def main() -> None:
-    """Record all scenarios into golden.json, or run some into another file."""
+    """Record all scenarios in golden.json, or some in another file."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden.trajectories", description=main.__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true", help="record golden.json anew")

@@ -6,7 +6,7 @@ from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.model.memory import HeadMemory
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "swa", "full")
-FOLDERS = (*VARIANTS, "converted")  # what other libraries are tried with
+FOLDERS = (*VARIANTS, "converted")  # models for the tests with other libraries
 # Every variant, memories of depth 1 and 2, and layers of different kinds.
 KINDS = {
     **{variant: dict(variant=variant) for variant in VARIANTS},
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def tiny_config(**changes) -> HybridMemConfig:
-    """A configuration whose windows, segments and chunks are shorter than the tests' texts, and do not align."""
+    """Return a configuration with short windows, segments and chunks that do not align."""
     settings = dict(
         vocab_size=37,
         hidden_size=16,
@@ -50,7 +50,7 @@ def tiny_config(**changes) -> HybridMemConfig:
 
 
 def tiny_model(dtype=torch.float64, seed=0, **changes) -> HybridMemForCausalLM:
-    """A model whose weights are large enough for every part to matter."""
+    """Return a model with weights large enough for every part to matter."""
     torch.manual_seed(seed)
     model = HybridMemForCausalLM(tiny_config(initializer_range=0.3, **changes))
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Random inputs for the scans, in float64 and with gradients."""
+"""Random float64 inputs for the scans, with gradients."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class ScanInputs:
         return [*self.tensors, *(self.state._fields if self.state else ())]
 
     def valid(self) -> Tensor:
-        """(batch, 1, time, 1): True where a token counts."""
+        """Return a mask (batch, 1, time, 1) of the tokens without padding."""
         q = self.tensors["q"]
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if self.mask is None else self.mask
         return mask[:, None, :, None]
@@ -51,7 +51,7 @@ def scan_inputs(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> ScanInputs:
-    """Unit keys and queries, gates over their whole range; documents start at random places or at `boundaries`."""
+    """Return unit keys and queries, and gates over their full range; documents start at random or at `boundaries`."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

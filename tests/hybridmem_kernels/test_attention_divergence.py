@@ -1,4 +1,4 @@
-"""attention_divergence, tile by tile, against its definition with full maps."""
+"""The tiled attention_divergence, compared with its definition on full maps."""
 
 import importlib
 import math
@@ -40,10 +40,19 @@ CASES = {
 
 
 def random_inputs(
-    queries=20, keys=33, heads=4, kv_heads=4, num_persistent=0, num_persistent_ref=0, query_share=None, padded=False,
-    dtype=torch.float64, seed=0, **options,
-):  # fmt: skip
-    """Arguments for three rows; the reference has more heads, of another dimension, and its keys are strided."""
+    queries=20,
+    keys=33,
+    heads=4,
+    kv_heads=4,
+    num_persistent=0,
+    num_persistent_ref=0,
+    query_share=None,
+    padded=False,
+    dtype=torch.float64,
+    seed=0,
+    **options,
+):
+    """Return arguments for three rows; the reference has more heads of another dimension, and strided keys."""
     g = torch.Generator().manual_seed(seed)
     query_mask = key_mask = None
     if query_share is not None:
@@ -52,7 +61,7 @@ def random_inputs(
         key_mask = torch.rand(3, keys, generator=g) < 0.8
         key_mask[0, : keys // 3] = False  # left padding
         key_mask[1, -(keys // 3) :] = False  # right padding
-        key_mask[2] = False  # nothing but padding
+        key_mask[2] = False  # only padding
     normal = dict(generator=g, dtype=torch.float64)
     tensors = dict(
         q=torch.randn(3, heads, queries, 8, **normal),
@@ -64,13 +73,11 @@ def random_inputs(
     tensors["q"].requires_grad_()
     tensors["k"].requires_grad_()
     masks = dict(query_mask=query_mask, key_mask=key_mask)
-    return dict(
-        tensors, **masks, num_persistent=num_persistent, num_persistent_ref=num_persistent_ref, **options
-    )  # fmt: skip
+    return dict(tensors, **masks, num_persistent=num_persistent, num_persistent_ref=num_persistent_ref, **options)
 
 
 def gradients(stats, inputs, seed=1):
-    """Of random sums of all that has a gradient."""
+    """Return the gradients of random sums of all differentiable outputs."""
     g = torch.Generator().manual_seed(seed)
     with_gradient = [stats.divergence, stats.entropy, stats.mass]
     cotangents = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in with_gradient]
@@ -106,7 +113,7 @@ def test_equals_the_definition_in_every_output_and_gradient(name, divergence, ex
     ],
 )
 def test_runs_of_a_window_that_are_worked_on_at_once(options, monkeypatch):
-    """Most blocks of a long row hold several runs, each with a band of its own."""
+    """Most blocks of a long row contain several runs, each with its own band."""
     parts, blocks = [], chunked.cut_blocks
     monkeypatch.setattr(chunked_blocks, "LEAST_REACH", 3)
     monkeypatch.setattr(chunked_blocks, "CPU_TILE", 2000)
@@ -120,12 +127,19 @@ def test_runs_of_a_window_that_are_worked_on_at_once(options, monkeypatch):
 def test_any_shape_equals_the_definition(data, keys, kv_heads, padded):
     window = st.none() | st.integers(1, keys + 2)
     inputs = random_inputs(
-        queries=data.draw(st.integers(1, keys)), keys=keys, kv_heads=kv_heads, padded=padded,
-        window=data.draw(window), window_ref=data.draw(window),
-        num_persistent=data.draw(st.integers(0, 3)), num_persistent_ref=data.draw(st.integers(0, 3)),
-        query_share=data.draw(st.none() | st.floats(0, 1)), exclude_self=data.draw(st.booleans()),
-        divergence=data.draw(st.sampled_from(["jsd", "kl", "reverse_kl"])), seed=data.draw(st.integers(0, 99)),
-    )  # fmt: skip
+        queries=data.draw(st.integers(1, keys)),
+        keys=keys,
+        kv_heads=kv_heads,
+        padded=padded,
+        window=data.draw(window),
+        window_ref=data.draw(window),
+        num_persistent=data.draw(st.integers(0, 3)),
+        num_persistent_ref=data.draw(st.integers(0, 3)),
+        query_share=data.draw(st.none() | st.floats(0, 1)),
+        exclude_self=data.draw(st.booleans()),
+        divergence=data.draw(st.sampled_from(["jsd", "kl", "reverse_kl"])),
+        seed=data.draw(st.integers(0, 99)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_blocks, "CPU_TILE", data.draw(st.sampled_from([1, 300, 2000, 2**18])))
         patch.setattr(chunked_blocks, "LEAST_REACH", data.draw(st.sampled_from([1, 10, 128])))
@@ -172,7 +186,7 @@ def test_the_reference_has_the_scale_of_the_policy_by_default(backend):
 
 
 def test_each_side_has_a_scale_of_its_own_dimension_where_none_is_given():
-    inputs = random_inputs()  # heads of 8 dimensions against heads of 5
+    inputs = random_inputs()  # heads of dimension 8 and of dimension 5
     expected = attention_divergence(**inputs, scale=8**-0.5, scale_ref=5**-0.5)
     for how in ({}, dict(scale_ref=None), dict(scale_ref="same")):
         for a, b in zip(expected, attention_divergence(**inputs, **how), strict=True):
@@ -194,7 +208,7 @@ def test_gradcheck(divergence, backend):
 
 
 def test_two_keys_by_hand():
-    """p = (1/4, 3/4) and p_ref = (1/2, 1/2) at the third query; the query itself takes half of the attention."""
+    """At the third query, p = (1/4, 3/4) and p_ref = (1/2, 1/2); the query itself has half of the attention."""
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     k = torch.tensor([1.0, 3.0, 4.0], dtype=torch.float64).log().view(1, 1, 3, 1)
     inputs = dict(q=q, k=k, q_ref=q, k_ref=torch.zeros_like(k), scale=1.0)
@@ -255,7 +269,7 @@ def test_bounds(sharpness):
         assert (entropy >= -1e-5).all()
         assert (entropy <= keys.log() + 1e-5).all()
     assert ((stats.mass >= 0) & (stats.mass <= 1 + 1e-5)).all()
-    assert all((x[:, 0] == 0).all() for x in stats)  # nothing is before the first token
+    assert all((x[:, 0] == 0).all() for x in stats)  # the first token has no earlier tokens
 
 
 def test_policies_that_look_at_other_keys_are_ln_2_apart():
@@ -300,7 +314,7 @@ def test_huge_scores_stay_finite(dtype, divergence):
 
 
 def test_a_vanishing_mass_still_has_a_distribution():
-    """Where a query sees all but itself at e^-200, float32 has no such mass; p is what is left all the same."""
+    """A query with weight e^-200 on all earlier tokens, which underflows in float32, still has a normalised p."""
     k = torch.tensor([0.0, math.log(3), 200.0]).view(1, 1, 3, 1)
     q = torch.ones(1, 1, 1, 1)
     stats = attention_divergence(q, k, q, k, scale=1.0)
@@ -363,7 +377,7 @@ def test_a_padded_row_reads_as_it_does_alone(padding):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees every tensor that an operator returns."""
+    """Dispatch mode that records the largest tensor among the outputs of all operators."""
 
     numel = 0
 
@@ -399,7 +413,7 @@ def test_only_inputs_and_two_numbers_per_query_and_head_are_saved():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(divergence="js"), "divergence='js' does not exist; choose one of jsd"),
+        (dict(divergence="js"), "divergence='js' is unknown; choose one of jsd"),
         (dict(backend="cuda"), "backend='cuda' does not exist"),
         (dict(window=0), "window must be at least 1"),
         (dict(window_ref=-1), "window_ref must be at least 1"),
@@ -407,9 +421,9 @@ def test_only_inputs_and_two_numbers_per_query_and_head_are_saved():
         (dict(window_ref="none"), "window_ref"),
         (dict(scale_ref="own"), "scale_ref"),
         (dict(num_persistent=-1), "num_persistent must be at least 0"),
-        (dict(num_persistent=3), "k and k_ref must hold as many keys beside their persistent ones, got 30 and 33"),
+        (dict(num_persistent=3), "k and k_ref must hold equally many keys after their persistent ones, got 30 and 33"),
         (dict(num_persistent_ref=20), "k_ref must hold num_persistent_ref=20 columns and a key for each of the 20"),
-        (dict(k=torch.zeros(3, 3, 33, 8)), "the heads of q must be a multiple of those of k, got 4 and 3"),
+        (dict(k=torch.zeros(3, 3, 33, 8)), "the heads of q must be a multiple of k's heads, got 4 and 3"),
         (dict(q_ref=torch.zeros(3, 6, 19, 5)), "'q_ref'|q_ref must have the batch and queries of q"),
         (dict(key_mask=torch.ones(3, 20, dtype=torch.bool)), r"key_mask must be \(batch, 33\)"),
         (dict(k=torch.zeros(3, 4, 33, 8, device="meta")), "k is on meta but q is on cpu"),

@@ -1,4 +1,4 @@
-"""attention_divergence in Triton against its definition, in Triton's interpreter."""
+"""attention_divergence in Triton's interpreter, compared with its definition."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from hybridmem_kernels.attention_divergence import triton_autograd
 from hybridmem_kernels.attention_divergence.reference import AttentionPolicy, attention_divergence_reference
 from hybridmem_kernels.attention_divergence.triton_plan import Plan, Tiles
 
-# Kernels take the logarithm of 0 and exponentials of what no query sees, then select: numpy complains.
+# Kernels compute log(0) and exponentials of masked scores before they select, which makes NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 WITH_GRADIENT = ("divergence", "entropy", "mass")
@@ -21,14 +21,14 @@ SMALL = Tiles(rows=16, columns=16, chunk=16, num_warps=4, num_stages=1)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that a short row has edges."""
+    """Use small tiles, so that short rows have partial tiles."""
     monkeypatch.setattr(Plan, "tiles", property(lambda plan: SMALL))
 
 
 def policy(
     queries=6, keys=9, batch=1, heads=2, kv_heads=1, dim=8, window=None, persistent=0, dtype=torch.float32, seed=0
 ):
-    """Random queries and keys; the keys are strided as a projection leaves them."""
+    """Return random queries and keys; the keys are strided like the output of a projection."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, heads, queries, dim, generator=g)
     k = torch.randn(batch, persistent + keys, kv_heads, dim, generator=g).transpose(1, 2)
@@ -42,7 +42,7 @@ def compare(one, other, divergence="jsd", exclude_self=True, query_mask=None, ke
 
 
 def define(one, other, divergence="jsd", exclude_self=True, query_mask=None, key_mask=None):
-    """The definition in float64, on the very values that the kernels read."""
+    """Compute the definition in float64 on the exact inputs of the kernels."""
     q, k = (x.detach().double().requires_grad_() for x in one[:2])
     one = one._replace(q=q, k=k)
     other = other._replace(q=other.q.detach().double(), k=other.k.detach().double())
@@ -50,7 +50,7 @@ def define(one, other, divergence="jsd", exclude_self=True, query_mask=None, key
 
 
 def gradients(stats, one):
-    """Of random sums of all that has a gradient."""
+    """Return the gradients of random sums of all differentiable outputs."""
     g = torch.Generator().manual_seed(1)
     outputs = [getattr(stats, name) for name in WITH_GRADIENT]
     cotangents = [torch.randn(x.shape, generator=g).to(x.dtype) for x in outputs]
@@ -91,14 +91,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_many_tiles(name, small_tiles):
-    """19 queries at the end of 37 keys: no edge is where a tile's is."""
+    """19 queries at the end of 37 keys align with no tile."""
     one, other = CASES[name]
     shape = dict(queries=19, keys=37, heads=1)
     assert_equal_to_the_definition(policy(**shape, **one), policy(**shape, **other, seed=1))
 
 
 def test_all_at_once(small_tiles, monkeypatch):
-    """Two rows, grouped queries, slabs of one block; the second row's mask leaves whole blocks out."""
+    """Two rows, grouped queries and slabs of one block; the second row's mask removes whole blocks."""
     monkeypatch.setattr(triton_autograd, "SLAB", 0)
     shape = dict(batch=2, queries=35, keys=37)
     query_mask, key_mask = mask(2, 35), mask(2, 37, seed=1)
@@ -116,7 +116,7 @@ def test_dimensions_between_powers_of_two(dim, dim_ref):
 
 
 def test_chunks_of_a_head(monkeypatch):
-    """Scores summed over a few dimensions at a time, the last of them beyond the head."""
+    """Scores are summed over a few dimensions at a time, and the last chunk extends beyond the head."""
     monkeypatch.setattr(Plan, "tiles", property(lambda plan: SMALL._replace(chunk=16)))
     assert_equal_to_the_definition(policy(dim=40), policy(dim=24, seed=1))
 
@@ -192,7 +192,7 @@ def test_small_distances_keep_their_digits(nudge):
 
 
 def test_a_vanishing_mass_still_has_a_distribution():
-    """A query sees all but itself at e^-200, which float32 cannot hold."""
+    """A query has weight e^-200 on all earlier tokens, which underflows in float32."""
     k = torch.tensor([0.0, math.log(3), 200.0]).view(1, 1, 3, 1)
     one = AttentionPolicy(torch.ones(1, 1, 1, 1), k, 1.0, None, 0)
     stats = compare(one, one)
@@ -227,7 +227,7 @@ def test_the_reference_is_a_constant():
     assert other.q.grad is None
 
 
-def test_what_is_kept_grows_with_queries_and_heads_alone():
+def test_saved_tensors_grow_with_queries_and_heads_only():
     saved = []
     one, other = policy(), policy(seed=1)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -266,7 +266,7 @@ def test_slabs_hold_every_tile_that_is_seen_and_no_map(queries, window, past):
     ],
 )
 @pytest.mark.parametrize("reference", [False, True])
-def test_what_has_no_kernel_is_named(change, message, reference):
+def test_unsupported_inputs_are_named(change, message, reference):
     policies = [policy(), policy(**change)]
     with pytest.raises(ValueError, match=message):
         compare(*(policies if reference else reversed(policies)))

@@ -1,4 +1,4 @@
-"""Blocks are cut by a document's own count of tokens, whatever surrounds it."""
+"""Blocks start at fixed positions of their document, whatever precedes it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hybridmem_kernels.blocks import even_blocks, split_blocks
 
 
 def sequential(ids, mask, size, filled):
-    """The definition, token by token: (block, first tokens of blocks, tokens left open)."""
+    """Compute (block, first tokens of blocks, tokens in the open block) token by token."""
     block, count, last, out = (0 if filled else -1), filled, None, []
     for token, counts in zip(ids, mask, strict=True):
         if not counts:

@@ -1,4 +1,4 @@
-"""The operators under torch.compile: whole in one graph, the same numbers, and registered as torch.library asks."""
+"""Operators under torch.compile: a single graph, equal numbers, and valid torch.library registrations."""
 
 import pytest
 import torch
@@ -39,14 +39,14 @@ def backend(request):
 
 
 def single(inputs: ScanInputs) -> ScanInputs:
-    """In float32, which both backends take."""
+    """Convert inputs to float32, which both backends accept."""
     tensors = {name: x.detach().float().requires_grad_() for name, x in inputs.tensors.items()}
     state = inputs.state and MemoryState(*(x.detach().float().requires_grad_() for x in inputs.state))
     return ScanInputs(tensors, state, inputs.document_ids, inputs.mask)
 
 
 def check(function, arguments: dict, leaves: list[Tensor], valid: Tensor | None = None) -> None:
-    """Outputs and gradients of a compiled call are those of an eager one; where `valid` is False they mean nothing."""
+    """Check that compiled and eager calls have equal outputs and gradients, ignoring outputs where `valid` is False."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for call in (function, compiled):
@@ -191,5 +191,5 @@ def test_operators_are_registered_as_they_must_be(name, arguments, suffix):
     if suffix:
         pytest.importorskip("triton")
     if name == "memory_mlp_scan" and not suffix:
-        arguments = (*arguments, True)  # keep what the backward needs
+        arguments = (*arguments, True)  # keep the tensors for the backward pass
     torch.library.opcheck(getattr(torch.ops.hybridmem, name + suffix).default, arguments)

@@ -1,4 +1,4 @@
-"""Which backend is chosen, what is said of it, and what is refused."""
+"""Choice of the backend, its stated reason, and errors for unsupported inputs."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from hybridmem_kernels.dispatch import VARIABLE, choose_backend
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+    """Tensor that claims to be on a GPU."""
 
     device = torch.device("cuda")
 
@@ -33,13 +33,13 @@ def test_the_device_decides():
     assert choose_backend("scan", None, GPU) == "triton"
 
 
-def test_float64_goes_to_torch_on_a_gpu_and_says_so(caplog):
+def test_float64_on_a_gpu_uses_torch_with_a_reason(caplog):
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         assert choose_backend("scan", None, torch.zeros(1, dtype=torch.float64).as_subclass(OnGPU)) == "torch"
     assert "float64" in caplog.text
 
 
-def test_without_triton_a_gpu_takes_torch_and_says_so(monkeypatch, caplog):
+def test_a_gpu_without_triton_uses_torch_with_a_reason(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         assert choose_backend("scan", None, GPU) == "torch"
@@ -64,7 +64,7 @@ def test_the_context_is_left_after_an_error():
     assert choose_backend("scan", None, CPU) == "torch"
 
 
-def test_a_choice_is_said_once_with_its_reason(monkeypatch, caplog):
+def test_a_choice_is_logged_once_with_its_reason(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "hybridmem_kernels"):
         for _ in range(3):
             choose_backend("scan", None, CPU)
@@ -104,7 +104,7 @@ def test_triton_on_a_cpu_is_an_error_but_for_the_interpreter(monkeypatch):
 
 
 def operators() -> dict:
-    """A call of every operator, of one argument: what else it is told."""
+    """Return one call per operator, as a function of its options."""
     x, gate = torch.randn(1, 1, 4, 16), torch.full((1, 1, 4), 0.1)
     weights = [torch.randn(1, 16, 16)] * 2
     return {
@@ -130,7 +130,7 @@ def test_operators_ask_and_do_not_fall_back(name, monkeypatch, caplog):
 
 
 def test_a_machine_without_triton_can_import_and_run():
-    """As on macOS and Windows: nothing imports Triton until it is asked for."""
+    """Triton is imported on demand only, which supports macOS and Windows."""
     code = """
 import sys
 sys.modules["triton"] = None

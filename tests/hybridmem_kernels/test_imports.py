@@ -1,4 +1,4 @@
-"""Imports within the kernels: no cycles, and no operator that needs a tool."""
+"""Imports within the kernels have no cycles, and operators import no tools."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +8,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "hybridmem_kernels"
 
 
 def imported(path: Path) -> set[Path]:
-    """Files of the kernels that a file imports by name."""
+    """Return the kernels' files that a file imports by name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

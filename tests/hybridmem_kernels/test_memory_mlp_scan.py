@@ -1,4 +1,4 @@
-"""memory_mlp_scan against its token-by-token definition."""
+"""memory_mlp_scan, compared with its token-by-token definition."""
 
 from itertools import pairwise
 
@@ -55,7 +55,7 @@ def test_equals_the_definition_in_every_output_and_gradient(name):
     for backend in ("reference", "torch"):
         arguments = dict(inputs.arguments(), state=state)
         out, end = memory_mlp_scan(**arguments, weights=weights, **options, backend=backend)
-        # Anchors count only inside an open chunk.
+        # Anchors matter only inside an open chunk.
         open_chunk = (end.filled > 0)[:, None, None, None]
         anchors = [a * open_chunk for a in end.anchors]
         results.append(([out * inputs.valid(), *end.weights, *end.momenta, *anchors], end.filled))
@@ -72,10 +72,16 @@ def test_equals_the_definition_in_every_output_and_gradient(name):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    time=st.integers(1, 30), chunk_size=st.integers(1, 35), depth=st.integers(2, 3), dim=st.integers(1, 7),
-    documents=st.integers(1, 4), padded=st.booleans(), extreme_gates=st.booleans(),
-    max_grad_norm=st.sampled_from([None, 0.5]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    time=st.integers(1, 30),
+    chunk_size=st.integers(1, 35),
+    depth=st.integers(2, 3),
+    dim=st.integers(1, 7),
+    documents=st.integers(1, 4),
+    padded=st.booleans(),
+    extreme_gates=st.booleans(),
+    max_grad_norm=st.sampled_from([None, 0.5]),
+    seed=st.integers(0, 1000),
+)
 def test_any_shape_any_gates_and_any_documents_equal_the_definition(time, chunk_size, documents, max_grad_norm, **case):
     inputs, weights, _ = mlp_inputs(time=time, documents=min(documents, time), **case)
     options = dict(weights=weights, chunk_size=chunk_size, max_grad_norm=max_grad_norm)
@@ -153,7 +159,7 @@ def test_padding_alone_leaves_the_state_and_its_gradient():
 
 
 def test_the_state_is_not_the_parameters_themselves():
-    """An optimizer that changes them in place must not reach into a state that is carried on."""
+    """An optimizer's in-place updates of the parameters must not change a carried state."""
     inputs, weights, _ = mlp_inputs(time=5, batch=1)
     with torch.no_grad():
         _, end = memory_mlp_scan(**inputs.arguments(), weights=weights, chunk_size=16)
@@ -176,7 +182,7 @@ def test_autocast_does_not_round_the_backward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(weights=[torch.zeros(2, 6, 6, dtype=torch.float64)]), "depth 1 is memory_scan"),
+        (dict(weights=[torch.zeros(2, 6, 6, dtype=torch.float64)]), "use memory_scan for depth 1"),
         (dict(weights=[torch.zeros(2, 6, 5, dtype=torch.float64)] * 2), r"weights\[1\] must be"),
         (dict(max_grad_norm=0.0), "max_grad_norm must be above 0"),
     ],

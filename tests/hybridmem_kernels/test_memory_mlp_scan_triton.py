@@ -1,4 +1,4 @@
-"""memory_mlp_scan's Triton kernels, in the interpreter, against the token-by-token definition."""
+"""Triton kernels of memory_mlp_scan in the interpreter, compared with the token-by-token definition."""
 
 from itertools import pairwise
 
@@ -33,7 +33,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
-    """What is read before it is written shows."""
+    """Fill scratch memory with NaN, which exposes reads before writes."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
 
@@ -68,7 +68,7 @@ def outputs_and_gradients(scan, inputs, weights, state, settings):
     leaves = [*inputs.tensors.values(), *weights]
     leaves += [w for layers in state[:3] for w in layers if w.is_leaf and w.requires_grad]
     out, end = scan(*inputs.tensors.values(), weights, state, inputs.document_ids, inputs.mask, *settings)
-    open_chunk = (end.filled > 0)[:, None, None, None]  # anchors count only inside an open chunk
+    open_chunk = (end.filled > 0)[:, None, None, None]  # anchors matter only inside an open chunk
     outputs = [out * inputs.valid(), *end.weights, *end.momenta, *(a * open_chunk for a in end.anchors)]
     g = torch.Generator().manual_seed(2)
     cotangents = [torch.randn(x.shape, generator=g).to(x.dtype) for x in outputs]
@@ -165,11 +165,11 @@ def test_one_state_a_chunk_is_kept_for_the_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         memory_mlp_scan_triton(*inputs.tensors.values(), weights, state, None, None, *settings)
-    states = (time // chunk_size + 2) * 2 * 2 * dim**2  # the end and the given anchors beside the chunks' starts
+    states = (time // chunk_size + 2) * 2 * 2 * dim**2  # starts of chunks, the end and the given anchors
     assert sum(saved.values()) <= states + 3 * time * (dim + 1)
 
 
-@pytest.mark.parametrize("dim", [16, 64])  # narrow tiles and wide ones
+@pytest.mark.parametrize("dim", [16, 64])  # narrow and wide tiles
 def test_every_launch_is_among_the_builds(monkeypatch, dim):
     launched = []
     launch = triton_autograd._launch

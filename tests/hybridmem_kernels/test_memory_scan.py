@@ -1,4 +1,4 @@
-"""memory_scan against its token-by-token definition, and against itself cut in other ways."""
+"""memory_scan, compared with its token-by-token definition and with itself for other cuts of the row."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ CASES = {
 
 def run(inputs, backend, chunk_size=64):
     out, state = memory_scan(**inputs.arguments(), chunk_size=chunk_size, backend=backend)
-    return out * inputs.valid(), *state  # what masked tokens give means nothing
+    return out * inputs.valid(), *state  # outputs of masked tokens are undefined
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -79,10 +79,16 @@ def test_any_cut_of_the_row_gives_the_same(data, time, chunk_size):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    time=st.integers(1, 40), chunk_size=st.integers(1, 50), key_dim=st.integers(1, 9), value_dim=st.integers(1, 9),
-    documents=st.integers(1, 5), padded=st.booleans(), extreme_gates=st.booleans(), given_state=st.booleans(),
+    time=st.integers(1, 40),
+    chunk_size=st.integers(1, 50),
+    key_dim=st.integers(1, 9),
+    value_dim=st.integers(1, 9),
+    documents=st.integers(1, 5),
+    padded=st.booleans(),
+    extreme_gates=st.booleans(),
+    given_state=st.booleans(),
     seed=st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_any_shape_any_gates_and_any_documents_equal_the_definition(time, chunk_size, documents, **case):
     inputs = scan_inputs(time=time, documents=min(documents, time), **case)
     for expected, got in zip(run(inputs, "reference"), run(inputs, "torch", chunk_size), strict=True):
@@ -91,7 +97,7 @@ def test_any_shape_any_gates_and_any_documents_equal_the_definition(time, chunk_
 
 
 def _reset_where_a_document_begins(inputs, start, state):
-    """A call's state belongs to its first document: what the caller has to see to between calls."""
+    """Reset the state before a call that starts a new document, which is the caller's task."""
     if start == 0 or inputs.document_ids is None or start >= inputs.document_ids.shape[1]:
         return state
     ids, mask = inputs.document_ids, inputs.valid()[:, 0, :, 0]
@@ -123,7 +129,7 @@ def test_low_precision_inputs_accumulate_in_float32(dtype):
     again, _ = memory_scan(**{name: x.double() for name, x in rounded.items()})
     assert out.dtype == dtype
     assert state.weight.dtype == torch.float32
-    # Beside the rounding of inputs and output, the scan itself adds only float32's error.
+    # Apart from the rounding of inputs and outputs, the scan itself only adds float32 errors.
     tolerance = 4 * torch.finfo(dtype).eps + 1e-5
     torch.testing.assert_close(out.double(), again, rtol=tolerance, atol=tolerance)
     assert torch.isfinite(state.weight).all()
@@ -144,7 +150,7 @@ def test_no_weight_per_token_is_kept_for_the_backward():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         memory_scan(**inputs.arguments(), chunk_size=chunk_size)
-    # A dozen rows of `dim` or `chunk_size` per token, two states per chunk; a weight per token is dim² each.
+    # A dozen rows of `dim` or `chunk_size` per token, and two states per chunk; a matrix per token would take dim².
     assert sum(saved) < 16 * time * dim + 3 * (time / chunk_size) * 2 * dim**2
     assert sum(saved) < 0.7 * time * dim**2
 
@@ -182,6 +188,6 @@ def test_single_tokens_advance_a_state_in_place_only_where_they_may(in_place):
         out, state = memory_scan(**part.arguments(), in_place=in_place)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-12)
-    for expected, got, given, old in zip(end, state, first, before, strict=True):
+    for expected, got, start, old in zip(end, state, first, before, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-        assert torch.equal(given, got if in_place else old)
+        assert torch.equal(start, got if in_place else old)

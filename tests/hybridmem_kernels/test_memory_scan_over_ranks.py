@@ -1,4 +1,4 @@
-"""A scan split over ranks gives what one process gives, gradients too."""
+"""Scans split over ranks give the outputs and gradients of a single process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 def scan_inputs():
-    """Of 40 tokens, with rows of one document and of several, and a document that begins with a piece."""
+    """Return 40 tokens in rows of one and several documents, one of which starts with a rank's piece."""
     generator = torch.Generator().manual_seed(5)
     shapes = [(2, 3, 40, 5)] * 2 + [(2, 3, 40, 4)] + [(2, 3, 40)] * 3
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -23,7 +23,7 @@ def scan_inputs():
 
 
 def scan_piece(rank, with_documents):
-    """out, state and gradients of one rank's piece."""
+    """Return the output, state and gradients of one rank's piece."""
     inputs, documents = scan_inputs()
     cut = [x.tensor_split(3, dim=2)[rank].requires_grad_() for x in inputs]
     own = documents.tensor_split(3, dim=1)[rank] if with_documents else None

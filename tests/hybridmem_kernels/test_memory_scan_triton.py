@@ -1,4 +1,4 @@
-"""memory_scan in Triton against its token-by-token definition, in Triton's interpreter."""
+"""memory_scan in Triton's interpreter, compared with its token-by-token definition."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _scratch_is_poisoned(monkeypatch):
-    """Memory that was not written to holds NaN, which no mask hides."""
+    """Fill scratch memory with NaN, which no mask hides."""
 
     def poisoned(make):
         def made(*args, **kwargs):
@@ -47,7 +47,7 @@ def inputs_of(dtype=torch.float32, **case) -> ScanInputs:
 
 
 def doubled(inputs: ScanInputs) -> ScanInputs:
-    """The very same numbers in float64."""
+    """Return the same values in float64."""
     tensors = {name: x.detach().double().requires_grad_() for name, x in inputs.tensors.items()}
     state = MemoryState(*(x.detach().double().requires_grad_() for x in inputs.state))
     return ScanInputs(tensors, state, inputs.document_ids, inputs.mask)
@@ -56,7 +56,7 @@ def doubled(inputs: ScanInputs) -> ScanInputs:
 def scan(inputs, *chunk_size):
     run = triton_autograd.memory_scan_triton if chunk_size else memory_scan_reference
     out, state = run(*inputs.tensors.values(), inputs.state, inputs.document_ids, inputs.mask, *chunk_size)
-    return out * inputs.valid(), *state  # what masked tokens give means nothing
+    return out * inputs.valid(), *state  # outputs of masked tokens are undefined
 
 
 def assert_equals_the_definition(inputs, chunk_size, tolerance):
@@ -107,7 +107,7 @@ def test_queries_and_keys_may_be_more_precise_than_values():
 
 
 def test_inputs_may_lie_as_projections_leave_them():
-    """As a split of (batch, time, heads · dim); `v` with gaps, `k` otherwise than `q`, one `eta` for all tokens."""
+    """Inputs are views of (batch, time, heads · dim): `v` has gaps, `k` and `q` differ, and one `eta` is expanded."""
     inputs = inputs_of(time=17, heads=2)
     constant = inputs.tensors["eta"].detach()[:, :, :1].expand(-1, -1, 17)
     inputs.tensors["eta"] = constant.contiguous()
@@ -185,7 +185,7 @@ def test_one_state_per_chunk_is_kept_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         scan(inputs, chunk_size)
     kept = {x.data_ptr(): x.numel() for x in saved if x.data_ptr() not in {y.data_ptr() for y in inputs.leaves()}}
-    # The errors and up to a dozen gates a token, beside the checkpoints.
+    # Checkpoints, errors, and up to a dozen gates per token.
     assert sum(kept.values()) <= time * (dim + 12) + (time // chunk_size) * 2 * dim**2
 
 
@@ -199,7 +199,7 @@ def test_one_state_per_chunk_is_kept_for_the_backward():
         (dict(dtype=torch.float64), "q is torch.float64"),
     ],
 )
-def test_what_there_is_no_kernel_for_is_named(change, message):
+def test_unsupported_inputs_are_named(change, message):
     chunk_size = change.pop("chunk_size", 16)
     with pytest.raises(ValueError, match=message):
         scan(inputs_of(time=2, **change), chunk_size)
@@ -222,7 +222,7 @@ def test_builds_name_every_argument(chunk_size, restores):
         assert {name for name, kind in build.signature.items() if kind == "constexpr"} == set(build.constexprs)
 
 
-def test_what_is_launched_is_what_is_built(monkeypatch):
+def test_launches_use_the_built_kernels(monkeypatch):
     launches = []
     run = triton_autograd.Launch.run
     monkeypatch.setattr(triton_autograd.Launch, "run", lambda launch: launches.append(launch) or run(launch))

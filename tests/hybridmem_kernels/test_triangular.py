@@ -1,4 +1,4 @@
-"""The blocked inverse against a dense one, where a Neumann series would overflow too."""
+"""The blocked inverse, compared with a dense one, also where a Neumann series would overflow."""
 
 import pytest
 import torch
@@ -16,6 +16,6 @@ def test_inverts(size, scale):
 
 
 def test_repeated_keys_stay_accurate_in_float32():
-    strict = torch.ones(1, 64, 64).tril(-1)  # one key, written with full strength 64 times
+    strict = torch.ones(1, 64, 64).tril(-1)  # the same key, written 64 times at full strength
     expected = torch.eye(64) - torch.diag(torch.ones(63), -1)
     torch.testing.assert_close(unit_lower_inverse(strict)[0], expected, rtol=0, atol=1e-6)

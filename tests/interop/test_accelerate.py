@@ -1,4 +1,4 @@
-"""accelerate's device maps: layers on the CPU, and layers that come from the disk when they are needed."""
+"""accelerate's device maps, with layers on the CPU and layers loaded from disk on demand."""
 
 import pytest
 import torch
@@ -12,9 +12,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 IDS = torch.arange(32, 64)[None]
 SETTINGS = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False)
 ON_DISK = {
-    "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "disk",
     "lm_head": "disk",
-}  # fmt: skip
+}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The generalised JSD equals TRL's, of GKDTrainer."""
+"""The generalised JSD equals that of TRL's GKDTrainer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The same environments under TRL's GRPOTrainer and under PolicyModule's own turns."""
+"""Environments run unchanged in TRL's GRPOTrainer and in PolicyModule."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.hybridmem.tasks.test_repair import SOURCE
 pytestmark = [needs_sandbox, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 GENERATIONS = 2
-COLUMNS = ("prompt", "files", "path", "shown", "hidden", "answer")  # what TRL's dataset holds and reset() takes
+COLUMNS = ("prompt", "files", "path", "shown", "hidden", "answer")  # columns of TRL's dataset and arguments of reset()
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def tasks(tmp_path_factory):
 
 
 def as_call(environment, turn: str) -> str:
-    """A plain turn as the chat template's JSON."""
+    """Convert a plain turn to the chat template's JSON."""
     (call,) = parse_calls(turn, tools_of(environment), "plain")
     return f"<tool_call>\n{json.dumps({'name': call.name, 'arguments': call.arguments})}\n</tool_call>"
 
 
 class Demonstrated(GRPOTrainer):
-    """A trainer whose policy says what a demonstration does, in every other trajectory, and nothing in the others."""
+    """Trainer whose policy follows the demonstration in every other trajectory, and is silent in the rest."""
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         texts = [self._tokenizer.decode(ids) for ids in prompt_ids]
@@ -69,18 +69,26 @@ def test_an_environment_runs_in_trl_and_here(name, tasks, tmp_path):
     columns = {name: value for name, value in example.items() if name in COLUMNS}
     columns["prompt"] = [{"role": "user", "content": example["prompt"]}]
     sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    sizes["max_position_embeddings"] = 16_384  # TRL ends trajectories that outgrow it
+    sizes["max_position_embeddings"] = 16_384  # TRL ends longer trajectories
     trainer = Demonstrated(
         model=LlamaForCausalLM(LlamaConfig(**sizes)),
         args=GRPOConfig(
-            output_dir=tmp_path, use_cpu=True, bf16=False, report_to="none", max_completion_length=6000, max_steps=1,
-            num_generations=GENERATIONS, per_device_train_batch_size=GENERATIONS, save_strategy="no",
-            gradient_checkpointing=False, logging_steps=1,
+            output_dir=tmp_path,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_completion_length=6000,
+            max_steps=1,
+            num_generations=GENERATIONS,
+            per_device_train_batch_size=GENERATIONS,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            logging_steps=1,
         ),
         train_dataset=Dataset.from_list([columns] * 4),
         processing_class=tokenizer,
         environment_factory=task.environment,
-    )  # fmt: skip
+    )
     trainer.turns = [as_call(environment, said) for said, _ in example["turns"]]
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()

@@ -1,4 +1,4 @@
-"""Losses, advantages and rewards equal TRL's own, of GRPOTrainer."""
+"""Losses, advantages and rewards equal those of TRL's GRPOTrainer."""
 
 from dataclasses import asdict, replace
 
@@ -30,7 +30,7 @@ OURS_ALONE = {"dynamic_sampling"}
 
 
 def vowels(completions, **kwargs):
-    """A reward that differs within a group, and does not apply to everything."""
+    """Return rewards that differ within a group, and None for some samples."""
     return [None if text.startswith("z") else sum(map(text.count, "aeiou")) / 3 for text in completions]
 
 
@@ -39,17 +39,24 @@ async def shortness(completion_ids, **kwargs):
 
 
 def trainer_of(objective, tmp_path, reward_funcs=(vowels,), **settings) -> GRPOTrainer:
-    """TRL's trainer of a tiny model, with an objective's settings under their own names."""
+    """Return TRL's trainer of a tiny model with an objective's settings."""
     fields = {name: value for name, value in asdict(objective).items() if name not in OURS_ALONE}
     if isinstance(objective, CISPO):
         fields["loss_type"] = "cispo"
-    # The reference model would be loaded from a folder; what its log-probabilities are is given below.
+    # Skip loading the reference model; its log-probabilities are given below.
     beta = fields.pop("beta")
     arguments = GRPOConfig(
-        output_dir=tmp_path, use_cpu=True, bf16=False, report_to="none", max_completion_length=MAX_LENGTH,
-        num_generations=GENERATIONS, per_device_train_batch_size=RESPONSES, steps_per_generation=2,
-        **fields, **settings,
-    )  # fmt: skip
+        output_dir=tmp_path,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_completion_length=MAX_LENGTH,
+        num_generations=GENERATIONS,
+        per_device_train_batch_size=RESPONSES,
+        steps_per_generation=2,
+        **fields,
+        **settings,
+    )
     sizes = dict(vocab_size=260, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     trainer = GRPOTrainer(
         model=LlamaForCausalLM(LlamaConfig(**sizes)),
@@ -64,7 +71,7 @@ def trainer_of(objective, tmp_path, reward_funcs=(vowels,), **settings) -> GRPOT
 
 
 def responses(seed=0):
-    """Log-probabilities under policy, rollout and reference, advantages, and a mask; one response is empty."""
+    """Return log-probabilities under policy, rollout and reference, advantages, and a mask with one empty response."""
     generator = torch.Generator().manual_seed(seed)
     logps = -3 * torch.rand(RESPONSES, LENGTH, generator=generator)
     old_logps, ref_logps = (logps + 0.6 * torch.randn(logps.shape, generator=generator) for _ in range(2))
@@ -92,16 +99,21 @@ def responses(seed=0):
 def test_the_loss_is_trls(objective, beta, tmp_path):
     objective = replace(objective, beta=beta)
     logps, old_logps, ref_logps, advantages, mask = responses()
-    tokens_of_all_calls = 2 * int(mask.sum()) + 3  # the generation batch is two calls
+    tokens_of_all_calls = 2 * int(mask.sum()) + 3  # the generation batch has two calls
 
     trainer = trainer_of(objective, tmp_path)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, torch.zeros_like(logps), None)
     ids = torch.zeros(mask.shape, dtype=torch.long)
     inputs = dict(
-        prompt_ids=ids, prompt_mask=torch.ones_like(ids), completion_ids=ids, completion_mask=mask.long(),
-        old_per_token_logps=old_logps, ref_per_token_logps=ref_logps, advantages=advantages,
+        prompt_ids=ids,
+        prompt_mask=torch.ones_like(ids),
+        completion_ids=ids,
+        completion_mask=mask.long(),
+        old_per_token_logps=old_logps,
+        ref_per_token_logps=ref_logps,
+        advantages=advantages,
         num_items_in_batch=torch.tensor(tokens_of_all_calls),
-    )  # fmt: skip
+    )
     expected = trainer._compute_loss(trainer.model, inputs)
     (expected_gradient,) = torch.autograd.grad(expected, logps)
 
@@ -112,7 +124,7 @@ def test_the_loss_is_trls(objective, beta, tmp_path):
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-6)
     logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    # TRL counts the empty response's ratio, of no token, among those that were not clipped.
+    # TRL counts the ratio of the empty response as not clipped.
     ratios = (RESPONSES - 1) / RESPONSES if objective.importance_sampling_level == "sequence" else 1
     assert ("kl" in metrics) == bool(beta)
     for name, value in metrics.items():
@@ -151,7 +163,7 @@ def test_rewards_and_advantages_are_trls(scale_rewards, mask_truncated, tmp_path
 
 
 def test_trls_reward_functions_work_unchanged():
-    """And ours in TRL's place."""
+    """The project's reward functions also replace TRL's."""
     texts = ["<think>\nwell\n</think>\nyes", "yes"]
     ids = [list(text.encode()) for text in texts]
     messages = [[{"role": "assistant", "content": text}] for text in texts]

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on every linear layer: trained, saved, loaded again, switched off, merged."""
+"""PEFT's LoRA on every linear layer: training, saving, loading, disabling and merging."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_lora_on_all_linear_layers(variant, exported, tmp_path):
     linear = {name.split(".")[-1] for name, part in plain.named_modules() if type(part) is torch.nn.Linear}
     assert {"gate_proj", "up_proj", "down_proj"} < adapted
     assert "lm_head" not in adapted
-    assert "base_layer" in linear  # what an adapter wraps
+    assert "base_layer" in linear  # wrapped by an adapter
 
     model.enable_input_require_grads()
     model.activation_checkpointing_enable()

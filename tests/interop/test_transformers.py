@@ -1,4 +1,4 @@
-"""transformers' Trainer, pipeline, streamers and ways to generate, on exported models."""
+"""transformers' Trainer, pipeline, streamers and generation modes on exported models."""
 
 import os
 import subprocess
@@ -42,12 +42,21 @@ def model(folder):
 
 
 def test_trainer(model, tokenizer, tmp_path):
-    """Rows of different lengths, padded; evaluation; a checkpoint that training goes on from to the same weights."""
+    """The run has padded rows of different lengths and evaluation, and resumes to the same weights."""
     data = Dataset.from_list([dict(tokenizer(f"{n} {n * n}\n" * (2 + n))) for n in range(8)])
     settings = TrainingArguments(
-        tmp_path, per_device_train_batch_size=4, max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2,
-        learning_rate=0.01, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+        tmp_path,
+        per_device_train_batch_size=4,
+        max_steps=4,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        learning_rate=0.01,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, settings, collator, data, data, processing_class=tokenizer)
     trainer.train()
@@ -63,7 +72,7 @@ def test_trainer(model, tokenizer, tmp_path):
 
 
 def test_pipeline(model, tokenizer, folder):
-    """Two prompts of different lengths in one batch write what each writes alone."""
+    """Prompts of different lengths give the same text in a batch and alone."""
     writer = pipeline("text-generation", model=str(folder), device="cpu")
     prompts, settings = [TEXT, TEXT[:7]], dict(max_new_tokens=5, do_sample=False)
     together = [rows[0]["generated_text"] for rows in writer(prompts, batch_size=2, **settings)]
@@ -84,7 +93,7 @@ def test_streamer(model, tokenizer):
 
 
 class Twice(StoppingCriteria):
-    """Stop after a token that was seen already."""
+    """Stopping criterion that ends after a repeated token."""
 
     def __call__(self, input_ids, scores, **_):
         return torch.tensor([row[-1] in row[:-1] for row in input_ids])
@@ -111,7 +120,7 @@ def test_beams_samples_and_stopping(model, tokenizer):
     assert stopped[0].tolist() == row[: ends[0] + 1 if ends else None]
 
 
-# One variant: what refuses is a flag of the class.
+# One variant suffices, because a flag of the class causes the error.
 @pytest.mark.parametrize("folder", ["full"], indirect=True)
 def test_assisted_generation_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
@@ -123,10 +132,10 @@ def in_a_clean_process(code: str, modules: os.PathLike) -> subprocess.CompletedP
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-# One variant: the code is the same for all, and a process takes seconds.
+# One variant suffices, because all share the code, and a process takes seconds.
 @pytest.mark.parametrize("folder", ["mag"], indirect=True)
 def test_the_folder_brings_its_own_code(model, folder, tmp_path):
-    """A process that never imports hybridmem runs the folder's copy of the model, over the installed operators."""
+    """A process that never imports hybridmem runs the folder's copy of the model with the installed operators."""
     code = f"""
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -145,7 +154,7 @@ print(model(ids).logits.sum().item(), model.generate(ids, max_new_tokens=4, do_s
     assert generated == str(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 
 
-def test_without_the_package_the_error_says_what_to_install(exported, tmp_path):
+def test_missing_package_error_names_the_remedy(exported, tmp_path):
     code = f"""
 import sys
 sys.modules["hybridmem_kernels"] = None

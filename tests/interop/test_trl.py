@@ -1,4 +1,4 @@
-"""TRL's trainers train exported models of every variant, and what they save loads again."""
+"""TRL's trainers on exported models of every variant, whose saved models load again."""
 
 import math
 
@@ -15,14 +15,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 TEXTS = [f"the {n} of {n * 7919 % 100} is {n % 3}\n" * 2 for n in range(8)]
 SETTINGS = dict(
-    use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
-    per_device_train_batch_size=4, learning_rate=0.01, max_steps=3,
-)  # fmt: skip
+    use_cpu=True,
+    bf16=False,
+    report_to="none",
+    disable_tqdm=True,
+    save_strategy="no",
+    logging_steps=1,
+    per_device_train_batch_size=4,
+    learning_rate=0.01,
+    max_steps=3,
+)
 IDS = torch.arange(32, 64)[None]
 
 
 def train(trainer) -> list[dict]:
-    """What was logged at each step; every loss is a number, and the model is another one afterwards."""
+    """Train, check that losses are finite and weights change, and return the log of each step."""
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -49,10 +56,10 @@ def test_sft(variant, exported, tmp_path):
     loads_again(trainer, tmp_path / "saved")
 
 
-# Documents are told apart once, for all layers: of the variants that with a memory, a window and segments.
+# Documents are separated once for all layers, so one variant suffices: the one with memory, window and segments.
 @pytest.mark.parametrize("variant", ["mac"])
 def test_sft_without_padding_keeps_documents_apart(variant, exported, tmp_path):
-    """TRL then lays a batch's rows one behind the other: the positions alone say where each starts."""
+    """TRL concatenates a batch's rows, and only the positions show the start of each."""
     losses = []
     for padding_free in (False, True):
         settings = SFTConfig(tmp_path, max_length=None, padding_free=padding_free, **SETTINGS | dict(max_steps=1))
@@ -69,26 +76,29 @@ def test_dpo(variant, exported, tmp_path):
     rows = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[:7:-1]} for text in TEXTS]
     trainer = DPOTrainer(str(exported(variant)), args=settings, train_dataset=Dataset.from_list(rows))
     steps = train(trainer)
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are one at the start
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # policy and reference are equal at the start
     assert steps[-1]["rewards/margins"] > 0
     loads_again(trainer, tmp_path / "saved")
 
 
 def variety(completion_ids, **_):
-    """A reward that is hardly ever the same for a whole group."""
+    """Return rewards that almost always differ within a group."""
     return [sum(ids) / 100 for ids in completion_ids]
 
 
 def grpo(folder, tmp_path, **settings) -> GRPOTrainer:
-    """With a reference model, and with activation checkpointing, which TRL turns on by default."""
+    """Return a trainer with a reference model and activation checkpointing, TRL's default."""
     adapter = settings.pop("peft_config", None)
     arguments = GRPOConfig(
         output_dir=tmp_path, num_generations=4, max_completion_length=8, beta=0.1, **SETTINGS, **settings
     )
     return GRPOTrainer(
-        str(folder), variety, arguments, Dataset.from_dict({"prompt": [text[:11] for text in TEXTS]}),
+        str(folder),
+        variety,
+        arguments,
+        Dataset.from_dict({"prompt": [text[:11] for text in TEXTS]}),
         peft_config=adapter,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("variant", FOLDERS)
@@ -101,10 +111,10 @@ def test_grpo_with_a_reference_model(variant, exported, tmp_path):
     loads_again(trainer, tmp_path / "saved")
 
 
-# Adapters sit in the linear layers, of which these two together have every kind.
+# Adapters wrap linear layers, and these two variants have all kinds of them.
 @pytest.mark.parametrize("variant", ["mac", "mag"])
 def test_grpo_of_an_adapter(variant, exported, tmp_path):
-    """The reference is then the model without its adapter."""
+    """The reference model is the model without its adapter."""
     trainer = grpo(exported(variant), tmp_path, peft_config=LoraConfig(r=4, target_modules="all-linear"))
     steps = train(trainer)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)

@@ -1,8 +1,8 @@
-"""transformers' own tests of a model, on ours, variant by variant: scripts/transformers_tests runs them.
+"""transformers' model tests for every variant, run by scripts/transformers_tests.
 
-The script copies this file beside test_modeling_common.py of transformers' source distribution: there, and only there,
-its imports resolve. The source distribution lacks the tests of `generate` and of exporters, for which the script puts
-empty classes: tests/interop and tests/hybridmem have ours.
+The script copies this file next to test_modeling_common.py of transformers' source distribution, the only place where
+its imports resolve. The source distribution lacks the tests of `generate` and of exporters, so the script adds empty
+classes for them; tests/interop and tests/hybridmem cover both.
 """
 
 import unittest
@@ -13,15 +13,15 @@ from hybridmem import HybridMemConfig, HybridMemForCausalLM, HybridMemModel
 
 from .test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 
-# The tests know by these lists of built-in models which class has a head: ours are registered elsewhere.
+# The tests use these lists of built-in models to find the classes with a head, so custom classes must be added.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hybridmem"] = HybridMemForCausalLM.__name__
 MODEL_MAPPING_NAMES["hybridmem"] = HybridMemModel.__name__
 
-TIME, PERSISTENT = 7, 2  # longer than the window, the segment and the chunk, and none of them divides it
+TIME, PERSISTENT = 7, 2  # longer than the window, the segment and the chunk, and divisible by none of them
 
 
 class Tester:
-    """A tiny model and its inputs, under the names that the tests ask for."""
+    """Tiny model and its inputs, with the attributes that the tests require."""
 
     batch_size, seq_length = 3, TIME
     hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 32, 2, 4, 99
@@ -29,16 +29,26 @@ class Tester:
 
     def __init__(self, variant):
         self.variant = variant
-        # What a row of attention's map tells apart: persistent tokens, in mac what the memory gave, and tokens.
+        # Columns of an attention map: persistent tokens, in mac recalled tokens, and tokens.
         self.key_length = PERSISTENT + TIME * (2 if variant == "mac" else 1)
 
     def get_config(self):
         return HybridMemConfig(
-            variant=self.variant, vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=48,
-            num_hidden_layers=self.num_hidden_layers, num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=2, head_dim=8, attention_window=4, segment_length=4, num_persistent_tokens=PERSISTENT,
-            memory_heads=2, memory_head_dim=8, memory_chunk_size=4,
-        )  # fmt: skip
+            variant=self.variant,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=2,
+            head_dim=8,
+            attention_window=4,
+            segment_length=4,
+            num_persistent_tokens=PERSISTENT,
+            memory_heads=2,
+            memory_head_dim=8,
+            memory_chunk_size=4,
+        )
 
     def prepare_config_and_inputs_for_common(self):
         shape = [self.batch_size, self.seq_length]
@@ -49,7 +59,9 @@ class Tester:
 
 class VariantTests(ModelTesterMixin):
     all_model_classes = (HybridMemModel, HybridMemForCausalLM)
-    test_can_init_all_missing_weights_before_2023 = True  # the tests read a year from a file's header; we have none
+    test_can_init_all_missing_weights_before_2023 = (
+        True  # the tests read the year from a file header, which this file lacks
+    )
     variant: str
 
     def setUp(self):
@@ -76,7 +88,7 @@ class MalTest(VariantTests, unittest.TestCase):
 
 class LmmTest(VariantTests, unittest.TestCase):
     variant = "lmm"
-    has_attentions = False  # a memory alone
+    has_attentions = False  # memory without attention
 
 
 class SwaTest(VariantTests, unittest.TestCase):

@@ -1,4 +1,4 @@
-"""What the benchmarks compute from what they time; no timing decides anything."""
+"""The benchmarks' statistics on given times; no test depends on real timings."""
 
 import importlib
 import json
@@ -20,22 +20,22 @@ def test_every_call_is_timed_in_every_round(bench):
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = bench("bench_measure").in_turn(calls, rounds=3)
-    assert order == list("ab" * 4)  # once before the clock runs
+    assert order == list("ab" * 4)  # one warm-up call each
     assert {name: len(of) for name, of in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_a_ratio_is_taken_round_by_round(bench):
-    # The second round is slow for both, as on a machine that does something else for a while.
+    # The second round is slow for both, as on a temporarily busy machine.
     assert bench("bench_measure").ratio({"a": [2, 20, 2], "b": [1, 10, 2]}, "a", "b") == 2
 
 
-def test_products_are_those_that_run(bench):
+def test_executed_products_are_counted(bench):
     memory: ModuleType = bench("bench_memory")
     a, b, vector = torch.randn(3, 8, 16), torch.randn(3, 16, 32), torch.randn(3, 16, 1)
     with memory.Products() as products:
         torch.bmm(a, b)
         torch.zeros(3, 32, 8).baddbmm_(b.mT, a.mT)
-        torch.bmm(a, vector)  # a sum, not a product of matrices
+        torch.bmm(a, vector)  # a matrix-vector product, which does not count
         a.add_(1)
     assert products.operands == [
         ((a.shape, a.stride()), (b.shape, b.stride())),
@@ -57,7 +57,7 @@ def test_models_have_the_parameters_that_are_wanted(bench):
     assert memory.parameters(memory.our_model("swa", wanted)) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_report_says_how_a_ratio_changed(bench):
+def test_the_report_shows_changed_ratios(bench):
     report = bench("bench_all")
     assert report.line("scan", 1.5, 1.2).endswith("before    1.200  +25%")
     assert report.line("scan", 1.5, None).endswith("new")

@@ -1,4 +1,4 @@
-"""A small part of the drill and of the fuzzing; the whole takes the scripts themselves."""
+"""A small part of the fault drill and the fuzzing; the scripts run all of it."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ def test_faults_lose_nothing(tmp_path):
     figures = tmp_path / "figures.json"
     sizes = dict(kills=2, times=2, reads=40, seed=1, output=figures)
     options = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    # In a process of its own: the drill forks, which needs one that has done nothing else yet.
+    # A separate process, because the drill forks and needs a fresh parent.
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "fault_drill.py", *options], capture_output=True, text=True
     )
@@ -62,7 +62,7 @@ def test_broken_settings_and_files_are_taken_or_named(script, tmp_path):
     assert {outcome for outcome, _ in found.values()} == {"accepted", "refused, naming the cause"}
 
 
-def test_a_traceback_and_a_line_without_the_cause_are_told_apart(script):
+def test_tracebacks_and_lines_without_a_cause_are_distinguished(script):
     fuzz = script("fuzz")
 
     def unnamed():

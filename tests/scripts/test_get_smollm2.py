@@ -1,4 +1,4 @@
-"""The script that builds a pretrained model's folder: one line for every failure, and no work twice."""
+"""The script that builds a pretrained model's folder: one-line errors, and no repeated work."""
 
 import importlib
 import json
@@ -53,10 +53,10 @@ def test_a_broken_download(script, monkeypatch, capsys, tmp_path):
 
 def test_a_full_disk_and_a_folder_in_use(script, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: type("", (), dict(free=10**6)))
-    assert "600 MB of free disk are needed" in error_of(script, capsys)
+    assert "needs 600 MB of free disk space" in error_of(script, capsys)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes").write_text("mine")
-    assert "holds something else" in error_of(script, capsys)
+    assert "has other contents" in error_of(script, capsys)
 
 
 def test_a_complete_folder_is_left_alone(script, monkeypatch, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""The cost model's formulas against counted operations and measured states; its page is as it is written."""
+"""The cost model, compared with counted operations and measured states, and its up-to-date page."""
 
 import importlib
 
@@ -23,7 +23,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch):
 
 
 def small(**changes) -> HybridMemConfig:
-    """A model of two layers that attends in whole blocks."""
+    """Return a model of two layers with blockwise attention."""
     shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, head_dim=32)
     memory = dict(memory_heads=2, memory_head_dim=64, memory_chunk_size=16)
     settings = dict(num_key_value_heads=2, attention_window=64, attention_conv=True, num_persistent_tokens=4)
@@ -31,7 +31,7 @@ def small(**changes) -> HybridMemConfig:
 
 
 def counted(model: HybridMemForCausalLM, backward: bool) -> float:
-    """Operations of a pass, for each of TIME tokens."""
+    """Count the operations of a pass per token."""
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter, sdpa_kernel(SDPBackend.MATH):
         logits = model(torch.zeros(1, TIME, dtype=torch.long)).logits
         if backward:
@@ -39,18 +39,18 @@ def counted(model: HybridMemForCausalLM, backward: bool) -> float:
     return counter.get_total_flops() / TIME
 
 
-def test_operations_are_those_that_are_counted(scaling):
+def test_formulas_equal_counted_operations(scaling):
     config = small()
     model, formula = HybridMemForCausalLM(config), scaling.Model.of(config)
     forward = formula.forward()
     assert formula.parameters == model.num_parameters()
-    # The formula's memory is that of the Triton kernels; PyTorch's takes a few more products of the chunk's length.
+    # The formula describes the Triton kernels' memory; PyTorch's needs a few more products of the chunk's length.
     assert counted(model, backward=False) == pytest.approx(sum(forward), rel=0.03)
     without_recomputing = formula.training() - sum(forward)
     assert counted(model, backward=True) == pytest.approx(without_recomputing, rel=0.03)
     window = small(variant="swa")
     rest = scaling.Model.of(window).forward()
-    # Persistent tokens are projected once, and counted as if that were nothing.
+    # Persistent tokens are projected once, which the formula neglects.
     assert counted(HybridMemForCausalLM(window), backward=False) == pytest.approx(
         rest.linear + rest.attention, rel=1e-3
     )
@@ -66,8 +66,8 @@ def test_a_state_is_as_large_as_measured(scaling, changes):
     assert scaling.Model.of(config).state_bytes(width=4) == state_bytes(cache)
 
 
-def test_what_a_step_sends(scaling):
-    """Worked by hand: 4 processes, a micro-batch each of a row, 1,000 weights of 4 bytes."""
+def test_bytes_sent_per_step(scaling):
+    """Computed by hand: 4 ranks with one micro-batch of one row each, and 1,000 weights of 4 bytes."""
     model = scaling.Model(small(), 1000, 1000)
     step = scaling.Step(model, 4, 4 * scaling.SEQUENCE)
     assert step.ddp_bytes == pytest.approx(2 * 0.75 * 4000 / 4096)

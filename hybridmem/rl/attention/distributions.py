@@ -1,7 +1,7 @@
-"""What can be the policy: distributions over earlier tokens, or over the ways to reach them (see docs/policy.md).
+"""Distributions that can act as the policy, over earlier tokens or over kinds of access (see docs/policy.md).
 
-Each row belongs to one query and sums to 1; a query without an earlier token has a row of zeros. Queries are the
-last `queries` tokens of the rows; keys are all tokens.
+Each row belongs to one query and sums to 1; a query without earlier tokens has a row of zeros. The queries are the
+last `queries` tokens of the sequence; the keys are all tokens.
 """
 
 import torch
@@ -19,10 +19,10 @@ Distribution = Float[Tensor, "batch queries keys"]
 
 
 def distribution(record: LayerRecord, target: str, queries: int) -> Distribution:
-    """The distribution of the last `queries` tokens that `target` names.
+    """Return the distribution named by `target` at the last `queries` tokens.
 
     Raises:
-        ValueError: an unknown target, or one that the layer's variant has not.
+        ValueError: The target is unknown, or the layer's variant does not support it.
     """
     if target == "attention":
         return attention(record, queries)
@@ -36,7 +36,7 @@ def distribution(record: LayerRecord, target: str, queries: int) -> Distribution
 
 
 def attention(record: LayerRecord, queries: int) -> Distribution:
-    """p_t(i) ∝ mean_h a_h,t,i over earlier tokens i < t (RAL, arXiv 2602.04884). In mac, of the token's segment."""
+    """Return p_t(i) ∝ mean_h a_h,t,i over earlier tokens i < t (RAL, arXiv 2602.04884); in mac, within the segment."""
     if record.attention is not None:
         return _renormalize(_token_weights(record.attention, queries), queries)
     if record.segments:
@@ -45,9 +45,10 @@ def attention(record: LayerRecord, queries: int) -> Distribution:
 
 
 def allocation(record: LayerRecord, queries: int) -> Float[Tensor, "batch queries 3"]:
-    """The shares of `KINDS`: in mag the gate, in mac attention's mass on each kind of key, in mal and lmm the memory's.
+    """Return the shares of `KINDS`, averaged over heads.
 
-    Means over heads.
+    In mag the gate gives the shares, in mac the attention mass on each kind of key. In mal and lmm the memory has
+    all of it.
     """
     if record.gate is not None:
         gate = record.gate[:, -queries:].mean(-1)
@@ -59,23 +60,23 @@ def allocation(record: LayerRecord, queries: int) -> Float[Tensor, "batch querie
         alpha = record.memory.alpha[:, 0, -queries:]
         return torch.stack((torch.zeros_like(alpha), torch.ones_like(alpha), torch.zeros_like(alpha)), dim=-1)
     raise ValueError(
-        f"a layer of variant {record.variant} allocates nothing: it has no memory beside its attention; choose "
+        f"target='allocation' needs a memory, which a layer of variant {record.variant} lacks; choose "
         "target='attention', or a layer of variant mag or mac"
     )
 
 
 def memory(record: LayerRecord, queries: int) -> Distribution:
-    """m_t(j) ∝ D_tj theta_j |q_t·k_j| ‖delta_j‖ over earlier writes j < t, mean over heads: memory-implied attention.
+    """Return memory-implied attention m_t(j) ∝ D_tj theta_j |q_t·k_j| ‖delta_j‖ over writes j < t, averaged over heads.
 
-    D_tj is what is left of write j at token t, delta_j the error that it corrected. Only a memory of depth 1 reads
-    out a sum over its writes.
+    D_tj is the remaining weight of write j at token t, and delta_j the error that the write corrected. The definition
+    requires memory_depth=1, where a read is a sum over writes.
     """
     if record.memory is None:
         raise ValueError(f"a layer of variant {record.variant} has no memory; choose target='attention'")
     if record.memory_depth > 1:
         raise ValueError(
-            f"memory_depth={record.memory_depth}: what a deep memory answers is no sum over its writes, so it implies "
-            "no attention; choose target='attention' or 'allocation', or memory_depth=1"
+            f"memory_depth={record.memory_depth} defines no memory-implied attention, because a read of a deep memory "
+            "is not a sum over its writes; choose target='attention' or 'allocation', or memory_depth=1"
         )
     inputs = record.memory
     surprise = _surprise(inputs)
@@ -88,10 +89,10 @@ def memory(record: LayerRecord, queries: int) -> Distribution:
 
 
 def unified(record: LayerRecord, queries: int) -> Distribution:
-    """allocation × each branch's distribution: where a token looks, whichever way it gets there.
+    """Return the mixture of the branches' distributions, weighted by allocation.
 
-    Persistent tokens are no earlier tokens: their share goes to the others. mal and lmm reach tokens through their
-    memory, swa and full through their attention.
+    Persistent tokens are not earlier tokens, so their share is spread over the others. mal and lmm reach tokens through
+    their memory, swa and full through their attention.
     """
     if record.memory is None:
         return attention(record, queries)
@@ -104,13 +105,13 @@ def unified(record: LayerRecord, queries: int) -> Distribution:
 
 
 def over_the_same(*sides: Float[Tensor, "batch queries _"]) -> list[Distribution]:
-    """Distributions over as many keys: a window's cache has dropped some that another side still has, and sees none."""
+    """Left-pad distributions with zeros to a common number of keys, because a window's cache drops old keys."""
     keys = max(side.shape[-1] for side in sides)
     return [torch.nn.functional.pad(side, (keys - side.shape[-1], 0)) for side in sides]
 
 
 def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
-    """Head-averaged softmax weights of the last queries on tokens, their own included, beside persistent ones."""
+    """Return head-averaged attention weights on tokens; the softmax also covers persistent tokens."""
     record, front = record.last_queries(queries), record.num_persistent
     time = torch.arange(record.k.shape[2] - front, device=record.q.device)
     distance = time[-record.q.shape[2] :, None] - time
@@ -124,7 +125,7 @@ def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
 
 
 def _head_average(record: AttentionRecord, seen: Tensor) -> Float[Tensor, "batch queries columns"]:
-    """The mean over heads of the softmax weights on the columns that are `seen`."""
+    """Return the mean over heads of the softmax weights on the columns in `seen`."""
     q, k = record.q, record.k
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).to(state_dtype(q.dtype)) * record.scale
@@ -132,9 +133,10 @@ def _head_average(record: AttentionRecord, seen: Tensor) -> Float[Tensor, "batch
 
 
 def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distribution, Distribution, Tensor]:
-    """mac's weights over all tokens: persistent mass, on recalled tokens, on earlier tokens, on the token itself.
+    """Return mac's mass on persistent tokens, its weights on recalled and earlier tokens, and its weight on itself.
 
-    Of the segments that hold one of the last `queries` tokens. The first one may have been begun by an earlier pass.
+    The result covers the segments that contain one of the last `queries` tokens. An earlier pass may have started the
+    first segment.
     """
     parts = []
     time = _columns(record.segments[0]) + sum(segment.q.shape[2] for segment in record.segments[1:])
@@ -156,13 +158,13 @@ def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distrib
 
 
 def _columns(segment: AttentionRecord) -> int:
-    """Tokens of a segment of mac, each of which stands there twice: as it is recalled, and as it is."""
+    """Return the number of tokens in a mac segment, whose keys contain each token twice: recalled and original."""
     return segment.num_tokens // 2
 
 
 def _surprise(inputs: ScanInputs) -> Float[Tensor, "batch heads time"]:
-    """‖delta_j‖, the error that each write corrects: what the memory before it answers to its key, minus its value."""
-    # A token reads after its own write: asked with the next token's key, it tells what that one finds.
+    """Return ‖delta_j‖, the norm of the error that each write corrects: the previous memory's prediction − value."""
+    # A token reads after its own write, so a read with the next token's key gives the prediction before the next write.
     ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
     recalled = memory_scan(*ahead)[0][:, :, :-1]
     recalled = torch.nn.functional.pad(recalled, (0, 0, 1, 0))
@@ -170,12 +172,13 @@ def _surprise(inputs: ScanInputs) -> Float[Tensor, "batch heads time"]:
 
 
 def _left_of_writes(inputs: ScanInputs, queries: int) -> Float[Tensor, "batch heads queries time"]:
-    """D_tj = sum_{j<=l<=t} prod_{l<m<=t} (1 - alpha_m) · prod_{j<m<=l} eta_m for the last `queries` tokens t.
+    """Return D_tj = sum_{j<=l<=t} prod_{l<m<=t} (1 - alpha_m) · prod_{j<m<=l} eta_m for the last `queries` tokens t.
 
-    Along j it is a first-order recurrence, d_j = kept_tj + eta_{j+1} d_{j+1}: doubling takes log(time) passes.
+    Along j this is a first-order recurrence, d_j = kept_tj + eta_{j+1} d_{j+1}, which recursive doubling solves in
+    log(time) passes.
     """
     time = inputs.alpha.shape[2]
-    # Gates at their ends make log(0): a floor keeps differences finite and what is left of a wiped write at zero.
+    # alpha = 1 gives log(0); the floor keeps differences finite, and the weight of an erased write at zero.
     keep = torch.log1p(-inputs.alpha).clamp(min=-1e4).cumsum(-1)
     left = (keep[:, :, -queries:, None] - keep[:, :, None]).clamp(max=0).exp()
     clock = torch.arange(time, device=keep.device)
@@ -191,14 +194,14 @@ def _left_of_writes(inputs: ScanInputs, queries: int) -> Float[Tensor, "batch he
 
 
 def _earlier(rows: Float[Tensor, "*lead queries keys"]) -> Float[Tensor, "queries keys"]:
-    """1 for keys before the query, of queries that are the last of the keys."""
+    """Return 1 for keys before their query and 0 elsewhere; the queries are the last tokens of the keys."""
     queries, keys = rows.shape[-2:]
     clock = torch.arange(keys, device=rows.device)
     return (clock < clock[keys - queries :, None]).to(rows.dtype)
 
 
 def _renormalize(weights: Float[Tensor, "batch rows keys"], queries: int) -> Distribution:
-    """The last `queries` rows over earlier tokens, summing to 1; zeros where there is none."""
+    """Restrict the last `queries` rows to earlier tokens and normalise them to sum 1; rows without any are zero."""
     rows = weights[:, -queries:]
     rows = rows * _earlier(rows)
     total = rows.sum(-1, keepdim=True)

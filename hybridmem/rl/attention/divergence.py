@@ -1,4 +1,4 @@
-"""Divergences between attention distributions that are held as rows."""
+"""Divergences between explicit attention distributions."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,7 +11,7 @@ TINY = 1e-30
 
 
 def divergence_of(p: Distribution, p_ref: Distribution, kind: str) -> Float[Tensor, "batch queries"]:
-    """A divergence between rows, in nats; rows of zeros have none."""
+    """Return the divergence between rows in nats; rows of zeros have divergence 0."""
     if kind == "jsd":
         middle = 0.5 * (p + p_ref)
         return 0.5 * (_kl(p, middle, TINY) + _kl(p_ref, middle, TINY))
@@ -19,5 +19,5 @@ def divergence_of(p: Distribution, p_ref: Distribution, kind: str) -> Float[Tens
 
 
 def _kl(p: Distribution, q: Distribution, floor: float) -> Float[Tensor, "batch queries"]:
-    # The logarithm's gradient at 0 is infinite; its floor takes it away where p adds nothing.
+    # log has an infinite gradient at 0; the clamp zeroes it at entries that contribute nothing.
     return (p * (p.clamp(min=TINY).log() - q.clamp(min=floor).log())).sum(-1)

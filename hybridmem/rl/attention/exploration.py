@@ -1,7 +1,7 @@
-"""Attention as a stochastic policy: seeded noise on where each response looks, during its rollout.
+"""Exploration in attention space: seeded noise on each response's attention during the rollout.
 
-Without it a response attends differently from its siblings only once its tokens differ. With it p_old is the
-distribution that was really used, and rewarded ways to attend are told from the others from the first token on.
+Without noise, the responses of a group attend differently only after their tokens diverge. With noise, p_old is the
+noisy distribution of the rollout, and rewards distinguish attention patterns from the first token on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from hybridmem.model.attention import ShortRangeAttention
 from hybridmem.model.mixers import ContextMixer, GateMixer
 from hybridmem.model.modeling import HybridMemLayer
 
+from .action import Part
 from .recorder import AttentionRecord, decoder_layers
 
 IMPLEMENTATION = "hybridmem_explored"
@@ -40,14 +41,14 @@ def draw_noise(
     time: int,
     generator: torch.Generator | Sequence[torch.Generator],
 ) -> Noise:
-    """Gaussian noise of deviation `sigma` for every response, reused at all its query positions.
+    """Draw Gaussian noise of standard deviation `sigma` for every response, reused at all its query positions.
 
-    For `attention` on the logits of every head and key, for `allocation` on the gate's logits, for `memory` on the
-    logits of the memory's gates. Responses come in antithetic pairs: what one tries, the next one of its group tries
-    reversed, so that the baseline is at their middle. `generator` is one, or one for each prompt.
+    The noise applies to the logits of every head and key (`attention`), of the allocation gate (`allocation`) or of the
+    memory's gates (`memory`). Adjacent responses of a group form antithetic pairs with opposite noise, which centres
+    the baseline. `generator` is shared by all prompts, or a sequence with one per prompt.
 
     Raises:
-        ValueError: a target that the layer's variant has not, or whose noise is not defined.
+        ValueError: Noise on the target is undefined for a layer's variant.
     """
     found = decoder_layers(model)
     noise = {}
@@ -64,31 +65,36 @@ def draw_noise(
 
 @dataclass(frozen=True)
 class Exploration:
-    """The noise that the responses of a rollout attend with: an action of AttentionRL."""
+    """Action of AttentionRL: the noise on the attention of a rollout's responses."""
 
     target: str
     noise: Noise
 
     @property
     def prefill_once(self) -> bool:
-        """Each response reads its prompt in its own way."""
+        """Return False, because each response attends to its prompt with its own noise."""
         return False
 
-    def applied(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the model attends with the noise."""
+    @property
+    def in_passes(self) -> bool:
+        """Return False, because the policy is scored without the noise."""
+        return False
+
+    def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
+        """Return a context in which the model adds the noise, to prompts and responses alike."""
         return explored(model, self.target, self.noise)
 
     def cut(self, time: int) -> "Exploration":
-        """Return the noise of the first `time` tokens."""
+        """Return the noise on the first `time` tokens."""
         return replace(self, noise=cut_noise(self.noise, time))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Exploration":
-        """Return the noise of some responses."""
+        """Return the noise of the selected responses."""
         return replace(self, noise={number: eps[rows] for number, eps in self.noise.items()})
 
 
 def cut_noise(noise: Noise, time: int) -> Noise:
-    """The noise of the first `time` tokens: all that were read in the end."""
+    """Cut noise to the first `time` tokens, the number that the rollout read in the end."""
     return {number: eps[..., :time] if eps.dim() == 3 else eps for number, eps in noise.items()}
 
 
@@ -103,14 +109,14 @@ def _noise_shape(layer: Any, target: str, time: int) -> tuple[int, ...]:
         return (mixer.memory.gate_proj.out_features,)
     kind = layer.variant if own else type(layer).__name__
     raise ValueError(
-        f"exploration of target={target!r} is not defined in a layer of {kind}: use attention (any but mac and lmm), "
-        "allocation (mag) or memory (mag, mac, mal, lmm), or exploration=0"
+        f"a layer of {kind} supports no exploration of target={target!r}: use attention (all variants except mac and "
+        "lmm), allocation (mag) or memory (mag, mac, mal, lmm), or set exploration=0"
     )
 
 
 @contextmanager
 def explored(model: Any, target: str, noise: Noise) -> Iterator[None]:
-    """Run a model with noise in chosen layers, one row a response; afterwards it is as it was."""
+    """Run a model with noise in the given layers, one row per response; the model is restored on exit."""
     found = decoder_layers(model)
     with ExitStack() as stack:
         if target == "attention":
@@ -124,9 +130,9 @@ def explored(model: Any, target: str, noise: Noise) -> Iterator[None]:
 
 
 def with_noise(record: AttentionRecord, noise: Float[Tensor, "batch heads time"]) -> AttentionRecord:
-    """The record of a noisy layer, noise included: one channel more, in which q · k is the noise.
+    """Add noise to an attention record through an extra channel in which q · k equals the noise.
 
-    The noise of the last token is that of the last key: a window's cache keeps no others than the last ones.
+    Noise and keys are aligned at the last token, because a window's cache keeps only the last keys.
     """
     q, front = record.q, record.num_persistent
     k = record.k.repeat_interleave(q.shape[1] // record.k.shape[1], dim=1)
@@ -149,8 +155,8 @@ def _adding(noise: Float[Tensor, "batch channels"]) -> Any:
 
 @contextmanager
 def _noisy_attention(model: Any, noise: dict[nn.Module, Float[Tensor, "batch heads time"]]) -> Iterator[None]:
-    """Switch to an attention function that adds the noise to the logits of the chosen modules."""
-    read = 0  # tokens read when the pass that runs will be over
+    """Switch to an attention function that adds noise to the logits of the given modules."""
+    read = 0  # number of tokens read by the end of the current pass
 
     def begin(_: nn.Module, positional: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         nonlocal read

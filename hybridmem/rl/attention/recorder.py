@@ -1,4 +1,4 @@
-"""What chosen layers of a model attend to and remember, kept while it runs; on any causal LM of transformers."""
+"""Recorder of attention and memory in selected layers of any causal LM of transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,14 +19,14 @@ from hybridmem.model.sequence import TokenSequence
 from hybridmem_kernels import AttentionStats, attention_divergence
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-UNSUPPORTED = ("softcap", "s_aux")  # a softmax of q·k alone cannot say what these do
+UNSUPPORTED = ("softcap", "s_aux")  # options that change attention beyond a softmax of q·k
 
 
 @dataclass
 class AttentionRecord:
-    """Queries and keys of an attention layer, after the rotary embedding, and who sees whom.
+    """Queries and keys of an attention layer after the rotary embedding, with the description of its mask.
 
-    Keys stand in the order [persistent tokens, others]; queries are those of the last tokens.
+    Keys are ordered [persistent tokens, other tokens]; queries belong to the last tokens.
     """
 
     q: Float[Tensor, "batch heads queries dim"]
@@ -43,13 +43,13 @@ class AttentionRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose keys are here."""
+        """Return the number of recorded keys without persistent tokens."""
         return self.k.shape[2] - self.num_persistent
 
     def over_tokens(self, count: int) -> "AttentionRecord":
-        """The same with keys of the last `count` tokens, among which are all that the queries see.
+        """Return the record with keys for the last `count` tokens.
 
-        Where a window's cache kept fewer, empty ones stand before them, beyond the window.
+        Keys that a window's cache has dropped are filled with zeros; they lie beyond the window of every query.
         """
         missing = count - self.num_tokens
         if not missing:
@@ -60,7 +60,7 @@ class AttentionRecord:
         return replace(self, k=k, key_mask=key_mask)
 
     def last_queries(self, length: int, shift: int = 0) -> "AttentionRecord":
-        """The queries of the last `length` tokens, or of as many `shift` tokens earlier, and what they can see."""
+        """Return the record with the queries of `length` tokens that end `shift` tokens before the last one."""
         if not shift:
             return replace(self, q=self.q[:, :, -length:])
         key_mask = None if self.key_mask is None else self.key_mask[:, :-shift]
@@ -69,34 +69,43 @@ class AttentionRecord:
     def compare(
         self, reference: "AttentionRecord", query_mask: Bool[Tensor, "batch queries"], divergence: str = "jsd"
     ) -> AttentionStats:
-        """How far this attention is from another one over the same tokens, query by query."""
+        """Return the divergence of this attention from a reference over the same tokens, per query."""
         longer = max(self, reference, key=lambda side: side.num_tokens)
         k, k_ref = (side.over_tokens(longer.num_tokens).k for side in (self, reference))
         return attention_divergence(
-            self.q, k, reference.q, k_ref,
-            scale=self.scale, scale_ref=reference.scale, window=self.window, window_ref=reference.window,
-            num_persistent=self.num_persistent, num_persistent_ref=reference.num_persistent,
-            query_mask=query_mask, key_mask=longer.key_mask, divergence=divergence,
-        )  # fmt: skip
+            self.q,
+            k,
+            reference.q,
+            k_ref,
+            scale=self.scale,
+            scale_ref=reference.scale,
+            window=self.window,
+            window_ref=reference.window,
+            num_persistent=self.num_persistent,
+            num_persistent_ref=reference.num_persistent,
+            query_mask=query_mask,
+            key_mask=longer.key_mask,
+            divergence=divergence,
+        )
 
 
 @dataclass
 class LayerRecord:
-    """What one layer did with the tokens; None, or nothing, for what its variant has not."""
+    """Record of one layer; fields that its variant lacks are None or empty."""
 
     variant: str
     attention: AttentionRecord | None = None
-    segments: list[AttentionRecord] = field(default_factory=list)  # mac's: keys [persistent, recalled, segment]
-    gate: Float[Tensor, "batch time heads"] | None = None  # mag's: the share of attention
+    segments: list[AttentionRecord] = field(default_factory=list)  # mac: keys [persistent, recalled, segment]
+    gate: Float[Tensor, "batch time heads"] | None = None  # mag: the share of attention
     memory: ScanInputs | None = None
     memory_depth: int = 1
 
     def detach(self) -> "LayerRecord":
-        """The same without a graph."""
+        """Return the record without its autograd graph."""
         return self._map(Tensor.detach)
 
     def select(self, rows: Int[Tensor, " rows"]) -> "LayerRecord":
-        """Some of the rows."""
+        """Return the record of the selected rows."""
         return self._map(lambda x: x[rows])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "LayerRecord":
@@ -110,22 +119,22 @@ class LayerRecord:
 
 
 class Records(dict[int, LayerRecord]):
-    """The records of one pass, by layer."""
+    """Layer records of one forward pass, by layer index."""
 
     def detach(self) -> "Records":
-        """Return the records without a graph."""
+        """Return the records without their autograd graph."""
         return Records({number: record.detach() for number, record in self.items()})
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Records":
-        """Return the records of some rows."""
+        """Return the records of the selected rows."""
         return Records({number: record.select(rows) for number, record in self.items()})
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """Our decoder layers, or the causal attention modules of another family's model, in order.
+    """Return HybridMem's decoder layers, or the causal attention modules of another model family, in order.
 
     Raises:
-        ValueError: a model that has neither.
+        ValueError: The model has neither.
     """
     own = [module for module in model.modules() if isinstance(module, HybridMemLayer)]
     if own:
@@ -137,33 +146,31 @@ def decoder_layers(model: nn.Module) -> list[Any]:
         if isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", False)
     }
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no causal attention modules with a layer_idx: its attention cannot be recorded"
-        )
+        raise ValueError(f"cannot record attention of {type(model).__name__}: no module has is_causal and layer_idx")
     return [found[number] for number in sorted(found)]
 
 
 def is_segmented(layer: Any) -> bool:
-    """Whether a layer is one of mac's, whose attention is recorded segment by segment."""
+    """Return True if a layer has variant mac, whose attention is recorded segment by segment."""
     return isinstance(layer, HybridMemLayer) and isinstance(layer.mixer, ContextMixer)
 
 
 class AttentionRecorder:
-    """A context in which a model's forward passes leave `records`, one for each chosen layer.
+    """Context that records the forward passes of a model in `records`, one record per selected layer.
 
-    The model computes what it always does with its own attention implementation, and is left as it was. What is
-    recorded carries gradients where the forward pass does. Records are those of the last forward pass; with a cache
-    they hold that pass's queries and every key that is still seen. What was written to memory is recorded of all passes
-    with one cache, which may have been repeated for several responses to a prompt.
+    The model keeps its outputs and its attention implementation, and is restored on exit. Records carry gradients if
+    the forward pass does, and belong to the last pass. With a cache, they contain that pass's queries and all keys
+    that are still visible. Memory writes are recorded over all passes with the same cache, even if its rows were
+    repeated for several responses to a prompt.
 
     Args:
-        model: a causal LM of transformers, ours or not, inside PEFT or not.
-        layers: the layers' numbers, from the end if negative.
-        times: how often each row of a cache is repeated between its passes; needed where not all are as often.
+        model: any causal LM of transformers, with or without PEFT.
+        layers: layer indices; negative indices count from the end.
+        times: the number of repetitions of each cache row between passes; required if it differs between rows.
 
     Raises:
-        ValueError: a layer that is not there or is under activation checkpointing; `eager` attention, which does not
-            go through transformers' registry; attention that a softmax of q·k cannot say (soft caps, sinks).
+        ValueError: A layer does not exist or uses activation checkpointing; attention is `eager`, which bypasses
+            transformers' registry; or attention is more than a softmax of q·k (soft caps, sinks).
     """
 
     def __init__(
@@ -172,7 +179,7 @@ class AttentionRecorder:
         found = decoder_layers(model)
         numbers = [n + len(found) if n < 0 else n for n in layers]
         if not numbers or not all(0 <= n < len(found) for n in numbers) or len(set(numbers)) < len(numbers):
-            raise ValueError(f"layers={list(layers)} must name different ones of the model's {len(found)} layers")
+            raise ValueError(f"layers={list(layers)} must be different indices into the model's {len(found)} layers")
         self.model, self.times = model, times
         self.layers = {n: found[n] for n in numbers}
         self.records: dict[int, LayerRecord] = {}
@@ -182,12 +189,12 @@ class AttentionRecorder:
 
     def __enter__(self) -> "AttentionRecorder":
         self._watch(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        called: dict[Any, int] = {}  # attention modules whose calls to the attention function are kept
+        called: dict[Any, int] = {}  # attention modules whose calls to the attention function are recorded
         for number, layer in self.layers.items():
             if getattr(layer, "gradient_checkpointing", False) and layer.training:
                 raise ValueError(
-                    f"layer {number} is recorded and under activation checkpointing, which would run it twice: set its "
-                    "gradient_checkpointing to False"
+                    f"cannot record layer {number} with gradient_checkpointing=True, which runs it twice: set the "
+                    "layer's gradient_checkpointing to False"
                 )
             if not isinstance(layer, HybridMemLayer):
                 called[layer] = number
@@ -219,7 +226,7 @@ class AttentionRecorder:
         self._key_mask = None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.bool()
 
     def _watch_parts(self, number: int, layer: HybridMemLayer) -> None:
-        """Projections of our layers are made once more: cheaper than to have every layer hand them out."""
+        """Hook the parts of a HybridMem layer; the hooks recompute projections instead of making layers return them."""
 
         def note_attention(attention: ShortRangeAttention, arguments: tuple[Any, ...], _: Any) -> None:
             self.records[number].attention = record_attention(attention, *arguments)
@@ -232,7 +239,7 @@ class AttentionRecorder:
 
         def note_memory(memory: NeuralMemory, arguments: tuple[Any, ...], _: Any) -> None:
             inputs = record_memory(memory, *arguments)
-            before = self.records[number].memory  # mac writes segment by segment; or it is that of an earlier pass
+            before = self.records[number].memory  # of mac's previous segment, or of an earlier pass
             if before is not None:
                 inputs = _joined(before, inputs, self.times)
             self.records[number].memory = inputs
@@ -251,7 +258,7 @@ class AttentionRecorder:
             self._watch(layer.mixer.allocation_gate.register_forward_hook(note_gate))
 
     def _keeping_calls(self, called: dict[nn.Module, int]) -> Callable[[AttentionFunction], AttentionFunction]:
-        """Wrap an attention function so that calls of `called` are noted."""
+        """Return a wrapper of attention functions that records the calls from the modules in `called`."""
 
         def wrap(function: AttentionFunction) -> AttentionFunction:
             def keeping(module: nn.Module, query: Tensor, key: Tensor, *others: Any, **options: Any) -> Any:
@@ -269,13 +276,13 @@ class AttentionRecorder:
         return wrap
 
     def _tokens_kept(self, keys: int) -> Bool[Tensor, "batch tokens"] | None:
-        """The padding mask of the keys: a window's cache keeps the last ones only."""
+        """Return the padding mask of the last `keys` tokens, because a window's cache keeps only those."""
         return None if self._key_mask is None else self._key_mask[:, self._key_mask.shape[1] - keys :]
 
 
 @contextmanager
 def recording(model: nn.Module, layers: Sequence[int], times: int | Int[Tensor, " rows"]) -> Iterator[Records]:
-    """Record one pass; the records are there when the context ends (see AttentionRecorder)."""
+    """Record one pass; the yielded records are filled when the context ends (see AttentionRecorder)."""
     records = Records()
     with AttentionRecorder(model, layers, times) as recorder:
         yield records
@@ -286,15 +293,18 @@ def _check_segments(_: nn.Module, arguments: tuple[Any, ...]) -> None:
     sequence: TokenSequence = arguments[-1]
     if sequence.document_ids is not None:
         raise ValueError(
-            "mac cuts padded rows, and those of several documents, into segments of their own, which cannot be "
-            "recorded: give prompts of one length, a document each, or record a layer of another variant"
+            "cannot record mac on padded rows or on rows with several documents: use prompts of equal length with one "
+            "document each, or record a layer of another variant"
         )
 
 
 def _record_call(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> AttentionRecord:
     for name in UNSUPPORTED:
         if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} attends with {name}: its distribution is not a softmax of q·k")
+            raise ValueError(
+                f"cannot record {type(module).__name__}, whose attention uses {name}: only a softmax of q·k can be "
+                "recorded; choose another model or layer"
+            )
     persistent = module.num_persistent if isinstance(module, ShortRangeAttention) else 0
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -307,9 +317,9 @@ def record_attention(
     state: AttentionState | None,
     sequence: TokenSequence,
 ) -> AttentionRecord:
-    """Queries and keys of our own attention."""
+    """Return the queries and keys of a ShortRangeAttention."""
     if sequence.document_ids is not None and sequence.document_ids.max() > 0:
-        raise ValueError("rows of several documents cannot be recorded: give one document a row")
+        raise ValueError("cannot record rows with several documents: pass one document per row")
     q, k, v, _ = attention.project(x, None if state is None else state.convolution, sequence)
     if state is not None:
         k, v = torch.cat((state.keys.to(k.dtype), k), 2), torch.cat((state.values.to(v.dtype), v), 2)
@@ -327,15 +337,17 @@ def record_heads(
 ) -> AttentionRecord:
     """Return the queries and keys of a `mah` layer.
 
+    Under an allocation (`full_share`) the record is that of all keys, which an open head attends to.
+
     Raises:
-        ValueError: rows of several documents; heads that do not all read `full`, which no one window describes.
+        ValueError: A row has several documents, or a head's source is not `full`, so no single window applies.
     """
     if sequence.document_ids is not None and sequence.document_ids.max() > 0:
-        raise ValueError("rows of several documents cannot be recorded: give one document a row")
-    code = "f" * mixer.kv_heads
-    if mixer.sources_code(sequence) != code:
+        raise ValueError("cannot record rows with several documents: pass one document per row")
+    code = mixer.sources_code(sequence)
+    if not code.endswith("+") and code != "f" * mixer.kv_heads:
         raise ValueError(
-            f"layer {mixer.layer_idx} has heads that do not read everything and cannot be recorded: record a layer "
+            f"cannot record layer {mixer.layer_idx}, which has heads with a source other than full: choose a layer "
             "whose head_sources are all full"
         )
     tokens = mixer.project(x, sequence)
@@ -356,7 +368,7 @@ def record_memory(
     state: NeuralMemoryState | None,
     sequence: TokenSequence,
 ) -> ScanInputs:
-    """What a memory reads and writes; padding writes nothing."""
+    """Return the scan inputs of a memory, with gates that make padding write nothing."""
     inputs, _ = memory.scan_inputs(x, None if state is None else state.convolution, sequence)
     if sequence.mask is None:
         return inputs
@@ -367,7 +379,7 @@ def record_memory(
 
 
 def _joined(before: ScanInputs, after: ScanInputs, times: int | Int[Tensor, " rows"] | None) -> ScanInputs:
-    """Inputs one after the other; earlier ones count for each of the rows that go on from them."""
+    """Concatenate scan inputs in time; earlier rows are repeated for all rows that continue them."""
     if len(before.q) < len(after.q):
         repeats = times.to(after.q.device) if isinstance(times, Tensor) else len(after.q) // len(before.q)
         before = ScanInputs(*(x.repeat_interleave(repeats, 0) for x in before))
@@ -376,10 +388,10 @@ def _joined(before: ScanInputs, after: ScanInputs, times: int | Int[Tensor, " ro
 
 @contextmanager
 def _intercepted(implementation: str, wrap: Callable[[AttentionFunction], AttentionFunction]) -> Iterator[None]:
-    """Put a wrapper around an attention function of transformers' registry, for a while."""
+    """Wrap an attention function in transformers' registry inside the context."""
     if implementation == "eager":
         raise ValueError(
-            "eager attention does not go through transformers' registry: set attn_implementation to 'sdpa' to record it"
+            "cannot record eager attention, which bypasses transformers' registry; set attn_implementation to 'sdpa'"
         )
     override = ALL_ATTENTION_FUNCTIONS._local_mapping.get(implementation)
     ALL_ATTENTION_FUNCTIONS[implementation] = wrap(ALL_ATTENTION_FUNCTIONS[implementation])

@@ -1,4 +1,4 @@
-"""The distributions of a layer that objectives and callbacks choose from."""
+"""Names of a layer's distributions for objectives and callbacks."""
 
 TARGETS = ("attention", "allocation", "memory", "unified")
 KINDS = ("persistent", "memory", "window")  # the axis of `allocation`

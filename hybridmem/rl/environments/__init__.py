@@ -1,1 +1,1 @@
-"""Environments that a policy acts in over many turns."""
+"""Environments for multi-turn rollouts."""

@@ -1,10 +1,10 @@
-"""An environment in a Docker container of its own, as SWE-bench's are: a shell, files, and tests at the end.
+"""Docker environment in the style of SWE-bench, with a shell, file tools and final tests.
 
     reset(image="swebench/sweb.eval.x86_64.…", test_command="pytest tests/test_a.py")
     bash("grep -rn 'def area' .")   open("shapes.py")   edit("shapes.py", 7, "    return w * h")   test()   submit()
 
-The container has no network and limits of memory and processes. It is removed when the episode is judged, when the
-environment begins anew, when it is gone, and by Docker itself when its lifetime is over, even if training was killed.
+The container has no network, and limits on memory and processes. It is removed after submission, on the next reset, and
+when the environment is garbage-collected. If training is killed, Docker removes it at the end of its lifetime.
 """
 
 import shutil
@@ -16,28 +16,28 @@ from hybridmem.checks import at_least
 
 from .folders import with_line
 
-DIRECTORY = "/testbed"  # where SWE-bench's images hold the repository
-OPENED = 100  # lines at once
+DIRECTORY = "/testbed"  # the repository's folder in SWE-bench's images
+OPENED = 100  # lines that `open` shows
 TOO_LONG = 124  # the exit status of timeout(1)
 
 
 class ContainerError(RuntimeError):
-    """Docker is not there, or does not do what an environment needs."""
+    """Error for a missing docker command, or a container that cannot be started."""
 
 
 class Container:
-    """A container to act in, by TRL's conventions.
+    """Environment in a Docker container, with TRL's interface.
 
     Args:
-        command_seconds: of what `bash` runs.
-        test_seconds: of the tests.
-        lifetime: seconds after which the container ends whatever happens.
-        memory: of the container, as Docker writes it.
-        processes: of the container.
-        max_output: characters of what a command says; the middle of what is longer is left out.
+        command_seconds: time limit of a `bash` command.
+        test_seconds: time limit of the tests.
+        lifetime: seconds until the container stops unconditionally.
+        memory: the container's memory limit in Docker's notation.
+        processes: the container's maximum number of processes.
+        max_output: the maximum number of characters of a command's output; longer output is cut in the middle.
 
     Raises:
-        ContainerError: there is no `docker` command.
+        ContainerError: The `docker` command is missing.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Container:
         at_least(2, max_output=max_output)
         if shutil.which("docker") is None:
             raise ContainerError(
-                "environments in containers need the docker command, and it is not on PATH: install Docker, or choose "
-                "a task that runs in hybridmem.sandbox.run, such as hybridmem.tasks.Repair"
+                "the docker command is not on PATH: install Docker, or choose a task that runs in "
+                "hybridmem.sandbox.run, such as hybridmem.tasks.Repair"
             )
         self._seconds, self._test_seconds, self._lifetime = command_seconds, test_seconds, lifetime
         self._memory, self._processes, self._max_output = memory, processes, max_output
@@ -68,57 +68,56 @@ class Container:
         """Start a container.
 
         Args:
-            image: which one.
-            test_command: what passes, with exit status 0, when the task is done.
-            test_patch: changes to the repository, as git writes them, that bring the tests; none before the end.
-            directory: where the repository is.
-            columns: of the example, ignored.
+            image: the Docker image.
+            test_command: the command that exits with status 0 if the task is solved.
+            test_patch: a git patch that adds the tests; it is applied on submission only.
+            directory: the repository's folder.
+            columns: further columns of the example, ignored.
 
         Raises:
-            ContainerError: Docker cannot start it.
+            ContainerError: Docker cannot start the image.
         """
         self._end()
         self._test_command, self._test_patch, self._directory = test_command, test_patch, directory
         self._reward, self.done = 0.0, False
-        started = _docker(
-            "run", "--detach", "--rm", "--init", "--network", "none", "--memory", self._memory,
-            "--pids-limit", str(self._processes), "--security-opt", "no-new-privileges", "--workdir", directory,
-            "--entrypoint", "sleep", image, str(self._lifetime), seconds=self._test_seconds,
-        )  # fmt: skip
+        limits = ["--network", "none", "--memory", self._memory, "--pids-limit", str(self._processes)]
+        options = ["--detach", "--rm", "--init", *limits, "--security-opt", "no-new-privileges", "--workdir", directory]
+        command = ["--entrypoint", "sleep", image, str(self._lifetime)]
+        started = _docker("run", *options, *command, seconds=self._test_seconds)
         if started.returncode:
-            raise ContainerError(f"image={image!r} cannot be started: {started.stdout.strip()}")
+            raise ContainerError(f"cannot start image={image!r}: {started.stdout.strip()}")
         self._name = started.stdout.split()[-1]
         self._remove = weakref.finalize(self, _docker, "rm", "--force", self._name, seconds=self._seconds)
 
     def get_reward(self) -> float:
-        """1 if the repository was submitted and its tests pass, with the changes that bring them."""
+        """Return 1 if the submitted repository passes its tests with test_patch applied, else 0."""
         return self._reward
 
     def bash(self, command: str) -> str:
         """Run a command in the repository's folder.
 
         Args:
-            command: as a shell reads it.
+            command: the shell command.
         """
         return self._said(self._run(["bash", "-lc", command], self._seconds))
 
     def open(self, path: str, line: int = 1) -> str:
-        """A hundred lines of a file, numbered.
+        """Return a hundred numbered lines of a file.
 
         Args:
-            path: the file's, from the repository's folder.
-            line: the first one.
+            path: the file's path, relative to the repository's folder.
+            line: the first line to show.
         """
         lines = self._read(path)[max(line, 1) - 1 :][:OPENED]
         return self._cut("\n".join(f"{number} {text}" for number, text in enumerate(lines, max(line, 1))))
 
     def edit(self, path: str, line: int, text: str = "") -> str:
-        """Put a text in the place of a line.
+        """Replace a line of a file.
 
         Args:
-            path: the file's, from the repository's folder.
-            line: the line's number, as `open` tells it.
-            text: what stands there from now on, with its indentation; nothing takes the line away.
+            path: the file's path, relative to the repository's folder.
+            line: the line's number, as shown by `open`.
+            text: the new text with its indentation; an empty text deletes the line.
         """
         written = with_line(path, self._read(path), line, text)
         done = self._run(["sh", "-c", 'cat > "$1"', "sh", path], self._seconds, written)
@@ -127,11 +126,11 @@ class Container:
         return "edited"
 
     def test(self) -> str:
-        """Run the tests that are there."""
+        """Run the tests in their current state."""
         return self._said(self._tested())
 
     def submit(self) -> str:
-        """Hand in the repository as it is, and end; this runs the tests."""
+        """Submit the repository, run its tests and end the episode."""
         self.done = True
         patched = self._run(["git", "apply", "-"], self._seconds, self._test_patch) if self._test_patch else None
         if patched is None or patched.returncode == 0:
@@ -149,13 +148,13 @@ class Container:
         return read.stdout.splitlines()
 
     def _run(self, command: list[str], seconds: int, given: str = "") -> subprocess.CompletedProcess[str]:
-        """A command in the container, ended there when its time is over."""
+        """Run a command in the container with a time limit."""
         limited = ["timeout", "--kill-after", "5", str(seconds), *command]
         where = ["--interactive", "--workdir", self._directory, self._name]
         return _docker("exec", *where, *limited, seconds=seconds + 30, given=given)
 
     def _said(self, done: subprocess.CompletedProcess[str]) -> str:
-        ends = {0: "", TOO_LONG: "\n(its time was over)"}
+        ends = {0: "", TOO_LONG: "\n(timed out)"}
         return self._cut(done.stdout.rstrip("\n")) + ends.get(done.returncode, f"\n(exit status {done.returncode})")
 
     def _cut(self, text: str) -> str:
@@ -168,7 +167,7 @@ class Container:
 
 
 def _docker(*arguments: str, seconds: int, given: str = "") -> subprocess.CompletedProcess[str]:
-    """Docker's command, what it says and what it complains of together."""
+    """Run a docker command, with stdout and stderr merged."""
     settings: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     try:
         return subprocess.run(["docker", *arguments], input=given, timeout=seconds, check=False, **settings)

@@ -1,15 +1,15 @@
-"""Environments that a policy acts in, turn by turn, by TRL's conventions: what runs there runs here.
+"""Tool calls in environments with TRL's interface, so that environments work with both libraries.
 
     class Shop:
-        def reset(self, **columns) -> str | None:  # begin with an example's columns; text goes behind the prompt
-        def get_reward(self) -> float:             # what was earned; without it reward functions judge
+        def reset(self, **columns) -> str | None:  # takes an example's columns; returned text follows the prompt
+        def get_reward(self) -> float:             # optional; without it, reward functions score the trajectory
         def search(self, query: str) -> str:       # every other public method is a tool
 
-A turn is what the policy says up to its end of text: calls of tools, whose answers it then reads. A turn without a call
-ends the trajectory, and so does, beyond TRL's conventions, an environment whose attribute `done` is true.
+A turn is the policy's output up to EOS. It contains tool calls, whose results the policy reads next. A turn without a
+call ends the trajectory. So does, as an extension of TRL's interface, a true attribute `done` of the environment.
 
-Calls are written `json`, as most chat templates do, several to a turn if need be, or `plain`, for models that never saw
-JSON:
+Calls have the format `json`, as in most chat templates, with any number of calls per turn, or `plain`, for models that
+never saw JSON:
 
     <tool_call>{"name": "search", "arguments": {"query": "red shoes"}}</tool_call>
     search red shoes
@@ -32,12 +32,12 @@ Tools = dict[str, Callable[..., Any]]
 
 
 class CallError(ValueError):
-    """A call that cannot be made: what the policy is told."""
+    """Error for an invalid tool call; its message becomes the policy's observation."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A tool by name, and what it is given."""
+    """Tool call: the tool's name and its arguments."""
 
     name: str
     arguments: dict[str, Any]
@@ -45,13 +45,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a turn.
+    """Result of a turn.
 
     Args:
-        observation: what the policy reads next.
-        calls: how many tools were called.
-        failures: how many of the calls could not be read, or raised.
-        ended: whether this was the last turn.
+        observation: the text that the policy reads next.
+        calls: the number of tool calls.
+        failures: the number of calls that could not be parsed or raised an error.
+        ended: True if the turn ended the trajectory.
     """
 
     observation: str
@@ -61,30 +61,30 @@ class Step:
 
 
 def tools_of(environment: Any) -> Tools:
-    """The public methods of an environment's class, by name, but for `reset` and `get_reward`.
+    """Return the tools of an environment by name: its public methods except `reset` and `get_reward`.
 
     Raises:
-        ValueError: it has no method `reset`, or no tool.
+        ValueError: The environment has no method `reset`, or no tool.
     """
     members = inspect.getmembers(type(environment), predicate=inspect.isfunction)
     tools = {name: getattr(environment, name) for name, _ in members if not name.startswith("_")}
     kind = type(environment).__name__
     if "reset" not in tools:
-        raise ValueError(f"environment_factory: {kind} has no method reset(**columns), which begins an episode")
+        raise ValueError(f"environment_factory: {kind} lacks a method reset(**columns), which starts an episode")
     tools = {name: tool for name, tool in tools.items() if name not in NOT_TOOLS}
     if not tools:
-        raise ValueError(f"environment_factory: {kind} has no tool, a public method beside reset and get_reward")
+        raise ValueError(f"environment_factory: {kind} has no tools; add a public method besides reset and get_reward")
     return tools
 
 
 def act(environment: Any, turn: str, call_format: str, max_observation_length: int) -> Step:
-    """Make a turn's calls. A tool that raises is told to the policy and counted, and never ends a run.
+    """Execute a turn's tool calls. Errors of tools become observations, count as failures and never stop training.
 
     Args:
-        environment: which acts.
-        turn: what the policy said.
+        environment: the environment.
+        turn: the policy's output.
         call_format: `plain` or `json`.
-        max_observation_length: characters of the observation; what is longer is cut, and said to be.
+        max_observation_length: the number of characters at which the observation is cut, with a note.
     """
     tools = tools_of(environment)
     try:
@@ -103,10 +103,10 @@ def act(environment: Any, turn: str, call_format: str, max_observation_length: i
 
 
 def parse_calls(turn: str, tools: Tools, call_format: str) -> list[Call]:
-    """The calls that a turn makes; none where it makes none.
+    """Parse the tool calls of a turn, of which there may be none.
 
     Raises:
-        CallError: a call that cannot be read, or that no tool takes.
+        CallError: A call is malformed, or does not match a tool's signature.
     """
     written = JSON_CALL.findall(turn) if call_format == "json" else [turn.strip()] if turn.strip() else []
     parse = _parse_json if call_format == "json" else _parse_plain
@@ -122,7 +122,7 @@ def _parse_json(text: str, tools: Tools) -> Call:
 
 
 def _parse_plain(text: str, tools: Tools) -> Call:
-    """The tool's name and its arguments in order; the last one takes the rest of the text."""
+    """Parse a tool's name and its positional arguments; the last argument takes the rest of the text."""
     name, _, rest = text.partition(" ")
     if name not in tools:
         return Call(name, {})

@@ -12,19 +12,19 @@ def group_advantages(
 ) -> Float[Tensor, " responses"]:
     """Return A = (R − mean of the group) / (std + 1e-4), exactly 0 in groups whose rewards are all equal.
 
-    The standard deviation (of n − 1) is the group's, the batch's or none.
+    The standard deviation has n − 1 in its denominator and covers the group or the batch, or is left out.
 
     Args:
-        rewards: of the generation batch of all processes, groups next to one another.
-        num_generations: responses of a group.
-        scale_rewards: `group`, `batch` or `none`, which divides by nothing.
+        rewards: the rewards of the generation batch on all ranks, one group after the other.
+        num_generations: the number of responses in each group.
+        scale_rewards: `group`, `batch`, or `none` for no division.
 
     Raises:
-        ValueError: a group of one, rewards that are not whole groups, or an unknown scale.
+        ValueError: A group has a single response, a group is incomplete, or the scale is unknown.
     """
     check_choice("scale_rewards", scale_rewards, SCALES)
     groups = grouped(rewards, num_generations)
-    # A rounded mean differs from equal rewards by an ulp, which an optimiser like Adam turns into full-sized steps.
+    # The rounded mean of equal rewards may be off by one ulp, which Adam would turn into a full-sized step.
     signal = groups_with_signal(rewards, num_generations)[:, None]
     advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(~signal, 0)
     if scale_rewards == "group":
@@ -35,31 +35,31 @@ def group_advantages(
 
 
 def groups_with_signal(rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " groups"]:
-    """Return which groups have rewards that differ; all advantages of the others are 0.
+    """Return a mask of the groups whose rewards differ; the advantages of all other groups are 0.
 
     Raises:
-        ValueError: a group of one, or rewards that are not whole groups.
+        ValueError: A group has a single response, or a group is incomplete.
     """
     groups = grouped(rewards, num_generations)
     return groups.amax(1) > groups.amin(1)
 
 
 def grouped(rewards: Float[Tensor, " responses"], num_generations: int) -> Float[Tensor, "groups num_generations"]:
-    """Return rewards as groups.
+    """Reshape rewards to one row per group.
 
     Raises:
-        ValueError: a group of one, or rewards that are not whole groups.
+        ValueError: A group has a single response, or a group is incomplete.
     """
     if num_generations < 2:
         raise ValueError(
-            f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
+            f"num_generations={num_generations} gives every response an advantage of 0; sample 2 or more per prompt"
         )
     if len(rewards) % num_generations:
-        raise ValueError(f"{len(rewards)} rewards are not whole groups of num_generations={num_generations}")
+        raise ValueError(f"{len(rewards)} rewards cannot be split into groups of num_generations={num_generations}")
     return rewards.reshape(-1, num_generations)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError if a setting is not one of its choices."""
+    """Raise a ValueError if a setting's value is not among its choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""Attention as the policy: hold the patterns that won, leave those that lost (RAL, arXiv 2602.04884)."""
+"""Attention as the policy: advantages weight its divergence from the rollout's attention (RAL, arXiv 2602.04884)."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord, Reco
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
-from hybridmem.rl.rollouts.prompts import PromptBatch, Times
+from hybridmem.rl.rollouts.prompts import Times
 from hybridmem_kernels.attention_divergence import DIVERGENCES
 
 from .objective import LossAndMetrics, ModelLoader, Objective
@@ -27,21 +27,23 @@ POSITIONS = ("generated", "predicting")
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRL(Objective):
-    """weight · mean over generated t of A_t · divergence(p_θ,t ‖ p_old,t): RAL's objective by default.
+    """Attention RL: weight · mean over generated t of A_t · divergence(p_θ,t ‖ p_old,t). The defaults are RAL's.
+
+    Positive advantages pull the policy's attention towards the rollout's; negative ones push it away.
 
     Args:
-        target: the distribution that is the policy: `attention`, `allocation`, `memory` or `unified`.
-        weight: λ, beside the token objective.
-        layers: the layers whose distributions count, from the end if negative; their mean.
+        target: the distribution that acts as the policy: `attention`, `allocation`, `memory` or `unified`.
+        weight: λ, the weight of this loss relative to the token objective.
+        layers: indices of the layers whose divergences are averaged; negative indices count from the end.
         divergence: `jsd`, `kl` (p_θ covers p_old) or `reverse_kl`.
-        positions: queries at the `generated` tokens, as in RAL, or those `predicting` one: the prompt's last token
-            first, the last generated one left out.
+        positions: `generated` takes the queries at the generated tokens, as in RAL; `predicting` takes the queries
+            that predict them, from the prompt's last token to the last generated token but one.
         entropy_bonus: weight of the distribution's entropy, in nats, which is subtracted from the loss.
-        min_span: least effective span exp(entropy) in tokens; what is missing, in nats, is added to the loss.
-        exploration: deviation of the noise on the logits during the rollout; 0 is RAL.
+        min_span: minimum effective span exp(entropy) in tokens; the shortfall, in nats, is added to the loss.
+        exploration: standard deviation of the noise on the attention logits during the rollout; 0 in RAL.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: A setting is out of range or unknown.
     """
 
     family: ClassVar[str] = "AttentionRL"
@@ -63,7 +65,10 @@ class AttentionRL(Objective):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
         if self.target == "unified" and self.exploration:
-            raise ValueError("exploration is defined for target attention, allocation or memory; set exploration=0")
+            raise ValueError(
+                f"target='unified' supports no exploration={self.exploration}; set exploration=0, or target to "
+                "attention, allocation or memory"
+            )
         for name in ("weight", "entropy_bonus", "exploration"):
             value = getattr(self, name)
             if value is None or not 0 <= value < math.inf:
@@ -73,48 +78,54 @@ class AttentionRL(Objective):
 
     @property
     def explores(self) -> bool:
-        """Whether responses are sampled with noise on their attention."""
+        """Return True if responses are sampled with noise on their attention."""
         return bool(self.exploration)
 
     @property
     def trains_head(self) -> bool:
-        """Attention alone gives the head no gradient."""
+        """Return False: the loss reads attention only, so the LM head gets no gradient."""
         return False
 
-    def check_run(self, steps_per_rollout: int) -> None:
-        """Raise a ValueError if the objective's gradient would be zero in every step."""
+    def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
+        """Raise a ValueError if the objective's gradient is zero in every step."""
         if self.weight and not self.exploration and steps_per_rollout == 1:
             raise ValueError(
-                "AttentionRL compares with the rollout's attention, from which one optimiser step per rollout never "
-                "moves: its gradient would be zero. Set num_iterations or steps_per_generation to 2 or more, or "
-                "AttentionRL's exploration above 0"
+                "AttentionRL's gradient is zero in the first optimiser step after a rollout, and this run takes only "
+                "one: set num_iterations or steps_per_generation to 2 or more, or AttentionRL's exploration above 0"
+            )
+
+    def check_others(self, others: list[Objective]) -> None:
+        """Raise a ValueError if the prompt's last query, which predicts the first token, will not be recorded."""
+        if self.positions == "predicting" and any(other.splits_reading for other in others):
+            raise ValueError(
+                "positions=predicting does not go with prefill=full of an allocation, which reads prompts apart: set "
+                "positions to generated, or prefill to allocated"
             )
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
-        """Raise a ValueError if the model lacks the layers, or they cannot be recorded."""
+        """Raise a ValueError if the model lacks one of the layers, or if one cannot be recorded."""
         AttentionRecorder(policy.model, self.layers)
 
     def act(
-        self, policy: Policy, prompts: PromptBatch, num_generations: int, length: int, generators: list[torch.Generator]
+        self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]
     ) -> Exploration | None:
-        """Draw the noise that each response attends with."""
+        """Draw the noise on each response's attention logits; return None without exploration."""
         if not self.exploration:
             return None
         layers = list(AttentionRecorder(policy.model, self.layers).layers)
         noise = draw_noise(
-            policy.model, self.target, layers, self.exploration, len(prompts.input_ids), num_generations,
-            prompts.input_ids.shape[1] + length, generators,
-        )  # fmt: skip
+            policy.model, self.target, layers, self.exploration, len(generators), num_generations, time, generators
+        )
         return Exploration(self.target, noise)
 
     def observe(self, model: Any, times: int | Times) -> AbstractContextManager[Records]:
-        """Record the layers' attention during a pass."""
+        """Return a context that records the layers' attention during a forward pass."""
         return recording(model, self.layers, times)
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return `compute_loss` of the responses."""
+        """Return the loss of a batch of responses and its metrics (see `compute_loss`)."""
         action: Any = batch.actions.get(self.family)
         noise = None if action is None else action.noise
         records, old_records = scores.seen[self.family], old.seen[self.family]
@@ -128,18 +139,18 @@ class AttentionRL(Objective):
         mask: Bool[Tensor, "responses length"],
         noise: Noise | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss of some responses, and its metrics.
+        """Return the loss of some responses and its metrics.
 
         Args:
-            records: what the policy's pass over prompts and responses left, by layer.
-            old_records: the same of the rollout's policy.
-            advantages: of each response.
-            mask: the generated tokens that count; the last `length` tokens of the rows.
-            noise: what was added to the attention logits in the rollout, up to the rows' last token; old_records do
-                not hold it.
+            records: the policy's records of prompts and responses, by layer.
+            old_records: the sampling policy's records of the same rows, by layer.
+            advantages: one advantage per response.
+            mask: the generated tokens that carry loss, among the last `length` tokens of each row.
+            noise: the noise that the rollout added to the attention logits, up to each row's last token; old_records
+                do not include it.
 
         Returns:
-            The loss, and without gradient the means over tokens of `divergence`, `entropy` and `effective_span`.
+            The loss, and the detached means over tokens of `divergence`, `entropy` and `effective_span`.
         """
         divergences, entropies = zip(
             *(self._compare(records[n], old_records[n], mask, None if noise is None else noise[n]) for n in records),
@@ -162,7 +173,7 @@ class AttentionRL(Objective):
         mask: Bool[Tensor, "responses length"],
         noise: Float[Tensor, "responses heads *time"] | None,
     ) -> tuple[Float[Tensor, "responses length"], Float[Tensor, "responses length"]]:
-        """Divergence and entropy at the tokens that count, one layer."""
+        """Return one layer's divergence and entropy at the tokens that carry loss."""
         length, shift = mask.shape[1], int(self.positions == "predicting")
         if self.target == "attention" and record.attention is not None and old.attention is not None:
             then = old.attention if noise is None else with_noise(old.attention, noise)

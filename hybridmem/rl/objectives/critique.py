@@ -1,12 +1,13 @@
-"""Critique-GRPO (arXiv 2506.03106): where all responses fail, the policy answers again with a critique before it.
+"""Critique-GRPO (arXiv 2506.03106): the policy refines failed responses with the help of critiques.
 
-Of a prompt whose n responses all failed, each response is refined under its critique, and k refinements, right ones
-first, join the group. Over all n + k responses A = R − mean(R). Tokens of the n have GRPO's clipped ratio, of the k
+If all n responses to a prompt fail, the policy refines each of them given its critique. The best k refinements join
+the group, and A = R − mean(R) over all n + k responses. Tokens of the n initial responses have GRPO's clipped loss;
+tokens of the k refinements have
 
     −ρ A,  ρ = π / (π + γ)
 
-with π the policy's probability of the token behind the *original* prompt. The weight of ∇ log π, γπ / (π + γ)², is
-largest at π = γ: right tokens that the policy finds unlikely learn most, and what it knows is left alone.
+with π the policy's probability of the token after the *original* prompt. The weight of ∇ log π, γπ / (π + γ)², peaks
+at π = γ: correct but unlikely tokens are reinforced most, and tokens that are already likely hardly change.
 """
 
 import logging
@@ -40,19 +41,19 @@ FIELDS = {"prompt", "response", "critique"}
 
 @dataclass(frozen=True, kw_only=True)
 class CritiqueGRPO(DrGRPO):
-    """Critique-GRPO as its paper has it: no deviation, no length, no KL.
+    """Critique-GRPO as published: no division by standard deviation or length, and no KL penalty.
 
     Args:
-        critic: says what is wrong with responses (see hybridmem.rl.rewards.critics).
-        num_refinements: k, how many refinements join a group.
-        gamma: γ of the shaping ρ.
-        correct_reward: a response with a lower reward has failed.
-        template: of the prompt that a refinement answers, with {prompt}, {response} and {critique}.
-        refine_groups: `failed`: groups in which every response failed; `all`: every group.
-        join: `union`: refinements are added to the group; `replace`: they take the place of its first responses.
+        critic: critiques responses (see hybridmem.rl.rewards.critics).
+        num_refinements: k, the number of refinements that join a group.
+        gamma: γ in the shaping ρ.
+        correct_reward: responses with a lower reward count as failed.
+        template: format string of the refinement prompt, with the fields {prompt}, {response} and {critique}.
+        refine_groups: `failed` refines groups in which every response failed; `all` refines every group.
+        join: `union` adds the refinements to the group; `replace` puts them in place of its first responses.
 
     Raises:
-        ValueError: a value that cannot work.
+        ValueError: A setting is out of range, or contradicts another one.
     """
 
     refines: ClassVar[bool] = True
@@ -72,15 +73,21 @@ class CritiqueGRPO(DrGRPO):
         one_of(("union", "replace"), join=self.join)
         one_of(("none", "group"), scale_rewards=self.scale_rewards)
         if not 0 < self.gamma < math.inf:
-            raise ValueError(f"gamma={self.gamma} must be above 0: without it refinements would have no gradient")
+            raise ValueError(f"gamma={self.gamma} must be positive and finite, or refinements get no gradient")
         if self.importance_sampling_level != "token":
-            raise ValueError("importance_sampling_level must be token: refinements are shaped token by token")
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} does not apply to refinements, whose "
+                "loss is per token; set it to token"
+            )
         if self.dynamic_sampling:
-            raise ValueError("dynamic_sampling drops the groups that failed, which CritiqueGRPO refines: set it off")
+            raise ValueError(
+                "dynamic_sampling=True replaces the failed groups that CritiqueGRPO refines; set dynamic_sampling=False"
+            )
         missing, unknown = FIELDS - (named := fields_of("template", self.template)), named - FIELDS
         if "prompt" in missing or "critique" in missing or unknown:
             raise ValueError(
-                f"template={self.template!r} must name {{prompt}} and {{critique}}, may name {{response}}, and no other"
+                f"template={self.template!r} must contain {{prompt}} and {{critique}}, optionally {{response}}, and no "
+                "other field"
             )
 
     def policy_loss(
@@ -90,7 +97,7 @@ class CritiqueGRPO(DrGRPO):
         advantages: Float[Tensor, "responses 1"],
         refined: Bool[Tensor, " responses"] | None = None,
     ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
-        """GRPO's, and −ρ A for the responses that are refinements."""
+        """Return GRPO's loss for sampled responses and −ρ A for refinements."""
         loss, clipped = super().policy_loss(ratio, logps, advantages)
         if refined is None:
             return loss, clipped
@@ -99,22 +106,22 @@ class CritiqueGRPO(DrGRPO):
         return loss, {name: where & ~rows for name, where in clipped.items()}
 
     def to_refine(self, correct: Bool[Tensor, "groups num_generations"]) -> Bool[Tensor, " groups"]:
-        """Which groups are refined."""
+        """Return a mask of the groups to refine."""
         return ~correct.any(1) if self.refine_groups == "failed" else torch.ones_like(correct[:, 0])
 
     def advantages(
         self, rewards: Float[Tensor, " responses"], sizes: Int[Tensor, " groups"], num_generations: int
     ) -> Float[Tensor, " responses"]:
-        """Return R − mean of each group, refinements included, divided as scale_rewards says."""
+        """Return R − mean of each group, refinements included, divided according to scale_rewards."""
         groups = rewards.split(sizes.tolist())
         return torch.cat([group_advantages(group, len(group), self.scale_rewards) for group in groups])
 
     @torch.no_grad()
     def refine(self, rollout: Rollout, examples: list[Example], texts: list[str], worker: Refiner) -> Rollout:
-        """Add refinements after each group that `to_refine` names, or put them in its first places.
+        """Refine the groups that `to_refine` selects, and add the best refinements or replace first responses by them.
 
-        Measures, under critique/: the share of groups that were refined, of these the share with a right refinement,
-        the number of refinements, and the number of responses without a critique or without room for one.
+        Logs under critique/: the share of groups that were refined, the share of those that got a correct refinement,
+        the number of refinements sampled, and the number of responses without a critique or too long for one.
         """
         times = worker.num_generations
         correct = rollout.rewards >= self.correct_reward
@@ -122,7 +129,7 @@ class CritiqueGRPO(DrGRPO):
         rows = groups.repeat_interleave(times).nonzero().squeeze(1).tolist()
         asked = self._ask_again(worker, examples, texts, correct, rows)
         worker.measure("critique/refined_groups", groups.float().mean())
-        _, size = rank_and_size()  # the mean over ranks of size times a count is the sum
+        _, size = rank_and_size()  # `measure` averages over ranks; times the number of ranks, that is the sum
         worker.measure("critique/unrefined", float(size * (len(rows) - len(asked))))
         worker.measure("critique/sampled", float(size * len(asked)))
         if not asked:
@@ -142,18 +149,20 @@ class CritiqueGRPO(DrGRPO):
     def _ask_again(
         self, worker: Refiner, examples: list[Example], texts: list[str], correct: Tensor, rows: list[int]
     ) -> list[tuple[int, Prompt]]:
-        """Return the responses that can be refined, each with the prompt that asks for it."""
+        """Return the row of each response that can be refined, with its refinement prompt."""
         if not rows:
             return []
         repeated = [examples[row // worker.num_generations] for row in rows]
         columns = {name: [example[name] for example in repeated] for name in repeated[0] if name != "prompt"}
         critiques = self.critic(
-            prompts=[example["prompt"] for example in repeated], completions=[texts[row] for row in rows],
-            correct=correct[rows].tolist(), **columns,
-        )  # fmt: skip
+            prompts=[example["prompt"] for example in repeated],
+            completions=[texts[row] for row in rows],
+            correct=correct[rows].tolist(),
+            **columns,
+        )
         if len(critiques) != len(rows):
             raise ValueError(
-                f"the critic gave {len(critiques)} critiques for {len(rows)} responses; it must give one each"
+                f"the critic returned {len(critiques)} critiques for {len(rows)} responses; it must return one each"
             )
         asked = []
         for row, example, critique in zip(rows, repeated, critiques, strict=True):
@@ -163,13 +172,13 @@ class CritiqueGRPO(DrGRPO):
             try:
                 asked.append((row, worker.policy.data.prompt({**example, "prompt": text})))
             except ValueError as error:  # longer than max_prompt_length
-                logger.warning("a response is not refined: %s", error)
+                logger.warning("skipping the refinement of a response: %s", error)
         return asked
 
 
 @dataclass(frozen=True, kw_only=True)
 class CritiqueGRPOReleased(CritiqueGRPO):
-    """Critique-GRPO as the authors' released code has it: always refines, replaces, and divides by the deviation."""
+    """Critique-GRPO as in the authors' code: refine every group, replace responses, divide by standard deviation."""
 
     scale_rewards: str = "group"
     refine_groups: str = "all"
@@ -177,12 +186,12 @@ class CritiqueGRPOReleased(CritiqueGRPO):
 
 
 def shaped(logps: Float[Tensor, "responses length"], gamma: float) -> Float[Tensor, "responses length"]:
-    """ρ = π / (π + γ), in (0, 1 / (1 + γ)]."""
+    """Return ρ = π / (π + γ), which lies in (0, 1 / (1 + γ)]."""
     return torch.sigmoid(logps - math.log(gamma))
 
 
 def best_of_groups(rewards: Tensor, group_of: Int[Tensor, " responses"], count: int) -> Int[Tensor, " chosen"]:
-    """The rows of each group's `count` highest rewards, earlier ones first among equals, in the order of the groups."""
+    """Return the rows of each group's `count` highest rewards, group by group; ties keep their order."""
     order = rewards.argsort(descending=True, stable=True)
     order = order[group_of[order].argsort(stable=True)]
     groups = group_of[order]
@@ -199,7 +208,7 @@ def joined(
     times: int,
     pad_id: int,
 ) -> Rollout:
-    """A rollout of groups of `times` and the refinements of some, in the order of the groups."""
+    """Merge a rollout, in groups of `times`, with the refinements of some groups; keep the order of the groups."""
     initial = torch.arange(len(rollout.rewards)) // times
     kept = torch.ones(len(initial), dtype=torch.bool)
     if join == "replace":

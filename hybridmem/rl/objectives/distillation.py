@@ -1,14 +1,14 @@
-"""On-policy attention distillation: answer alone, then look where a teacher looks (RAL, arXiv 2602.04884).
+"""On-policy attention distillation: match a teacher's attention on the student's responses (RAL, arXiv 2602.04884).
 
-Student and teacher read the student's own responses. With p_t the attention of a layer at token t, a mean over heads,
-and P_t the distribution that token t was drawn from, the objectives' losses get a further term
+Student and teacher both score the student's responses. Let p_t be a layer's attention at token t, averaged over heads,
+and P_t the distribution from which token t was drawn. The loss is
 
     μ · mean_t JSD_β(P_teacher,t ‖ P_student,t)  +  γ · mean_t JSD(p_student,t ‖ p_teacher,t)
 
-where t runs over generated tokens. A student may look through its memory where the teacher attends: p_student is then
-what `target` names of it, such as `unified`. The first term is generalised knowledge distillation, GKD (arXiv
-2306.13649), whose settings have TRL's names; its `lmbda` is 1 here, as every response is the student's. Heads, their
-size and the number of layers may differ between the two models.
+with t over generated tokens. A student may reach through its memory the tokens that the teacher attends to: `target`
+then selects another distribution as p_student, such as `unified`. The first term is generalised knowledge distillation,
+GKD (arXiv 2306.13649), with TRL's names for its settings; `lmbda` is fixed at 1, because all responses are the
+student's. The two models may differ in the number of layers and in the number and size of heads.
 """
 
 import math
@@ -37,13 +37,13 @@ from hybridmem_kernels.memory_scan import state_dtype
 from .objective import LossAndMetrics, ModelLoader, Objective
 
 OVER_TOKENS = ("attention", "memory", "unified")
-# What their layers attend to is not one distribution over the row's earlier tokens.
+# Variants whose layers have no single distribution over the row's earlier tokens.
 NOT_COMPARABLE = {"mac": "attends within its segment", "lmm": "has no attention"}
 
 
 @dataclass
 class Observation:
-    """What a model made of generated tokens: the logits that they were drawn from, and what one layer did."""
+    """A model's logits at the generated tokens, and the record of one layer."""
 
     logits: Float[Tensor, "responses length vocab"]
     record: LayerRecord
@@ -51,15 +51,15 @@ class Observation:
 
 @contextmanager
 def observed(model: nn.Module, layer: int, times: int | Times = 1) -> Iterator[list[Observation]]:
-    """A context in which `completion_logps` leaves an observation, that of its last pass; the model stays as it was.
+    """Observe passes of `completion_logps`; the yielded list holds the observation of the last pass.
 
     Args:
-        model: a causal LM of transformers, inside PEFT or not.
-        layer: which one, from the end if negative.
+        model: a causal LM of transformers, with or without PEFT; hooks are removed on exit.
+        layer: index of the recorded layer; negative indices count from the end.
         times: see `completion_logps`.
 
     Raises:
-        ValueError: see AttentionRecorder.
+        ValueError: AttentionRecorder cannot record the layer.
     """
     seen: list[Observation] = []
     with AttentionRecorder(model, [layer], times) as recorder:
@@ -77,21 +77,22 @@ def observed(model: nn.Module, layer: int, times: int | Times = 1) -> Iterator[l
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionDistillation(Objective):
-    """mu · GKD + gamma · mean over generated t of JSD(p_student,t ‖ p_teacher,t): RAL's distillation.
+    """RAL's distillation: mu · GKD + gamma · mean over generated t of JSD(p_student,t ‖ p_teacher,t).
 
     Args:
-        teacher: a Hugging Face folder or name, or a checkpoint (.ckpt), with the student's tokenizer.
-        mu: weight of the divergence between the distributions of the next token.
-        gamma: weight of the divergence between the attentions. The paper tries 0.05, 0.5 and 1; this is the middle.
-        beta: which divergence between next tokens: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher), between
-            them the generalised JSD.
-        temperature: that both models' logits are divided by before they are compared.
-        target: which of the student's distributions is to be like the teacher's attention: `attention`, `memory` or
-            `unified`, attention and memory as the gate mixes them.
-        student_layer, teacher_layer: whose attention is compared, from the end if negative.
+        teacher: a Hugging Face folder or name, or a checkpoint (.ckpt); it must share the student's tokenizer.
+        mu: weight of the divergence between next-token distributions.
+        gamma: weight of the divergence between attention distributions. The paper tries 0.05, 0.5 and 1; the default
+            is the middle one.
+        beta: the next-token divergence: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher), and values between
+            them give the generalised JSD.
+        temperature: divides both models' logits before they are compared.
+        target: the student's distribution that is matched to the teacher's attention: `attention`, `memory` or
+            `unified`, the gated mixture of attention and memory.
+        student_layer, teacher_layer: the layers to compare; negative indices count from the end.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: A setting is out of range or unknown.
     """
 
     family: ClassVar[str] = "AttentionDistillation"
@@ -111,30 +112,32 @@ class AttentionDistillation(Objective):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or a positive number")
         if not self.mu and not self.gamma:
-            raise ValueError("mu=0 and gamma=0: nothing would be learnt from the teacher; raise one")
+            raise ValueError("mu=0 and gamma=0 turn distillation off; set at least one above 0")
         if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta={self.beta} must be between 0, for KL(teacher ‖ student), and 1, for its reverse")
+            raise ValueError(
+                f"beta={self.beta} must be between 0 (KL(teacher ‖ student)) and 1 (KL(student ‖ teacher))"
+            )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be a positive number")
         one_of(OVER_TOKENS, target=self.target)
 
     @property
     def trains_head(self) -> bool:
-        """The divergence between next tokens does."""
+        """Return True if mu > 0: only the next-token divergence reaches the LM head."""
         return bool(self.mu)
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
-        """Load the teacher and compare it with the policy.
+        """Load the teacher, check it against the policy, and store it in `policy.frozen`.
 
         Raises:
-            ValueError: a teacher that cannot be loaded, or whose vocabulary, layers or tokenizer do not fit.
+            ValueError: The teacher cannot be loaded, or its vocabulary, layers or tokenizer do not match.
         """
         try:
             teacher, tokenizer = load(self.teacher)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"teacher={self.teacher!r} cannot be loaded: set a Hugging Face folder or name, or a "
-                f"checkpoint of hybridmem fit ({str(error).splitlines()[0]})"
+                f"cannot load teacher={self.teacher!r} ({str(error).splitlines()[0]}); set a Hugging Face folder or "
+                "name, or a checkpoint of hybridmem fit"
             ) from error
         self.check_models(policy.model, teacher)
         if tokenizer is not None:
@@ -142,13 +145,13 @@ class AttentionDistillation(Objective):
         policy.frozen["teacher"] = teacher.eval().requires_grad_(False)
 
     def observe(self, model: Any, times: int | Times) -> AbstractContextManager[list[Observation]]:
-        """Keep the student's logits and attention of a pass."""
+        """Return a context that records the student's logits and attention."""
         return observed(model, self.student_layer, times)
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return `compute_loss` of the responses; the teacher reads them in each step, as its logits are large."""
+        """Return the loss of a batch and its metrics; the teacher scores the batch anew, since its logits are large."""
         teacher = policy.frozen_model("teacher")
         with torch.no_grad(), observed(teacher, self.teacher_layer, batch.times) as seen:
             completion_logps(teacher, batch.prompts, batch.completions, temperature, batch.times)
@@ -157,15 +160,15 @@ class AttentionDistillation(Objective):
     def compute_loss(
         self, student: Observation, teacher: Observation, mask: Bool[Tensor, "responses length"]
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss of some responses, and its metrics.
+        """Return the loss of some responses and its metrics.
 
         Args:
-            student: what the policy made of them, with gradients.
-            teacher: what the teacher made of the same tokens, without.
-            mask: the generated tokens that count; the last `length` tokens of the rows.
+            student: the policy's observation, with gradients.
+            teacher: the teacher's observation of the same tokens, detached.
+            mask: the generated tokens that carry loss, among the last `length` tokens of each row.
 
         Returns:
-            The loss, and without gradient the means over tokens, in nats, of `gkd` and `attention_divergence`.
+            The loss, and the detached means over tokens, in nats, of `gkd` and `attention_divergence`.
         """
         count = mask.sum().clamp(min=1)
         jsd = generalized_jsd(student.logits[mask], teacher.logits[mask], self.beta, self.temperature)
@@ -177,7 +180,7 @@ class AttentionDistillation(Objective):
     def _divergence(
         self, student: LayerRecord, teacher: LayerRecord, mask: Bool[Tensor, "responses length"]
     ) -> Float[Tensor, "responses length"]:
-        """JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of the rows; 0 off the mask."""
+        """Return JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of each row; 0 off the mask."""
         if self.target == "attention":
             return attention_jsd(student, teacher, mask)
         length = mask.shape[1]
@@ -185,38 +188,40 @@ class AttentionDistillation(Objective):
         return mask * divergence_of(ours, theirs, "jsd")
 
     def check_models(self, student: Any, teacher: Any) -> None:
-        """Raise a ValueError when the vocabularies differ in size or a layer's attention cannot be compared."""
+        """Raise a ValueError if the vocabulary sizes differ or a layer's attention cannot be compared."""
         sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"teacher={self.teacher!r} has a vocab_size of {sizes[1]} and the student of {sizes[0]}: their next "
-                "tokens cannot be compared; choose a teacher with the student's vocabulary"
+                f"teacher={self.teacher!r} has vocab_size={sizes[1]}, but the student has {sizes[0]}; choose a teacher "
+                "with the student's vocabulary"
             )
         for name, model in (("student_layer", student), ("teacher_layer", teacher)):
             number, layers = getattr(self, name), decoder_layers(model)
             if not -len(layers) <= number < len(layers):
-                raise ValueError(f"{name}={number} is not there: the model has {len(layers)} layers")
+                raise ValueError(f"{name}={number} is out of range for a model of {len(layers)} layers")
             layer = layers[number]
             variant = layer.variant if isinstance(layer, HybridMemLayer) else None
             if variant in NOT_COMPARABLE and (name == "teacher_layer" or self.target == "attention"):
                 reason = NOT_COMPARABLE[variant]
-                raise ValueError(f"{name}={number} is of variant {variant}, which {reason}: choose another layer")
+                raise ValueError(f"{name}={number} has variant {variant}, which {reason}; choose another layer")
             if name == "student_layer" and self.target == "memory" and variant not in MEMORY_VARIANTS:
-                raise ValueError(f"target='memory': {name}={number} has no memory; choose another layer or target")
+                raise ValueError(
+                    f"target='memory' needs a memory, which {name}={number} lacks; choose another layer or target"
+                )
 
     def check_tokenizers(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-        """Raise a ValueError when an id stands for different tokens.
+        """Raise a ValueError if an id maps to different tokens.
 
-        How text is cut into tokens may differ: the teacher reads the student's ids, never text.
+        The rules that split text into tokens may differ, because the teacher reads the student's ids and no text.
         """
         ours, theirs = ({id: token for token, id in x.get_vocab().items()} for x in (student, teacher))
         different = sorted(id for id in ours.keys() | theirs.keys() if ours.get(id) != theirs.get(id))
         if different:
             first = different[0]
             raise ValueError(
-                f"teacher={self.teacher!r} has another tokenizer than the data: {len(different)} ids differ, the first "
-                f"is {first}, {theirs.get(first)!r} to the teacher and {ours.get(first)!r} to the data; choose a "
-                "teacher with the student's tokenizer"
+                f"the tokenizer of teacher={self.teacher!r} differs from the data's in {len(different)} ids, the first "
+                f"being {first} ({theirs.get(first)!r} instead of {ours.get(first)!r}); choose a teacher with the "
+                "student's tokenizer"
             )
 
 
@@ -226,9 +231,9 @@ def generalized_jsd(
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*tokens"]:
-    """β KL(P_teacher ‖ M) + (1 − β) KL(P_student ‖ M) with M = β P_teacher + (1 − β) P_student, in nats (GKD, eq. 1).
+    """Return β KL(P_teacher ‖ M) + (1 − β) KL(P_student ‖ M), M = β P_teacher + (1 − β) P_student, in nats (GKD).
 
-    At its ends, where that is 0, it is KL(P_teacher ‖ P_student) for β = 0 and KL(P_student ‖ P_teacher) for β = 1.
+    That expression vanishes at both ends, so β = 0 gives KL(P_teacher ‖ P_student) and β = 1 KL(P_student ‖ P_teacher).
     """
     student, teacher = (
         (logits.to(state_dtype(logits.dtype)) / temperature).log_softmax(-1)
@@ -249,7 +254,7 @@ def _kl(log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens voc
 def attention_jsd(
     student: LayerRecord, teacher: LayerRecord, mask: Bool[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
-    """JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of the rows; 0 off the mask."""
+    """Return JSD(p_student,t ‖ p_teacher,t) in nats at the last `length` tokens of each row; 0 off the mask."""
     assert student.attention is not None  # see check_models
     assert teacher.attention is not None
     ours, theirs = (side.last_queries(mask.shape[1]) for side in (student.attention, teacher.attention))

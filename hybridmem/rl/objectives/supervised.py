@@ -1,4 +1,4 @@
-"""Objectives on given or solved answers: supervised and rejection fine-tuning."""
+"""Objectives without advantages: supervised fine-tuning and rejection fine-tuning."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,36 +14,36 @@ from .objective import LossAndMetrics, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
-    """Supervised fine-tuning, what rewards compare with: the answer's tokens, whatever would have been sampled."""
+    """Supervised fine-tuning on given answers, the baseline for training by reward."""
 
     family: ClassVar[str] = "SFT"
     samples: ClassVar[bool] = False
-    alone: ClassVar[str | None] = "learns from answers and samples none"
+    alone: ClassVar[str | None] = "learns from given answers and samples no responses"
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return `compute_loss` of the answers."""
+        """Return the loss of the answers (see `compute_loss`)."""
         return self.compute_loss(scores.logps, batch.mask), {}
 
     def compute_loss(
         self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
     ) -> Float[Tensor, ""]:
-        """Mean negative log-probability of the answers' tokens, their ends among them."""
+        """Return the mean negative log-probability of the answers' tokens, including EOS."""
         return -(logps * mask).sum() / mask.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RejectionFineTune(Objective):
-    """Fine-tuning on the policy's own solved trajectories, but for turns whose calls failed (arXiv 2508.03501).
+    """Rejection fine-tuning: learn solved trajectories without the turns whose calls failed (arXiv 2508.03501).
 
     Args:
-        min_reward: what a trajectory must earn to be learnt from.
+        min_reward: the minimum reward of a trajectory to learn from.
     """
 
     family: ClassVar[str] = "RejectionFineTune"
     prefix: ClassVar[str] = "rejection/"
-    alone: ClassVar[str | None] = "learns from what was solved alone"
+    alone: ClassVar[str | None] = "learns from solved trajectories only"
 
     min_reward: float = 1.0
 
@@ -53,25 +53,25 @@ class RejectionFineTune(Objective):
         faulty: Bool[Tensor, "responses length"],
         num_generations: int,
     ) -> Bool[Tensor, "responses length"]:
-        """Return the tokens of solved trajectories, except turns whose calls failed."""
+        """Return a mask of the tokens of solved trajectories, except those of turns whose calls failed."""
         return self.kept(rewards).to(faulty.device)[:, None] & ~faulty
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return `compute_loss` of the solved trajectories."""
+        """Return the loss of the solved trajectories (see `compute_loss`)."""
         return self.compute_loss(scores.logps, batch.mask), {}
 
     def metrics(self, batch: Experience) -> dict[str, Float[Tensor, ""]]:
-        """Return the share of trajectories that are learnt from."""
+        """Return `kept`, the share of trajectories to learn from."""
         return {"kept": batch.mask.any(1).float().mean()}
 
     def kept(self, rewards: Float[Tensor, " responses"]) -> Bool[Tensor, " responses"]:
-        """Which responses are learnt from."""
+        """Return a mask of the responses to learn from."""
         return rewards >= self.min_reward
 
     def compute_loss(
         self, logps: Float[Tensor, "responses length"], mask: Bool[Tensor, "responses length"]
     ) -> Float[Tensor, ""]:
-        """Mean negative log-probability of the tokens of `mask`; 0 where nothing was solved."""
+        """Return the mean negative log-probability of the tokens in `mask`, or 0 if the mask is empty."""
         return -(logps * mask).sum() / mask.sum().clamp(min=1)

@@ -1,13 +1,13 @@
-"""Token objectives: an algorithm is a type whose defaults are its published setting; the rest are pure functions.
+"""Token objectives: one class per algorithm, with the published settings as defaults.
 
-A prompt is answered `num_generations` times, and the answers, its group, stand next to one another. What an answer got
-above its group's mean is its advantage A. With r = π_θ / π_old, the policy's probability of a generated token over the
-rollout's, the token loses
+The policy answers each prompt `num_generations` times; these responses form a group and are adjacent in the batch. The
+advantage A of a response is its reward relative to the group's mean. With r = π_θ / π_old, the ratio of a token's
+probability under the policy to that under the sampling policy, the loss of a token is
 
     −min(r A, clip(r, 1 − ε, 1 + ε_high) A)        GRPO and its descendants
-    −sg(min(r, ε_high)) A log π_θ                  CISPO, where sg lets no gradient through
+    −sg(min(r, ε_high)) A log π_θ                  CISPO, where sg stops the gradient
 
-and β KL(π_θ ‖ π_ref), estimated by k3. Settings have TRL's names and meaning, and at equal settings the loss is TRL's.
+plus β KL(π_θ ‖ π_ref), estimated by k3. Settings have TRL's names and semantics, and equal settings give TRL's loss.
 """
 
 import copy
@@ -30,7 +30,7 @@ from .objective import LossAndMetrics, ModelLoader, Normaliser, Objective
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-MAX_LOG_RATIO = 20.0  # nats, as in verl; exp overflows at 89, and a clipped token's gradient is then 0 · inf
+MAX_LOG_RATIO = 20.0  # nats, as in verl; exp overflows at 89, which makes a clipped token's gradient 0 · inf
 NORMALISERS: dict[str, Normaliser] = {
     "grpo": "responses",
     "dr_grpo": "responses",
@@ -41,22 +41,23 @@ NORMALISERS: dict[str, Normaliser] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenObjective(Objective):
-    """A loss on generated tokens; the algorithms below say what a token loses.
+    """Loss on generated tokens; the algorithms below define the loss of a single token.
 
     Args:
-        importance_sampling_level: `token`, or `sequence`: one ratio for a response, its tokens' geometric mean.
-        loss_type: what the tokens' losses are divided by. `grpo`: each response's by its length, then the mean over
-            responses; `bnpo`: by the tokens of the call; `dapo`: by the tokens of the whole generation batch;
-            `dr_grpo`: by responses × max_completion_length.
-        scale_rewards: the standard deviation that advantages are divided by: of the `group`, of the `batch`, `none`.
-        beta: weight of the KL divergence from a reference model; 0 needs none.
-        use_bias_correction_kl: weigh each token's KL by its ratio, so that the KL's gradient is unbiased. TRL does so
-            by default, the papers do not.
-        mask_truncated_completions: leave responses that were cut off out of the loss.
+        importance_sampling_level: `token` for one ratio per token, or `sequence` for one ratio per response, the
+            geometric mean over its tokens.
+        loss_type: the denominator of the summed token losses. `grpo`: each response's length, then the mean over
+            responses; `bnpo`: the tokens of the call; `dapo`: the tokens of the whole generation batch; `dr_grpo`:
+            responses × max_completion_length.
+        scale_rewards: divide advantages by the standard deviation of the `group` or the `batch`, or by `none`.
+        beta: weight of the KL divergence from a reference model; 0 needs no reference model.
+        use_bias_correction_kl: multiply each token's KL by its ratio, which makes the KL's gradient unbiased. This is
+            TRL's default; the papers do not do it.
+        mask_truncated_completions: exclude responses that were cut off from the loss.
         dynamic_sampling: replace groups whose rewards are all equal by groups of other prompts.
 
     Raises:
-        ValueError: a value that cannot work.
+        ValueError: A setting is out of range or unknown.
     """
 
     family: ClassVar[str] = "TokenObjective"
@@ -75,7 +76,7 @@ class TokenObjective(Objective):
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("scale_rewards", self.scale_rewards, SCALES)
         if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta={self.beta} must be 0, for no reference model, or a positive number")
+            raise ValueError(f"beta={self.beta} must be 0 (no reference model) or a positive number")
 
     @abstractmethod
     def policy_loss(
@@ -84,7 +85,7 @@ class TokenObjective(Objective):
         logps: Float[Tensor, "responses length"],
         advantages: Float[Tensor, "responses 1"],
     ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
-        """What each token loses, and where its ratio was clipped, under the metric's name."""
+        """Return the loss of each token, and a mask of clipped ratios for each clipping metric."""
 
     def compute_loss(
         self,
@@ -97,29 +98,29 @@ class TokenObjective(Objective):
         max_completion_length: int | None = None,
         **inputs: Tensor,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss of some responses, to be averaged over accumulation steps and processes, and its metrics.
+        """Return the loss of some responses and its metrics; the caller averages over accumulation steps and ranks.
 
         Args:
             logps: log-probabilities of the generated tokens under the policy, in nats.
-            old_logps: those under the policy that sampled the tokens.
-            advantages: the responses' own.
-            mask: the tokens that carry loss, the end of text among them. What stands elsewhere does not matter.
-            ref_logps: those under the reference model. At beta=0 they are measured only.
-            num_items: for `dapo`: tokens that carry loss in the generation batch, of all processes, divided by the
-                number of calls that the batch is split into.
-            max_completion_length: for `dr_grpo`: the most tokens that a response can have.
-            inputs: what else an algorithm's `policy_loss` takes.
+            old_logps: their log-probabilities under the sampling policy.
+            advantages: one advantage per response.
+            mask: the tokens that carry loss, EOS included. Values off the mask are ignored.
+            ref_logps: log-probabilities under the reference model. At beta=0 they only serve the `kl` metric.
+            num_items: for `dapo`: the number of tokens that carry loss in the generation batch, over all ranks, divided
+                by the number of calls into which the batch is split.
+            max_completion_length: for `dr_grpo`: the maximum number of tokens in a response.
+            inputs: further arguments of the algorithm's `policy_loss`.
 
         Returns:
             The loss, and metrics under TRL's names: `clip_ratio/low_mean`, `clip_ratio/high_mean` and
-            `clip_ratio/region_mean`, or `cispo_clip_ratio`: shares of tokens (of responses where these have one ratio);
-            `kl` in nats, the mean over tokens.
+            `clip_ratio/region_mean`, or `cispo_clip_ratio`, as shares of tokens (of responses for sequence-level
+            ratios); and `kl`, the mean over tokens in nats.
 
         Raises:
-            ValueError: ref_logps, num_items or max_completion_length is missing where it is needed.
+            ValueError: The settings require ref_logps, num_items or max_completion_length, and it is missing.
         """
         if self.beta and ref_logps is None:
-            raise ValueError(f"beta={self.beta} holds the policy to a reference model: pass ref_logps, or set beta=0")
+            raise ValueError(f"beta={self.beta} needs a reference model: pass ref_logps, or set beta=0")
         logps, old_logps = logps.masked_fill(~mask, 0), old_logps.masked_fill(~mask, 0)
         ratio = importance_ratio(logps, old_logps, mask, self.importance_sampling_level)
         token_loss, clipped = self.policy_loss(ratio, logps, advantages[:, None], **inputs)
@@ -134,27 +135,33 @@ class TokenObjective(Objective):
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return `compute_loss` of the responses."""
+        """Return the loss of a batch of responses and its metrics (see `compute_loss`)."""
         refined = {} if batch.refined is None else {"refined": batch.refined}
         return self.compute_loss(
-            scores.logps, old.logps, batch.advantages, batch.mask, ref_logps=batch.ref_logps,
-            num_items=batch.num_items, max_completion_length=batch.max_completion_length, **refined,
-        )  # fmt: skip
+            scores.logps,
+            old.logps,
+            batch.advantages,
+            batch.mask,
+            ref_logps=batch.ref_logps,
+            num_items=batch.num_items,
+            max_completion_length=batch.max_completion_length,
+            **refined,
+        )
 
     @property
     def normaliser(self) -> Normaliser:
-        """The number that the loss is a mean over, by loss_type."""
+        """Return the quantity over which loss_type averages the loss."""
         return NORMALISERS[self.loss_type]
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
-        """Keep a copy of the policy as reference model; adapters can be switched off instead."""
+        """Copy the policy as reference model, unless disabling its adapters gives the reference model."""
         if self.beta and not policy.adapted:
             policy.frozen["reference"] = copy.deepcopy(policy.model).eval().requires_grad_(False)
 
     def advantages(
         self, rewards: Float[Tensor, " responses"], sizes: Int[Tensor, " groups"], num_generations: int
     ) -> Float[Tensor, " responses"] | None:
-        """Return group-relative advantages; a batch's deviation is that of all ranks."""
+        """Return group-relative advantages; the standard deviation of a batch covers all ranks."""
         everyones = gather_groups(rewards, num_generations)
         return own_groups(group_advantages(everyones, num_generations, self.scale_rewards), num_generations)
 
@@ -173,18 +180,18 @@ class TokenObjective(Objective):
     def loss_mask(
         self, mask: Bool[Tensor, "responses length"], truncated: Bool[Tensor, " responses"]
     ) -> Bool[Tensor, "responses length"]:
-        """The tokens that carry loss, when `truncated` says which responses were cut off."""
+        """Return a mask of the tokens that carry loss; mask_truncated_completions drops responses that were cut off."""
         return mask & ~truncated[:, None] if self.mask_truncated_completions else mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(TokenObjective):
-    """Group relative policy optimisation (arXiv 2402.03300): the ratio is clipped, so that no step goes far.
+    """Group relative policy optimisation (arXiv 2402.03300), which clips the ratio to keep the policy close.
 
     Args:
-        epsilon: how far below 1 a ratio may fall, above 0, before the token has no more gradient.
-        epsilon_high: how far above 1 it may rise; None is epsilon.
-        delta: bound on the ratio where the advantage is negative and nothing else bounds it (arXiv 2505.07291).
+        epsilon: the ratio's lower clipping range, above 0: below 1 − epsilon a token has no gradient.
+        epsilon_high: the upper clipping range; None takes epsilon.
+        delta: upper bound on the ratio for negative advantages, which clipping leaves unbounded (arXiv 2505.07291).
     """
 
     epsilon: float = 0.2
@@ -196,15 +203,15 @@ class GRPO(TokenObjective):
         super().__post_init__()
         for name, value in (("epsilon", self.epsilon), ("epsilon_high", self.upper)):
             if not value > 0:
-                raise ValueError(f"{name}={value} must be above 0: no ratio but 1 would have a gradient")
+                raise ValueError(f"{name}={value} must be above 0, or only ratios of exactly 1 have a gradient")
         if self.delta is not None and not self.delta > 1 + self.upper:
             raise ValueError(
-                f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper:g}, or it would bound every ratio"
+                f"delta={self.delta} must be above 1 + epsilon_high = {1 + self.upper:g}, the upper clipping bound"
             )
 
     @property
     def upper(self) -> float:
-        """How far above 1 a ratio may rise."""
+        """Return the upper clipping range: epsilon_high, or epsilon if it is None."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def policy_loss(
@@ -213,7 +220,7 @@ class GRPO(TokenObjective):
         logps: Float[Tensor, "responses length"],
         advantages: Float[Tensor, "responses 1"],
     ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
-        """−min(r A, clip(r, 1 − ε, 1 + ε_high) A), with r at most delta."""
+        """Return −min(r A, clip(r, 1 − ε, 1 + ε_high) A), with r at most delta."""
         low, high = 1 - self.epsilon, 1 + self.upper
         bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
         loss = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
@@ -227,7 +234,7 @@ class GRPO(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO(GRPO):
-    """GRPO done right (arXiv 2503.20783): no division by length, which spares long failures, nor by deviation."""
+    """Dr. GRPO (arXiv 2503.20783): no division by length, which favours long failures, or by standard deviation."""
 
     loss_type: str = "dr_grpo"
     scale_rewards: str = "none"
@@ -236,9 +243,9 @@ class DrGRPO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(GRPO):
-    """DAPO (arXiv 2503.14476): clip higher, every token counts the same, groups without signal are sampled again.
+    """DAPO (arXiv 2503.14476): clip-higher, equal weight for every token, and dynamic sampling.
 
-    Its soft overlong punishment is a reward, `OverlongPenalty`; masking what was cut off would hide it.
+    Its soft overlong punishment is a reward, `OverlongPenalty`, and needs mask_truncated_completions=False.
     """
 
     epsilon_high: float | None = 0.28
@@ -249,7 +256,7 @@ class DAPO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(GRPO):
-    """Group sequence policy optimisation (arXiv 2507.18071): a response has one ratio, which is clipped as a whole."""
+    """Group sequence policy optimisation (arXiv 2507.18071): one ratio per response, clipped as a whole."""
 
     epsilon: float = 3e-4
     epsilon_high: float | None = 4e-4
@@ -259,11 +266,11 @@ class GSPO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(TokenObjective):
-    """CISPO (MiniMax-M1, arXiv 2506.13585): the ratio is a bounded weight, and every token keeps its gradient.
+    """CISPO (MiniMax-M1, arXiv 2506.13585): the ratio is a clipped weight, and every token keeps its gradient.
 
     Args:
-        epsilon_high: bound on the weight itself, as in TRL, not on its distance from 1. MiniMax-M1 does not tell its
-            own; this is ScaleRL's (arXiv 2510.13786).
+        epsilon_high: upper bound of the weight itself, as in TRL, not of its distance from 1. MiniMax-M1 does not
+            publish its value; the default is ScaleRL's (arXiv 2510.13786).
     """
 
     epsilon_high: float = 5.0
@@ -274,8 +281,7 @@ class CISPO(TokenObjective):
         super().__post_init__()
         if not self.epsilon_high > 1:
             raise ValueError(
-                f"epsilon_high={self.epsilon_high} must be above 1: in CISPO it bounds the ratio itself, which is 1 "
-                "before the first step"
+                f"epsilon_high={self.epsilon_high} must be above 1: CISPO bounds the ratio itself, which starts at 1"
             )
 
     def policy_loss(
@@ -284,21 +290,22 @@ class CISPO(TokenObjective):
         logps: Float[Tensor, "responses length"],
         advantages: Float[Tensor, "responses 1"],
     ) -> tuple[Float[Tensor, "responses #length"], dict[str, Bool[Tensor, "responses #length"]]]:
-        """−sg(min(r, ε_high)) A log π_θ."""
+        """Return −sg(min(r, ε_high)) A log π_θ."""
         loss = -ratio.detach().clamp(max=self.epsilon_high) * advantages * logps
         return loss, {"cispo_clip_ratio": (ratio > self.epsilon_high) & (advantages > 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SWEDapo(DAPO):
-    """DAPO for agents of many turns (arXiv 2508.03501): long trajectories pay, none is masked, none sampled again.
+    """DAPO for multi-turn agents (arXiv 2508.03501), with a length penalty and without dynamic sampling or masking.
 
-    Groups that always or never succeed have no advantage, and leave the loss' normaliser too. Its two stages are
-    epsilon_high 0.3 with PolicyModule's max_turns 40, then 0.26 with 80.
+    Groups that always or never succeed have no advantage, and their tokens do not count in the loss's denominator. The
+    paper trains in two stages: epsilon_high 0.3 with PolicyModule's max_turns 40, then 0.26 with 80.
 
     Args:
-        free_turns: turns that cost nothing, L_thr. A trajectory of more loses up to 1, at max_turns.
-        min_solve_rate, max_solve_rate: groups whose mean reward is not between are left out.
+        free_turns: L_thr, the number of turns without penalty. The penalty of longer trajectories reaches 1 at
+            max_turns.
+        min_solve_rate, max_solve_rate: groups whose mean reward is not strictly between these bounds are excluded.
     """
 
     epsilon_high: float | None = 0.3
@@ -310,25 +317,25 @@ class SWEDapo(DAPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dynamic_sampling:
-            raise ValueError("dynamic_sampling: SWEDapo samples no group again; take DAPO for that")
+            raise ValueError("dynamic_sampling=True is not supported by SWEDapo; set it to False, or use DAPO")
         if self.free_turns < 0:
             raise ValueError(f"free_turns={self.free_turns} must be at least 0")
         if not self.min_solve_rate < self.max_solve_rate:
             raise ValueError(
-                f"min_solve_rate={self.min_solve_rate} must be below max_solve_rate={self.max_solve_rate}, or no group "
-                "is left"
+                f"min_solve_rate={self.min_solve_rate} must be below max_solve_rate={self.max_solve_rate}, or every "
+                "group is excluded"
             )
 
     def shape_rewards(
         self, rewards: Float[Tensor, " responses"], turns: Int[Tensor, " responses"], max_turns: int
     ) -> Float[Tensor, " responses"]:
-        """R + min(0, (L_thr − turns) / (T_max − L_thr))."""
+        """Return R + min(0, (L_thr − turns) / (T_max − L_thr))."""
         if max_turns <= self.free_turns:
             return rewards
         return rewards + ((self.free_turns - turns) / (max_turns - self.free_turns)).clamp(max=0)
 
     def kept(self, rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " responses"]:
-        """Return which responses are of groups whose mean reward, unshaped, is between the two rates."""
+        """Return a mask of the responses in groups whose mean unshaped reward is between the two rates."""
         rates = grouped(rewards, num_generations).mean(1)
         return ((rates > self.min_solve_rate) & (rates < self.max_solve_rate)).repeat_interleave(num_generations)
 
@@ -338,7 +345,7 @@ class SWEDapo(DAPO):
         faulty: Bool[Tensor, "responses length"],
         num_generations: int,
     ) -> Bool[Tensor, "responses length"]:
-        """Return all tokens of the groups that `kept` names."""
+        """Return a mask of all tokens in the groups that `kept` selects."""
         kept = self.kept(rewards, num_generations).to(faulty.device)
         return kept[:, None].expand_as(faulty)
 
@@ -349,7 +356,7 @@ def importance_ratio(
     mask: Bool[Tensor, "responses length"],
     level: str,
 ) -> Float[Tensor, "responses #length"]:
-    """r = π_θ / π_old of every token, or its geometric mean over every response; off the mask both logs are 0."""
+    """Return r = π_θ / π_old per token, or its geometric mean per response; both inputs must be 0 off the mask."""
     log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -359,7 +366,7 @@ def importance_ratio(
 def kl_estimate(
     logps: Float[Tensor, "responses length"], ref_logps: Float[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
-    """The k3 estimate of KL(π_θ ‖ π_ref) from one token, in nats: π_ref/π_θ − log(π_ref/π_θ) − 1, never negative."""
+    """Return k3, π_ref/π_θ − log(π_ref/π_θ) − 1 in nats, a non-negative one-token estimate of KL(π_θ ‖ π_ref)."""
     log_ratio = (ref_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
 
@@ -371,10 +378,10 @@ def aggregate(
     num_items: int | float | Shaped[Tensor, ""] | None = None,
     max_completion_length: int | None = None,
 ) -> Float[Tensor, ""]:
-    """One loss out of the tokens' (see TokenObjective's loss_type); responses without a token add 0.
+    """Reduce token losses to a scalar (see TokenObjective's loss_type); responses without tokens add 0.
 
     Raises:
-        ValueError: `dapo` without num_items, or `dr_grpo` without max_completion_length.
+        ValueError: `dapo` lacks num_items, or `dr_grpo` lacks max_completion_length.
     """
     summed = (token_loss * mask).sum(1)
     if loss_type == "grpo":
@@ -386,7 +393,7 @@ def aggregate(
             raise ValueError("loss_type='dapo' divides by the tokens of the generation batch: pass num_items")
         return summed.sum() / torch.as_tensor(num_items, device=mask.device).clamp(min=1)
     if max_completion_length is None:
-        raise ValueError("loss_type='dr_grpo' divides by the longest completion: pass max_completion_length")
+        raise ValueError("loss_type='dr_grpo' divides by max_completion_length: pass max_completion_length")
     return summed.mean() / max_completion_length
 
 

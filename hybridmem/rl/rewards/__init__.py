@@ -1,1 +1,1 @@
-"""Reward functions and the services that they call."""
+"""Reward functions, retrievers and critics."""

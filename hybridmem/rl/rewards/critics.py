@@ -1,10 +1,10 @@
-"""Critics: what is wrong with a response, in words, for the policy to answer once more.
+"""Critics, which write critiques of responses for the policy to refine its answer.
 
-A critic is called with keywords, as reward functions are, and with `correct`, whether each response is right:
+A critic takes the keyword arguments of a reward function and `correct`, one flag per response:
 
     def critic(prompts, completions, correct, **columns) -> list[str | None]
 
-None is no critique: the response is not refined.
+A response with critique None is not refined.
 """
 
 import logging
@@ -30,30 +30,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IndicativeCritic:
-    """Says whether a response is right, and no more.
+    """Critic with one fixed text for wrong responses and one for right responses.
 
     Args:
-        wrong, right: what is said of responses that are wrong, and of those that are right.
+        wrong: critique of wrong responses.
+        right: critique of right responses.
     """
 
     wrong: str = "The response is wrong."
     right: str = "The response is right."
 
     def __call__(self, correct: Sequence[bool], **columns: Any) -> list[str | None]:
-        """A critique of each response."""
+        """Return a critique of each response."""
         return [self.right if one else self.wrong for one in correct]
 
 
 @dataclass(frozen=True)
 class GroundTruthCritic:
-    """Says whether a response is right, and what the dataset says would be.
+    """Critic that reveals the right answer from the dataset.
 
     Args:
-        wrong, right: what is said, with the dataset's columns in braces. `{last_word}` is the prompt's last word, with
-            which a question at the end of a long text can be asked again.
+        wrong, right: format strings for wrong and right responses; their fields are the dataset's columns and
+            `{last_word}`, the prompt's last word, which can repeat a question at the end of a long prompt.
 
     Raises:
-        ValueError: text that is no format string; when called, a column that the dataset lacks.
+        ValueError: A text is no valid format string or, when called, the dataset lacks a column.
     """
 
     wrong: str = "The response is wrong. The right answer is {answer}."
@@ -66,35 +67,38 @@ class GroundTruthCritic:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], correct: Sequence[bool], **columns: Any
     ) -> list[str | None]:
-        """A critique of each response."""
+        """Return a critique of each response."""
         known = {**columns, "last_word": [prompt.split()[-1] for prompt in prompts]}
         for name in ("wrong", "right"):
             missing = fields_of(name, getattr(self, name)) - set(known)
             if missing:
-                raise ValueError(f"{name} names {', '.join(sorted(missing))}: the dataset has {', '.join(known)}")
+                raise ValueError(
+                    f"{name} has unknown fields {', '.join(sorted(missing))}; the available fields are "
+                    f"{', '.join(known)}"
+                )
         rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
         texts = [self.right if one else self.wrong for one in correct]
         return [text.format(**row) for text, row in zip(texts, rows, strict=True)]
 
 
 class EndpointCritic:
-    """Asks a model behind an OpenAI-compatible endpoint, response by response, several at a time.
+    """Critic that queries a model at an OpenAI-compatible endpoint with concurrent requests, one per response.
 
-    A response whose critique does not come, or comes empty, has none; it is counted in `failures`.
+    If a request fails or returns an empty critique, the critique is None, and `failures` is incremented.
 
     Args:
-        url: up to and without /chat/completions.
-        model: the name of the model there.
-        instruction: what the model is to do; question, response and, where there is one, answer follow.
-        answer_column: the dataset's column with the right answer, which the model is told; None: it is not told.
-        max_tokens: of a critique.
-        temperature: of its sampling.
-        concurrency: responses that are asked about at the same time.
-        api_key_variable: the environment variable that holds the key; None: no key is sent.
+        url: the base URL, without /chat/completions.
+        model: the name of the model at the endpoint.
+        instruction: the task of the model; question, response and, if given, answer are appended.
+        answer_column: the dataset's column with the right answer, which is shown to the model; None shows no answer.
+        max_tokens: the maximum number of tokens in a critique.
+        temperature: the sampling temperature of critiques.
+        concurrency: the maximum number of concurrent requests.
+        api_key_variable: the environment variable that contains the API key; None sends no key.
         timeout, retries, backoff, max_bytes: see Endpoint.
 
     Raises:
-        ValueError: a setting that cannot work, or an environment variable that is not set.
+        ValueError: A setting is out of range, or the environment variable is not set.
     """
 
     def __init__(
@@ -115,20 +119,29 @@ class EndpointCritic:
         at_least(1, max_tokens=max_tokens, concurrency=concurrency)
         key = None if api_key_variable is None else os.environ.get(api_key_variable)
         if api_key_variable is not None and not key:
-            raise ValueError(f"api_key_variable={api_key_variable!r} is not set in the environment")
+            raise ValueError(
+                f"api_key_variable={api_key_variable!r} names an environment variable that is not set; export it with "
+                "the API key"
+            )
         headers = None if key is None else {"Authorization": f"Bearer {key}"}
         self.endpoint = Endpoint(
-            url=f"{url.rstrip('/')}/chat/completions", timeout=timeout, retries=retries, backoff=backoff,
-            max_bytes=max_bytes, headers=headers,
-        )  # fmt: skip
+            url=f"{url.rstrip('/')}/chat/completions",
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            max_bytes=max_bytes,
+            headers=headers,
+        )
         self.model, self.instruction, self.answer_column = model, instruction, answer_column
         self.max_tokens, self.temperature, self.concurrency = max_tokens, temperature, concurrency
         self.failures = 0
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[str | None]:
-        """A critique of each response, None where it did not come."""
+        """Return a critique of each response, or None for failed requests."""
         if self.answer_column is not None and self.answer_column not in columns:
-            raise ValueError(f"answer_column={self.answer_column!r} is no column of the dataset: set it to null")
+            raise ValueError(
+                f"answer_column={self.answer_column!r} is not a column of the dataset; set it to a column, or to null"
+            )
         answers = [None] * len(prompts) if self.answer_column is None else columns[self.answer_column]
         with ThreadPoolExecutor(self.concurrency) as pool:
             critiques = list(pool.map(self._ask, prompts, completions, answers))
@@ -152,30 +165,32 @@ class EndpointCritic:
 
 
 def _content(answer: Any) -> str:
-    """The message of a chat completion.
+    """Return the message text of a chat completion.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The answer is malformed, or its text is empty.
     """
     try:
         content = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"no chat completion but {str(answer)[:200]!r}") from error
+        raise ValueError(f"the answer is not a chat completion: {str(answer)[:200]!r}") from error
     if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"a chat completion without text: {str(answer)[:200]!r}")
+        raise ValueError(f"the chat completion has no text: {str(answer)[:200]!r}")
     return content
 
 
 def fields_of(name: str, template: str) -> set[str]:
-    """What stands in braces in a format string.
+    """Return the names of a format string's fields.
 
     Raises:
-        ValueError: it is none, or one with places that have no name.
+        ValueError: The template is no valid format string, or a field is not an identifier.
     """
     try:
         found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
     except ValueError as error:
-        raise ValueError(f"{name}={template!r} is no format string: {error}; write a brace as {{{{ or }}}}") from error
+        raise ValueError(
+            f"{name}={template!r} is not a valid format string: {error}; escape braces as {{{{ or }}}}"
+        ) from error
     if not all(field.isidentifier() for field in found):
-        raise ValueError(f"{name}={template!r} may only have names in braces; write a brace itself as {{{{ or }}}}")
+        raise ValueError(f"{name}={template!r} may only have names as fields; escape braces as {{{{ or }}}}")
     return found

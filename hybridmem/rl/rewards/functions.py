@@ -1,12 +1,12 @@
 """Reward functions with TRL's signature, and their weighted sum.
 
-A reward function is called with keywords, once for many samples. It gives each a number, or None where it does not
-apply. The dataset's other columns come as lists of a value for each sample:
+A reward function takes keyword arguments and scores a batch of samples in one call. It returns a number per sample, or
+None where it does not apply. The dataset's other columns are passed as lists with one value per sample:
 
     def accuracy(prompts, completions, completion_ids, answer, **kwargs):
         return [float(completion == right) for completion, right in zip(completions, answer)]
 
-It may be `async`. A completion is text, or a list of messages where the prompt is one.
+The function may be `async`. A completion is text, or a list of messages if the prompt is one.
 """
 
 import asyncio
@@ -24,30 +24,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RewardFunction = Callable[..., Any]  # gives list[float | None], or a coroutine of one
+RewardFunction = Callable[..., Any]  # returns list[float | None], or a coroutine of one
 Completion = str | list[dict[str, Any]]
 
 PASSED = ("prompts", "completions", "completion_ids")
-NOT_PASSED = ("prompt", "completion")  # columns that PASSED holds already
-SHOWN = 200  # characters of a prompt in an error
+NOT_PASSED = ("prompt", "completion")  # columns that PASSED already covers
+SHOWN = 200  # characters of a prompt in an error message
 
 
 class Rewards(NamedTuple):
-    """What samples got: the weighted sum, and each function's reward, unweighted, NaN where it does not apply."""
+    """Rewards of samples: the weighted sum, and the unweighted reward of each function (NaN if not applicable)."""
 
     total: Float[Tensor, " responses"]
     per_function: Float[Tensor, "responses functions"]
 
 
 class RewardSum:
-    """The weighted sum of reward functions; a function that does not apply to a sample adds nothing.
+    """Weighted sum of reward functions; a function that does not apply to a sample adds nothing.
 
     Args:
         reward_funcs: functions with TRL's signature.
-        reward_weights: a weight for each; None is 1 for all.
+        reward_weights: one weight per function; None gives each function weight 1.
 
     Raises:
-        ValueError: no functions, two of one name, or weights that are not a finite number for each.
+        ValueError: There are no functions, two functions share a name, or the weights are not one finite number each.
     """
 
     def __init__(self, reward_funcs: Sequence[RewardFunction], reward_weights: Sequence[float] | None = None):
@@ -55,22 +55,22 @@ class RewardSum:
         self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
         self.names = [reward_name(function) for function in self.reward_funcs]
         if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty: without a reward function no response is better than another")
+            raise ValueError("reward_funcs is empty; add a reward function, such as the task's reward")
         if len(set(self.names)) < len(self.names):
             raise ValueError(
-                f"reward_funcs: two of {', '.join(self.names)} have one name and would be logged as one; "
-                "set the __name__ of one"
+                f"reward_funcs contains a name twice ({', '.join(self.names)}), but metrics are logged by name; set a "
+                "different __name__"
             )
         if len(self.reward_weights) != len(self.names):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} weights for {len(self.names)} reward functions "
-                f"({', '.join(self.names)}); give one for each"
+                f"({', '.join(self.names)}); set one weight per function"
             )
         if not all(map(math.isfinite, self.reward_weights)):
             raise ValueError(f"reward_weights={self.reward_weights} must be finite")
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """`check_columns` of every function."""
+        """Check every function against a dataset's columns (see the function `check_columns`)."""
         columns = list(columns)
         for function in self.reward_funcs:
             check_columns(function, columns)
@@ -82,11 +82,11 @@ class RewardSum:
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> Rewards:
-        """Reward samples, in float32 on the CPU; `async` functions run side by side, after the others.
+        """Return the rewards of samples in float32 on the CPU; `async` functions run concurrently after the others.
 
         Raises:
-            RuntimeError: a function failed; the message names it, the first prompt and what it raised.
-            ValueError: a function gave a wrong number of rewards or one that is not finite, or a sample has no reward.
+            RuntimeError: A function raised an error; the message contains the function, the first prompt and the error.
+            ValueError: A function returned a wrong number of rewards or a non-finite one, or a sample has no reward.
         """
         inputs = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         outputs = _call_all(self.reward_funcs, inputs)
@@ -98,15 +98,16 @@ class RewardSum:
         if unscored.any():
             prompt = prompts[int(unscored.nonzero()[0])]
             raise ValueError(
-                f"no reward for the prompt {_shown(prompt)}: {', '.join(self.names)} all gave None; let one of them "
-                "give a number where no other applies, such as 0, or add one to reward_funcs that always does"
+                f"no reward for the prompt {_shown(prompt)}, because {', '.join(self.names)} all returned None; return "
+                "a number such as 0 from one of them, or add a function to reward_funcs that always applies"
             )
         return Rewards((per_function * torch.tensor(self.reward_weights)).nansum(1), per_function)
 
     def metrics(self, rewards: Rewards) -> dict[str, Float[Tensor, ""]]:
-        """Means and deviations under TRL's names; what no sample, or for a deviation only one, has is left out.
+        """Return means and standard deviations under TRL's names, and `rewards/NAME/failures`.
 
-        Beside them `rewards/NAME/failures`, of functions that count in `failures` how often they could not tell.
+        Means need at least one sample and standard deviations at least two; otherwise they are omitted. Failures are
+        reported for functions with an attribute `failures`.
         """
         means_and_stds = _mean_and_std("reward", "reward_std", rewards.total)
         for function, name, column in zip(self.reward_funcs, self.names, rewards.per_function.T, strict=True):
@@ -117,23 +118,23 @@ class RewardSum:
 
 
 def check_columns(function: RewardFunction, columns: Iterable[str]) -> None:
-    """Check that a reward function can be called with the columns of a dataset.
+    """Check that a reward function accepts the columns of a dataset.
 
     Raises:
-        ValueError: it needs a column that is not there, or takes one of them neither by name nor as **kwargs.
+        ValueError: The function requires a missing column, or accepts an existing one neither by name nor by **kwargs.
     """
     extra = [column for column in columns if column not in (*PASSED, *NOT_PASSED)]
     try:
         inspect.signature(function).bind(**dict.fromkeys((*PASSED, *extra)))
     except TypeError as error:
         raise ValueError(
-            f"reward function {reward_name(function)!r} does not fit the dataset: {error}. It is called with "
-            f"{', '.join((*PASSED, *extra))}; give the dataset the column, or the function **kwargs"
+            f"reward function {reward_name(function)!r} does not match the dataset: {error}. It is called with "
+            f"{', '.join((*PASSED, *extra))}; add the column to the dataset, or **kwargs to the function"
         ) from error
 
 
 def reward_name(function: RewardFunction) -> str:
-    """The name that a reward function is logged under: its own, or its class's."""
+    """Return the name of a reward function in the log: its own name, or its class's."""
     function = _unwrapped(function)
     return getattr(function, "__name__", type(function).__name__)
 
@@ -142,14 +143,15 @@ def reward_name(function: RewardFunction) -> str:
 class OverlongPenalty:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), a reward in [−1, 0].
 
-    0 up to max_completion_length − cache_length tokens, then falling evenly, −1 at max_completion_length and beyond.
+    The reward is 0 up to max_completion_length − cache_length tokens, and falls linearly to −1 at
+    max_completion_length.
 
     Args:
-        max_completion_length: the most tokens that a response can have.
-        cache_length: how many tokens before that the punishment begins.
+        max_completion_length: the maximum number of tokens in a response.
+        cache_length: the length in tokens of the interval over which the reward falls.
 
     Raises:
-        ValueError: a cache that is not between 1 and max_completion_length tokens.
+        ValueError: cache_length is not between 1 and max_completion_length.
     """
 
     max_completion_length: int
@@ -158,25 +160,25 @@ class OverlongPenalty:
     def __post_init__(self) -> None:
         if not 1 <= self.cache_length <= self.max_completion_length:
             raise ValueError(
-                f"cache_length={self.cache_length} must be from 1 to max_completion_length="
+                f"cache_length={self.cache_length} must be between 1 and max_completion_length="
                 f"{self.max_completion_length} tokens"
             )
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
-        """The punishment of each completion, by its length in tokens."""
+        """Return the reward of each completion by its length in tokens."""
         start = self.max_completion_length - self.cache_length
         return [max(min((start - len(ids)) / self.cache_length, 0.0), -1.0) for ids in completion_ids]
 
 
 @dataclass(frozen=True)
 class FormatReward:
-    """1 for a completion that is, as a whole, what a regular expression describes, else 0; `.` matches line ends too.
+    """Reward of 1 for completions that fully match a regular expression, and of 0 for others.
 
     Args:
-        pattern: the regular expression.
+        pattern: the regular expression; `.` also matches newlines.
 
     Raises:
-        ValueError: the pattern is no regular expression.
+        ValueError: The pattern is no valid regular expression.
     """
 
     pattern: str
@@ -185,16 +187,16 @@ class FormatReward:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"pattern={self.pattern!r} is not a valid regular expression: {error}") from error
 
     def __call__(self, completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-        """The reward of each completion; of messages, the last one counts."""
+        """Return the reward of each completion, or of its last message."""
         texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
         return [float(re.fullmatch(self.pattern, text, re.DOTALL) is not None) for text in texts]
 
 
 def _call_all(functions: Sequence[RewardFunction], inputs: dict[str, Any]) -> list[list[float | None]]:
-    # Ordinary functions stay in the caller's thread: time limits by signal work nowhere else.
+    # Synchronous functions run in the caller's thread, where time limits by signal work.
     outputs = {number: _call(f, inputs) for number, f in enumerate(functions) if not _is_async(f)}
     waiting = {number: f for number, f in enumerate(functions) if number not in outputs}
     if waiting:
@@ -220,7 +222,7 @@ async def _gather(coroutines: Sequence[Coroutine[Any, Any, list[float | None]]])
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """A loop that lives on in a thread of its own: clients keep connections to it, and a notebook's loop is in use."""
+    """Return an event loop in its own thread; clients keep connections to it, and a notebook's loop is busy."""
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
     return loop
@@ -232,7 +234,7 @@ def _named_errors(function: RewardFunction, prompts: Sequence[Any]) -> Iterator[
         yield
     except Exception as error:
         raise RuntimeError(
-            f"reward function {reward_name(function)!r} failed on the samples that begin with the prompt "
+            f"reward function {reward_name(function)!r} failed on the batch with the first prompt "
             f"{_shown(prompts[0])}: {type(error).__name__}: {error}"
         ) from error
 
@@ -240,13 +242,14 @@ def _named_errors(function: RewardFunction, prompts: Sequence[Any]) -> Iterator[
 def _check_output(name: str, output: list[float | None], prompts: Sequence[Any]) -> None:
     if len(output) != len(prompts):
         raise ValueError(
-            f"reward function {name!r} gave {len(output)} rewards for {len(prompts)} samples; it must give one for each"
+            f"reward function {name!r} returned {len(output)} rewards for {len(prompts)} samples; it must return one "
+            "per sample"
         )
     for reward, prompt in zip(output, prompts, strict=True):
         if reward is not None and not math.isfinite(reward):
             raise ValueError(
-                f"reward function {name!r} gave {reward} for the prompt {_shown(prompt)}; a reward is a finite number, "
-                "or None where the function does not apply"
+                f"reward function {name!r} returned {reward} for the prompt {_shown(prompt)}; it must return a finite "
+                "number, or None if it does not apply"
             )
 
 

@@ -1,4 +1,4 @@
-"""JSON over HTTP that may be slow, broken or away: what retrievers and critics of other machines are asked through."""
+"""JSON requests over HTTP with retries, total timeouts and size limits, for remote retrievers and critics."""
 
 import json
 import time
@@ -11,39 +11,39 @@ from typing import Any
 
 from hybridmem.checks import at_least
 
-CHUNK = 1 << 16  # bytes that are read before the clock is looked at
-BUSY = (408, 429)  # of the client's errors those that another try may not meet
+CHUNK = 1 << 16  # bytes read between checks of the deadline
+BUSY = (408, 429)  # client errors worth a retry
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Answers of 3xx are refusals: following one would hand the headers, a key among them, to another host."""
+    """Handler that treats 3xx as failures, because a redirect would send headers with API keys to another host."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Do not ask elsewhere."""
+        """Return None, which makes urllib raise an HTTPError."""
 
 
 OPENER = urllib.request.build_opener(NoRedirects)
 
 
 class EndpointError(Exception):
-    """An endpoint gave no usable answer, after all retries."""
+    """Error for an endpoint that gave no usable answer after all retries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """An address that takes JSON and gives JSON.
+    """HTTP endpoint for JSON requests and JSON responses.
 
     Args:
-        url: http:// or https://.
-        timeout: seconds that one try may take in all.
-        retries: tries after the first one. Refusals (HTTP 3xx, which are not followed, and 4xx but 408 and 429) are
-            not tried again.
-        backoff: seconds before the first retry; doubled before each further one.
-        max_bytes: the longest answer that is read.
-        headers: of the request, beside the content type.
+        url: an http:// or https:// URL.
+        timeout: the total seconds allowed for one attempt.
+        retries: the number of attempts after the first. HTTP 3xx (redirects are not followed) and 4xx except 408 and
+            429 are not retried.
+        backoff: seconds before the first retry, doubled before each further retry.
+        max_bytes: the maximum size of a response.
+        headers: request headers in addition to the content type.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: A setting is out of range.
     """
 
     url: str
@@ -62,10 +62,10 @@ class Endpoint:
         at_least(1, max_bytes=self.max_bytes)
 
     def post(self, body: Any, parse: Callable[[bytes], Any] = json.loads) -> Any:
-        """What the endpoint answers to a body, both as JSON unless `parse` takes something else.
+        """Send a body as JSON and return the response, which `parse` decodes from bytes.
 
         Raises:
-            EndpointError: no try gave JSON in time.
+            EndpointError: No attempt succeeded in time.
         """
         data = json.dumps(body).encode()
         for attempt in range(self.retries + 1):
@@ -78,12 +78,17 @@ class Endpoint:
                 failure: Exception = error
                 if error.code < 500 and error.code not in BUSY:
                     break
-            except (OSError, ValueError, RecursionError, HTTPException) as error:  # away, slow, too long, or not JSON
+            except (
+                OSError,
+                ValueError,
+                RecursionError,
+                HTTPException,
+            ) as error:  # unreachable, slow, too long, or not JSON
                 failure = error
         raise EndpointError(f"{self.url}: {type(failure).__name__}: {failure}") from failure
 
     def _ask(self, data: bytes) -> bytes:
-        """One try. urllib's own timeout is for each wait, of which an answer that trickles in has many."""
+        """Make one attempt with a total deadline; urllib's own timeout restarts with every chunk that arrives."""
         headers = {"Content-Type": "application/json", **(self.headers or {})}
         request = urllib.request.Request(self.url, data, headers)
         deadline = time.monotonic() + self.timeout
@@ -92,7 +97,7 @@ class Endpoint:
             while part := response.read1(CHUNK):
                 answer += part
                 if len(answer) > self.max_bytes:
-                    raise ValueError(f"the answer is longer than max_bytes={self.max_bytes}")
+                    raise ValueError(f"the response exceeds max_bytes={self.max_bytes}")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"the answer took longer than timeout={self.timeout} seconds")
+                    raise TimeoutError(f"the response took longer than timeout={self.timeout} seconds")
         return bytes(answer)

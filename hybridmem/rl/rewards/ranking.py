@@ -1,6 +1,6 @@
-"""Ranking metrics as reward (Rec-R1, arXiv 2503.24289): the response is a query, and what it finds is scored.
+"""Ranking metrics as rewards (Rec-R1, arXiv 2503.24289): the response is a query, and its results are scored.
 
-<think>…</think><answer>{"query": "…"}</answer>         or, without thinking, the answer alone
+<think>…</think><answer>{"query": "…"}</answer>         or, with think=False, the answer alone
 """
 
 import json
@@ -17,33 +17,33 @@ from .retrievers import Found, Retriever, checked
 
 ANSWER = r"\s*<answer>((?:(?!</?answer>|</?think>).)*)</answer>\s*"
 THINK = r"\s*<think>(?:(?!</?answer>|</?think>).)*</think>"
-FORMAT_REWARD = 0.1  # beside the metric, where that is above 0
+FORMAT_REWARD = 0.1  # added to metrics above 0
 MALFORMED = -2.0
 
-Relevance = Mapping[str, float] | Sequence[str]  # by document, or the documents with relevance 1
+Relevance = Mapping[str, float] | Sequence[str]  # relevance by document id, or the ids with relevance 1
 
 logger = logging.getLogger(__name__)
 
 
 class RankingReward:
-    """Rec-R1's reward: 0.1 + metric where the query finds something relevant, 0 where it does not, −2 for no query.
+    """Rec-R1's reward: 0.1 + metric if a query finds relevant documents, 0 if not, and −2 for a malformed response.
 
-    All queries of a call go to the retriever together, each once. One that the retriever fails on, by giving None,
-    raising, or giving anything but lists of ids, gets `failed_reward` and is counted in `failures`.
+    A call sends its distinct queries to the retriever in one batch. The retriever fails on a query if it returns None,
+    raises, or returns anything but lists of ids. A failed query gets `failed_reward` and increments `failures`.
 
     Args:
         metric: `ndcg`, `recall` or `mrr`.
-        k: how many documents count.
-        retriever: `retriever(queries, k)` gives a list of ids for each query (see hybridmem.rl.rewards.retrievers).
-        think: whether a response must think before its answer.
-        relevance_column: the dataset's column with the relevance of each document by its id, or with the ids of the
-            relevant ones.
-        failed_reward: for a query that the retriever failed on; the default is what the format alone gets, None leaves
-            the sample to the other reward functions.
-        raise_failures: end the run instead.
+        k: the cutoff of the metric, in documents.
+        retriever: `retriever(queries, k)` returns a list of ids per query (see hybridmem.rl.rewards.retrievers).
+        think: True if a response must contain <think>…</think> before its answer.
+        relevance_column: the dataset's column with a mapping from document id to relevance, or with the ids of the
+            relevant documents.
+        failed_reward: the reward of failed queries. The default is the reward of a query without relevant results;
+            None leaves the sample to the other reward functions.
+        raise_failures: raise an error instead of giving failed_reward.
 
     Raises:
-        ValueError: an unknown metric, or a k below 1.
+        ValueError: The metric is unknown, or k is below 1.
     """
 
     def __init__(
@@ -62,21 +62,24 @@ class RankingReward:
         self.relevance_column, self.failed_reward = relevance_column, failed_reward
         self.raise_failures = raise_failures
         self.failures = 0
-        self.__name__ = f"{metric}@{k}"  # what it is logged under
+        self.__name__ = f"{metric}@{k}"  # the name in the log
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        """The reward of each completion."""
+        """Return the reward of each completion."""
         (scores,) = self.scores(completions, self.metric, **columns)
         return [self._reward(score) for score in scores]
 
     def scores(self, completions: Sequence[Completion], *metrics: str, **columns: Any) -> list[list[float | str]]:
-        """Each metric of what every completion finds; `malformed` and `failed` where there is none.
+        """Return, for each metric, a score per completion, or `malformed` or `failed` in place of the score.
 
         Raises:
-            ValueError: the dataset lacks the column of relevances.
+            ValueError: The dataset lacks relevance_column.
         """
         if self.relevance_column not in columns:
-            raise ValueError(f"relevance_column={self.relevance_column!r} is no column of the dataset: {list(columns)}")
+            raise ValueError(
+                f"relevance_column={self.relevance_column!r} is not among the dataset's columns {list(columns)}; set "
+                "it to one of them"
+            )
         queries = [parse_query(completion, self.think) for completion in completions]
         found = self.search(list(dict.fromkeys(query for query in queries if query is not None)))
         relevances = columns[self.relevance_column]
@@ -89,7 +92,7 @@ class RankingReward:
         ]
 
     def search(self, queries: list[str]) -> dict[str, list[str] | None]:
-        """What each of several queries finds; None where the retriever failed."""
+        """Return the document ids found for each query, or None if the retriever failed on it."""
         found: Found = []
         if queries:
             try:
@@ -118,7 +121,7 @@ class RankingReward:
 
 
 def parse_query(completion: Completion, think: bool = True) -> str | None:
-    """The query that a completion asks, of messages the last one; None where its format is not right."""
+    """Return the query in a completion or in its last message, or None if the completion is malformed."""
     text = completion if isinstance(completion, str) else completion[-1]["content"]
     match = re.fullmatch((THINK if think else "") + ANSWER, text, re.DOTALL)
     if match is None:
@@ -132,6 +135,6 @@ def parse_query(completion: Completion, think: bool = True) -> str | None:
 
 
 def write_answer(query: str, think: str | None = None) -> str:
-    """A query in the format that `parse_query` reads."""
+    """Format a query as a response that `parse_query` reads."""
     thought = "" if think is None else f"<think>{think}</think>"
     return f"{thought}<answer>{json.dumps({'query': query})}</answer>"

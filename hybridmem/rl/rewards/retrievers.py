@@ -1,7 +1,7 @@
-"""Retrievers: what a query finds, best first. To rewards each is a black box.
+"""Retrievers, which rank documents for search queries.
 
-A retriever is a callable, `retriever(queries, k)`, that gives a list of at most k document ids for each query, or None
-for a query that it failed on.
+A retriever is a callable `retriever(queries, k)` that returns a list of at most k document ids per query, best first,
+or None for a query on which it failed. Rewards treat retrievers as black boxes.
 """
 
 import json
@@ -19,26 +19,27 @@ from .http import Endpoint, EndpointError
 Found = list[list[str] | None]
 Retriever = Callable[[list[str], int], Found]
 
-TERM = re.compile(r"[^\W_]+")  # letters and digits; what a word is joined with separates
+TERM = re.compile(r"[^\W_]+")  # runs of letters and digits; underscores and hyphens separate terms
 
 logger = logging.getLogger(__name__)
 
 
 class BM25:
-    """BM25 over a JSONL file of documents, by bm25s (`pip install hybridmem[rank]`).
+    """BM25 over a JSONL file of documents, implemented with bm25s (`pip install hybridmem[rank]`).
 
-    Terms are runs of letters and digits in lower case; a term that a query repeats counts as often. A document that
-    shares no term with the query is not found.
+    Terms are lower-case runs of letters and digits; repeated terms in a query count repeatedly. Documents that share no
+    term with the query are not returned.
 
     Args:
-        path: a JSON object a line.
-        id_column: where a document's id stands.
-        text_columns: where its text stands; one that is missing or null is empty.
-        k1, b: how soon repeated terms stop counting, and how much a document's length does.
+        path: a JSONL file with one document per line.
+        id_column: the column with the document's id.
+        text_columns: the columns with the document's text; missing and null values count as empty.
+        k1, b: BM25's term saturation and length normalisation.
 
     Raises:
         ImportError: bm25s is not installed.
-        FileNotFoundError, ValueError: no such file, a line that is no document, an id twice, or no documents.
+        FileNotFoundError, ValueError: The file does not exist, a line is no document, ids repeat, or no document has
+            text.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class BM25:
         documents: dict[str, str] = {}
         for name, record in read_jsonl(path):
             if id_column not in record:
-                raise ValueError(f"{name} has no id in the column id_column={id_column!r} (it has {sorted(record)})")
+                raise ValueError(
+                    f"{name} lacks id_column={id_column!r}; set id_column to one of its columns {sorted(record)}"
+                )
             identifier = str(record[id_column])
             if identifier in documents:
-                raise ValueError(f"{name} has the id {identifier!r} of an earlier document: ids must differ")
+                raise ValueError(f"{name} repeats the id {identifier!r} of an earlier document; make ids unique")
             documents[identifier] = "\n".join(str(record[c]) for c in text_columns if record.get(c) is not None)
         self._index(
             documents, k1, b, f"path={str(path)!r}: no document has a word in text_columns={list(text_columns)}"
@@ -63,16 +66,16 @@ class BM25:
 
     @classmethod
     def of(cls, documents: Mapping[str, str], k1: float = 1.5, b: float = 0.75) -> "BM25":
-        """The same over documents in memory, texts by id."""
+        """Build the index from documents in memory, given as a mapping from id to text."""
         index = cls.__new__(cls)
-        index._index(documents, k1, b, "BM25 has nothing to search: no document has a word")
+        index._index(documents, k1, b, "BM25 needs at least one document that contains a word")
         return index
 
     def _index(self, documents: Mapping[str, str], k1: float, b: float, without_words: str) -> None:
         try:
             import bm25s
         except ModuleNotFoundError as error:
-            raise ImportError("BM25 searches with `bm25s`: pip install hybridmem[rank]") from error
+            raise ImportError("BM25 needs bm25s: pip install hybridmem[rank]") from error
         texts = [terms(text) for text in documents.values()]
         if not any(texts):
             raise ValueError(without_words)
@@ -81,7 +84,7 @@ class BM25:
         self.index.index(texts, show_progress=False)
 
     def __call__(self, queries: list[str], k: int) -> Found:
-        """The ids of the best k documents for each query."""
+        """Return the ids of the best k documents for each query."""
         known = [[term for term in terms(query) if term in self.index.vocab_dict] for query in queries]
         asked = [number for number, query in enumerate(known) if query]
         found: Found = [[] for _ in queries]
@@ -94,16 +97,16 @@ class BM25:
 
 
 class HTTPRetriever:
-    """A retriever on another machine: POST {"queries": […], "k": k} gives {"results": [[id, …], …]}.
+    """Retriever at an HTTP endpoint: POST {"queries": […], "k": k} returns {"results": [[id, …], …]}.
 
-    A batch without a usable answer gives None for its queries, which are counted in `failures`.
+    A failed batch gives None for all its queries, which count in `failures`.
 
     Args:
-        url, timeout, retries, backoff, max_bytes, headers: see Endpoint; the timeout is for one batch.
-        batch_size: queries of a request.
+        url, timeout, retries, backoff, max_bytes, headers: see Endpoint; the timeout applies to one batch.
+        batch_size: the number of queries per request.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class HTTPRetriever:
         self.failures = 0
 
     def __call__(self, queries: list[str], k: int) -> Found:
-        """What each query finds."""
+        """Return the ids of the best k documents for each query, or None for failed queries."""
         found: Found = []
         for start in range(0, len(queries), self.batch_size):
             found += self._ask(queries[start : start + self.batch_size], k)
@@ -141,28 +144,28 @@ class HTTPRetriever:
 
 
 def checked(results: Any, count: int, k: int) -> Found:
-    """What a retriever gave, if it is a list of ids, or None, for each of `count` queries; the first k ids each.
+    """Validate a retriever's results for `count` queries; return at most k ids as strings, or None, per query.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: The results are not a list with a list of ids, or None, per query.
     """
     if not isinstance(results, list) or len(results) != count:
-        raise ValueError(f"a retriever must give a list of ids for each of {count} queries, not {str(results)[:200]!r}")
+        raise ValueError(f"a retriever must return one list of ids for each of {count} queries: {str(results)[:200]!r}")
     for ids in results:
         if ids is not None and not (isinstance(ids, list) and all(isinstance(one, str | int) for one in ids)):
-            raise ValueError(f"what a query finds must be a list of ids, not {str(ids)[:200]!r}")
+            raise ValueError(f"a retriever must return ids as strings or integers: {str(ids)[:200]!r}")
     return [None if ids is None else [str(one) for one in ids[:k]] for ids in results]
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, compressed or not, each with what errors call it.
+    """Yield (location for error messages, object) for each line of a JSONL file, compressed or not.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, one that cannot be decompressed, or a line that is no JSON object.
+        FileNotFoundError, ValueError: The file does not exist or cannot be decompressed, or a line is no JSON object.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path={str(path)!r} is no file")
-    for number, line in enumerate(lines_of(Path(path)), start=1):  # as bytes: what is not UTF-8 is an error of its line
+        raise FileNotFoundError(f"path={str(path)!r} does not exist or is not a file")
+    for number, line in enumerate(lines_of(Path(path)), start=1):  # bytes, so that UTF-8 errors name their line
         if not line.strip():
             continue
         try:
@@ -170,10 +173,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number} is no JSON object but {type(record).__name__}")
+            raise ValueError(f"{path}:{number} is of type {type(record).__name__}, not a JSON object")
         yield f"{path}:{number}", record
 
 
 def terms(text: str) -> list[str]:
-    """The words that BM25 compares."""
+    """Split text into BM25 terms."""
     return TERM.findall(text.lower())

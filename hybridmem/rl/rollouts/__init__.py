@@ -1,1 +1,1 @@
-"""Sampling of responses, and the data that training takes from them."""
+"""Rollouts: sampled responses, and the experience that objectives learn from."""

@@ -1,12 +1,13 @@
-"""Multi-turn rollouts: a policy acts in environments."""
+"""Multi-turn rollouts of a policy in environments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.environments.tools import act
 
 from .completions import Completions
@@ -19,13 +20,13 @@ from .sampling import Sampling, evaluating
 
 @dataclass(frozen=True)
 class Environments:
-    """The environments of a run, and how a policy acts in them.
+    """Environment settings of a run.
 
     Args:
-        factory: makes an environment for every response.
-        max_turns: turns of a trajectory.
-        call_format: the form of tool calls, `plain` or `json`.
-        max_observation_length: characters of an observation; the rest is cut.
+        factory: creates one environment per response.
+        max_turns: the maximum number of turns in a trajectory.
+        call_format: the format of tool calls, `plain` or `json`.
+        max_observation_length: the number of characters to which observations are truncated.
     """
 
     factory: Callable[[], Any]
@@ -36,9 +37,9 @@ class Environments:
 
 @dataclass
 class Trajectories:
-    """Trajectories, those of one example next to one another, and the environments as they left them."""
+    """Trajectories, grouped by example, and their environments in the final state."""
 
-    prompts: list[Prompt]  # of each example
+    prompts: list[Prompt]  # one per example
     completions: Completions
     environments: list[Any]
     turns: Int[Tensor, " responses"]
@@ -47,7 +48,7 @@ class Trajectories:
     failures: int
 
     def metrics(self) -> dict[str, tuple[float, int]]:
-        """Return turns and calls per trajectory and the share of failed calls, under TRL's names, with weights."""
+        """Return (value, weight) of turns and calls per trajectory and of the share of failed calls, by TRL's names."""
         count = len(self.environments)
         return {
             "turns/mean": (self.turns.float().mean().item(), count),
@@ -63,8 +64,19 @@ def act_out(
     num_generations: int,
     sampling: Sampling,
     generator: Generators = None,
+    actions: Sequence[Action] = (),
 ) -> Trajectories:
-    """Act `num_generations` times on every example, each time in a new environment."""
+    """Roll out `num_generations` trajectories per example, each in a new environment.
+
+    Args:
+        policy: the policy that acts.
+        environments: the environments of the run.
+        examples: one example per group.
+        num_generations: the number of trajectories per example.
+        sampling: the sampling settings.
+        generator: a random generator, or one per example.
+        actions: choices of objectives, with one row per trajectory.
+    """
     worlds = [environments.factory() for _ in range(len(examples) * num_generations)]
     prompts = [
         begin(policy.data, example, worlds[n * num_generations : (n + 1) * num_generations])
@@ -82,14 +94,22 @@ def act_out(
 
     with evaluating(policy.model):
         completions, turns, faulty = sample_turns(
-            policy.model, policy.prompt_batch(prompts), num_generations, sampling, environments.max_turns, respond,
-            policy.eos_token_ids, policy.data.pad_id, generator,
-        )  # fmt: skip
+            policy.model,
+            policy.prompt_batch(prompts),
+            num_generations,
+            sampling,
+            environments.max_turns,
+            respond,
+            policy.eos_token_ids,
+            policy.data.pad_id,
+            generator,
+            actions,
+        )
     return Trajectories(prompts, completions, worlds, turns, faulty, **counted)
 
 
 def environment_reward(environments: list[Any], **columns: Any) -> list[float]:
-    """Return the reward that every environment reports."""
+    """Return the reward of each environment."""
     return [environment.get_reward() for environment in environments]
 
 
@@ -97,13 +117,13 @@ def begin(data: Any, example: Example, environments: list[Any]) -> Prompt:
     """Reset the environments of an example; return its prompt followed by their first observation.
 
     Raises:
-        ValueError: the environments begin with different texts, but a group shares its prompt.
+        ValueError: The environments' first observations differ, but a group must share its prompt.
     """
     columns = {name: value for name, value in example.items() if name != "prompt"}
     texts = {environment.reset(**columns) or "" for environment in environments}
     if len(texts) > 1:
         raise ValueError(
-            f"environment_factory: the environments of one example begin with {len(texts)} different texts, but a "
-            "group answers one prompt: let reset() follow from the example's columns alone"
+            f"environment_factory: reset() returned {len(texts)} different texts for one example, but a group shares "
+            "one prompt; make reset() depend on the example's columns only"
         )
     return data.prompt({**example, "prompt": example["prompt"] + texts.pop()})

@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Completions(NamedTuple):
-    """Responses, those to one prompt next to one another."""
+    """Sampled responses; responses to the same prompt are adjacent."""
 
-    ids: Int[Tensor, "responses length"]  # the end of text among them, padding after it
-    mask: Bool[Tensor, "responses length"]  # which are tokens of the response
-    truncated: Bool[Tensor, " responses"]  # cut off before an end of text
-    sampled_logps: Float[Tensor, "responses length"]  # without top_k, top_p and min_p; 0 off the mask
+    ids: Int[Tensor, "responses length"]  # tokens up to and including EOS, then padding
+    mask: Bool[Tensor, "responses length"]  # True at the response's tokens
+    truncated: Bool[Tensor, " responses"]  # True if the response was cut off before EOS
+    sampled_logps: Float[Tensor, "responses length"]  # before top_k, top_p and min_p; 0 off the mask
 
 
 def concatenate(parts: list[Completions], pad_id: int) -> Completions:
-    """Responses of several rollouts as one, as long as the longest."""
+    """Concatenate the responses of several rollouts, padded to the longest."""
     longest = max(part.ids.shape[1] for part in parts)
     longer = []
     for part in parts:

@@ -1,12 +1,14 @@
-"""Trajectories of many turns: the policy speaks, an environment answers, and no token is read twice."""
+"""Sampling of multi-turn trajectories with a KV cache that processes every token once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from hybridmem.rl.attention.action import Action, reading
 
 from .completions import Completions
 from .prompts import PromptBatch
@@ -17,15 +19,15 @@ from .sampling import Sampling, draw_next, prefill, read
 class Reply(NamedTuple):
     """An environment's answer to a turn."""
 
-    tokens: list[int]  # that the policy reads next
-    failed: bool  # whether the turn's calls did
-    ended: bool  # whether this was the last turn
+    tokens: list[int]  # the observation, which the policy reads next
+    failed: bool  # True if a call of the turn failed
+    ended: bool  # True if the turn was the last one
 
 
 class Turns(NamedTuple):
-    """Responses in which what an environment said stands between what the policy did.
+    """Trajectories in which the policy's turns and the environment's observations alternate.
 
-    `completions.ids` hold both, `completions.mask` names the policy's own tokens: they alone carry loss.
+    `completions.ids` contains both; `completions.mask` marks the policy's own tokens, which alone carry loss.
     """
 
     completions: Completions
@@ -35,10 +37,10 @@ class Turns(NamedTuple):
 
 @dataclass
 class Row:
-    """A trajectory as it grows."""
+    """State of a growing trajectory."""
 
-    waiting: list[int] = field(default_factory=list)  # what the environment said and the policy has not read
-    turn: list[int] = field(default_factory=list)  # the policy's tokens since then
+    waiting: list[int] = field(default_factory=list)  # observation tokens that the policy has yet to read
+    turn: list[int] = field(default_factory=list)  # the policy's tokens in the current turn
     turns: int = 0
     finished: bool = False
     faulty: list[range] = field(default_factory=list)
@@ -55,27 +57,30 @@ def sample_turns(
     eos_token_ids: list[int],
     pad_token_id: int,
     generator: Generators = None,
+    actions: Sequence[Action] = (),
 ) -> Turns:
-    """Act `num_generations` times behind each prompt.
+    """Sample `num_generations` multi-turn trajectories from each prompt.
 
-    All trajectories take each step together: where one speaks, another reads on in what it was told, so that states
-    are never padded nor read again. What all of them are told is read at once.
+    All trajectories advance in lockstep: while one generates a token, another reads the next token of its observation.
+    The cache therefore needs no padding and no second prefill. Observation tokens that are pending in all unfinished
+    trajectories are read in one call.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
-        prompts: what to begin with.
-        num_generations: trajectories from each prompt.
-        sampling: how tokens are drawn; max_completion_length counts observations too.
-        max_turns: turns of a trajectory; one that needs more counts as truncated.
-        respond: (trajectory, tokens of its turn without their end) to what the environment says.
+        prompts: the first prompt of each trajectory.
+        num_generations: the number of trajectories per prompt.
+        sampling: the sampling settings; max_completion_length includes observations.
+        max_turns: the maximum number of turns; a trajectory that needs more counts as truncated.
+        respond: maps (trajectory index, tokens of its turn without EOS) to the environment's reply.
         eos_token_ids: tokens that end a turn.
-        pad_token_id: what stands behind the end.
-        generator: of the random numbers, or one for each prompt.
+        pad_token_id: the token that fills finished rows.
+        generator: a random generator, or one per prompt.
+        actions: choices of objectives, with one row per trajectory.
     """
-    logits, cache = prefill(model, prompts, num_generations)
+    logits, cache = prefill(model, prompts, num_generations, actions)
     text = prompts.repeat(num_generations)
     rows = [Row() for _ in range(len(logits))]
-    cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # by the number of turns
+    cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # True at max_turns
     ids, masks, logps, length = [], [], [], 0
     while True:
         drawn, chosen = draw_next(logits, sampling, generator, model, text)
@@ -94,7 +99,8 @@ def sample_turns(
         if length == sampling.max_completion_length or all(row.finished for row in rows):
             break
         text = text.followed_by(ids[-1])
-        logits = read(model, text.last(size), cache)[:, -1]
+        with reading(actions, model, "response"):
+            logits = read(model, text.last(size), cache)[:, -1]
     unfinished = torch.tensor([not row.finished for row in rows], device=logits.device)
     completions = Completions(torch.cat(ids, 1), torch.cat(masks, 1), unfinished | cut, torch.cat(logps, 1))
     faulty = torch.zeros_like(completions.mask)
@@ -106,12 +112,12 @@ def sample_turns(
 
 
 def _shared(rows: list[Row]) -> int:
-    """How many tokens all trajectories that go on can read at once; 1 where one of them speaks."""
+    """Return how many tokens all unfinished trajectories can read at once; 1 if one of them generates."""
     return max(1, min((len(row.waiting) for row in rows if not row.finished), default=1))
 
 
 def _next(rows: list[Row], drawn: list[int], size: int, pad_id: int) -> tuple[list[list[int]], list[bool]]:
-    """The next tokens of every trajectory, and whether they are its own."""
+    """Return the next tokens of every trajectory, and a flag for tokens that the policy generated."""
     tokens, own = [], []
     for row, token in zip(rows, drawn, strict=True):
         speaks = not row.finished and not row.waiting
@@ -129,7 +135,7 @@ def _next(rows: list[Row], drawn: list[int], size: int, pad_id: int) -> tuple[li
 def _speak(
     row: Row, number: int, token: int, length: int, respond: Callable[[int, list[int]], Reply], ends: list[int]
 ) -> None:
-    """Take a token that was drawn; at its end the turn is made."""
+    """Append a generated token to the turn, or get the environment's reply if the token is EOS."""
     if token not in ends:
         row.turn.append(token)
         return

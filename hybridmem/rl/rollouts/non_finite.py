@@ -1,4 +1,4 @@
-"""Non-finite logits in a rollout, and the layer that they come from."""
+"""Non-finite logits in a rollout, and the layer that causes them."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,11 +8,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class NonFiniteLogits(ArithmeticError):
-    """A policy whose logits contain NaN or inf has no distribution to sample from."""
+    """Error for logits with NaN or inf, which define no distribution to sample from."""
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield embeddings, decoder layers and head of a model of transformers, with their names."""
+    """Yield the name and module of a transformers model's embeddings, decoder layers and head."""
     ends = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")]
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) or any(module is end for end in ends):
@@ -20,7 +20,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def first_non_finite_layer(model: nn.Module, run: Callable[[], object]) -> str | None:
-    """Run a model once more; return the first layer whose output is not finite, or None if all are."""
+    """Rerun a model; return the name of the first layer with a non-finite output, or None."""
     found: list[str] = []
 
     def listener(name: str) -> Callable[[nn.Module, object, object], None]:

@@ -1,4 +1,4 @@
-"""Prompts, alone and as a padded batch that a model reads."""
+"""Prompts, and padded batches of prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,32 +11,32 @@ Times = Int[Tensor, " prompts"]  # the number of responses to each prompt
 
 
 class Prompt(NamedTuple):
-    """A question: its tokens, and images before them or, in a processor's prompts, among them."""
+    """A tokenised prompt; its images precede the tokens or, with a processor, have places among them."""
 
     tokens: list[int]
     images: Float[Tensor, "patches pixels"] | None = None
-    image_grid_thw: Int[Tensor, " 3"] | None = None  # of a processor's prompts
+    image_grid_thw: Int[Tensor, " 3"] | None = None  # set by processors
 
 
 class PromptBatch(NamedTuple):
-    """Prompts as a model reads them, padded on the left."""
+    """A left-padded batch of prompts."""
 
     input_ids: Int[Tensor, "prompts time"]
     attention_mask: Bool[Tensor, "prompts time"] | None  # None: no padding
     images: Float[Tensor, "prompts patches pixels"] | None = None
-    image_grid_thw: Int[Tensor, "prompts 3"] | None = None  # of a vision model; None: patches replace the first tokens
-    position_ids: Int[Tensor, "axes prompts time"] | None = None  # of a vision model
+    image_grid_thw: Int[Tensor, "prompts 3"] | None = None  # vision models; None: patches replace the first tokens
+    position_ids: Int[Tensor, "axes prompts time"] | None = None  # vision models
 
     def repeat(self, times: int | Times) -> "PromptBatch":
-        """Each prompt `times` times, or as often as its own number, copies next to one another."""
+        """Repeat each prompt `times` times, or by its own number; copies are adjacent."""
         return self._map(lambda x, rows: x.repeat_interleave(torch.as_tensor(times, device=x.device), dim=rows))
 
     def select(self, rows: Int[Tensor, " rows"]) -> "PromptBatch":
-        """Some of the prompts."""
+        """Return the selected prompts."""
         return self._map(lambda x, dim: x.index_select(dim, rows.to(x.device)))
 
     def followed_by(self, ids: Int[Tensor, "prompts length"]) -> "PromptBatch":
-        """The prompts with tokens behind them."""
+        """Append tokens to the prompts."""
         mask, places, length = self.attention_mask, self.position_ids, ids.shape[1]
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (0, length), value=True)
@@ -47,7 +47,7 @@ class PromptBatch(NamedTuple):
         return self._replace(input_ids=ids, attention_mask=mask, position_ids=places)
 
     def without_last(self) -> "PromptBatch":
-        """All but the last token of each."""
+        """Return the prompts without their last token."""
         mask, places = self.attention_mask, self.position_ids
         return self._replace(
             input_ids=self.input_ids[:, :-1],
@@ -56,7 +56,7 @@ class PromptBatch(NamedTuple):
         )
 
     def last(self, count: int) -> "PromptBatch":
-        """The last tokens, which are text, for a model that has read the others; the mask tells of all."""
+        """Return the last `count` text tokens for a model with a cache of the others; the mask covers all tokens."""
         places = None if self.position_ids is None else self.position_ids[..., -count:]
         return PromptBatch(self.input_ids[:, -count:], self.attention_mask, position_ids=places)
 
@@ -72,10 +72,10 @@ class PromptBatch(NamedTuple):
 
 
 def batch_prompts(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> PromptBatch:
-    """Return prompts as one batch, images included.
+    """Batch prompts with their images.
 
     Raises:
-        ValueError: a prompt without a token; images in some prompts only, or of different sizes.
+        ValueError: A prompt is empty, only some prompts have images, or image sizes differ.
     """
     images = _stacked([prompt.images for prompt in prompts])
     grids = _stacked([prompt.image_grid_thw for prompt in prompts])
@@ -89,16 +89,16 @@ def pad_prompts(
     images: Float[Tensor, "prompts patches pixels"] | None = None,
     image_grid_thw: Int[Tensor, "prompts 3"] | None = None,
 ) -> PromptBatch:
-    """Token lists as a batch.
+    """Pad lists of tokens to a batch.
 
-    Images come before the text, except with `image_grid_thw`: then the prompts hold places for them already.
+    Images precede the text, unless `image_grid_thw` is given: then the prompts already contain image tokens.
 
     Raises:
-        ValueError: a prompt without a token.
+        ValueError: A prompt is empty.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     if not lengths.all():
-        raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty: a response needs a token to follow")
+        raise ValueError(f"prompt {int(lengths.argmin())} of the batch is empty; a prompt needs at least one token")
     if images is not None and image_grid_thw is None:
         places = [pad_id] * images.shape[1]
         prompts, lengths = [places + prompt for prompt in prompts], lengths + len(places)
@@ -110,7 +110,7 @@ def pad_prompts(
 
 
 def vision_positions(model: Any, prompts: PromptBatch) -> Int[Tensor, "axes prompts time"] | None:
-    """Each token's place in time, height and width, where a vision model has such; None where it counts tokens."""
+    """Return token positions in time, height and width if the model uses such, or None for plain positions."""
     places = next((m.get_rope_index for m in model.modules() if hasattr(m, "get_rope_index")), None)
     if places is None:
         return None
@@ -120,10 +120,13 @@ def vision_positions(model: Any, prompts: PromptBatch) -> Int[Tensor, "axes prom
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return one tensor of all prompts' parts, or None if they have none."""
+    """Stack one tensor per prompt; return None if no prompt has one."""
     found = [part for part in parts if part is not None]
     if not found:
         return None
     if len(found) < len(parts) or len({part.shape for part in found}) > 1:
-        raise ValueError("prompts of one batch must all have images, of one size, or none: make the task's examples so")
+        raise ValueError(
+            "a batch mixes prompts with and without images, or images of different sizes; give every example of the "
+            "task an image of one size, or none"
+        )
     return torch.stack(found)

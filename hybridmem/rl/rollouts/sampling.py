@@ -1,4 +1,4 @@
-"""Groups of sampled responses: each prompt is read once, then answered many times."""
+"""Sampling of response groups that share one prefill of their prompt."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from hybridmem.distributed import unsharded
 from hybridmem.model.patches import embed_with_patches
+from hybridmem.rl.attention.action import Action, prefilled_once, reading
 
 from .completions import Completions
 from .non_finite import NonFiniteLogits, first_non_finite_layer
@@ -21,16 +22,16 @@ from .random_streams import Generators
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn; the names are TRL's.
+    """Sampling settings under TRL's names.
 
     Args:
-        max_completion_length: tokens of the longest response, its end among them.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_k, top_p, min_p: leave out unlikely tokens; off by default, because the ratios of token objectives
-            assume the whole distribution.
+        max_completion_length: the maximum number of tokens in a response, EOS included.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k, top_p, min_p: exclude unlikely tokens. All are off by default, because importance ratios assume samples
+            from the full distribution.
 
     Raises:
-        ValueError: a value that cannot work.
+        ValueError: A setting is out of range.
     """
 
     max_completion_length: int
@@ -51,7 +52,7 @@ class Sampling:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """A model in evaluation mode for a while, and whole where processes share its weights."""
+    """Put a model in evaluation mode and gather its sharded weights inside the context."""
     training = model.training
     model.eval()
     try:
@@ -70,27 +71,23 @@ def sample(
     eos_token_ids: list[int],
     pad_token_id: int,
     generator: Generators = None,
-    prefill_once: bool = True,
+    actions: Sequence[Action] = (),
 ) -> Completions:
-    """Answer each prompt `num_generations` times.
+    """Sample `num_generations` responses to each prompt.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
-        prompts: what to answer.
-        num_generations: responses to each prompt.
-        sampling: how tokens are drawn.
+        prompts: the prompts to answer.
+        num_generations: the number of responses per prompt.
+        sampling: the sampling settings.
         eos_token_ids: tokens that end a response.
-        pad_token_id: what stands behind the end.
-        generator: of the random numbers, or one for each prompt: its responses then do not depend on the others.
-        prefill_once: read each prompt once and hand its state to all its responses; False: every response reads it,
-            which it must where responses read differently (attention exploration).
+        pad_token_id: the token that fills rows after EOS.
+        generator: a random generator, or one per prompt, which makes a prompt's responses independent of the batch.
+        actions: choices of objectives, with one row per response. Each prompt is prefilled once and its cache shared
+            among its responses, unless an action makes every response read the prompt in its own way.
     """
-    if not prefill_once:
-        prompts, fan_out = prompts.repeat(num_generations), 1
-    else:
-        fan_out = num_generations
-    logits, cache = prefill(model, prompts, fan_out)
-    rows = prompts.repeat(fan_out)
+    logits, cache = prefill(model, prompts, num_generations, actions)
+    rows = prompts.repeat(num_generations)
     ends = torch.tensor(eos_token_ids, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
@@ -103,14 +100,21 @@ def sample(
         if len(ids) == sampling.max_completion_length or bool(finished.all()):
             break
         rows = rows.followed_by(ids[-1][:, None])
-        logits = read(model, rows.last(1), cache)[:, -1]
+        with reading(actions, model, "response"):
+            logits = read(model, rows.last(1), cache)[:, -1]
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
 
 
-def prefill(model: Any, prompts: PromptBatch, fan_out: int) -> tuple[Float[Tensor, "rows vocab"], DynamicCache]:
-    """Read each prompt once; return the logits after it and its cache, both repeated for `fan_out` responses."""
+def prefill(
+    model: Any, prompts: PromptBatch, num_generations: int, actions: Sequence[Action] = ()
+) -> tuple[Float[Tensor, "rows vocab"], DynamicCache]:
+    """Prefill each prompt, once if the actions allow it; return next-token logits and a cache for every response."""
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = read(model, prompts, cache)[:, -1]
+    fan_out = num_generations
+    if not prefilled_once(actions):
+        prompts, fan_out = prompts.repeat(num_generations), 1
+    with reading(actions, model, "prompt"):
+        logits = read(model, prompts, cache)[:, -1]
     if fan_out > 1:
         cache.batch_repeat_interleave(fan_out)
         logits = logits.repeat_interleave(fan_out, dim=0)
@@ -123,32 +127,37 @@ def draw_next(
     """Draw a token for each row (see `draw`).
 
     Raises:
-        NonFiniteLogits: names the first layer of the model whose output is not finite; it reads the rows once more.
+        NonFiniteLogits: A row's logits are non-finite. The model reads the rows again to name the first faulty layer.
     """
     try:
         return draw(logits, sampling, generator)
     except NonFiniteLogits as error:
         layer = first_non_finite_layer(model, lambda: read(model, read_so_far, None))
-        source = "the layers' outputs are finite" if layer is None else f"first in the output of {layer}"
+        source = "all layers have finite outputs" if layer is None else f"first in the output of {layer}"
         raise NonFiniteLogits(f"{error} ({source})") from error
 
 
 def read(
     model: Any, new: PromptBatch, cache: DynamicCache | None, logits_to_keep: int = 1
 ) -> Float[Tensor, "rows kept vocab"]:
-    """The logits behind the last of some new tokens; the mask may tell of those before them too."""
+    """Return the logits at the last of some new tokens; the attention mask may also cover the cached tokens."""
+    caching, tokens = cache is not None, inputs_of(model, new)
+    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
+
+
+def inputs_of(model: Any, new: PromptBatch) -> dict[str, Tensor]:
+    """Return the model's keyword arguments for some new tokens, their mask and positions included."""
     tokens = _as_input(model, new)
     if new.attention_mask is not None:
         tokens["attention_mask"] = new.attention_mask.long()
         tokens["position_ids"] = positions(new.attention_mask)[:, -new.input_ids.shape[1] :]
     if new.position_ids is not None:
         tokens["position_ids"] = new.position_ids
-    caching = cache is not None
-    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
+    return tokens
 
 
 def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:
-    """What a model takes rows as."""
+    """Return rows as the model's keyword arguments: token ids, with pixels or patch embeddings for images."""
     if rows.images is None:
         return {"input_ids": rows.input_ids}
     if rows.image_grid_thw is not None:
@@ -159,22 +168,22 @@ def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:
 
 
 def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
-    """Each token's position behind the padding on the left."""
+    """Return token positions that ignore the padding on the left."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def draw(
     logits: Float[Tensor, "rows vocab"], sampling: Sampling, generator: Generators
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Draw a token for each row; return it and its log-probability.
+    """Draw a token for each row; return the tokens and their log-probabilities.
 
-    A vocabulary may be masked with −inf, as long as a finite logit remains.
+    Logits of −inf mask tokens; each row needs at least one finite logit.
 
     Raises:
-        NonFiniteLogits: a row has no distribution over next tokens.
+        NonFiniteLogits: A row's largest logit is NaN or infinite.
     """
     if not logits.amax(-1).isfinite().all():
-        raise NonFiniteLogits("the policy's logits are not finite")
+        raise NonFiniteLogits("the policy's logits are non-finite")
     if sampling.temperature == 0:
         logps = logits.log_softmax(-1)
         tokens = logits.argmax(-1)
@@ -186,7 +195,7 @@ def draw(
 
 
 def _multinomial(probabilities: Float[Tensor, "rows vocab"], generator: Generators) -> Int[Tensor, " rows"]:
-    """A number in [0, 1) for each row says which token: torch.multinomial would draw one for each token."""
+    """Sample by inverting the CDF: one random number per row, where torch.multinomial draws one per token."""
     each = generator if isinstance(generator, Sequence) else [generator]
     device, groups = probabilities.device, zip(probabilities.chunk(len(each)), each, strict=True)
     numbers = [torch.rand(len(p), 1, dtype=torch.float64, device=device, generator=own) for p, own in groups]
@@ -195,7 +204,7 @@ def _multinomial(probabilities: Float[Tensor, "rows vocab"], generator: Generato
 
 
 def _filtered(logps: Float[Tensor, "rows vocab"], sampling: Sampling) -> Float[Tensor, "rows vocab"]:
-    """Leave out all but the likeliest tokens, where the settings ask for it; a row keeps its best one."""
+    """Apply top_k, min_p and top_p; each row keeps at least its likeliest token."""
     if 0 < sampling.top_k < logps.shape[-1]:
         logps = logps.masked_fill(logps < logps.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.min_p > 0:

@@ -1,7 +1,7 @@
-"""Rollouts on a server: vLLM samples, the trainer's own passes score.
+"""Rollouts on a vLLM server; the trainer scores the responses itself.
 
-The server speaks vLLM's completions API, as `trl vllm-serve` and `vllm serve` do: prompts and responses are token ids.
-What it says about log-probabilities is only compared with the trainer's, which alone enter a loss.
+The server must offer vLLM's completions API, as `trl vllm-serve` and `vllm serve` do. Prompts and responses are token
+ids. Losses use the trainer's log-probabilities; the server's only serve to measure the difference.
 """
 
 import shutil
@@ -18,6 +18,7 @@ import torch
 from hybridmem.checks import at_least, one_of
 from hybridmem.distributed import all_gather_object, rank_and_size
 from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rewards.http import Endpoint, EndpointError
 
 from .completions import Completions
@@ -28,24 +29,24 @@ from .sampling import Sampling
 
 @dataclass
 class ServedRollouts:
-    """Samples the training responses of a PolicyModule on a vLLM server.
+    """Sampler of a PolicyModule's training responses on a vLLM server.
 
-    It serves causal LMs of transformers, on text, one response to a prompt: no HybridMem model, no images, no
-    environments, no exploration of attention. Validation and refinements are sampled by the trainer itself.
+    It supports text-only, single-turn rollouts of causal LMs of transformers: no HybridMem models, images,
+    environments or attention exploration. The trainer itself samples validation responses and refinements.
 
     Args:
-        url: of the server, without a path.
-        model: the name under which it serves the policy's base model.
-        sync: how it gets the trained weights. `lora`: PolicyModule's adapters are written to `folder` and loaded by
-            name (the server needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1). `trl`: all weights travel
-            through TRL's VLLMClient (needs a GPU, vllm and TRL, and a server that takes them, see `trl vllm-serve`).
-        folder: where adapters are written, by a path that is the same for the server.
-        timeout: seconds that a request may take.
-        retries: tries after the first one.
-        concurrency: requests at a time, one for each prompt.
+        url: the server's URL without a path.
+        model: the name under which the server serves the policy's base model.
+        sync: how the server gets the trained weights. `lora` writes PolicyModule's adapters to `folder` and loads them
+            by name (the server needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1). `trl` sends all weights
+            through TRL's VLLMClient (needs a GPU, vllm, TRL and a server such as `trl vllm-serve`).
+        folder: the folder for adapters; the server must see it under the same path.
+        timeout: seconds before a request times out.
+        retries: the number of retries of a failed request.
+        concurrency: the maximum number of concurrent requests; each request holds one prompt.
 
     Raises:
-        ValueError: settings that cannot work.
+        ValueError: The settings are invalid, or contradict each other.
     """
 
     url: str
@@ -60,11 +61,13 @@ class ServedRollouts:
         one_of(("lora", "trl"), sync=self.sync)
         at_least(1, concurrency=self.concurrency)
         if self.sync == "lora" and self.folder is None:
-            raise ValueError("rollouts: sync=lora writes adapters: set folder to a path that the server can read")
+            raise ValueError(
+                "rollouts: sync=lora needs a folder for adapters: set folder to a path that the server reads"
+            )
         if urlsplit(self.url).path.strip("/"):
-            raise ValueError(f"rollouts: url={self.url!r} must have no path, such as http://localhost:8000")
+            raise ValueError(f"rollouts: url={self.url!r} contains a path; use a URL such as http://localhost:8000")
         self.url = self.url.rstrip("/")
-        self._serving = self.model  # the name that responses are asked from: each version of adapters has its own
+        self._serving = self.model  # the model name in requests; changes with each version of the adapters
         self._client: Any = None
 
     def check(self, policy: Policy, unsupported: Sequence[str]) -> None:
@@ -72,21 +75,24 @@ class ServedRollouts:
 
         Args:
             policy: the policy.
-            unsupported: features of the run that only the trainer's own sampling has.
+            unsupported: features of the run that only the trainer's own sampler supports.
         """
         model = policy.model.get_base_model() if policy.adapted else policy.model
         if isinstance(model, HybridMemForCausalLM):
-            raise ValueError("rollouts: vLLM serves no HybridMem model: remove rollouts, the trainer samples by itself")
+            raise ValueError("rollouts: vLLM cannot serve HybridMem models; remove rollouts to sample in the trainer")
         if (self.sync == "lora") != policy.adapted:
             given = "set" if policy.adapted else None
-            raise ValueError(f"rollouts: sync={self.sync} does not go with lora={given}: set both, or sync: trl")
+            raise ValueError(
+                f"rollouts: sync={self.sync} cannot be combined with lora={given}: set both sync=lora and lora, or "
+                "sync=trl without lora"
+            )
         if policy.sharded:
-            raise ValueError("rollouts: a sharded policy's weights are not gathered for a server: use strategy ddp")
+            raise ValueError("rollouts: the weights of a sharded policy cannot be sent to a server; use strategy=ddp")
         for name in unsupported:
-            raise ValueError(f"rollouts: a server knows nothing of {name}: remove it, or rollouts")
+            raise ValueError(f"rollouts: a server does not support {name}; remove {name} or rollouts")
 
     def update(self, policy: Policy) -> None:
-        """Give the server the policy's weights; the first rank does, the others wait."""
+        """Send the policy's weights to the server from rank 0, while the other ranks wait."""
         rank, _ = rank_and_size()
         if self.sync == "lora":
             before, self._serving = self._serving, all_gather_object(f"hybridmem_{uuid4().hex}")[0]
@@ -103,16 +109,16 @@ class ServedRollouts:
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Update the server's weights and sample `num_generations` responses to each prompt.
 
         Raises:
-            ValueError: prompts with images.
-            EndpointError: the server is away, or answers something else.
+            ValueError: The prompts contain images.
+            EndpointError: The server cannot be reached, or its answer is malformed.
         """
         if prompts.images is not None:
-            raise ValueError("rollouts: prompts with images are not sent to a server: remove rollouts")
+            raise ValueError("rollouts: a server does not support prompts with images; remove rollouts")
         self.update(policy)
         rows, mask = prompts.input_ids, prompts.attention_mask
         tokens = rows.tolist() if mask is None else [row[kept].tolist() for row, kept in zip(rows, mask, strict=True)]
@@ -129,24 +135,31 @@ class ServedRollouts:
         pad_id: int,
         seeds: Sequence[int],
     ) -> Completions:
-        """Answer each prompt `times` times, with its own seed.
+        """Sample `times` responses to each prompt with the prompt's own seed.
 
         Raises:
-            EndpointError: the server is away, or answers something else.
+            EndpointError: The server cannot be reached, or its answer is malformed.
         """
         settings = {
-            "model": self._serving, "n": times, "logprobs": 0,
-            "max_tokens": sampling.max_completion_length, "temperature": sampling.temperature,
-            "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "stop_token_ids": list(ends),
-            "return_token_ids": True, "return_tokens_as_token_ids": True,
-        }  # fmt: skip
+            "model": self._serving,
+            "n": times,
+            "logprobs": 0,
+            "max_tokens": sampling.max_completion_length,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "stop_token_ids": list(ends),
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
         bodies = [{**settings, "prompt": list(p), "seed": s} for p, s in zip(prompts, seeds, strict=True)]
         with ThreadPoolExecutor(min(self.concurrency, len(bodies))) as pool:
             answers = list(pool.map(self._endpoint("/v1/completions").post, bodies))
         return _completions([choice for answer in answers for choice in self._choices(answer, times)], ends, pad_id)
 
     def _choices(self, answer: Any, times: int) -> list[tuple[list[int], list[float], bool]]:
-        """Tokens, log-probabilities and whether it was cut off, of each response to a prompt."""
+        """Return (tokens, log-probabilities, cut off) of each response to a prompt."""
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             found = [
@@ -156,15 +169,17 @@ class ServedRollouts:
             whole = len(found) == times and all(ids and len(ids) == len(logps) for ids, logps, _ in found)
         except (KeyError, TypeError) as error:
             raise EndpointError(
-                f"{self.url}: no token_ids and token_logprobs in the answer ({error!r}): it must be a vLLM server that "
-                "knows return_token_ids"
+                f"{self.url}: the answer lacks token_ids or token_logprobs ({error!r}); use a version of vLLM that "
+                "supports return_token_ids"
             ) from error
         if not whole:
-            raise EndpointError(f"{self.url}: {len(found)} responses instead of {times}, or one without a token")
+            raise EndpointError(
+                f"{self.url}: the answer has {len(found)} responses instead of {times}, or an empty response"
+            )
         return found
 
     def _load_adapters(self, policy: Policy, before: str) -> None:
-        """Write the adapters, let the server take them under their name, and clear the last ones away."""
+        """Write the adapters, load them into the server under a new name, and delete the previous version."""
         assert self.folder is not None
         path = Path(self.folder).absolute() / self._serving
         policy.model.save_pretrained(path)
@@ -189,10 +204,10 @@ class ServedRollouts:
 def _completions(
     responses: Sequence[tuple[list[int], list[float], bool]], ends: Sequence[int], pad_id: int
 ) -> Completions:
-    """Responses as the trainer's own."""
+    """Pad responses to Completions."""
     for ids, _, cut in responses:
         if not cut and ids[-1] not in ends:
-            raise EndpointError(f"a response stopped at token {ids[-1]}, which is none of stop_token_ids {list(ends)}")
+            raise EndpointError(f"a response stopped at token {ids[-1]}, which is not in stop_token_ids={list(ends)}")
     longest = max(len(ids) for ids, _, _ in responses)
     rest = [longest - len(ids) for ids, _, _ in responses]
     return Completions(

@@ -1,4 +1,4 @@
-"""How far a policy's attention has moved from that of the model it started as, and where it goes."""
+"""Divergence of a policy's attention from the initial model's attention, with its span and allocation."""
 
 from collections.abc import Sequence
 
@@ -18,24 +18,27 @@ from hybridmem.rl.rollouts.sampling import evaluating, read
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.policy.module import PolicyModule
 
-QUERIES = 1  # a prompt's last token, which predicts the response's first
+QUERIES = 1  # the prompt's last token, which predicts the first token of the response
 
 
 class AttentionDrift(L.Callback):
-    """Logs, at every validation, attention at the last token of held-out prompts, beside the initial model's.
+    """Callback that compares attention with the initial model's at every validation.
 
-    Under `val/attention/layer_N/`: `divergence_from_start`, Jensen–Shannon in nats; `entropy`, in nats;
-    `effective_span` and `mean_distance`, in tokens; `beyond_window`, the share on tokens further back; and the shares
-    `allocation/persistent`, `memory` and `window` where it has a memory.
+    The attention is read at the last token of held-out prompts. The metrics under `val/attention/layer_N/` are:
+
+    * `divergence_from_start`: Jensen–Shannon divergence from the initial model, in nats
+    * `entropy`, in nats, and `effective_span` and `mean_distance`, in tokens
+    * `beyond_window`: attention mass on tokens beyond `window`
+    * `allocation/persistent`, `allocation/memory` and `allocation/window`: shares of layers with a memory
 
     Args:
-        layers: whose attention, from the end if negative.
-        target: `attention`, `allocation`, `memory` or `unified`.
-        num_prompts: held-out prompts to look at.
-        window: how far back a window reaches, for `beyond_window`, which is not logged without.
+        layers: layers to compare; negative numbers count from the end.
+        target: distribution to compare: `attention`, `allocation`, `memory` or `unified`.
+        num_prompts: number of held-out prompts.
+        window: window length in tokens for `beyond_window`. None: do not log `beyond_window`.
 
     Raises:
-        ValueError: a module that is no PolicyModule; layers that cannot be recorded or have no such distribution.
+        ValueError: the module is not a PolicyModule, or a layer cannot be recorded or lacks the distribution.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class AttentionDrift(L.Callback):
     ):
         at_least(1, num_prompts=num_prompts)
         if target == "allocation" and window is not None:
-            raise ValueError(f"window={window} goes with a target that looks at tokens: set it to null for allocation")
+            raise ValueError(f"window={window} needs a target over tokens, not allocation; set window to null")
         self.layers, self.target, self.num_prompts = layers, target, num_prompts
         self.how_far: dict[str, MeanDistance | BeyondWindow] = {}
         if target != "allocation":
@@ -53,10 +56,10 @@ class AttentionDrift(L.Callback):
         self._start: dict[int, Float[Tensor, "prompts _ choices"]] | None = None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look, and log."""
+        """Measure the attention, and log its metrics."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(f"AttentionDrift looks at PolicyModule, not {type(pl_module).__name__}: remove it")
-        if self._start is None:  # loaded again rather than kept: a run that is resumed has the same start
+            raise ValueError(f"AttentionDrift supports PolicyModule, not {type(pl_module).__name__}; remove it")
+        if self._start is None:  # load the initial model again, so that a resumed run compares with the same start
             initial = load_policy(pl_module.model_name).to(pl_module.device)
             initial.set_attn_implementation(pl_module.attn_implementation)
             self._start = {n: self._distribution(record) for n, record in self._look(pl_module, initial).items()}

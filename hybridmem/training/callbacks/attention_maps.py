@@ -1,4 +1,4 @@
-"""Pictures of where a policy looks while it answers."""
+"""Attention maps of a policy's answers, drawn during training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,31 +20,32 @@ from hybridmem.training.policy.validation import SOLVED
 
 from .policy_probe import Answers, is_due, probing, record_answers
 
-LABELLED = 128  # tokens that an axis has room to write out
-TRIED = 16  # held-out examples, to find one that is solved
+LABELLED = 128  # maximum number of tokens on an axis with labels
+TRIED = 16  # held-out examples to try until one is solved
 Map = Float[Tensor, "queries keys"]
-Shares = Float[Tensor, "queries 3"]  # of hybridmem.rl.attention.distributions.KINDS
+Shares = Float[Tensor, "queries 3"]  # in the order of hybridmem.rl.attention.targets.KINDS
 
 
 class AttentionMaps(L.Callback):
-    """Draws the attention to earlier tokens with which the policy answers one held-out prompt.
+    """Callback that draws the policy's attention to earlier tokens while it answers a held-out prompt.
 
-    As attention_maps/layer_N_step_M.png in trainer.default_root_dir, and in TensorBoard where that is a logger.
+    The images are attention_maps/layer_N_step_M.png in trainer.default_root_dir, and also go to a TensorBoard logger.
+    The first is drawn before training.
 
-    The answer is the greedy one. Rows are its tokens, columns all tokens, image patches by number; attention is the
-    head average, below it memory-implied attention where the layer has a memory of depth 1, and below that
-    the shares of the ways to look. The first picture is from before training.
+    The policy answers greedily. Rows are the answer's tokens, and columns are all tokens, with image patches by number.
+    The top map is the head-averaged attention. Below it are memory-implied attention, if the layer has a memory of
+    depth 1, and the allocation over persistent tokens, memory and window.
 
-    Where the policy acts in environments the answer is a whole trajectory, what it reads included, of the first of 16
-    examples that it solves; of the first one, if it solves none.
+    In environments, the answer is a whole trajectory including observations. It comes from the first of 16 examples
+    that the policy solves, or from the first example if it solves none.
 
     Args:
-        every_n_steps: optimiser steps between two pictures.
-        layers: a picture for each, from the end if negative.
-        example: number of the prompt among the held-out ones.
+        every_n_steps: optimiser steps between two drawings.
+        layers: layers to draw, one image each; negative numbers count from the end.
+        example: index of the held-out prompt.
 
     Raises:
-        ValueError: a setting that cannot work; before the first batch, a layer with nothing to draw.
+        ValueError: a setting is out of range, or, before the first batch, a layer has no attention to draw.
     """
 
     def __init__(self, every_n_steps: int = 50, layers: Sequence[int] = (-1,), example: int = 0):
@@ -54,15 +55,15 @@ class AttentionMaps(L.Callback):
         self.previous_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the policy that a new run starts from."""
+        """Draw the initial policy of a new run."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(f"AttentionMaps draws PolicyModule, not {type(pl_module).__name__}: remove it")
+            raise ValueError(f"AttentionMaps supports PolicyModule, not {type(pl_module).__name__}; remove it")
         self.previous_step = trainer.global_step
         if trainer.global_step == 0:
             self._log(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: object) -> None:
-        """Draw every `every_n_steps` optimiser steps."""
+        """Draw the maps every `every_n_steps` optimiser steps."""
         step, previous = trainer.global_step, self.previous_step
         self.previous_step = step
         if is_due(step, previous, self.every_n_steps):
@@ -103,10 +104,10 @@ class AttentionMaps(L.Callback):
 
 
 def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
-    """The first row's distributions of the last `queries` tokens: attention and memory, as far as the layer has them.
+    """Return the first row's attention and memory-implied attention of the last `queries` tokens, if available.
 
     Raises:
-        ValueError: a layer that has neither.
+        ValueError: the layer has neither.
     """
     maps = {}
     if record.attention is not None or record.segments:
@@ -115,23 +116,23 @@ def attention_maps(record: LayerRecord, queries: int) -> dict[str, Map]:
         maps["memory"] = distribution(record, "memory", queries)[0]
     if not maps:
         raise ValueError(
-            f"a layer of variant {record.variant} with memory_depth={record.memory_depth} has no distribution over "
-            "earlier tokens to draw: choose other layers"
+            f"AttentionMaps cannot draw a layer of variant {record.variant} with memory_depth={record.memory_depth}, "
+            "which has no distribution over earlier tokens; choose other layers"
         )
     return maps
 
 
 def shares(record: LayerRecord, queries: int) -> Shares | None:
-    """The first row's shares of the ways to look at the last `queries` tokens; None where there is one way alone."""
+    """Return the first row's allocation at the last `queries` tokens, or None if the layer allocates nothing."""
     if record.gate is None and not record.segments:
         return None
     return distribution(record, "allocation", queries)[0]
 
 
 def draw(maps: dict[str, Map], labels: list[str], allocation: Shares | None = None) -> Figure:
-    """A heat map below the other for each distribution, and what the ways to look have of the whole.
+    """Draw a heat map for each distribution, one below the other, and the allocation underneath.
 
-    `labels` are those of all tokens, the queries' the last.
+    `labels` are for all tokens; the last ones label the queries.
     """
     queries, keys = next(iter(maps.values())).shape
     panels = len(maps) + (allocation is not None)
@@ -154,7 +155,7 @@ def draw(maps: dict[str, Map], labels: list[str], allocation: Shares | None = No
 
 def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
     ways = allocation.float().cpu().T.numpy()
-    used = [number for number, share in enumerate(ways) if share.any()]  # mag's gate knows no persistent tokens
+    used = [number for number, share in enumerate(ways) if share.any()]  # mag's gate has no persistent tokens
     names, colors = [KINDS[number] for number in used], [f"C{number}" for number in used]
     axes.stackplot(range(len(labels)), ways[used], labels=names, colors=colors, step="mid")
     axes.set(title="allocation", xlabel="generated token", ylabel="share", xlim=(-0.5, len(labels) - 0.5), ylim=(0, 1))
@@ -164,5 +165,5 @@ def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
 
 
 def token_label(text: str) -> str:
-    """A token's text on an axis; what cannot be seen, or may be missing from the font, is written out."""
+    """Return a token's text for an axis, with escapes for characters that are invisible or may lack a glyph."""
     return ascii(text)[1:-1].replace(" ", "·").replace("\\ufffd", "�")

@@ -1,4 +1,4 @@
-"""A guard against collapse: reward narrows what a policy attends to, at times until nothing else can be found."""
+"""Guard against attention collapse, in which reward narrows attention until exploration ends."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .policy_probe import is_due, probing, record_answers
 Action = Literal["warn", "raise_bonus", "stop"]
 LAST_GOOD = "last_good.ckpt"
 LOOKING_BACK = tuple(target for target in TARGETS if target != "allocation")
-# Thresholds outside of what a value can be are always crossed or never.
+# Possible values of each metric: thresholds outside this range would always or never trigger.
 RANGES = {
     "effective_span": (1, math.inf),
     "allocation_entropy": (0, math.log(len(KINDS))),
@@ -30,41 +30,42 @@ RANGES = {
 
 
 class CollapseGuard(L.Callback):
-    """Watches how widely and how variously a policy looks back, and acts when it narrows.
+    """Callback that measures the span and diversity of a policy's attention, and acts when they collapse.
 
-    Every look answers the same held-out prompts, with the same random numbers and as the policy samples, and logs
-    means over their generated tokens and over layers:
+    Each probe answers the same held-out prompts with the policy's sampling parameters and fixed random numbers. It logs
+    means over generated tokens and layers:
 
     * collapse/effective_span: exp(entropy) of the head-averaged attention to earlier tokens, in tokens
-    * collapse/allocation_entropy: entropy of the shares of persistent tokens, memory and window, in nats; of layers
-      of variant mag and mac
+    * collapse/allocation_entropy: entropy in nats of the allocation over persistent tokens, memory and window, for
+      layers of variant mag and mac
     * collapse/diversity: mean JSD in nats between the attention of two responses to the same prompt
-    * collapse/distinct_patterns: clusters of a prompt's responses by that JSD, at most `pattern_threshold` within one
+    * collapse/distinct_patterns: number of clusters among a prompt's responses, with a JSD of at most
+      `pattern_threshold` within a cluster
 
-    A value below its threshold in `patience` looks one after another is a collapse. `warn` says so, once until the
-    value is back. `raise_bonus` multiplies AttentionRL's entropy_bonus, again after each further `patience` looks, up
-    to `max_bonus`; it stays raised. `stop` ends the training. As long as nothing is below its threshold, `stop` writes
-    last_good.ckpt in trainer.default_root_dir at each look, and leaves it alone from the first look that is: what it
-    holds is the policy before the collapse.
+    A metric below its threshold in `patience` consecutive probes is a collapse. `warn` warns once, and again only after
+    the metric has recovered. `raise_bonus` multiplies AttentionRL's entropy_bonus, again after every further `patience`
+    probes, up to `max_bonus`, and never lowers it. `stop` ends training. At each probe with all metrics above their
+    thresholds, `stop` writes last_good.ckpt to trainer.default_root_dir; the file therefore holds the policy before the
+    collapse.
 
     Args:
         action: `warn`, `raise_bonus` or `stop`.
-        min_effective_span, min_allocation_entropy, min_diversity: the thresholds; None: logged, not watched.
-        patience: looks below a threshold, one after another, before something is done.
-        every_n_steps: optimiser steps between two looks; the first one is before training.
-        layers: the layers that are watched, from the end if negative.
-        target: the distribution whose span and diversity count: `attention`, or `memory` or `unified` (see
-            AttentionRL).
-        num_prompts: held-out prompts of a look, each answered as often as in training.
-        pattern_threshold: the JSD in nats up to which two responses look back alike (see DistinctPatterns); a model
-            whose diversity is far below needs a lower one, or every prompt has one pattern.
-        bonus_factor: what the bonus is multiplied by.
-        max_bonus: the bonus is not raised beyond.
-        seed: of the looks' responses.
+        min_effective_span: threshold of the effective span, in tokens. None: log it without acting.
+        min_allocation_entropy: threshold of the allocation entropy, in nats. None: log it without acting.
+        min_diversity: threshold of the diversity, in nats. None: log it without acting.
+        patience: consecutive probes below a threshold before the action.
+        every_n_steps: optimiser steps between two probes; the first probe is before training.
+        layers: layers to measure; negative numbers count from the end.
+        target: distribution for span and diversity: `attention`, `memory` or `unified` (see AttentionRL).
+        num_prompts: held-out prompts per probe, each answered num_generations times.
+        pattern_threshold: maximum JSD in nats between responses with one pattern (see DistinctPatterns). Lower it for a
+            model with a much lower diversity, or every prompt has a single pattern.
+        bonus_factor: factor of each raise.
+        max_bonus: upper limit of the bonus.
+        seed: seed of the probes' responses.
 
     Raises:
-        ValueError: settings that cannot work, or, before the first batch, that this policy or its objectives cannot
-            follow.
+        ValueError: a setting is out of range, or, before the first batch, does not suit the policy or its objectives.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class CollapseGuard(L.Callback):
         }
         self.thresholds = {name: least for name, least in thresholds.items() if least is not None}
         self._check_settings()
-        self.below: dict[str, int] = {}  # looks below the threshold, one after another; nothing before the first look
+        self.below: dict[str, int] = {}  # consecutive probes below the threshold; empty before the first probe
         self.raises = 0
         self.base_bonus: float | None = None
         self.last_good: dict[str, Any] | None = None  # path and step
@@ -112,28 +113,28 @@ class CollapseGuard(L.Callback):
         for name, least in self.thresholds.items():
             low, high = RANGES[name]
             if not low < least < high:
-                raise ValueError(f"min_{name}={least} must lie between {low} and {high:.4g}, or be null: not watched")
+                raise ValueError(f"min_{name}={least} must be between {low} and {high:.4g}, or null to only log it")
         if self.action != "warn" and not self.thresholds:
             raise ValueError(
-                f"action={self.action!r} has nothing to act on: set min_effective_span, min_allocation_entropy or "
+                f"action={self.action!r} needs a threshold; set min_effective_span, min_allocation_entropy or "
                 "min_diversity"
             )
         if not 1 < self.bonus_factor < math.inf:
-            raise ValueError(f"bonus_factor={self.bonus_factor} must be above 1: the bonus is multiplied by it")
+            raise ValueError(f"bonus_factor={self.bonus_factor} must be above 1, so that it raises the bonus")
 
     def state_dict(self) -> dict[str, Any]:
-        """How long each value has been below, how often the bonus was raised, and the last good checkpoint."""
+        """Return the counts of probes below thresholds and of raises, and the last good checkpoint."""
         return {"below": dict(self.below), "raises": self.raises, "last_good": self.last_good}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up."""
+        """Restore the counts and the last good checkpoint."""
         self.below, self.raises = state_dict["below"], state_dict["raises"]
         self.last_good = state_dict["last_good"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check the settings against the policy; look at a new run; give a resumed one its raised bonus back."""
+        """Check the settings against the policy, restore a resumed run's bonus, and probe a new run."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(f"CollapseGuard watches PolicyModule, not {type(pl_module).__name__}: remove it")
+            raise ValueError(f"CollapseGuard supports PolicyModule, not {type(pl_module).__name__}; remove it")
         self.previous_step = trainer.global_step
         if self.action == "raise_bonus":
             self._take_bonus(pl_module)
@@ -144,7 +145,7 @@ class CollapseGuard(L.Callback):
         self._judge(trainer, pl_module, values)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save what the last look found good: after the validation that was due, so that a resumed run misses none."""
+        """Save the checkpoint of a good probe, after any validation that was due, so that a resumed run skips none."""
         if not self._save_due:
             return
         self._save_due = False
@@ -153,7 +154,7 @@ class CollapseGuard(L.Callback):
         trainer.save_checkpoint(path)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: Any) -> None:
-        """Look every `every_n_steps` optimiser steps."""
+        """Probe the policy every `every_n_steps` optimiser steps."""
         step, previous = trainer.global_step, self.previous_step
         self.previous_step = step
         if not is_due(step, previous, self.every_n_steps):
@@ -165,7 +166,7 @@ class CollapseGuard(L.Callback):
             pl_module.log("collapse/entropy_bonus", self._bonus())
 
     def measure(self, module: PolicyModule) -> dict[str, float]:
-        """One look: the values by name, without those that no token has in these layers."""
+        """Probe the policy and return the metrics by name, without those that these layers do not have."""
         metrics = {
             "effective_span": EffectiveSpan().to(module.device),
             "allocation_entropy": AllocationEntropy().to(module.device),
@@ -176,13 +177,18 @@ class CollapseGuard(L.Callback):
         for index in range(self.num_prompts):
             example = module.data.task.example("val", index)
             answers = record_answers(
-                module.worker, example, module.num_generations, module.sampling, self.layers, generator,
+                module.worker,
+                example,
+                module.num_generations,
+                module.sampling,
+                self.layers,
+                generator,
                 probing(module.trainer),
-            )  # fmt: skip
+            )
             mask = answers.completions.mask
             for record in answers.records.values():
                 p = distribution(record, self.target, mask.shape[1])
-                looks_back = mask & (p.sum(-1) > 0)  # mac's segments begin with a token that has none before it
+                looks_back = mask & (p.sum(-1) > 0)  # the first token of a mac segment has no earlier token
                 metrics["effective_span"].update(p[:, None], looks_back)
                 metrics["diversity"].update(p, looks_back)
                 metrics["distinct_patterns"].update(p, looks_back)
@@ -194,27 +200,28 @@ class CollapseGuard(L.Callback):
     def _check_start(self, values: dict[str, float], num_generations: int) -> None:
         if "allocation_entropy" in self.thresholds and "allocation_entropy" not in values:
             raise ValueError(
-                f"min_allocation_entropy is set, but none of layers={list(self.layers)} is of variant mag or mac, and "
-                "the others allocate nothing: set it to null, or choose other layers"
+                f"min_allocation_entropy={self.thresholds['allocation_entropy']} needs a layer of variant mag or mac, "
+                f"and layers={list(self.layers)} has none; set it to null, or choose other layers"
             )
         if "diversity" in self.thresholds and num_generations < 2:
             raise ValueError(
-                "min_diversity is set, but num_generations=1: a response alone cannot differ; set it to null"
+                "min_diversity compares responses to a prompt, but num_generations=1; set min_diversity to null, or "
+                "raise num_generations"
             )
         for name, least in self.thresholds.items():
             if self.action == "stop" and values.get(name, math.inf) < least:
                 raise ValueError(
-                    f"min_{name}={least}: the policy starts at {values[name]:.4g}, so there is no good checkpoint to "
-                    "keep; lower it, or choose another action"
+                    f"min_{name}={least} is above the initial policy's {values[name]:.4g}, so action=stop has no good "
+                    f"checkpoint to keep; lower min_{name}, or choose another action"
                 )
 
     def _has_last_good(self, trainer: L.Trainer) -> bool:
-        """Whether the checkpoint that a stop would go back to is there: a resumed run may have left it behind."""
+        """Return True if last_good.ckpt exists, which a resumed run may have lost."""
         there = self.last_good is not None and Path(self.last_good["path"]).exists()
         return trainer.strategy.broadcast(there)
 
     def _judge(self, trainer: L.Trainer, module: PolicyModule, values: dict[str, float]) -> None:
-        """Count, and act on what has been below for long enough."""
+        """Update the counts, and act on metrics below their threshold for `patience` probes."""
         for name, least in self.thresholds.items():
             if name in values:
                 self.below[name] = self.below.get(name, 0) + 1 if values[name] < least else 0
@@ -224,35 +231,35 @@ class CollapseGuard(L.Callback):
             return
         found = ", ".join(f"{name} {values[name]:.4g} below {self.thresholds[name]}" for name in collapsed)
         done = self._act(trainer, module)
-        rank_zero_warn(f"collapse at step {trainer.global_step}, {found} for {self.patience} looks or more: {done}")
+        rank_zero_warn(f"collapse at step {trainer.global_step}, {found} for {self.patience} probes or more: {done}")
 
     def _is_ripe(self, looks: int) -> bool:
-        """Whether so many looks below a threshold call for action: one warning is enough, the bonus may rise again."""
+        """Return True if this number of probes triggers the action; warnings trigger once, raises repeatedly."""
         if self.action == "warn":
             return looks == self.patience
         return looks > 0 and looks % self.patience == 0
 
     def _act(self, trainer: L.Trainer, module: PolicyModule) -> str:
-        """Do what `action` says; returns it in words."""
+        """Perform the action, and return its description."""
         if self.action == "warn":
-            return "training goes on"
+            return "training continues"
         if self.action == "raise_bonus":
             if self._bonus() == self.max_bonus:
-                return f"entropy_bonus is max_bonus={self.max_bonus} already"
+                return f"entropy_bonus is already at max_bonus={self.max_bonus}"
             self.raises += 1
             self._set_bonus(module)
-            return f"entropy_bonus is raised to {self._bonus():.4g}"
+            return f"raised entropy_bonus to {self._bonus():.4g}"
         trainer.should_stop = True
         assert self.last_good is not None
-        return f"training stops; the last good checkpoint is {self.last_good['path']}, of step {self.last_good['step']}"
+        return f"stopping; the last good checkpoint is {self.last_good['path']}, from step {self.last_good['step']}"
 
     def _take_bonus(self, module: PolicyModule) -> None:
-        """Note what the settings say, and raise it as often as the run has done before."""
+        """Read the bonus from the settings, and apply the raises of a resumed run."""
         bonus = next((o.entropy_bonus for o in module.objectives.values() if hasattr(o, "entropy_bonus")), None)
         if not bonus:
             raise ValueError(
-                "action='raise_bonus' multiplies the entropy_bonus of AttentionRL: add AttentionRL to objectives with "
-                "an entropy_bonus above 0"
+                "action='raise_bonus' needs AttentionRL with an entropy_bonus above 0; add it to objectives, or choose "
+                "another action"
             )
         if self.base_bonus is None:
             self.base_bonus = bonus
@@ -266,6 +273,6 @@ class CollapseGuard(L.Callback):
                 module.objectives[family] = replace(cast(Any, objective), entropy_bonus=self._bonus())
 
     def _bonus(self) -> float:
-        # From the settings' value each time: a resumed run then comes to the same number as one that was not stopped.
+        # Computed from the initial value, so that resumed and uninterrupted runs reach the same number.
         assert self.base_bonus is not None
         return min(self.base_bonus * self.bonus_factor**self.raises, self.max_bonus)

@@ -1,4 +1,4 @@
-"""What the policy wrote and what it earned, as a table."""
+"""Tables of completions and their rewards."""
 
 import html
 import json
@@ -16,18 +16,18 @@ MARKDOWN = "\\`*_{}[]()#+-.!|~$"
 
 
 class CompletionTable(L.Callback):
-    """Shows the last rollout's completions every few steps, as TRL's log_completions does.
+    """Callback that logs the last rollout's completions at regular steps, like TRL's log_completions.
 
-    TensorBoard gets the first ones as a table, with ↵ for a line break. completions.jsonl in trainer.default_root_dir
-    gets all of them, a line each: step, prompt, completion, reward. A resumed run adds the steps that it repeats once
-    more. With several processes, the first one's are shown.
+    TensorBoard shows the first completions as a table, with ↵ for line breaks. completions.jsonl in
+    trainer.default_root_dir holds all of them, one per line: step, prompt, completion, reward. A resumed run appends
+    the steps that it repeats. In a distributed run, only rank 0 logs its completions.
 
     Args:
         every_n_steps: optimiser steps between two tables.
-        num_rows: completions in TensorBoard's table.
+        num_rows: number of completions in TensorBoard's table.
 
     Raises:
-        ValueError: a setting below 1; before the first batch, a module that samples nothing.
+        ValueError: a setting is below 1, or, before the first batch, the module does not sample.
     """
 
     def __init__(self, every_n_steps: int = 50, num_rows: int = 16):
@@ -37,15 +37,13 @@ class CompletionTable(L.Callback):
         self.previous_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note where the run stands."""
+        """Remember the current step."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(
-                f"CompletionTable shows what PolicyModule samples, not {type(pl_module).__name__}: remove it"
-            )
+            raise ValueError(f"CompletionTable supports PolicyModule, not {type(pl_module).__name__}; remove it")
         self.previous_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: PolicyModule, *_: object) -> None:
-        """Write every `every_n_steps` optimiser steps."""
+        """Write the tables every `every_n_steps` optimiser steps."""
         step, previous = trainer.global_step, self.previous_step
         self.previous_step = step
         if not is_due(step, previous, self.every_n_steps) or not trainer.is_global_zero:
@@ -58,7 +56,7 @@ class CompletionTable(L.Callback):
 
 
 def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:
-    """Add a line for each sample."""
+    """Append a line for each sample."""
     rows = [dict(step=step, prompt=p, completion=c, reward=r) for p, c, r in samples]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -66,12 +64,12 @@ def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:
 
 
 def markdown_table(samples: list[Sample]) -> str:
-    """Samples as a table in markdown, whatever characters they hold."""
+    """Format samples as a Markdown table, escaping markup in their text."""
     rows = [f"| {_cell(prompt)} | {_cell(completion)} | {reward:.4g} |" for prompt, completion, reward in samples]
     return "\n".join(["| prompt | completion | reward |", "|---|---|---|", *rows])
 
 
 def _cell(text: str) -> str:
-    """Text that is neither markup nor the end of its cell."""
+    """Escape text for a table cell."""
     shown = html.escape(text).replace("\r", "").replace("\n", "↵")
     return "".join(f"&#{ord(letter)};" if letter in MARKDOWN else letter for letter in shown)

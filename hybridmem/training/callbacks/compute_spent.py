@@ -1,4 +1,4 @@
-"""What a run costs: seconds, tokens and floating-point operations."""
+"""Cost of a training run in seconds, tokens and floating-point operations."""
 
 import json
 import time
@@ -15,19 +15,20 @@ def _operations_in_place(summand: Sequence[int], left: Sequence[int], right: Seq
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
-# The memory's sums of products, which torch's counter does not know.
+# The memory's batched matrix products, which torch's counter lacks.
 UNCOUNTED = {torch.ops.aten.baddbmm_: _operations_in_place}
 
 
 class ComputeSpent(L.Callback):
-    """Counts what training costs, validation left out, and writes it to compute.json in trainer.default_root_dir.
+    """Callback that writes the cost of training, without validation, to compute.json in trainer.default_root_dir.
 
-    * `seconds` between the start and the end of training batches, on this process;
-    * `tokens` that the model read, while it sampled and while it learnt, each position of each pass once;
-    * `flops` of matrix products and attention, forward and backward: those of the first batch after a start, times
-      the batches; `steps`, optimiser steps, and `parameters` that are trained.
+    * `seconds` spent in training batches, on this process
+    * `tokens` read by the model for sampling and learning, counting each position once per pass
+    * `flops` of matrix products and attention, forward and backward, measured on the first batch after each start and
+      multiplied by the number of batches
+    * `steps` of the optimiser, and the number of trained `parameters`
 
-    A run that is resumed goes on counting where its checkpoint was.
+    A resumed run continues the counts of its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -37,19 +38,19 @@ class ComputeSpent(L.Callback):
         self._began: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to the model's passes."""
+        """Start counting the tokens of forward passes."""
         model: Any = pl_module.model
         self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Start the clock, and for the first batch the counter of operations."""
+        """Start the clock, and the FLOP counter for the first batch."""
         if self._counter is None:
             self._counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
             self._counter.__enter__()
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Add what the batch took."""
+        """Add the batch's seconds and operations."""
         assert self._began is not None
         assert self._counter is not None
         self.spent["seconds"] += time.perf_counter() - self._began
@@ -61,7 +62,7 @@ class ComputeSpent(L.Callback):
         self.spent["batches"] += 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the sums."""
+        """Write the totals."""
         self._hook.remove()
         if not trainer.is_global_zero:
             return
@@ -70,17 +71,17 @@ class ComputeSpent(L.Callback):
         path.write_text(json.dumps({**self.spent, "steps": trainer.global_step, "parameters": trained}) + "\n")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no counter running."""
+        """Stop the FLOP counter."""
         if self._counter is not None and not self._flops_of_batch:
             self._counter.__exit__(None, None, None)
         self._counter = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums."""
+        """Return the totals."""
         return dict(self.spent)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the totals."""
         self.spent = dict(state_dict)
 
     def _count_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

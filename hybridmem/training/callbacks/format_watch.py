@@ -1,4 +1,4 @@
-"""Which formats a policy answers in, and what several of its answers are good for."""
+"""Answer formats of a policy, with pass@k and maj@k."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,62 +13,69 @@ from hybridmem.training.policy.validation import Answered
 
 
 class FormatWatch(L.Callback):
-    """Logs, at every validation, of the responses that are sampled for held-out prompts as in training:
+    """Callback that logs answer formats, pass@k and maj@k at every validation.
 
-    * `val/format/share/NAME` and `val/format/accuracy/NAME` of each format, `val/format/entropy` of the shares in nats
-    * `val/pass@K`, the chance that one of K is right, and `val/maj@K`, that the commonest answer of K is
+    Validation samples `num_generations` responses to each held-out prompt, as in training. Over these responses, the
+    callback logs:
 
-    `val/pass@1` is PolicyModule's own. Validation samples `num_generations` responses to each prompt. More, or at
-    another temperature: hybridmem validate with other settings of the model (docs/watch.md).
+    * `val/format/share/NAME` and `val/format/accuracy/NAME` of each format, and the shares' `val/format/entropy` in
+      nats
+    * `val/pass@K`, the probability that one of K responses is right, and `val/maj@K`, the probability that their
+      majority answer is right
 
-    An answer's vote is what the task's `final_answer(text)` makes of it, None being no vote; for tasks without such a
-    function it is the text, without white space at its end.
+    PolicyModule itself logs `val/pass@1`. For more responses or another temperature, run hybridmem validate with other
+    model settings (docs/watch.md).
+
+    A response votes for the task's `final_answer(text)`, or abstains if that is None. If the task has no
+    `final_answer`, the response votes for its text without trailing white space.
 
     Args:
-        formats: a regular expression for each format's name (see FormatShare); None: the task's `formats`.
-        k: sizes of the groups; None: `num_generations`.
+        formats: regular expression of each format by name (see FormatShare). None: the task's `formats`.
+        k: group sizes. None: `num_generations`.
 
     Raises:
-        ValueError: formats that are none; before the first batch, a module that is no PolicyModule, a task without
-            answers or formats, or k out of 2 to num_generations.
+        ValueError: a format is invalid, or, before the first batch, the module is not a PolicyModule, the task lacks
+            answers or formats, or k is not between 2 and num_generations.
     """
 
     def __init__(self, formats: dict[str, str] | None = None, k: Sequence[int] | None = None):
         if k is not None and not k:
-            raise ValueError("k names no size of a group: give one or more, or null")
+            raise ValueError("k=[] has no group size; give one or more, or set it to null")
         self.formats, self.k = formats, k
         self._share: FormatShare | None = None if formats is None else FormatShare(formats)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look whether module and task have what is asked for."""
+        """Check module and task, and create the metrics."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(f"FormatWatch looks at PolicyModule, not {type(pl_module).__name__}: remove it")
+            raise ValueError(f"FormatWatch supports PolicyModule, not {type(pl_module).__name__}; remove it")
         task = trainer.datamodule.task
         if self._share is None:
             if not hasattr(task, "formats"):
-                raise ValueError(f"FormatWatch: the task {type(task).__name__} tells no formats apart: give formats")
+                raise ValueError(f"FormatWatch needs formats, and the task {type(task).__name__} has none; set formats")
             self._share = FormatShare(task.formats)
         if "answer" not in task.example("val", 0):
-            raise ValueError(f"FormatWatch: the task {type(task).__name__} has no column answer to tell what is right")
+            raise ValueError(
+                f"FormatWatch needs the column answer, which the task {type(task).__name__} lacks; remove FormatWatch"
+            )
         groups = [pl_module.num_generations] if self.k is None else self.k
         if max(groups) > pl_module.num_generations or min(groups) < 2:
             raise ValueError(
-                f"FormatWatch's k={list(groups)} must be from 2 to num_generations={pl_module.num_generations}, the "
-                "responses of each prompt: set k, or raise num_generations"
+                f"FormatWatch's k={list(groups)} must be between 2 and num_generations={pl_module.num_generations}, "
+                "the responses per prompt; change k, or raise num_generations"
             )
         self._passed = {k: PassAtK(k) for k in groups}
         self._won = {k: MajAtK(k) for k in groups}
         self._final_answer = getattr(task, "final_answer", str.rstrip)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last validation."""
+        """Reset the metrics."""
         for metric in self._metrics():
             metric.to(pl_module.device).reset()
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: object
     ) -> None:
-        """Count what was answered."""
+        """Update the metrics with a batch of answers."""
         answered: Answered = outputs
         assert self._share is not None
         self._share.update(answered.sampled, answered.sampled_right)
@@ -80,7 +87,7 @@ class FormatWatch(L.Callback):
             won.update(votes, answers)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log; the metrics add up over processes by themselves."""
+        """Log the metrics, which sum over ranks by themselves."""
         assert self._share is not None
         values = {f"val/format/{name}": value for name, value in self._share.compute().items()}
         values |= {f"val/pass@{k}": metric.compute() for k, metric in self._passed.items()}

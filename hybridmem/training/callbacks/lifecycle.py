@@ -1,4 +1,4 @@
-"""The life of a run: random state for exact resumption, a clean stop, a checkpoint at the end."""
+"""Run lifecycle: random state for exact resumption, a clean stop and a final checkpoint."""
 
 import random
 import shlex
@@ -18,32 +18,32 @@ from hybridmem.distributed import all_gather_object, any_rank, rank_and_size
 
 
 class RandomState(L.Callback):
-    """Checkpoints the random generators, which Lightning does not: a resumed run draws what it would have drawn."""
+    """Callback that saves the state of the random generators, so that a resumed run draws the same numbers."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
         self.started = False
-        self.before: tuple[int, dict[str, Any]] = (-1, {})  # after that many batches
+        self.before: tuple[int, dict[str, Any]] = (-1, {})  # number of batches, and the state after them
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save as tensors, lists and numbers: checkpoints are loaded with weights_only.
+        """Save the state as tensors, lists and numbers, which load with weights_only.
 
-        An exception may have cut a batch, which the resumed run repeats with the numbers that it began with.
+        If an exception cut a batch short, save the state from before it, because the resumed run repeats the batch.
         """
         batches, before = self.before
         state = before if batches == batches_trained(trainer) else _random_state()
         checkpoint["random_state"] = all_gather_object(state)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep them until training starts: setting up draws numbers too."""
+        """Keep the state until training starts, because setup draws random numbers too."""
         self.before = (-1, {})
         states, (rank, size) = checkpoint.get("random_state"), rank_and_size()
         self.loaded = states[rank] if states is not None and len(states) == size else None
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Restore before the first batch; where there is nothing to restore, let processes draw different numbers.
+        """Restore the state before the first batch; without a saved state, give each rank its own random numbers.
 
-        Until here they drew the same ones: models that are sharded have to start alike.
+        Until then all ranks share their random numbers, because a sharded model must start alike on every rank.
         """
         started, self.started = self.started, True
         if self.loaded is None:
@@ -76,21 +76,21 @@ def _random_state() -> dict[str, Any]:
 
 
 class FinalCheckpoint(L.Callback):
-    """Lets last.ckpt hold the end of training: ModelCheckpoint alone leaves it where its last interval ended."""
+    """Callback that updates last.ckpt at the end of training, after ModelCheckpoint's last interval."""
 
     def __init__(self) -> None:
         self.saved_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a run begins with needs no saving."""
+        """Count the initial state as saved."""
         self.saved_step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note how far the newest checkpoint goes."""
+        """Remember the step of the newest checkpoint."""
         self.saved_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the steps since then."""
+        """Save a checkpoint if there are steps since the newest one."""
         if self.saved_step == trainer.global_step:
             return
         for callback in trainer.checkpoint_callbacks:
@@ -99,12 +99,12 @@ class FinalCheckpoint(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On Ctrl-C or SIGTERM: finish the batch, save a checkpoint, say how to go on. A second Ctrl-C stops at once.
+    """Callback that stops a run cleanly on Ctrl-C or SIGTERM. A second Ctrl-C stops at once.
 
-    The checkpoint is taken before the next batch begins, after the validation that is due, if any: a resumed run misses
-    neither. In the middle of a gradient accumulation the checkpoint holds the gradients so far; a module that does not
-    save them (`saves_accumulation`) is stopped after its optimiser step. Of several processes it is enough that one
-    gets the signal: all stop after the same batch.
+    The run finishes its batch and any validation that is due, saves a checkpoint and prints the command to resume. In
+    the middle of a gradient accumulation, the checkpoint holds the gradients so far; a module that does not save them
+    (`saves_accumulation`) stops after its optimiser step. If any process receives the signal, all stop after the same
+    batch.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -114,24 +114,24 @@ class GracefulStop(L.Callback):
         self.previous: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals: a run that is stopped here has lost nothing either."""
+        """Install the signal handlers early, for a stop during the sanity check."""
         self._take_over()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals."""
+        """Install the signal handlers, and reset the counters of an interrupted batch."""
         self._take_over()
         _forget_batch_under_way(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give them back."""
+        """Restore the previous signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give them back."""
+        """Restore the previous signal handlers."""
         self._restore()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here if a signal came, to this process or to another one."""
+        """Stop if any process has received a signal."""
         accumulated = batch_idx % trainer.accumulate_grad_batches
         if accumulated and not getattr(pl_module, "saves_accumulation", False):
             return
@@ -141,7 +141,7 @@ class GracefulStop(L.Callback):
         trainer.save_checkpoint(path)
         command = shlex.join([sys.argv[0], *_without_checkpoint(sys.argv[1:]), "--ckpt_path", str(path)])
         within = f" and {accumulated} of {trainer.accumulate_grad_batches} batches" if accumulated else ""
-        rank_zero_info(f"\nstopped after step {trainer.global_step}{within}; nothing is lost. Go on with:\n  {command}")
+        rank_zero_info(f"\nstopped after step {trainer.global_step}{within}, all saved. Resume with:\n  {command}")
         raise KeyboardInterrupt
 
     def _take_over(self) -> None:
@@ -152,7 +152,9 @@ class GracefulStop(L.Callback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        rank_zero_info("\nstopping after this batch and the validation due, to save it (once more: stop at once)")
+        rank_zero_info(
+            "\nstopping after this batch and any validation due, then saving (press Ctrl-C again to stop at once)"
+        )
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
@@ -161,22 +163,22 @@ class GracefulStop(L.Callback):
 
 
 def _forget_batch_under_way(trainer: L.Trainer) -> None:
-    """Reset the counters of a batch that had begun, but not ended, when the checkpoint was written.
+    """Reset the total counters if the checkpoint was written in the middle of a batch.
 
-    Lightning resets those of the epoch alone. With the others one ahead, `val_check_interval` would validate a batch
-    early, or miss the validation that is due next, and loggers would skip a step.
+    Lightning only resets the epoch's counters. With the total counters one ahead, `val_check_interval` would validate
+    a batch early or skip the next validation, and loggers would skip a step.
     """
     loop = trainer.fit_loop.epoch_loop
     total = loop.batch_progress.total
     if total.ready == total.processed:
         return
     if loop.restarting and not loop._should_accumulate():
-        loop._batches_that_stepped -= 1  # the loop's own reset, which follows, adds one
+        loop._batches_that_stepped -= 1  # the loop's own reset adds one afterwards
     total.ready = total.started = total.processed
 
 
 def _without_checkpoint(arguments: list[str]) -> list[str]:
-    """The command line without an earlier --ckpt_path."""
+    """Return the command line without --ckpt_path."""
     kept, skip = [], False
     for argument in arguments:
         if skip:

@@ -1,4 +1,4 @@
-"""One look at what a model's memory and attention do with a text."""
+"""Probe of a model's memory and attention on a text."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ def observe(
     input_ids: Int[Tensor, "batch time"],
     document_ids: Int[Tensor, "batch time"] | None = None,
 ) -> dict[str, float]:
-    """Read a text and report, averaged over layers, heads and tokens:
+    """Read a text, and return metrics averaged over layers, heads and tokens.
 
-    * memory/surprise: norm of a token's error before it is written, ‖M(W; k) - v‖
-    * memory/alpha, memory/eta, memory/theta: the gates
-    * memory/half_life: tokens after which forgetting leaves half of a write, the median over heads
+    * memory/surprise: error norm of a token before its write, ‖M(W; k) - v‖
+    * memory/alpha, memory/eta, memory/theta: gates
+    * memory/half_life: number of tokens after which half of a write is forgotten, as the median over heads
     * memory/state_norm: Frobenius norm of a head's weights after the text
-    * allocation/attention: mag's gate, the share that attention has in the mix
+    * allocation/attention: share of attention in mag's gated mix
     * attention/effective_span: exp(entropy) of the head-averaged attention, in tokens
     """
     seen: dict[str, list[Tensor]] = defaultdict(list)
@@ -71,7 +71,7 @@ def observe(
 
 @contextmanager
 def _eager(model: HybridMemForCausalLM) -> Iterator[None]:
-    """Attention with its weights in the open and without dropout, for a while."""
+    """Use eager attention, which returns its weights, and eval mode within a context."""
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
@@ -83,11 +83,11 @@ def _eager(model: HybridMemForCausalLM) -> Iterator[None]:
 
 
 class MemoryMonitor(L.Callback):
-    """Logs surprise, gates, state norm, half-life, allocation and attention's effective span, from one row.
+    """Callback that logs surprise, gates, state norm, half-life, allocation and effective span on one row.
 
     Args:
-        every_n_steps: optimiser steps between two looks.
-        tokens: how much of the row is read: the look keeps an attention map of tokens² numbers per head.
+        every_n_steps: optimiser steps between two probes.
+        tokens: number of tokens to read from the row; a probe needs memory for tokens² attention weights per head.
     """
 
     def __init__(self, every_n_steps: int = 50, tokens: int = 512):
@@ -97,17 +97,17 @@ class MemoryMonitor(L.Callback):
         self.last_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last look was."""
+        """Return the step of the last probe."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up."""
+        """Restore the step of the last probe."""
         self.last_step = state_dict["last_step"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
     ) -> None:
-        """Look every `every_n_steps` optimiser steps."""
+        """Probe the model every `every_n_steps` optimiser steps."""
         step = trainer.global_step
         if step == self.last_step or step % self.every_n_steps:
             return

@@ -1,4 +1,4 @@
-"""Probes of a policy between its steps: when they are due, and the attention of its answers."""
+"""Probes of a policy during training that record the attention of its answers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,23 +21,26 @@ from hybridmem.training.policy.rollout_worker import RolloutWorker
 
 
 class Answers(NamedTuple):
-    """Responses to one prompt, trajectories where the policy acts, and what some layers did at their tokens."""
+    """Responses to one prompt, or trajectories in environments, with records of some layers at their tokens."""
 
-    ids: Int[Tensor, "responses time"]  # the prompt's tokens, padding where patches stand, and the response's
+    ids: Int[Tensor, "responses time"]  # tokens of prompt and response, with padding in place of image patches
     completions: Completions
-    records: dict[int, LayerRecord]  # the queries are those of the response's tokens
-    earned: Float[Tensor, " responses"] | None = None  # in environments
+    records: dict[int, LayerRecord]  # with the response's tokens as queries
+    earned: Float[Tensor, " responses"] | None = None  # rewards in environments
 
 
 @contextmanager
 def probing(trainer: L.Trainer) -> Iterator[None]:
-    """Run a probe in the trainer's precision; non-finite logits end the run in one line."""
+    """Run a probe in the trainer's precision, and convert non-finite logits into a one-line StoppedError."""
     with trainer.precision_plugin.forward_context(), stopping_at_non_finite_logits(trainer):
         yield
 
 
 def is_due(step: int, previous: int, every_n_steps: int) -> bool:
-    """Whether a multiple of `every_n_steps` was reached since `previous`: a batch may take several optimiser steps."""
+    """Return True if a multiple of `every_n_steps` lies after `previous`, up to and including `step`.
+
+    A batch may take several optimiser steps and pass over the multiple itself.
+    """
     return step // every_n_steps > previous // every_n_steps
 
 
@@ -51,39 +54,39 @@ def record_answers(
     generator: torch.Generator | None = None,
     precision: AbstractContextManager | None = None,
 ) -> Answers:
-    """Answer an example's prompt without exploration, and record what `layers` attend to.
+    """Answer an example's prompt without exploration, and record the attention of `layers`.
 
     Args:
-        worker: the policy, its environments and rewards; left as it was.
-        example: of the task.
-        num_generations: responses to record.
-        sampling: how tokens are drawn.
-        layers: their numbers.
-        generator: the random numbers.
-        precision: a context of the trainer's precision; None: the model's own.
+        worker: policy with its environments and rewards; unchanged by the call.
+        example: example of the task.
+        num_generations: number of responses to record.
+        sampling: sampling parameters.
+        layers: layer numbers.
+        generator: generator of the random numbers.
+        precision: context of the trainer's precision. None: the model's own precision.
 
     Raises:
-        ValueError: layers that cannot be recorded (see AttentionRecorder).
+        ValueError: a layer cannot be recorded (see AttentionRecorder).
     """
-    policy, earned = worker.policy, None
+    policy, actions, earned = worker.policy, worker.settled, None
     with evaluating(policy.model), precision or nullcontext():
         if worker.environments is not None:
-            acted = act_out(policy, worker.environments, [example], num_generations, sampling, generator)
+            acted = act_out(policy, worker.environments, [example], num_generations, sampling, generator, actions)
             prompts, completions = policy.prompt_batch(acted.prompts), acted.completions
             earned = worker.reward([example] * num_generations, completions, acted.environments)[1].total
         else:
             prompts = policy.prompt_batch([policy.data.prompt(example)])
-            completions = policy.answer(prompts, num_generations, sampling, generator)
+            completions = policy.answer(prompts, num_generations, sampling, generator, actions)
         prompts = prompts.repeat(num_generations)
         with AttentionRecorder(policy.model, layers) as recorder:
-            completion_logps(policy.model, prompts, completions, sampling.temperature)
+            completion_logps(policy.model, prompts, completions, sampling.temperature, actions=actions)
     length = completions.ids.shape[1]
     records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
     return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)
 
 
 def _last_queries(record: LayerRecord, length: int) -> LayerRecord:
-    """Keep the queries of the last tokens: a map of all of them would grow with the square of the prompt."""
+    """Keep only the last tokens' queries, because a map of all queries would grow quadratically with the prompt."""
     if record.attention is None:
         return record
     return replace(record, attention=replace(record.attention, q=record.attention.q[:, :, -length:]))

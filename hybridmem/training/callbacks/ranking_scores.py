@@ -1,4 +1,4 @@
-"""How well held-out queries find what they should, beside the reward that is made of it."""
+"""Ranking metrics of held-out queries."""
 
 import math
 from typing import Any
@@ -12,13 +12,14 @@ from hybridmem.training.policy.validation import Answered
 
 
 class RankingScores(L.Callback):
-    """Logs `val/ndcg@K`, `val/recall@K`, `val/mrr@K` and `val/malformed` of the likeliest responses.
+    """Callback that logs `val/ndcg@K`, `val/recall@K`, `val/mrr@K` and `val/malformed` of greedy responses.
 
-    A response without a query scores 0. One that the retriever fails on has no score. `val/prompt/ndcg@K` and
-    the others are what the prompts find as they stand, asked for once: what a query has to be better than.
+    A response without a query scores 0. Responses on which the retriever fails are left out. The baselines
+    `val/prompt/ndcg@K`, `val/prompt/recall@K` and `val/prompt/mrr@K` use the unchanged prompt as the query and are
+    computed once.
 
     Raises:
-        ValueError: a module that is no PolicyModule, or a task without a `ranking` (a RankingReward).
+        ValueError: the module is not a PolicyModule, or the task has no `ranking` (a RankingReward).
     """
 
     def __init__(self) -> None:
@@ -27,23 +28,23 @@ class RankingScores(L.Callback):
         self._asked_prompts = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look whether there is a ranking."""
+        """Check that the task has a ranking."""
         if not isinstance(pl_module, PolicyModule):
-            raise ValueError(f"RankingScores looks at PolicyModule, not {type(pl_module).__name__}: remove it")
+            raise ValueError(f"RankingScores supports PolicyModule, not {type(pl_module).__name__}; remove it")
         if not hasattr(trainer.datamodule.task, "ranking"):
             task = type(trainer.datamodule.task).__name__
-            raise ValueError(f"RankingScores needs a task with a ranking, which {task} has not: remove it")
+            raise ValueError(f"RankingScores needs a task with a ranking, which {task} lacks; remove it")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last validation."""
+        """Clear the scores of the last validation."""
         self._scores = {metric: [] for metric in RANKING_METRICS}
-        if not self._asked_prompts:  # of a validation that was interrupted
+        if not self._asked_prompts:  # first validation, or the first one was interrupted
             self._of_prompts = {metric: [] for metric in RANKING_METRICS}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: object
     ) -> None:
-        """Score what was answered."""
+        """Score a batch of responses, and in the first validation their prompts."""
         answered: Answered = outputs
         ranking: RankingReward = trainer.datamodule.task.ranking
         column = ranking.relevance_column
@@ -55,7 +56,7 @@ class RankingScores(L.Callback):
             _add(self._of_prompts, ranking.scores(as_they_stand, *self._of_prompts, **relevance))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
+        """Log the mean scores."""
         k = trainer.datamodule.task.ranking.k
         self._asked_prompts = True
         for prefix, found in (("val/", self._scores), ("val/prompt/", self._of_prompts)):

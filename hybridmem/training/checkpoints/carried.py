@@ -1,4 +1,4 @@
-"""States carried from row to row, as a checkpoint holds them."""
+"""Checkpoint format of the states carried from row to row."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ SavedCache = list[tuple[Any, ...]] | None
 
 
 def save_cache(cache: DynamicCache | None) -> SavedCache:
-    """The carried states as plain values, on the CPU."""
+    """Return the carried states as plain values on the CPU."""
     if cache is None:
         return None
     return [
@@ -22,10 +22,10 @@ def save_cache(cache: DynamicCache | None) -> SavedCache:
 
 
 def own_cache(saved: list[SavedCache]) -> SavedCache:
-    """This process's rows of the states that all processes of a run saved, of however many that were.
+    """Return this rank's rows of the states that all ranks of a run saved.
 
     Raises:
-        ValueError: they were others, and their states do not have one shape, as those of mac.
+        ValueError: the number of ranks has changed and the saved states differ in shape, as they may for mac layers.
     """
     rank, size = rank_and_size()
     if len(saved) == size:
@@ -37,14 +37,15 @@ def own_cache(saved: list[SavedCache]) -> SavedCache:
             merged = [map_state(lambda *parts: torch.stack(parts, 1).flatten(0, 1), *parts) for parts in states]
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint's carried states are of {len(saved)} processes and do not join: go on with as many"
+                f"the checkpoint's carried states come from {len(saved)} processes, differ in shape and cannot be "
+                f"redistributed over {size}; resume with {len(saved)} processes"
             ) from error
         own.append((*map_state(lambda x: x[rank::size].clone(), tuple(merged)), seen[0]))
     return own or None
 
 
 def restore_cache(saved: SavedCache, config: HybridMemConfig) -> DynamicCache | None:
-    """Undo `save_cache`."""
+    """Rebuild the cache from the values of `save_cache`."""
     if saved is None:
         return None
     cache = DynamicCache(config=config)

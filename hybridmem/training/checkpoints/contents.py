@@ -32,23 +32,23 @@ IGNORED = {"transformers_version", "dtype", "architectures", "auto_map", "use_ca
 
 
 def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> None:
-    """Raise a ValueError that names the settings in which a checkpoint's model differs."""
+    """Raise a ValueError if the checkpoint's model differs from `config`, naming the settings that differ."""
     saved = checkpoint.get("hybridmem_config")
     if saved is None:
-        raise ValueError("the checkpoint holds no hybridmem_config: it was not written by hybridmem")
+        raise ValueError("the checkpoint has no hybridmem_config; choose a ckpt_path that hybridmem fit wrote")
     now = config.to_dict()
     names = sorted(name for name in saved.keys() & now.keys() - IGNORED if saved[name] != now[name])
     if names:
         changes = ", ".join(f"{name}={saved[name]!r} (here {now[name]!r})" for name in names)
-        raise ValueError(f"the checkpoint is of another model: {changes}; set model.init_args.config accordingly")
+        raise ValueError(f"the checkpoint belongs to another model: {changes}; set model.init_args.config accordingly")
 
 
 def name_optimizer_states(
     checkpoint: dict[str, Any], parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizers: list[Optimizer]
 ) -> None:
-    """Key a checkpoint's optimiser states by parameter name instead of number, which sharded runs count differently.
+    """Key a checkpoint's optimiser states by parameter name, because sharded runs number parameters differently.
 
-    Optimisers load either. Sharded states have names already, and states of several optimisers as one are left alone.
+    Optimisers accept both forms. Sharded states already have names; states of combined optimisers stay unchanged.
     """
     name_of = {parameter: name for name, parameter in parameters}
     states = checkpoint.get("optimizer_states", [])
@@ -61,7 +61,10 @@ def name_optimizer_states(
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
-    """The model that a checkpoint holds, with its averaged weights (EMA) where it has them, adapters merged in."""
+    """Return a checkpoint's model, with averaged weights (EMA) if it has any, and with adapters merged.
+
+    Memories of layers in which no head reads one are left out.
+    """
     if "hybridmem_config" in checkpoint:
         kept = {k: v for k, v in checkpoint["hybridmem_config"].items() if k not in IGNORED}
         model: Any = HybridMemForCausalLM(HybridMemConfig(**kept))
@@ -77,12 +80,13 @@ def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("model.")
     }
-    model.load_state_dict(weights)
+    read = model.state_dict().keys()
+    model.load_state_dict({name: w for name, w in weights.items() if name in read or ".mixer.memory." not in name})
     return model.merge_and_unload() if checkpoint.get("lora") else model
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """transformers' class for a model that writes text: a vision-language model is no causal LM there."""
+    """Return the transformers auto class of a model that generates text, which may be a vision-language model."""
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
@@ -91,7 +95,7 @@ def load_policy(name: str) -> Any:
     """Load a causal LM from a Hugging Face folder or name, or from a checkpoint of `hybridmem fit`.
 
     Raises:
-        OSError, ValueError: there is none, or an adapter of PEFT alone.
+        OSError, ValueError: there is no such model, or only a PEFT adapter.
     """
     if _is_checkpoint(name):
         return model_of_checkpoint(load_checkpoint(name))
@@ -107,7 +111,7 @@ def load_policy(name: str) -> Any:
 
 
 def _adapter_of_the_hub(name: str) -> Path | None:
-    """Return the local folder of an adapter on the Hugging Face hub, or None where there is none, or no network."""
+    """Return the local folder of an adapter on the Hugging Face hub, or None without an adapter or a network."""
     with suppress(OSError, ValueError):
         found = find_adapter_config_file(name)
         return None if found is None else Path(found).parent
@@ -115,24 +119,24 @@ def _adapter_of_the_hub(name: str) -> Path | None:
 
 
 def start_from(model: HybridMemForCausalLM, name: str) -> None:
-    """Give a model the weights of what `load_policy` loads.
+    """Copy the weights of the model that `load_policy` loads.
 
     Raises:
-        ValueError: its tensors are others; the message names the first.
+        ValueError: the tensors differ; the message names the first difference.
     """
     own, given = model.state_dict(), load_policy(name).state_dict()
     for tensor in sorted(own.keys() | given.keys()):
         shapes = [list(weights[tensor].shape) if tensor in weights else "absent" for weights in (own, given)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{name!r} is another model: {tensor} is {shapes[1]} there and {shapes[0]} here; give config what that "
-                "model's has"
+                f"{name!r} is another model: {tensor} differs ({shapes[1]} there, {shapes[0]} here); set "
+                "model.init_args.config to that model's configuration"
             )
     model.load_state_dict(given)
 
 
 def tokenizer_of_policy(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that `load_policy` loads; None where nothing says which it is."""
+    """Return the tokenizer of a model that `load_policy` loads, or None if it is not recorded."""
     if _is_checkpoint(name):
         tokenizer = load_checkpoint(name, weights=False).get("tokenizer")
         return None if tokenizer is None else load_tokenizer(tokenizer)

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there: written beside, checked when they are read, the one before kept."""
+"""Atomic, checksummed checkpoint files, each with its predecessor as a backup."""
 
 import hashlib
 import os
@@ -15,17 +15,17 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from hybridmem.training.errors import StoppedError
 
 PREVIOUS = "previous.ckpt"
-GO_ON_FROM = ("last.ckpt", "interrupted.ckpt")  # ModelCheckpoint's and GracefulStop's
+GO_ON_FROM = ("last.ckpt", "interrupted.ckpt")  # from ModelCheckpoint and GracefulStop
 PART = "checkpoint.part"
 SEAL, DIGEST_SIZE = b"hybridmem blake2b ", 16
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint files, so that one is always good.
+    """Atomic, checksummed checkpoint files for Lightning.
 
-    A checkpoint is written to checkpoint.part beside its place, synced to the disk, and renamed. What it replaces, and
-    what ModelCheckpoint removes, stays as previous.ckpt, so a folder holds the state before the newest one too. Reading
-    compares the file with the digest that it ends with, and runs nothing that it holds.
+    A checkpoint is written to checkpoint.part in the target folder, synced to disk and renamed. The file that it
+    replaces, or that ModelCheckpoint removes, becomes previous.ckpt, so the folder always holds the last two states.
+    Loading verifies the digest at the end of the file and executes no code from it.
     """
 
     def save_checkpoint(
@@ -34,7 +34,7 @@ class DurableCheckpointIO(CheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            StoppedError: the disk does not take it; the earlier checkpoints are as they were.
+            StoppedError: writing to disk failed; earlier checkpoints are unchanged.
         """
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class DurableCheckpointIO(CheckpointIO):
                 _seal(file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch hides the disk's error behind one of its own
+        except (OSError, RuntimeError) as error:  # torch wraps the disk's error in its own
             part.unlink(missing_ok=True)
             failure = next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
             if failure is None:
@@ -61,14 +61,15 @@ class DurableCheckpointIO(CheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: see `read_checkpoint`; or weights_only is False.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or weights_only is False.
         """
         if weights_only is False:
-            raise ValueError("weights_only=false would run what is in the checkpoint: leave it out")
+            raise ValueError("weights_only=false would execute code from the checkpoint; remove the setting")
         return read_checkpoint(Path(path), map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike) -> None:
-        """Remove a checkpoint that is not wanted any more; the newest of these is kept."""
+        """Remove a checkpoint, keeping the most recently removed file as previous.ckpt."""
         place = Path(path)
         if place.is_dir():
             shutil.rmtree(place)
@@ -78,11 +79,11 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def read_checkpoint(path: Path, map_location: Any | None = None) -> Any:
-    """What a checkpoint file holds, compared with its checksum.
+    """Read a checkpoint file and verify its checksum.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not as it was written; the message names the newest good one beside it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged; the message names the newest intact checkpoint in the folder.
     """
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path={path} does not exist{_instead(path)}")
@@ -98,7 +99,7 @@ def _read(path: Path, map_location: Any | None) -> Any:
 
 
 def _seal(file: BinaryIO) -> None:
-    """End an archive of torch with a comment that holds the digest of all before it."""
+    """Append a digest of a torch archive as the archive's comment."""
     end = file.seek(0, os.SEEK_END) - 2  # the last two bytes are the comment's length
     seal = SEAL + digest_of(file, end)
     file.seek(end)
@@ -106,9 +107,9 @@ def _seal(file: BinaryIO) -> None:
 
 
 def _compare(path: Path) -> None:
-    """Refuse a file that is not what its seal says; of another writer's, without one, records that are not their CRC32.
+    """Raise a ValueError if a file does not match its digest, or, without a digest, the CRC32 of its records.
 
-    torch itself compares neither: it takes a flipped byte for a weight.
+    torch checks neither, and would load a flipped byte as a weight.
     """
     length = len(SEAL) + 2 * DIGEST_SIZE
     with path.open("rb") as file:
@@ -126,7 +127,7 @@ def _compare(path: Path) -> None:
 
 
 def digest_of(file: BinaryIO, size: int) -> bytes:
-    """The digest of a file's first `size` bytes, in hexadecimal."""
+    """Return the hexadecimal digest of a file's first `size` bytes."""
     digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
     file.seek(0)
     while size and (part := file.read(min(size, 1 << 20))):
@@ -136,20 +137,20 @@ def digest_of(file: BinaryIO, size: int) -> bytes:
 
 
 def to_go_on_from(folder: Path) -> Path | None:
-    """Where a stopped run goes on: the newer of last.ckpt and interrupted.ckpt; None where there is neither."""
+    """Return the checkpoint that a stopped run resumes from: the newer of last.ckpt and interrupted.ckpt, or None."""
     found = [folder / name for name in GO_ON_FROM if (folder / name).exists()]
     return max(found, key=lambda path: path.stat().st_mtime_ns) if found else None
 
 
 def newest_good(folder: Path, but: Path | None = None) -> Path | None:
-    """The newest checkpoint file of a folder that can be read."""
+    """Return the newest intact checkpoint file in a folder, or None."""
     files = sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     for file in files:
         if file == but or not file.is_file():
             continue
         try:
             _read(file, "cpu")
-        except Exception:  # whatever is wrong with it, it is not good
+        except Exception:  # any failure means a damaged file
             continue
         return file
     return None
@@ -157,16 +158,16 @@ def newest_good(folder: Path, but: Path | None = None) -> Path | None:
 
 def _instead(path: Path) -> str:
     good = newest_good(path.parent, but=path)
-    return "" if good is None else f"; the newest good one there is {good}: go on with --ckpt_path {good}"
+    return "" if good is None else f"; the newest intact checkpoint there is {good}, resume with --ckpt_path {good}"
 
 
 def _cannot_write(place: Path, failure: OSError) -> str:
     free = shutil.disk_usage(place.parent).free
     good = newest_good(place.parent)
-    kept = "no earlier one is there" if good is None else f"go on with --ckpt_path {good}, which is as it was"
+    resume = "start again (there is no earlier checkpoint)" if good is None else f"resume with --ckpt_path {good}"
     return (
-        f"the checkpoint {place} cannot be written: {failure.strerror}; the disk of {place.parent} has "
-        f"{free / 2**20:,.0f} MiB left: make room, then {kept}"
+        f"cannot write the checkpoint {place}: {failure.strerror}; the disk of {place.parent} has "
+        f"{free / 2**20:,.0f} MiB left; free some space, then {resume}"
     )
 
 
@@ -177,7 +178,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _keep(path: Path) -> None:
-    """Let the file at `path` be the previous one, unless that is newer: an old interrupted.ckpt is not."""
+    """Make the file at `path` the previous checkpoint, unless the previous checkpoint is newer."""
     previous = path.with_name(PREVIOUS)
     if not path.is_file() or path == previous:
         return
@@ -186,15 +187,15 @@ def _keep(path: Path) -> None:
     link = path.with_name(PART + ".link")
     link.unlink(missing_ok=True)
     try:
-        os.link(path, link)  # so that `path` itself is never missing
-    except OSError:  # a file system without hard links
+        os.link(path, link)  # keeps `path` in place throughout
+    except OSError:  # the file system has no hard links
         os.replace(path, previous)
     else:
         os.replace(link, previous)
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
+    """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Lightning checkpoints read as dictionaries, files and the folders of sharded runs alike."""
+"""Loading of Lightning checkpoints as dictionaries, from files or the folders of sharded runs."""
 
 import tempfile
 from pathlib import Path
@@ -13,26 +13,26 @@ from .sharded import check_shards, is_sharded
 
 
 def load_checkpoint(path: str | Path, weights: bool = True, rank: int = 0, size: int = 1) -> dict[str, Any]:
-    """Read a Lightning checkpoint, a file or the folder that a sharded run writes, without running anything in it.
+    """Read a Lightning checkpoint, a file or a sharded run's folder, without executing code from it.
 
     Args:
-        path: the checkpoint.
-        weights: whether a folder's weights are gathered too, or only what describes them.
-        rank, size: of the processes that read a folder, each of which compares a share of its files with their digests.
+        path: checkpoint file or folder.
+        weights: gather a folder's weights; False reads only the metadata.
+        rank, size: this process and the number of processes that read a folder; each verifies a share of the digests.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a broken file, or not a checkpoint of hybridmem.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or hybridmem did not write it.
     """
     path = Path(path)
     refuse_adapter(path)
     if path.is_dir() and path.suffix != ".ckpt" and not is_sharded(path):
         raise ValueError(
-            f"ckpt_path={path} is a folder without a checkpoint: give a .ckpt file, or the folder of a sharded one"
+            f"ckpt_path={path} is not a checkpoint folder; give a .ckpt file, or the folder of a sharded checkpoint"
         )
     checkpoint = _read_shards(path, weights, rank, size) if is_sharded(path) else read_checkpoint(path, "cpu")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"hybridmem_config", "transformers_config"}:
-        raise ValueError(f"ckpt_path={path} was not written by hybridmem")
+        raise ValueError(f"ckpt_path={path} was not written by hybridmem; give a checkpoint of hybridmem fit")
     return checkpoint
 
 

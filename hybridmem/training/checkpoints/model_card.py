@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model was trained on, for how long, and how to use it."""
+"""Model card of an exported folder: training data, duration, metrics and usage."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,9 +13,21 @@ from transformers import PreTrainedConfig
 from hybridmem.model.configuration import HybridMemConfig
 
 DATA_SETTINGS = (
-    "path", "dataset", "name", "revision", "split", "data_files", "text_column", "pattern", "mode", "sequence_length",
-    "num_train", "max_bytes", "tokenizer", "processor",
-)  # fmt: skip
+    "path",
+    "dataset",
+    "name",
+    "revision",
+    "split",
+    "data_files",
+    "text_column",
+    "pattern",
+    "mode",
+    "sequence_length",
+    "num_train",
+    "max_bytes",
+    "tokenizer",
+    "processor",
+)
 
 USE = """\
 ```bash
@@ -23,7 +35,7 @@ pip install hybridmem
 ```
 
 ```python
-import hybridmem  # registers the model; or give trust_remote_code=True: the code is in this folder too
+import hybridmem  # registers the model; without it, pass trust_remote_code=True to use the code in this folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
@@ -36,7 +48,7 @@ USE_ELSEWHERE = """\
 ```python
 from transformers import AutoConfig
 
-config = AutoConfig.from_pretrained("path/to/this/folder")  # an ordinary model of transformers, needing nothing else
+config = AutoConfig.from_pretrained("path/to/this/folder")  # a standard transformers model; hybridmem is not needed
 ```
 """
 
@@ -44,9 +56,9 @@ config = AutoConfig.from_pretrained("path/to/this/folder")  # an ordinary model 
 def training_facts(
     data: L.LightningDataModule | None, metrics: Mapping[str, Tensor | float], method: str
 ) -> dict[str, Any]:
-    """What a checkpoint notes for a card, as plain values: data, method and the metrics logged last.
+    """Return a model card's facts for a checkpoint, as plain values: data, method and the last logged metrics.
 
-    Of files and folders only the last part of the path is kept: where they lie tells of a machine and its user.
+    Paths are reduced to their last part, because the rest may reveal a machine and its user.
     """
     settings = {} if data is None else dict(data.hparams)
     task = getattr(data, "task", None)
@@ -57,7 +69,7 @@ def training_facts(
 
 
 def public(value: Any) -> Any:
-    """A setting without the folders in front of a path; names on the hub are no paths."""
+    """Return a setting with local paths reduced to their last part; names on the hub stay unchanged."""
     if isinstance(value, (list, tuple)):
         return [public(part) for part in value]
     if isinstance(value, str) and (Path(value).expanduser().is_absolute() or Path(value).exists()):
@@ -66,12 +78,12 @@ def public(value: Any) -> Any:
 
 
 def model_card(config: PreTrainedConfig, checkpoint: dict[str, Any], license: str | None = None) -> str:
-    """The card's text.
+    """Return the text of the model card.
 
     Args:
-        config: the model's.
-        checkpoint: what `hybridmem fit` wrote; older ones hold no facts, and their cards say less.
-        license: of the weights, an identifier of the hub such as apache-2.0.
+        config: model configuration.
+        checkpoint: checkpoint of `hybridmem fit`; checkpoints without facts yield a shorter card.
+        license: licence of the weights, a hub identifier such as apache-2.0.
     """
     ours = isinstance(config, HybridMemConfig)
     tags = ["hybridmem", *(sorted(set(config.layer_types or ())) if isinstance(config, HybridMemConfig) else ())]
@@ -83,10 +95,12 @@ def model_card(config: PreTrainedConfig, checkpoint: dict[str, Any], license: st
     sections = {
         "Use": USE if ours else USE_ELSEWHERE,
         "Model": _table(_architecture(config)),
-        "Data": _table(facts.get("data", {})) or "The checkpoint does not say what it was trained on.\n",
+        "Data": _table(facts.get("data", {})) or "The checkpoint does not record its training data.\n",
         "Training": _table({**trained, "hybridmem": version("hybridmem")}),
         "Metrics": _metrics(facts.get("metrics", {})),
-        "Licence": f"{license}\n" if license else "Of the weights: not stated. hybridmem's code is Apache-2.0.\n",
+        "Licence": f"{license}\n"
+        if license
+        else "The licence of the weights is not stated. hybridmem's code is Apache-2.0.\n",
     }
     title = f"{', '.join(tags[1:])} language model" if ours else f"{config.model_type} trained with hybridmem"
     body = "\n".join(f"## {name}\n\n{text}" for name, text in sections.items())
@@ -109,10 +123,9 @@ def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _metrics(metrics: dict[str, float]) -> str:
     if not metrics:
-        return "None was logged.\n"
-    return (
-        "As logged last before the checkpoint was written, which for validation may be some steps earlier.\n\n"
-        + _table({n: f"{v:.4g}" for n, v in metrics.items()})
+        return "No metrics were logged.\n"
+    return "The last values logged before the checkpoint was written; validation may be some steps older.\n\n" + _table(
+        {n: f"{v:.4g}" for n, v in metrics.items()}
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded runs, which are folders, as good as files: written beside, sealed, the one before kept."""
+"""Atomic, checksummed checkpoint folders of sharded runs, each with its predecessor as a backup."""
 
 import os
 import pickle
@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from .durable import PART, PREVIOUS, digest_of, sync
 
-SEALS = "*.b2"  # of each process: digests of the files that it wrote, as `b2sum --length 128` writes and checks them
-# What the description of a sharded checkpoint is made of: torch reads it with pickle.
+SEALS = "*.b2"  # digests of the files that each process wrote, in the format of `b2sum --length 128`
+# Classes that a sharded checkpoint's .metadata may contain; torch reads it with pickle.
 DESCRIPTION = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -33,16 +33,16 @@ DESCRIPTION = {
 
 
 class DurableModelParallelStrategy(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy, with checkpoints that are whole or not there.
+    """Lightning's ModelParallelStrategy with atomic, checksummed checkpoints.
 
-    The processes write a folder beside the checkpoint's place; each syncs and seals its own files; then the folder is
-    renamed. What it replaces stays as previous.ckpt.
+    The processes write to a temporary folder next to the checkpoint, and each syncs and seals its own files. The folder
+    is then renamed, and the checkpoint that it replaces becomes previous.ckpt.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint: a folder, or a file where save_distributed_checkpoint is False."""
+        """Write a checkpoint, as a folder or, if save_distributed_checkpoint is False, as a file."""
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         place = Path(self.broadcast(filepath))
@@ -59,12 +59,12 @@ class DurableModelParallelStrategy(ModelParallelStrategy):
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Whether a checkpoint is the folder that a sharded run writes."""
+    """Return True if a checkpoint is the folder of a sharded run."""
     return (Path(path) / "meta.pt").is_file()
 
 
 def seal(folder: Path, rank: int) -> None:
-    """Sync the files that a process wrote, and write their digests."""
+    """Sync the files that a process wrote to disk, and write their digests."""
     own = sorted(folder.glob(f"__{rank}_*"))
     if rank == 0:
         own += [folder / ".metadata", folder / "meta.pt"]
@@ -75,31 +75,33 @@ def seal(folder: Path, rank: int) -> None:
 
 
 def check_shards(folder: Path, rank: int = 0, size: int = 1) -> None:
-    """Refuse a folder that is not what its seals say; or whose description, which torch unpickles, names anything else.
+    """Verify a folder's digests, and that unpickling its .metadata runs no foreign code.
 
     Args:
-        folder: a sharded run's checkpoint.
-        rank, size: of the processes that look, each at its share of the files.
+        folder: checkpoint of a sharded run.
+        rank, size: this process and the number of processes, each of which verifies a share of the files.
 
     Raises:
-        ValueError: with the file and what is wrong with it.
+        ValueError: a file is damaged or unsafe; the message names the file and the problem.
     """
     lines = [line for seals in sorted(folder.glob(SEALS)) for line in seals.read_text().splitlines()]
     for line in lines[rank::size]:
         expected, _, name = line.partition("  ")
         file = folder / Path(name).name
         if not file.is_file() or _digest(file) != expected:
-            raise ValueError(f"ckpt_path={folder}: its file {name} does not match its checksum")
+            raise ValueError(
+                f"ckpt_path={folder}: file {name} does not match its checksum; resume from another checkpoint"
+            )
     try:
         _Description(BytesIO((folder / ".metadata").read_bytes())).load()
     except Exception as error:
-        raise ValueError(f"{folder / '.metadata'} describes no checkpoint: {error}") from error
+        raise ValueError(f"{folder / '.metadata'} is not the metadata of a checkpoint: {error}") from error
 
 
 class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in DESCRIPTION.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
+            raise pickle.UnpicklingError(f"it references {module}.{name}, which unpickling would execute")
         return super().find_class(module, name)
 
 
@@ -109,7 +111,7 @@ def _digest(file: Path) -> str:
 
 
 def put_in_place(part: Path, place: Path) -> None:
-    """Put a folder in its place; what stands there is the previous one then."""
+    """Move a folder into place; the folder that it replaces becomes the previous checkpoint."""
     previous = place.with_name(PREVIOUS)
     if place.exists():
         if previous.is_dir():

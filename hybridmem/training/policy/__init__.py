@@ -1,1 +1,1 @@
-"""Reinforcement learning as a Lightning module."""
+"""PolicyModule for reinforcement learning, and its parts."""

@@ -1,4 +1,4 @@
-"""Checks of a run's settings before it samples anything."""
+"""Checks of an RL run's settings before it samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,27 +13,27 @@ from hybridmem.training.schedules import check_schedule
 
 
 def by_family(objectives: Sequence[Objective]) -> dict[str, Objective]:
-    """Return a run's objectives by their family.
+    """Return a run's objectives by family.
 
     Raises:
-        ValueError: no objective, two of a family, or some that do not go together.
+        ValueError: there is no objective, two share a family, or some are incompatible.
     """
     if not objectives:
         raise ValueError(
-            "objectives is empty: name a token objective (GRPO, …), AttentionRL, AttentionDistillation, several of "
-            "them, SFT, or RejectionFineTune"
+            "objectives is empty; add a token objective (GRPO, …), AttentionRL or AttentionDistillation, alone or "
+            "combined, or SFT or RejectionFineTune alone"
         )
     found: dict[str, Objective] = {}
     for objective in objectives:
         count = sum(other.family == objective.family for other in objectives)
         if count > 1:
-            raise ValueError(f"objectives names {count} of {objective.family}; keep one")
+            raise ValueError(f"objectives has {count} of family {objective.family}; keep one")
         if objective.alone is not None and len(objectives) > 1:
             name = type(objective).__name__
             raise ValueError(f"objectives: {name} {objective.alone}: remove it, or the others")
         found[objective.family] = objective
     if len({objective.samples for objective in objectives}) > 1:
-        raise ValueError("objectives: some learn from given answers and others from samples: keep one kind")
+        raise ValueError("objectives: some learn from given answers and others from samples; keep one kind")
     return found
 
 
@@ -47,7 +47,7 @@ def check_settings(
     max_observation_length: int,
     max_empty_rollouts: int,
 ) -> None:
-    """Raise a ValueError for settings that cannot go together or that could change nothing."""
+    """Raise a ValueError for settings that are incompatible or have no effect."""
     for name, value in dict(
         num_generations=num_generations, num_iterations=num_iterations, steps_per_generation=steps_per_generation
     ).items():
@@ -58,79 +58,94 @@ def check_settings(
     one_of(CALL_FORMATS, call_format=call_format)
     if num_generations < 2 and any(objective.learns_by_reward for objective in objectives.values()):
         raise ValueError(
-            f"num_generations={num_generations}: a group of one has no advantage over itself; sample 2 or more"
+            f"num_generations={num_generations} gives every response an advantage of 0; set it to 2 or more"
         )
     for objective in objectives.values():
-        objective.check_run(num_iterations * steps_per_generation)
+        objective.check_run(num_iterations * steps_per_generation, num_generations)
+        objective.check_others([other for other in objectives.values() if other is not objective])
     _check_sampling(objectives)
 
 
 def _check_sampling(objectives: dict[str, Objective]) -> None:
-    """Raise a ValueError for objectives that want responses sampled in ways that exclude one another."""
+    """Raise a ValueError for objectives with incompatible ways of sampling."""
     explore, replace = explorations(objectives), any(o.dynamic_sampling for o in objectives.values())
     if explore and replace:
-        raise ValueError("exploration does not go with dynamic_sampling: set one of the two off")
+        raise ValueError(f"{explore[0]} is incompatible with dynamic_sampling; turn one of the two off")
+    if len(explore) > 1:
+        raise ValueError(f"{' and '.join(explore)} cannot be combined; keep one (exploration: 0 turns it off)")
     for name in refinements(objectives):
         if explore:
             raise ValueError(
-                f"exploration does not go with {name}, whose refinements are sampled without it: set exploration to 0, "
-                "or take DrGRPO"
+                f"{explore[0]} is incompatible with {name}, which samples refinements without it; set exploration to "
+                "0, or use DrGRPO"
             )
         if replace:
-            raise ValueError(f"dynamic_sampling drops the groups that {name} refines: set it off")
+            raise ValueError(f"dynamic_sampling drops the groups that {name} refines; set it to false")
 
 
 def explorations(objectives: dict[str, Objective]) -> list[str]:
-    """Return the names of the objectives' explorations, which need the trainer's own single-turn sampling."""
-    return [f"{type(objective).__name__}'s exploration" for objective in objectives.values() if objective.explores]
+    """Return the names of the objectives' explorations and allocations, which require sampling by the trainer."""
+    return [f"{type(o).__name__}'s {o.choice}" for o in objectives.values() if o.explores]
 
 
 def refinements(objectives: dict[str, Objective]) -> list[str]:
-    """Return the names of objectives that refine responses, which need single-turn responses."""
+    """Return the names of objectives that refine responses, which only works for single turns."""
     return [type(objective).__name__ for objective in objectives.values() if objective.refines]
 
 
 def check_acting(objectives: dict[str, Objective]) -> None:
-    """Raise a ValueError if an objective does not go with environments."""
-    for name in [*explorations(objectives), *refinements(objectives)]:
-        raise ValueError(f"{name} does not go with an environment, in which responses have many turns")
+    """Raise a ValueError if an objective does not support environments."""
+    choosing = {name: o for name, o in objectives.items() if not o.chooses_in_environments}
+    for name in [*explorations(choosing), *refinements(objectives)]:
+        raise ValueError(f"{name} supports single turns only; remove it, or the environment")
 
 
 def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
-    """Raise a ValueError if DistributedDataParallel would wait for gradients that never come."""
+    """Raise a ValueError if DistributedDataParallel would wait for gradients that are never computed."""
     settings = getattr(strategy, "_ddp_kwargs", {})
-    trains_head = any(objective.trains_head for objective in objectives.values())
+    trained = [objective for objective in objectives.values() if objective.trains_model]
+    trains_head = not trained or any(objective.trains_head for objective in trained)
     if isinstance(strategy, DDPStrategy) and not trains_head and not settings.get("find_unused_parameters"):
         raise ValueError(
-            "objectives on attention alone give the model's head no gradient, which strategy ddp waits for: set "
-            "trainer.strategy to ddp_find_unused_parameters_true"
+            "trainer.strategy=ddp needs a gradient of every parameter, but attention objectives alone give the LM head "
+            "none; set it to ddp_find_unused_parameters_true"
+        )
+
+
+def check_frozen(dtype: str, frozen: bool) -> None:
+    """Raise a ValueError if weights that are trained would be stored in a lower precision."""
+    if not frozen:
+        raise ValueError(
+            f"dtype={dtype} is only for weights that are not trained; set lora, or trainer.precision to bf16-mixed"
         )
 
 
 def check_answers(objectives: dict[str, Objective], example: dict[str, Any]) -> None:
-    """Raise a ValueError if an objective learns from answers that the task's examples lack."""
+    """Raise a ValueError if an objective needs answers and the task's examples have none."""
     for objective in objectives.values():
         if not objective.samples and "answer" not in example:
             name = type(objective).__name__
-            raise ValueError(f"{name} learns from the column answer, which the task's examples lack: choose another")
+            raise ValueError(f"{name} learns from the column answer, which the task's examples lack; choose another")
 
 
 def check_prompts(data: Any, model: Any) -> None:
-    """Raise a ValueError if the data gives no prompts, or the model cannot read them; None is no model yet."""
+    """Raise a ValueError if the data has no prompts or the model cannot read them; `model` may still be None."""
     if data.hparams.get("mode") != "prompts":
-        raise ValueError("reinforcement learning takes prompts: set data.init_args.mode to prompts")
+        raise ValueError("PolicyModule trains on prompts; set data.init_args.mode to prompts")
     if model is None:
         return
     vocab_size = model.config.get_text_config().vocab_size
     if data.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer's largest id is {data.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
-            "set data.init_args.tokenizer to the model's own"
+            f"the tokenizer's largest id is {data.vocab_size - 1}, but the model's vocab_size is {vocab_size}; set "
+            "data.init_args.tokenizer to the model's own tokenizer"
         )
 
 
 def check_end(lr_scheduler: Any, trainer: L.Trainer) -> None:
-    """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
+    """Raise a ValueError if trainer.max_steps is missing or too small for the learning-rate schedule."""
     if trainer.max_steps < 1:
-        raise ValueError("trainer.max_steps must be given: it is the number of optimiser steps")
+        raise ValueError(
+            f"trainer.max_steps={trainer.max_steps} must be at least 1; set it to the number of optimiser steps"
+        )
     check_schedule(lr_scheduler, trainer)

@@ -1,4 +1,4 @@
-"""Groups whose rewards differ: dynamic sampling waits for a batch of them, and every run should see some."""
+"""Groups with different rewards: a buffer for dynamic sampling, and a watch for runs that find none."""
 
 from typing import Any
 
@@ -14,30 +14,30 @@ from hybridmem.rl.rollouts.experience import Rollout
 from hybridmem.rl.rollouts.prompts import Prompt
 from hybridmem.training.errors import StoppedError
 
-ENDLESS = 10  # times max_empty_rollouts: dynamic sampling would then go on for ever
+ENDLESS = 10  # multiple of max_empty_rollouts after which dynamic sampling would never end
 
 
 class GroupBuffer:
-    """Keeps groups whose rewards differ until they fill a batch; all ranks share it.
+    """Buffer of groups whose rewards differ, filled until they make a batch, and shared by all ranks.
 
     Args:
-        num_generations: responses of a group.
-        pad_id: the token of padding.
+        num_generations: number of responses in a group.
+        pad_id: ID of the padding token.
     """
 
     def __init__(self, num_generations: int, pad_id: int):
         self.num_generations, self.pad_id = num_generations, pad_id
-        self.waiting: list[Rollout] = []  # of all ranks, a group each
+        self.waiting: list[Rollout] = []  # one group each, from all ranks
 
     @property
     def num_waiting(self) -> int:
-        """Responses that wait for a full batch."""
+        """Number of responses that wait for a full batch."""
         return len(self.waiting) * self.num_generations
 
     def fill(self, rollout: Rollout) -> Rollout | None:
-        """Return this rank's share of a full batch of groups with signal, or None if there are too few yet.
+        """Return this rank's share of a full batch of groups with signal, or None if there are still too few.
 
-        A rank whose own groups have no signal learns from groups that others have found.
+        A rank without such groups learns from groups of other ranks.
         """
         rank, size = rank_and_size()
         self.waiting += [group for group in dealt(all_gather_object(self._groups(rollout))) if group is not None]
@@ -58,7 +58,7 @@ class GroupBuffer:
         )
 
     def _groups(self, rollout: Rollout) -> list[Rollout | None]:
-        """Return every group on its own and on the CPU, with None for those without signal."""
+        """Split a rollout into groups on the CPU, with None for groups without signal."""
         signal = groups_with_signal(rollout.rewards, self.num_generations)
         parts = zip(*(x.cpu().split(self.num_generations) for x in rollout.completions), strict=True)
         rewards = rollout.rewards.split(self.num_generations)
@@ -71,7 +71,7 @@ class GroupBuffer:
         ]
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return the waiting groups as plain values, which a checkpoint loads without running code."""
+        """Return the waiting groups as plain values, which load without executing code."""
         return [
             {
                 "prompt": tuple(group.prompts[0]),
@@ -83,7 +83,7 @@ class GroupBuffer:
         ]
 
     def load_state_dict(self, groups: list[dict[str, Any]]) -> None:
-        """Take up the groups that waited when a checkpoint was written.
+        """Restore the waiting groups of a checkpoint.
 
         Raises:
             ValueError: the groups have another size.
@@ -91,8 +91,8 @@ class GroupBuffer:
         for group in groups:
             if len(group["rewards"]) != self.num_generations:
                 raise ValueError(
-                    f"num_generations={self.num_generations}, but groups of {len(group['rewards'])} responses wait in "
-                    "the checkpoint: resume with the checkpoint's num_generations"
+                    f"num_generations={self.num_generations}, but the checkpoint holds waiting groups of "
+                    f"{len(group['rewards'])} responses; resume with num_generations={len(group['rewards'])}"
                 )
         self.waiting = [
             Rollout(
@@ -103,44 +103,43 @@ class GroupBuffer:
 
 
 class SignalWatch:
-    """Warns of rollouts in which no group has a signal, and ends dynamic sampling that finds none.
+    """Watch that warns of rollouts without any signal, and ends dynamic sampling that never finds one.
 
     Args:
-        max_empty_rollouts: rollouts in a row without a signal before a warning. Ten times as many end dynamic sampling.
-        num_generations: responses of a group.
+        max_empty_rollouts: consecutive rollouts without signal before a warning; ten times this number ends dynamic
+            sampling.
+        num_generations: number of responses in a group.
         rewards: names of the reward functions.
-        endless: whether the run waits for groups with signal (dynamic sampling).
+        endless: True if the run waits for groups with signal (dynamic sampling).
     """
 
     def __init__(self, max_empty_rollouts: int, num_generations: int, rewards: list[str], endless: bool):
         self.max_empty_rollouts, self.num_generations = max_empty_rollouts, num_generations
         self.rewards, self.endless = rewards, endless
-        self.num_empty = 0  # rollouts in a row
+        self.num_empty = 0  # consecutive rollouts without signal
 
     def look(self, rewards: Float[Tensor, " responses"]) -> None:
-        """Count a rollout by the rewards of all ranks.
+        """Check the rewards of all ranks for a signal.
 
         Raises:
-            StoppedError: dynamic sampling found no signal in ten times max_empty_rollouts.
+            StoppedError: dynamic sampling found no signal in ten times max_empty_rollouts rollouts.
         """
         if groups_with_signal(rewards, self.num_generations).any():
             self.num_empty = 0
             return
         self.num_empty += 1
         if self.endless and self.num_empty >= ENDLESS * self.max_empty_rollouts:
-            raise StoppedError(f"{self._found(rewards)}: {self._remedy()}")
+            raise StoppedError(f"{self._found(rewards)}; {self._remedy()}")
         if self.num_empty == self.max_empty_rollouts:
-            rank_zero_warn(f"{self._found(rewards)}, so no response has an advantage: {self._remedy()}")
+            rank_zero_warn(f"{self._found(rewards)}, so no response has an advantage; {self._remedy()}")
 
     def _found(self, rewards: Float[Tensor, " responses"]) -> str:
         values = rewards.unique().tolist()
         shown = ", ".join(f"{value:.4g}" for value in values[:3]) + (", …" if len(values) > 3 else "")
         return (
-            f"in {self.num_empty} rollouts in a row {' + '.join(self.rewards)} gave all responses of each group the "
-            f"same reward ({shown})"
+            f"in {self.num_empty} consecutive rollouts, {' + '.join(self.rewards)} gave all responses of each group "
+            f"the same reward ({shown})"
         )
 
     def _remedy(self) -> str:
-        return (
-            "check the reward function, choose easier or harder prompts, or raise num_generations or max_empty_rollouts"
-        )
+        return "check the reward function, use easier or harder prompts, or raise num_generations or max_empty_rollouts"

@@ -1,34 +1,30 @@
-"""Reinforcement learning and distillation as a Lightning module: rewards or a teacher train tokens and attention."""
+"""Lightning module for reinforcement learning and distillation of tokens and attention."""
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from transformers import PreTrainedTokenizerBase
 
 from hybridmem.data.trainer_state import is_training
-from hybridmem.distributed import Meter, shard
+from hybridmem.distributed import Meter
 from hybridmem.model.modeling import HybridMemForCausalLM
-from hybridmem.rl.environments.tools import tools_of
-from hybridmem.rl.objectives.objective import Objective
+from hybridmem.rl.objectives.objective import Objective, ObjectiveError
 from hybridmem.rl.rewards.functions import RewardSum
-from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, with_adapters
+from hybridmem.rl.rollouts.agent_rollouts import Environments
+from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
-from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
+from hybridmem.training.checkpoints.contents import name_optimizer_states
 from hybridmem.training.checkpoints.model_card import training_facts
-from hybridmem.training.errors import named
+from hybridmem.training.errors import named, stopping_at
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.optimizers import OptimizerFactory, decay_groups
 from hybridmem.training.schedules import SchedulerFactory, WarmupCosine, scheduled_steps
 
 from .checks import (
     by_family,
-    check_acting,
     check_answers,
     check_end,
     check_prompts,
@@ -38,6 +34,7 @@ from .checks import (
 )
 from .group_buffer import GroupBuffer, SignalWatch
 from .learner import Learner, OptimizerStep
+from .loading import prepare_policy, reward_functions
 from .rollout_worker import LocalSampler, RolloutWorker
 from .validation import Answered, validate
 
@@ -46,42 +43,47 @@ SHOWN_IN_VALIDATION = ("reward", "accuracy")
 
 
 class PolicyModule(L.LightningModule):
-    """Trains a causal LM by reward, with objectives on its tokens, on its attention, or on both; or by a teacher.
+    """Training of a causal LM by rewards or a teacher, with objectives on its tokens, its attention, or both.
 
-    A training batch is a list of prompts. Each is answered `num_generations` times, the answers are rewarded, and the
-    objectives take `num_iterations` passes over them in `steps_per_generation` optimiser steps each. trainer.max_steps
-    counts optimiser steps.
+    A training batch is a list of prompts. The policy answers each prompt `num_generations` times, the answers are
+    rewarded, and the learner takes `num_iterations` passes over them, with `steps_per_generation` optimiser steps per
+    pass. trainer.max_steps counts optimiser steps.
 
     Args:
-        model: a Hugging Face folder or name, or a checkpoint (.ckpt) of `hybridmem fit`.
-        objectives: their losses are added. At most one TokenObjective, one AttentionRL and one AttentionDistillation,
-            which needs no other: rewards are then only logged. Or SFT alone, which samples nothing, or
-            RejectionFineTune alone.
-        num_generations: responses to each prompt: a group, whose mean is the baseline. 1 is enough to distil.
-        max_completion_length: tokens of a response, observations among them; None: what the task needs.
-        temperature, top_k, top_p, min_p: how responses are drawn (see Sampling).
+        model: Hugging Face folder or name, or checkpoint (.ckpt) of `hybridmem fit`.
+        objectives: objectives whose losses are summed: at most one TokenObjective, one AttentionRL and one
+            AttentionDistillation. With AttentionDistillation alone, rewards are only logged. SFT, which does not
+            sample, and RejectionFineTune must be alone.
+        num_generations: responses per prompt. They form a group, whose mean reward is the baseline. Distillation needs
+            only 1.
+        max_completion_length: maximum tokens of a response, including observations. None: the task's own value.
+        temperature: sampling temperature of responses (see Sampling).
+        top_k: number of most likely tokens to sample from; 0 disables it.
+        top_p: total probability of the most likely tokens to sample from; 1 disables it.
+        min_p: minimum probability of a token relative to the most likely one; 0 disables it.
         num_iterations: passes over the responses.
-        steps_per_generation: optimiser steps that a pass is cut into.
-        reward_funcs: reward functions with TRL's signature; None: the task's own.
-        reward_weights: one for each; None: 1.
-        environment_factory: makes an environment for every response (see hybridmem.rl.environments.tools), in which it
-            acts over many turns; its `get_reward`, if it has one, is a reward beside reward_funcs. None: the task's
-            own `environment`, if it has one.
-        max_turns: turns of a trajectory.
-        call_format: how tools are called, `plain` or `json`.
-        max_observation_length: characters of an environment's answer; what is longer is cut.
-        optimizer: made with the parameter groups; matrices decay, vectors and embeddings do not.
-        lr_scheduler: made with the optimiser and the number of optimiser steps of the run.
-        max_grad_norm: gradients are cut to this norm; None: they are not.
-        lora: settings of PEFT's LoraConfig; None: all weights are trained.
-        attn_implementation: `sdpa`, or another that goes through transformers' registry.
-        rollouts: who samples training responses; None: the policy itself (see ServedRollouts).
-        seed: of the rollouts.
-        max_empty_rollouts: rollouts in a row in which no group has rewards that differ before a warning; ten times as
-            many end a run with dynamic sampling, which would never fill a batch.
+        steps_per_generation: optimiser steps per pass.
+        reward_funcs: reward functions with TRL's signature. None: the task's own.
+        reward_weights: weight of each reward function. None: 1 each.
+        environment_factory: makes an environment for every response (see hybridmem.rl.environments.tools), in which the
+            policy acts over several turns. An environment's `get_reward`, if defined, adds to reward_funcs. None: the
+            task's own `environment`, if defined.
+        max_turns: maximum turns of a trajectory.
+        call_format: format of tool calls, `plain` or `json`.
+        max_observation_length: maximum characters of an observation; longer ones are truncated.
+        optimizer: optimiser of the parameter groups; matrices decay, vectors and embeddings do not.
+        lr_scheduler: learning-rate schedule over the optimiser steps of the run.
+        max_grad_norm: gradients are clipped to this norm. None: no clipping.
+        lora: settings of PEFT's LoraConfig. None: train all weights, or none if no objective trains the model.
+        dtype: type of weights that are not trained, such as `bfloat16`. None: float32. Memories stay in float32.
+        attn_implementation: `sdpa`, or another implementation in transformers' registry.
+        rollouts: server that samples training responses (see ServedRollouts). None: the policy itself.
+        seed: seed of the rollouts.
+        max_empty_rollouts: consecutive rollouts without different rewards in any group before a warning. Ten times this
+            number ends a run with dynamic sampling, which would never fill a batch.
 
     Raises:
-        ValueError: settings that cannot go together or that could change nothing, before training starts.
+        ValueError: settings that are incompatible or have no effect, before training starts.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class PolicyModule(L.LightningModule):
         lr_scheduler: SchedulerFactory = WarmupCosine,
         max_grad_norm: float | None = 1.0,
         lora: dict[str, Any] | None = None,
+        dtype: str | None = None,
         attn_implementation: str = "sdpa",
         rollouts: ServedRollouts | None = None,
         seed: int = 0,
@@ -115,9 +118,15 @@ class PolicyModule(L.LightningModule):
         self.automatic_optimization = False
         self.objectives = by_family(objectives)
         check_settings(
-            self.objectives, num_generations, num_iterations, steps_per_generation, max_turns, call_format,
-            max_observation_length, max_empty_rollouts,
-        )  # fmt: skip
+            self.objectives,
+            num_generations,
+            num_iterations,
+            steps_per_generation,
+            max_turns,
+            call_format,
+            max_observation_length,
+            max_empty_rollouts,
+        )
         self.model_name, self.num_generations = model, num_generations
         self.max_completion_length = max_completion_length
         self.draw: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -126,17 +135,17 @@ class PolicyModule(L.LightningModule):
         self.environment_factory, self.max_turns = environment_factory, max_turns
         self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
-        self.lora, self.attn_implementation = lora, attn_implementation
+        self.lora, self.dtype_name, self.attn_implementation = lora, dtype, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
         self.policy: Policy
         self.worker: RolloutWorker
         self.learner: Learner
         self.meter = Meter()
-        self.has_started = False  # errors before the first training batch are errors in settings
+        self.has_started = False  # until a training batch begins, errors are errors in settings
 
     def setup(self, stage: str) -> None:
-        """Take task, rewards and environments from the data, and check that they go together."""
+        """Read task, rewards and environments from the data, and check that they are compatible."""
         self.data: Any = self.trainer.datamodule
         self.check_data(self.data)
         check_strategy(self.trainer.strategy, self.objectives)
@@ -145,87 +154,82 @@ class PolicyModule(L.LightningModule):
             factory, self.max_turns, self.call_format, self.max_observation_length
         )
         example = self.data.task.example("val", 0)
-        self.rewards = RewardSum(self._reward_functions(example), self.reward_weights)
+        functions = reward_functions(self.reward_funcs, self.data, self.environments, self.objectives, example)
+        self.rewards = RewardSum(functions, self.reward_weights)
         self.rewards.check_columns([*example, *([] if self.environments is None else ["environments"])])
         check_answers(self.objectives, example)
         length = self.max_completion_length or self.data.task.max_completion_length
         self.sampling = Sampling(max_completion_length=length, **self.draw)
 
-    def _reward_functions(self, example: Example) -> list[Callable]:
-        """Return the functions that the settings name and the environment's own, or else the task's."""
-        if self.environments is None:
-            return self.reward_funcs or [self.data.task.reward]
-        check_acting(self.objectives)
-        environment = self.environments.factory()
-        tools_of(environment)
-        begin(self.data, example, [environment, self.environments.factory()])
-        own = [environment_reward] if hasattr(environment, "get_reward") else []
-        return [*own, *(self.reward_funcs or [])] or [self.data.task.reward]
-
     def configure_model(self) -> None:
-        """Load the policy once; let it read the data of this run."""
+        """Load the policy once, and connect it to the data of this run."""
         if self.model is None:
-            self.policy = self._load_policy()
+            self.policy = prepare_policy(
+                self.model_name,
+                self.data,
+                self.objectives,
+                self.lora,
+                self.dtype_name,
+                self.attn_implementation,
+                self.device_mesh,
+            )
             self.model = self.policy.model
+            self.learned = torch.nn.ModuleDict(self.policy.learned)
         self.policy.data = self.data
         if self.rollouts is not None:
             acting = [] if self.environments is None else ["an environment"]
             self.rollouts.check(self.policy, [*explorations(self.objectives), *acting])
         self.check_data(self.data)
         self.worker = RolloutWorker(
-            self.policy, self.objectives, self.rewards, self.rollouts or LocalSampler(), self.environments,
-            self.num_generations, self.sampling, self.seed, self.meter,
-        )  # fmt: skip
+            self.policy,
+            self.objectives,
+            self.rewards,
+            self.rollouts or LocalSampler(),
+            self.environments,
+            self.num_generations,
+            self.sampling,
+            self.seed,
+            self.meter,
+        )
         self.groups = GroupBuffer(self.num_generations, self.data.pad_id)
         self.signal = SignalWatch(
             self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
         )
 
-    def _load_policy(self) -> Policy:
-        """Load the policy and the frozen models that objectives read."""
-        with named("model"):
-            model = load_policy(self.model_name)
-        model.set_attn_implementation(self.attn_implementation)
-        policy = Policy(model, self.data, adapted=self.lora is not None, sharded=self.device_mesh is not None)
-        for objective in self.objectives.values():
-            objective.prepare(policy, self._load_frozen)
-        if self.lora is not None:
-            policy.model = with_adapters(model, self.lora)
-        if disable_dropout(policy.model):
-            rank_zero_info("dropout is off: the passes that score responses have to be the policy that sampled them")
-        if self.device_mesh is not None:
-            for whole in (policy.model, *policy.frozen.values()):
-                shard(whole, self.device_mesh)
-        return policy
-
-    def _load_frozen(self, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
-        model = load_policy(name)
-        model.set_attn_implementation(self.attn_implementation)
-        return model, tokenizer_of_policy(name)
-
     def check_data(self, data: Any) -> None:
-        """Raise a ValueError when the data cannot be read by this model."""
+        """Raise a ValueError if the policy cannot train on this data."""
         check_prompts(data, self.model)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Raise a ValueError when the run has no end or the learning-rate schedule cannot run for so many steps."""
+        """Raise a ValueError if trainer.max_steps is missing or too small for the learning-rate schedule."""
         check_end(self.lr_scheduler, trainer)
 
     def on_train_start(self) -> None:
-        """Make the learner, now that there is an optimiser."""
+        """Create the learner, which needs the optimiser."""
         step = OptimizerStep(
-            self.model, self.optimizers(), self.lr_schedulers(), self.manual_backward, self.max_grad_norm,
-            lambda: self.trainer.global_step >= self.trainer.max_steps, self.log,
-        )  # fmt: skip
+            self.model,
+            self.optimizers(),
+            self.lr_schedulers(),
+            self.manual_backward,
+            self.max_grad_norm,
+            lambda: self.trainer.global_step >= self.trainer.max_steps,
+            self.log,
+        )
         self.learner = Learner(
-            self.worker.policy, self.objectives, step, self.num_generations, self.num_iterations,
-            self.steps_per_generation, self.sampling, self.meter,
-        )  # fmt: skip
+            self.worker.policy,
+            self.objectives,
+            step,
+            self.num_generations,
+            self.num_iterations,
+            self.steps_per_generation,
+            self.sampling,
+            self.meter,
+        )
 
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
-        """Roll out and learn; or, if no objective samples, learn from the answers."""
+        """Roll out and learn, or learn from the given answers if no objective samples."""
         self.has_started = True
-        with stopping_at_non_finite_logits(self.trainer):
+        with stopping_at_non_finite_logits(self.trainer), stopping_at(ObjectiveError):
             self._learn_from(batch)
         for name, value in self.meter.pop_means().items():
             self.log(name, value, prog_bar=name in SHOWN)
@@ -245,34 +249,44 @@ class PolicyModule(L.LightningModule):
 
     @property
     def learns_by_reward(self) -> bool:
-        """Whether an objective reads advantages; distillation does not."""
+        """True if any objective uses advantages; distillation does not."""
         return any(objective.learns_by_reward for objective in self.objectives.values())
 
     @property
     def dynamic_sampling(self) -> bool:
-        """Whether groups without signal are replaced."""
+        """True if groups without signal are replaced."""
         return any(objective.dynamic_sampling for objective in self.objectives.values())
 
     @torch.no_grad()
     def validation_step(self, batch: list[Example], batch_idx: int) -> Answered:
-        """Answer held-out prompts; callbacks get the answers as the step's output."""
+        """Answer held-out prompts, and return the answers for callbacks."""
+        return self._answer(batch, batch_idx, "val")
+
+    @torch.no_grad()
+    def test_step(self, batch: list[Example], batch_idx: int) -> Answered:
+        """Answer held-out prompts as in validation."""
+        return self._answer(batch, batch_idx, "test")
+
+    def _answer(self, batch: list[Example], batch_idx: int, stage: str) -> Answered:
+        """Answer held-out prompts and log the metrics under the stage's name."""
         first = batch_idx * self.data.hparams.batch_size
         with stopping_at_non_finite_logits(self.trainer):
             answered, values = validate(self.worker, self.data.task, batch, first)
         for name, value in values.items():
             shown = name in SHOWN_IN_VALIDATION
-            self.log(f"val/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
+            self.log(f"{stage}/{name}", value, batch_size=len(batch), prog_bar=shown, sync_dist=True)
         return answered
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return one optimiser and the schedule that steps with it."""
+        """Return the optimiser and the schedule that steps with it."""
         with named("optimizer"):
-            optimizer = self.optimizer(decay_groups(self.model))
+            own = [g for o in self.objectives.values() for g in o.parameter_groups(self.policy)]
+            optimizer = self.optimizer([*decay_groups(self.model), *own])
         with named("lr_scheduler"):
             return [optimizer], [self.lr_scheduler(optimizer, scheduled_steps(self.trainer, self.trainer.max_steps))]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's configuration and the state of the rollouts, whose random numbers follow from their count."""
+        """Add the model's configuration, the rollout count, which determines random numbers, and waiting groups."""
         model = self.model if self.lora is None else self.model.get_base_model()
         own = isinstance(model, HybridMemForCausalLM)
         checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
@@ -280,18 +294,21 @@ class PolicyModule(L.LightningModule):
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
         checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
-        if self.device_mesh is None and "optimizer_states" in checkpoint:  # not in one of weights alone
+        if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
+        for objective in self.objectives.values():
+            checkpoint.update(objective.artefacts(self.policy))
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the random numbers that come next, and the groups that wait for a full batch."""
+        """Restore the rollout count, which determines random numbers, and the groups that wait for a full batch."""
         if not is_training(self.trainer):
             return
         if "rollouts" not in checkpoint:
             raise ValueError(
-                "ckpt_path is no checkpoint of PolicyModule: to start from its weights, set model.init_args.model to it"
+                "ckpt_path is not a checkpoint of PolicyModule; to start from its weights, give its path as "
+                "model.init_args.model instead"
             )
         self.worker.num_rollouts = checkpoint["rollouts"]["count"]
         self.groups.load_state_dict(checkpoint["rollouts"]["waiting"])

@@ -1,7 +1,6 @@
-"""The rollout worker: samples responses to a batch of prompts and rewards them."""
+"""Rollout worker that samples responses to a batch of prompts and rewards them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,22 +8,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hybridmem.distributed import Meter, failing_together, gather_groups, rank_and_size, unsharded
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.objectives.advantages import groups_with_signal
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rewards.functions import Rewards, RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
 from hybridmem.rl.rollouts.completions import Completions
-from hybridmem.rl.rollouts.experience import Action, Rollout
+from hybridmem.rl.rollouts.experience import Rollout
 from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.prompts import Prompt, PromptBatch
 from hybridmem.rl.rollouts.random_streams import RandomStream, generators
-from hybridmem.rl.rollouts.sampling import Sampling, evaluating
+from hybridmem.rl.rollouts.sampling import Sampling
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Samples the responses of a rollout: the trainer itself, or a server."""
+    """Source of a rollout's responses: the trainer itself, or a server."""
 
     def respond(
         self,
@@ -33,14 +33,14 @@ class Sampler(Protocol):
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Return `num_generations` responses to each prompt."""
         ...
 
 
 class LocalSampler:
-    """Samples with the trainer's own copy of the policy."""
+    """Sampler that uses the trainer's own copy of the policy."""
 
     def respond(
         self,
@@ -49,25 +49,25 @@ class LocalSampler:
         num_generations: int,
         sampling: Sampling,
         generators: list[torch.Generator],
-        prefill_once: bool = True,
+        actions: Sequence[Action] = (),
     ) -> Completions:
         """Return `num_generations` responses to each prompt."""
-        return policy.answer(prompts, num_generations, sampling, generators, prefill_once)
+        return policy.answer(prompts, num_generations, sampling, generators, actions)
 
 
 class RolloutWorker:
-    """Samples responses, in environments or not, and rewards them.
+    """Worker that samples responses, single-turn or in environments, and rewards them.
 
     Args:
-        policy: the policy.
-        objectives: by family; they may choose actions, shape rewards and add responses.
-        rewards: the reward functions.
-        sampler: samples responses outside environments.
-        environments: None outside environments.
+        policy: policy that responds.
+        objectives: objectives by family, which may choose actions, shape rewards and add responses.
+        rewards: reward functions.
+        sampler: sampler of single-turn responses.
+        environments: environments of multi-turn responses; None for single turns.
         num_generations: responses to each prompt.
-        sampling: how tokens are drawn.
-        seed: of the random numbers.
-        meter: takes the metrics.
+        sampling: sampling parameters.
+        seed: seed of the random numbers.
+        meter: collects the metrics.
     """
 
     def __init__(
@@ -85,29 +85,35 @@ class RolloutWorker:
         self.policy, self.objectives, self.rewards = policy, objectives, rewards
         self.sampler, self.environments = sampler, environments
         self.num_generations, self.sampling, self.seed, self.meter = num_generations, sampling, seed, meter
-        self.num_rollouts = 0  # since the run's first start
+        self.num_rollouts = 0  # since the run began, across restarts
         self.last_responses: list[tuple[str, str, float]] = []  # prompt, response and reward of the last rollout
         self.last_rewards: Float[Tensor, " responses"]  # of all ranks' sampled responses in the last rollout
 
     def generators(self, stream: RandomStream, places: Sequence[tuple[int, ...]]) -> list[torch.Generator]:
-        """Return the random numbers of prompts in this rank's batch; they do not depend on the number of ranks.
+        """Return a random generator for each prompt of this rank's batch, independent of the number of ranks.
 
         Args:
-            stream: the purpose of the numbers.
-            places: each prompt's place in the batch, followed by anything that tells it from others of that place.
+            stream: purpose of the random numbers.
+            places: each prompt's place in the batch, followed by numbers that distinguish entries at that place.
         """
         rank, size = rank_and_size()
         keys = [(self.seed, int(stream), self.num_rollouts, place * size + rank, *rest) for place, *rest in places]
         return generators(self.policy.device, *keys)
 
+    @property
+    def settled(self) -> list[Action]:
+        """Settled choices of the objectives, under which held-out prompts are answered."""
+        found = (objective.settle(self.policy) for objective in self.objectives.values())
+        return [action for action in found if action is not None]
+
     def measure(self, name: str, value: Tensor | float, weight: Tensor | float | int = 1) -> None:
-        """Log a mean over all ranks by weight."""
+        """Record a metric, to be averaged over all ranks by weight."""
         self.meter.measure(name, value, weight)
 
     @torch.no_grad()
     def roll_out(self, examples: list[Example]) -> Rollout:
-        """Sample and reward responses to a batch of prompts, and measure them under TRL's names."""
-        with unsharded(self.policy.model):  # until the end: ranks may sample different numbers of tokens
+        """Sample and reward responses to a batch of prompts, and measure them under TRL's metric names."""
+        with unsharded(self.policy.model):  # throughout, because ranks may sample different numbers of tokens
             rollout = self._answer(examples) if self.environments is None else self._act(examples, self.environments)
         self.num_rollouts += 1
         return rollout
@@ -116,7 +122,7 @@ class RolloutWorker:
         asked = [self.policy.data.prompt(example) for example in examples]
         prompts = self.policy.prompt_batch(asked)
         each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
-        actions = self._choose_actions(prompts, each)
+        actions = self._choose_actions(prompts.input_ids.shape[1] + self.sampling.max_completion_length, each)
         completions = self._sample(prompts, actions, each)
         time = prompts.input_ids.shape[1] + completions.ids.shape[1]
         texts, rewards = self._rewarded(examples, completions)
@@ -128,31 +134,31 @@ class RolloutWorker:
             rollout = objective.refine(rollout, examples, texts, self)
         return rollout
 
-    def _choose_actions(self, prompts: PromptBatch, each: list[torch.Generator]) -> dict[str, Action]:
-        length = self.sampling.max_completion_length
+    def _choose_actions(self, time: int, each: list[torch.Generator]) -> dict[str, Action]:
         found = {
-            family: objective.act(self.policy, prompts, self.num_generations, length, each)
+            family: objective.act(self.policy, self.num_generations, time, each)
             for family, objective in self.objectives.items()
         }
         return {family: action for family, action in found.items() if action is not None}
 
     def _sample(self, prompts: PromptBatch, actions: dict[str, Action], each: list[torch.Generator]) -> Completions:
-        """Sample with every response under its own actions."""
-        prefill_once = all(action.prefill_once for action in actions.values())
-        with failing_together(NonFiniteLogits), evaluating(self.policy.model), ExitStack() as stack:
-            for action in actions.values():
-                stack.enter_context(action.applied(self.policy.model))
-            return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, prefill_once)
+        """Sample responses, each under its own actions."""
+        with failing_together(NonFiniteLogits):
+            chosen = list(actions.values())
+            return self.sampler.respond(self.policy, prompts, self.num_generations, self.sampling, each, chosen)
 
     def _act(self, examples: list[Example], environments: Environments) -> Rollout:
         each = self.generators(RandomStream.ROLLOUT, [(place,) for place in range(len(examples))])
+        actions = self._choose_actions(0, each)
         with failing_together(NonFiniteLogits):
-            acted = act_out(self.policy, environments, examples, self.num_generations, self.sampling, each)
+            acted = act_out(
+                self.policy, environments, examples, self.num_generations, self.sampling, each, list(actions.values())
+            )
         _, rewards = self._rewarded(examples, acted.completions, acted.environments)
         for name, (value, weight) in acted.metrics().items():
             self.measure(name, value, weight)
         shaped, kept = self._shape(rewards.total, acted.turns.cpu(), acted.faulty, environments.max_turns)
-        return Rollout(acted.prompts, acted.completions, shaped, kept=kept)
+        return Rollout(acted.prompts, acted.completions, shaped, actions, kept=kept)
 
     def _shape(
         self,
@@ -161,7 +167,7 @@ class RolloutWorker:
         faulty: Bool[Tensor, "responses length"],
         max_turns: int,
     ) -> tuple[Float[Tensor, " responses"], Bool[Tensor, "responses length"] | None]:
-        """Return the rewards that responses learn from, and the tokens that may carry loss; None for all."""
+        """Return shaped rewards, and a mask of the tokens that may carry loss, or None for all tokens."""
         shaped, kept = rewards, None
         for objective in self.objectives.values():
             changed = objective.shape_rewards(shaped, turns, max_turns)
@@ -176,7 +182,7 @@ class RolloutWorker:
     def _rewarded(
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
-        """Return texts and rewards of all responses; metrics are those of all ranks together."""
+        """Return texts and rewards of this rank's responses, and measure the rewards of all ranks."""
         repeated = [example for example in examples for _ in range(self.num_generations)]
         texts, rewards = self.reward(repeated, completions, environments)
         everyones = Rewards(*(gather_groups(x, self.num_generations) for x in rewards))
@@ -194,7 +200,7 @@ class RolloutWorker:
     def reward(
         self, examples: list[Example], completions: Completions, environments: list[Any] | None = None
     ) -> tuple[list[str], Rewards]:
-        """Return the texts of responses, one to each example, and their rewards."""
+        """Return the texts and rewards of responses, one per example."""
         texts, ids = self.policy.texts_and_ids(completions)
         columns = {name: [example[name] for example in examples] for name in examples[0] if name != "prompt"}
         if environments is not None:
@@ -202,6 +208,6 @@ class RolloutWorker:
         return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
 
     def answer_refinements(self, prompts: list[Prompt], places: Sequence[tuple[int, int]]) -> Completions:
-        """Return one response to each prompt; `places` are (group, response within it)."""
+        """Return one response to each prompt; `places` holds each prompt's (group, response within the group)."""
         each = self.generators(RandomStream.REFINEMENT, places)
         return self.policy.answer(self.policy.prompt_batch(prompts), 1, self.sampling, each)

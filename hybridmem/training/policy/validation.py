@@ -1,4 +1,4 @@
-"""Validation of a policy on held-out prompts: its greedy response, and sampled ones as in training."""
+"""Validation of a policy on held-out prompts, with a greedy response and with samples as in training."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -16,17 +16,17 @@ from hybridmem.tasks.task import Task, exact_match
 
 from .rollout_worker import RolloutWorker
 
-SOLVED = 1.0  # the reward of an environment in which the task is done
+SOLVED = 1.0  # reward of an environment whose task is solved
 T = TypeVar("T")
 Values = dict[str, Tensor | float]
 
 
 @dataclass
 class Answered:
-    """Held-out examples, a policy's answers, and which of them are right.
+    """Held-out examples with a policy's answers and their correctness.
 
-    `sampled` holds as many responses to each example as the policy's groups have, those of an example next to one
-    another. The lists of right answers are empty for tasks without answers.
+    `sampled` holds num_generations responses to each example, grouped by example. `greedy_right` and `sampled_right`
+    are empty for tasks without answers.
     """
 
     examples: list[Example]
@@ -37,15 +37,15 @@ class Answered:
 
     @property
     def times(self) -> int:
-        """The number of sampled responses to each example."""
+        """Number of sampled responses to each example."""
         return len(self.sampled) // len(self.examples)
 
     def by_example(self, of_samples: list[T]) -> list[list[T]]:
-        """Return a value of every sampled response as a list for each example."""
+        """Group a value of every sampled response by example."""
         return [of_samples[start : start + self.times] for start in range(0, len(of_samples), self.times)]
 
     def judged(self, task: Task) -> "Answered":
-        """Return the answers judged by `task.is_right`, or by exact match for tasks without it."""
+        """Return the answers, judged by `task.is_right` if defined and otherwise by exact match."""
         judge = getattr(task, "is_right", None) or _is_answer
         answers = [example["answer"] for example in self.examples]
         repeated = [answer for answer in answers for _ in range(self.times)]
@@ -53,15 +53,15 @@ class Answered:
 
 
 def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int) -> tuple[Answered, Values]:
-    """Answer held-out prompts; return the answers and their metrics.
+    """Answer held-out prompts, and return the answers and their metrics.
 
-    The random numbers are the same in every validation.
+    Every validation uses the same random numbers.
 
     Args:
-        worker: samples and rewards.
+        worker: samples and rewards the answers.
         task: judges the answers.
-        batch: the examples.
-        first: the place of the batch's first example among this rank's.
+        batch: held-out examples.
+        first: index of the batch's first example among this rank's examples.
     """
     if worker.environments is not None:
         return _validate_acting(worker, worker.environments, batch, first)
@@ -69,8 +69,8 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
     prompts = policy.prompt_batch([policy.data.prompt(example) for example in batch])
     each = _generators(worker, first, len(batch))
     with failing_together(NonFiniteLogits):
-        greedy = policy.answer(prompts, 1, _greedy(worker))
-        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each)
+        greedy = policy.answer(prompts, 1, _greedy(worker), actions=worker.settled)
+        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each, worker.settled)
     texts, rewards = worker.reward(batch, greedy)
     sampled, _ = policy.texts_and_ids(drawn)
     answered = Answered(batch, texts, sampled)
@@ -84,11 +84,12 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
 def _validate_acting(
     worker: RolloutWorker, environments: Environments, batch: list[Example], first: int
 ) -> tuple[Answered, Values]:
-    """Act on held-out examples; those that earn 1 or more are solved."""
+    """Act in the environments of held-out examples; a reward of 1 or more counts as solved."""
     each = _generators(worker, first, len(batch))
     with failing_together(NonFiniteLogits):
-        acted = act_out(worker.policy, environments, batch, 1, _greedy(worker))
-        tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each)
+        actions = worker.settled
+        acted = act_out(worker.policy, environments, batch, 1, _greedy(worker), actions=actions)
+        tried = act_out(worker.policy, environments, batch, worker.num_generations, worker.sampling, each, actions)
     texts, rewards = worker.reward(batch, acted.completions, acted.environments)
     repeated = [example for example in batch for _ in range(worker.num_generations)]
     sampled, earned = worker.reward(repeated, tried.completions, tried.environments)
@@ -101,7 +102,7 @@ def _greedy(worker: RolloutWorker) -> Sampling:
 
 
 def _generators(worker: RolloutWorker, first: int, count: int) -> list[torch.Generator]:
-    """Return the random numbers of held-out prompts, by their place among all."""
+    """Return a random generator for each held-out prompt, by its index among all prompts."""
     rank, size = rank_and_size()
     keys = [(worker.seed, int(RandomStream.VALIDATION), (first + place) * size + rank) for place in range(count)]
     return generators(worker.policy.device, *keys)

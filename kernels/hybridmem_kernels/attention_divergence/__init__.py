@@ -1,4 +1,4 @@
-"""Attention as a policy: its divergence from another policy, its entropy, and the share of it that looks back."""
+"""Attention as a policy: its divergence from another policy, its entropy, and its mass on earlier tokens."""
 
 from typing import Literal, TypeVar
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..dispatch import choose_backend
-from . import library  # noqa: F401  compiled graphs find it by its name
+from . import library  # noqa: F401  registers the operators of compiled graphs
 from .chunked import attention_divergence_chunked
 from .reference import DIVERGENCES, FLOOR, AttentionPolicy, AttentionStats, attention_divergence_reference
 
@@ -36,48 +36,47 @@ def attention_divergence(
 ) -> AttentionStats:
     """Compare two attention policies at every query, without a queries × keys map (RAL, arXiv 2602.04884).
 
-    A policy is p_t(i) = mean over heads of the attention of query t to key i, restricted to the keys before t and
-    renormalised. p is that of (q, k); p_ref that of (q_ref, k_ref): the rollout's policy, or a teacher with other
-    heads.
+    A policy is p_t(i), the mean over heads of the attention of query t to key i, restricted to the keys before t and
+    renormalised. p is the policy of (q, k), and p_ref the policy of (q_ref, k_ref), which may come from the rollout or
+    from a teacher with other heads.
 
     Args:
         q: queries after rotation: the last `queries` positions of the row, as with a cache.
         k: keys after rotation, `num_persistent` + `keys` columns; kv heads are shared by groups of heads.
-        q_ref, k_ref: the same of the reference. They are constants: detached here, no gradient reaches them.
+        q_ref, k_ref: queries and keys of the reference. They are detached and receive no gradient.
         scale: factor of the scores; None: dim**-0.5.
-        scale_ref: factor of the reference's scores; "same": `scale`, None: dim_ref**-0.5. Where `scale` is None, both
+        scale_ref: factor of the reference's scores; "same": `scale`, None: dim_ref**-0.5. If `scale` is None, both
             mean dim_ref**-0.5.
         window: query t sees keys t - window < j <= t; None: all j <= t.
         window_ref: window of the reference; "same": `window`, None: no window, all j <= t.
-        num_persistent, num_persistent_ref: columns in front of k that every query sees, window or not. They take
-            part in the softmax but not in the distribution.
-        query_mask: False for queries that do not count; only the positions that some row needs are worked on.
-        key_mask: False for padding, which nothing attends to. A padded query is a query like any other: leave it out
-            with `query_mask`.
-        exclude_self: leave t itself out of its distribution, as RAL does.
+        num_persistent, num_persistent_ref: leading columns of k that every query sees regardless of the window. They
+            take part in the softmax but not in the distribution.
+        query_mask: False for queries to ignore; only positions that some row needs are computed.
+        key_mask: False for padding, which no query attends to. To exclude queries at padding, use `query_mask`.
+        exclude_self: exclude t itself from its distribution, as RAL does.
         divergence: "jsd" = ½ KL(p ‖ m) + ½ KL(p_ref ‖ m) with m = ½ (p + p_ref), in [0, ln 2]; "kl" = KL(p_ref ‖ p),
-            which makes p cover p_ref; "reverse_kl" = KL(p ‖ p_ref). The KLs divide by at least 1e-8, so they stay
-            finite where the other policy does not look; no gradient pulls on a p below that floor.
-        backend: "torch" or "triton", tile by tile, or "reference", the definition with full maps; by default what
-            `use_backend` or HYBRIDMEM_BACKEND say, else "triton" on a GPU and "torch" elsewhere.
+            which makes p cover p_ref; "reverse_kl" = KL(p ‖ p_ref). The KLs divide by at least 1e-8, so they are finite
+            where the other policy vanishes; a p below that floor receives no gradient.
+        backend: "torch" or "triton" for a tiled computation, or "reference", the definition with full maps; by default
+            the choice of `use_backend` or HYBRIDMEM_BACKEND, else "triton" on a GPU and "torch" elsewhere.
 
     Returns:
-        divergence, entropy of p, entropy of p_ref (nats), and mass, the share of p's attention that lay on the
-        support before it was renormalised; each (batch, queries), float32 (float64 for float64 queries). All are 0
-        where `query_mask` is False or the support is empty; the divergence also where the reference's is.
-        Gradients reach q and k through divergence, entropy and mass.
+        divergence, entropy of p, entropy of p_ref (nats), and mass, the share of p's attention on the support before
+        renormalisation; each (batch, queries), float32 (float64 for float64 queries). All are 0 if `query_mask` is
+        False or the support is empty; the divergence is also 0 if the reference's support is empty. Gradients reach q
+        and k through divergence, entropy and mass.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; settings out of range; an unknown divergence
-            or backend, or a backend that cannot take them.
-        ImportError: Triton is asked for and not installed.
+        ValueError: shapes, dtypes or devices do not match, a setting is out of range, or the divergence or backend is
+            unknown or does not support the inputs.
+        ImportError: the Triton backend is requested but not installed.
     """
     of_ref = (_of_reference("scale_ref", scale, scale_ref), _of_reference("window_ref", window, window_ref))
     policy = _policy("", q, k, scale, window, num_persistent)
     policy_ref = _policy("_ref", q_ref.detach(), k_ref.detach(), *of_ref, num_persistent_ref)
     _check_together(policy, policy_ref, query_mask, key_mask)
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence={divergence!r} does not exist; choose one of {', '.join(DIVERGENCES)}")
+        raise ValueError(f"divergence={divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
     arguments = (policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
     backend = choose_backend("attention_divergence", backend, q)
     if backend == "reference":
@@ -90,7 +89,7 @@ def attention_divergence(
 
 
 def _of_reference(name: str, own: Setting, given: Setting | str) -> Setting:
-    """Return a setting of the reference: the given one, or the policy's own in the place of "same"."""
+    """Return a setting of the reference: the given value, or the policy's value for "same"."""
     if not isinstance(given, str):
         return given
     if given != "same":
@@ -101,7 +100,7 @@ def _of_reference(name: str, own: Setting, given: Setting | str) -> Setting:
 def _policy(
     suffix: str, q: Tensor, k: Tensor, scale: float | None, window: int | None, num_persistent: int
 ) -> AttentionPolicy:
-    """Check the arguments of one policy; the reference's names end in `suffix`."""
+    """Check the arguments of one policy, whose names end in `suffix`."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"q{suffix}, k{suffix} must be (batch, heads, time, dim), got q{suffix} {tuple(q.shape)}, "
@@ -113,7 +112,7 @@ def _policy(
         raise ValueError(f"k{suffix} must have the batch and dim of q{suffix} {tuple(q.shape)}, got {tuple(k.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"the heads of q{suffix} must be a multiple of those of k{suffix}, got {q.shape[1]} and {k.shape[1]}"
+            f"the heads of q{suffix} must be a multiple of k{suffix}'s heads, got {q.shape[1]} and {k.shape[1]}"
         )
     if num_persistent < 0:
         raise ValueError(f"num_persistent{suffix} must be at least 0, got {num_persistent}")
@@ -130,14 +129,14 @@ def _policy(
 def _check_together(
     policy: AttentionPolicy, policy_ref: AttentionPolicy, query_mask: Tensor | None, key_mask: Tensor | None
 ) -> None:
-    """Raise a ValueError when policies and masks belong to different rows."""
+    """Raise a ValueError if policies and masks belong to different rows."""
     q, q_ref = policy.q, policy_ref.q
     if (len(q_ref), q_ref.shape[2]) != (len(q), q.shape[2]):
         raise ValueError(f"q_ref must have the batch and queries of q {tuple(q.shape)}, got {tuple(q_ref.shape)}")
     keys, keys_ref = (side.k.shape[2] - side.num_persistent for side in (policy, policy_ref))
     if keys != keys_ref:
         raise ValueError(
-            f"k and k_ref must hold as many keys beside their persistent ones, got {keys} and {keys_ref}: "
+            f"k and k_ref must hold equally many keys after their persistent ones, got {keys} and {keys_ref}: "
             "check num_persistent and num_persistent_ref"
         )
     masks = {"query_mask": (query_mask, q.shape[2]), "key_mask": (key_mask, keys)}
@@ -145,7 +144,7 @@ def _check_together(
         if mask is not None and tuple(mask.shape) != (len(q), length):
             raise ValueError(f"{name} must be (batch, {length}) = {(len(q), length)}, got {tuple(mask.shape)}")
         if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"{name} must be boolean (True: it counts), got {mask.dtype}")
+            raise ValueError(f"{name} must be boolean (True: valid), got {mask.dtype}")
     tensors = {"k": policy.k, "q_ref": q_ref, "k_ref": policy_ref.k, "query_mask": query_mask, "key_mask": key_mask}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != q.device:

@@ -1,4 +1,4 @@
-"""The comparison tile by tile in autograd and in compiled graphs, for either backend."""
+"""Tiled comparison as an autograd function and in compiled graphs, shared by both backends."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from .reference import AttentionPolicy, AttentionStats
 
 
 class Settings(NamedTuple):
-    """Settings of a comparison: each policy's scale, window and persistent keys, and how they are compared."""
+    """Settings of a comparison: each policy's scale, window and persistent keys, and the kind of divergence."""
 
     scale: float
     window: int | None
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
 
 
 class _AttentionDivergence(torch.autograd.Function):
-    """The stats; saves the inputs and the tensors that a backend's forward keeps."""
+    """Autograd function of the stats; it saves the inputs and the tensors kept by a backend's forward."""
 
     @staticmethod
     def forward(
@@ -58,9 +58,9 @@ def compare_policies(
     exclude_self: bool,
     divergence: str,
 ) -> AttentionStats:
-    """Return the stats from a backend's forward, differentiable by its backward.
+    """Compute the stats with a backend's forward, differentiable by its backward.
 
-    In a compiled graph the operator of torch.library called `operator` takes the place of both functions.
+    In a compiled graph, the torch.library operator named `operator` replaces both functions.
     """
     tensors = (policy.q, policy.k, policy_ref.q, policy_ref.k, query_mask, key_mask)
     settings = (*policy[2:], *policy_ref[2:], exclude_self, divergence)

@@ -1,18 +1,18 @@
-"""Attention as a policy, tile by tile: a block of queries against the keys that it can see.
+"""Tiled attention policies: a block of queries against the keys that it can see.
 
-With scores s_hj, L_h their log-sum-exp over all that the query sees, and C the log of the mass that the heads put on
-the support together (the query itself and persistent keys are outside of it),
+Let s_hj be the scores, L_h their log-sum-exp over all keys that the query sees, and C the log of the heads' total mass
+on the support (which excludes the query itself and persistent keys). Then
 
     w_hj = exp(s_hj - L_h - C)         p_j = sum_h w_hj         mass = exp(C) / heads
 
-There is no quotient, and no w exceeds 1. For gradients G_j of p_j and g of the mass, with Ḡ = sum_j p_j G_j,
+without quotients and with all w at most 1. For gradients G_j of p_j and g of the mass, with Ḡ = sum_j p_j G_j,
 
     v_j = G_j - Ḡ + mass g             c_h = sum_j w_hj v_j
     ds_hj = w_hj (v_j - exp(C) c_h) on the support,  -exp(s_hj - L_h) c_h outside
 
-The forward keeps L and C; the backward recomputes each tile from them. README.md has the derivation and the cost.
-Here scores, L and C are logarithms to the base 2: exp2 takes a quarter of exp's time on a CPU, and less where the
-result is 0 or next to it, as it is for hidden keys.
+The forward saves L and C, and the backward recomputes each tile from them. README.md has the derivation and the cost.
+Here scores, L and C are logarithms to base 2: exp2 takes a quarter of exp's time on a CPU, and even less if the result
+is close to 0, as for hidden keys.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def attention_divergence_chunked(
     exclude_self: bool,
     divergence: str,
 ) -> AttentionStats:
-    """Return the stats as the reference does."""
+    """Compute the stats as defined by the reference."""
     functions = ("attention_divergence", compare_forward, compare_backward)
     return compare_policies(*functions, policy, policy_ref, query_mask, key_mask, exclude_self, divergence)
 
@@ -52,7 +52,7 @@ def compare_forward(
     *,
     settings: Settings,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return (divergence, entropy, entropy_ref, mass), and (L, C) of either policy at the needed queries."""
+    """Compute (divergence, entropy, entropy_ref, mass), and (L, C) of both policies at the needed queries."""
     with torch.autocast(q.device.type, enabled=False):
         queries, side, side_ref = _prepare(q, k, q_ref, k_ref, query_mask, key_mask, settings)
         kept, kept_ref = Kept.empty(side), Kept.empty(side_ref)
@@ -83,7 +83,7 @@ def compare_backward(
     grads: Sequence[Tensor | None],
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of (q, k), from those of (divergence, entropy, entropy_ref, mass)."""
+    """Compute the gradients of (q, k) from the gradients of (divergence, entropy, entropy_ref, mass)."""
     own, ref = Kept(*kept[:2]), Kept(*kept[2:])
     with torch.autocast(q.device.type, enabled=False):
         queries, side, side_ref = _prepare(q, k, q_ref, k_ref, query_mask, key_mask, settings)
@@ -109,7 +109,9 @@ def compare_backward(
             _add_gradient(grad, queries, side, block, own.at(rows), weights, slope)
         grad_q = torch.zeros_like(q)
         grad_q[:, :, queries.needed] = (grad.queries * settings.scale).to(q.dtype)
-        grad_k = torch.cat((grad.persistent, grad.keys), dim=2).mul_(LN_2).to(k.dtype)  # undoes the queries' base
+        grad_k = (
+            torch.cat((grad.persistent, grad.keys), dim=2).mul_(LN_2).to(k.dtype)
+        )  # undo the queries' scaling to base 2
     return grad_q, grad_k
 
 
@@ -130,26 +132,26 @@ def _prepare(
 
 
 def _attend(queries: Queries, side: Side, block: Block, kept: Kept) -> Float[Tensor, "parts batch run span"]:
-    """p of a block; fills in what is kept of it."""
+    """Compute p of a block, and store its L and C in `kept`."""
     scores = _support_scores(queries, side, block)
-    top = scores.amax(-1).clamp_(min=torch.finfo(scores.dtype).min)  # finite where all keys are hidden
+    top = scores.amax(-1).clamp_(min=torch.finfo(scores.dtype).min)  # finite even if all keys are hidden
     weights = scores.sub_(top.unsqueeze(-1)).exp2_()
     log_support = block.join(top + weights.sum(-1).log2())
     log_outside = log_sum(_outside_scores(queries, side, block), -1)
     log_normaliser = torch.logaddexp2(log_support, log_outside)
     log_mass = log_sum(log_support - log_normaliser, 1)
-    counts = log_support[:, 0].isfinite()  # which keys are hidden does not depend on the head
+    counts = log_support[:, 0].isfinite()  # all heads have the same visible keys
     if queries.counts is not None:
         counts = counts & queries.counts[:, block.rows]
     kept.log_normaliser.copy_(log_normaliser.where(counts.unsqueeze(1), torch.inf))
     kept.log_mass.copy_(log_mass.where(counts, 0))
-    # In this order, for L is about as large as the largest score: C would lose its digits in L + C.
+    # The order matters: L is about as large as the largest score, so C would lose precision in L + C.
     shares = (top - block.split(kept.log_normaliser)).sub_(block.split(kept.log_mass).unsqueeze(2)).exp2_()
     return weights.mul_(shares.unsqueeze(-1)).sum(2)
 
 
 def _weights(queries: Queries, side: Side, block: Block, kept: Kept) -> Float[Tensor, "parts batch heads run span"]:
-    """w of a block, again."""
+    """Recompute w of a block."""
     offset = block.split(kept.log_normaliser + kept.log_mass.unsqueeze(1))
     return _support_scores(queries, side, block, offset).exp2_()
 
@@ -157,10 +159,10 @@ def _weights(queries: Queries, side: Side, block: Block, kept: Kept) -> Float[Te
 def _support_scores(
     queries: Queries, side: Side, block: Block, offset: Float[Tensor, "parts batch heads run"] | None = None
 ) -> Float[Tensor, "parts batch heads run span"]:
-    """Scores with the keys that a block sees less the offset, -inf off the support.
+    """Compute scores of the keys that a block sees, minus the offset, with -inf outside the support.
 
-    The products are added to what hides keys. On a CPU, passes that mask scores and take the offset off afterwards
-    cost as much as their exponential.
+    The products are added directly to the mask minus the offset. On a CPU, separate passes for masking and subtraction
+    would cost as much as the exponential.
     """
     bias = queries.bias(block, side.window, side.queries.dtype)
     scores = bias.new_empty(block.parts, *side.queries.shape[:2], *bias.shape[-2:])
@@ -176,7 +178,7 @@ def _support_scores(
 
 
 def _outside_scores(queries: Queries, side: Side, block: Block) -> Float[Tensor, "batch heads block outside"]:
-    """Scores with what takes part in the softmax alone: persistent keys, and last the query's own when excluded."""
+    """Compute scores of the keys outside the support: persistent keys, then the query's own key if excluded."""
     asking = side.queries[:, :, block.rows]
     scores = _scores(asking, side.persistent)
     if not queries.exclude_self:
@@ -191,7 +193,7 @@ def _outside_scores(queries: Queries, side: Side, block: Block) -> Float[Tensor,
 def _by_kv_head(
     x: Float[Tensor, "batch heads block last"], keys: Float[Tensor, "batch kv_heads keys dim"]
 ) -> Float[Tensor, "batch kv_heads group block last"]:
-    """Heads that share their keys together."""
+    """Group heads that share their keys."""
     return x.unflatten(1, (keys.shape[1], -1))
 
 
@@ -203,7 +205,7 @@ def _scores(
 
 
 class _SideGradient(NamedTuple):
-    """The gradients of a side's tensors, summed up block by block."""
+    """Gradients of a side's tensors, accumulated block by block."""
 
     queries: Float[Tensor, "batch heads needed dim"]
     keys: Float[Tensor, "batch kv_heads keys dim"]
@@ -211,7 +213,7 @@ class _SideGradient(NamedTuple):
 
     @classmethod
     def empty(cls, side: Side) -> "_SideGradient":
-        """Zeros."""
+        """Create zero gradients."""
         return cls(*(torch.zeros_like(x) for x in side[:3]))
 
 
@@ -224,7 +226,7 @@ def _add_gradient(
     weights: Float[Tensor, "parts batch heads run span"],
     slope: Float[Tensor, "parts batch run span"],
 ) -> None:
-    """From v = `slope` to the gradients of queries and keys."""
+    """Accumulate the gradients of queries and keys from v = `slope`."""
     grad_scores = weights * slope.unsqueeze(2)
     pulled = grad_scores.sum(-1)  # c
     back = pulled * block.split(kept.log_mass.exp2()).unsqueeze(2)
@@ -257,8 +259,10 @@ def _add_score_gradient(
     keys: Float[Tensor, "batch kv_heads span dim"],
     grad_keys: Float[Tensor, "batch kv_heads span dim"],
 ) -> None:
-    """The gradient of `_scores`, added to queries and to `grad_keys`."""
+    """Add the gradient of `_scores` to the queries' gradient and to `grad_keys`."""
     asking = _by_kv_head(side.queries[:, :, rows], keys).flatten(2, 3)
     by_head = _by_kv_head(grad_scores, keys).flatten(2, 3)
     grad.queries[:, :, rows] += (by_head @ keys).view_as(grad.queries[:, :, rows])
-    grad_keys.flatten(0, 1).baddbmm_(by_head.flatten(0, 1).mT, asking.flatten(0, 1))  # a view: heads are not cut
+    grad_keys.flatten(0, 1).baddbmm_(
+        by_head.flatten(0, 1).mT, asking.flatten(0, 1)
+    )  # flatten is a view, because heads are not sliced

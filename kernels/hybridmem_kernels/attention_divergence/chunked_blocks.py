@@ -1,4 +1,4 @@
-"""Blocks of queries for the comparison tile by tile, and the tensors of each policy that a block takes part of."""
+"""Blocks of queries for the tiled comparison, and the tensors from which a block takes its part."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .reference import AttentionPolicy
 
-# Scores held at once, over all rows and heads; the scores of one query are never cut.
-TILE = 2**24  # few launches
-CPU_TILE = 2**18  # stays in the cache
-LEAST_REACH = 64  # queries that share the keys of a window; with many more than the window, most of it is hidden
+# Maximum number of scores per tile, over all rows and heads; the scores of one query are never split.
+TILE = 2**24  # large enough for few launches
+CPU_TILE = 2**18  # small enough for the cache
+LEAST_REACH = 64  # queries that share the keys of a window; in much longer runs, most scores would be hidden
 LN_2 = log(2)
 
 
@@ -27,7 +27,7 @@ def needed_queries(q: Tensor, query_mask: Tensor | None) -> Int[Tensor, " needed
 
 
 def _places(needed: Int[Tensor, " needed"]) -> slice | Int[Tensor, " needed"]:
-    """Return consecutive queries as a slice, which copies nothing; others as they are."""
+    """Return consecutive queries as a slice, which avoids a copy; return others unchanged."""
     if len(needed) == 0:
         return needed
     first, last = int(needed[0]), int(needed[-1])
@@ -35,7 +35,7 @@ def _places(needed: Int[Tensor, " needed"]) -> slice | Int[Tensor, " needed"]:
 
 
 class Side(NamedTuple):
-    """One policy in the dtype of the sums: keys, and the needed queries, scaled for scores to the base 2."""
+    """One policy in the dtype of sums: keys, and the needed queries, scaled for scores to base 2."""
 
     queries: Float[Tensor, "batch heads needed dim"]
     keys: Float[Tensor, "batch kv_heads keys dim"]
@@ -44,14 +44,14 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, policy: AttentionPolicy, needed: Int[Tensor, " needed"], dtype: torch.dtype) -> "Side":
-        """Take the needed queries; split the keys."""
+        """Select and scale the needed queries, and separate persistent keys from the others."""
         queries = policy.q[:, :, _places(needed)].to(dtype) * (policy.scale / LN_2)
         k, front = policy.k.to(dtype).contiguous(), policy.num_persistent
         return cls(queries, k[:, :, front:], k[:, :, :front], policy.window)
 
 
 class Kept(NamedTuple):
-    """Tensors of one policy that the forward keeps; a query without support has L = inf, so its w are 0, and C = 0."""
+    """Tensors of one policy that the forward saves; a query without support has L = inf and C = 0, so that w = 0."""
 
     log_normaliser: Float[Tensor, "batch heads needed"]  # L
     log_mass: Float[Tensor, "batch needed"]  # C
@@ -68,19 +68,19 @@ class Kept(NamedTuple):
 
     @property
     def counts(self) -> Bool[Tensor, "batch needed"]:
-        """Whether there is a distribution."""
+        """Mark the queries that have a distribution."""
         return self.log_normaliser[:, 0].isfinite()
 
 
 class Queries(NamedTuple):
-    """The queries that some row needs, and the keys hidden from them."""
+    """Queries that some row needs, and the keys hidden from them."""
 
-    needed: Int[Tensor, " needed"]  # which ones
-    times: Int[Tensor, " needed"]  # where they stand among the keys
-    counts: Bool[Tensor, "batch needed"] | None  # query_mask there
+    needed: Int[Tensor, " needed"]  # indices
+    times: Int[Tensor, " needed"]  # positions among the keys
+    counts: Bool[Tensor, "batch needed"] | None  # query_mask at these queries
     key_mask: Bool[Tensor, "batch keys"] | None
     exclude_self: bool
-    biases: dict[int | None, "Bias"]  # the last one of each window
+    biases: dict[int | None, "Bias"]  # the latest bias for each window
 
     @classmethod
     def of(
@@ -92,13 +92,13 @@ class Queries(NamedTuple):
         return cls(needed, needed + keys - q.shape[2], counts, key_mask, exclude_self, {})
 
     def own(self, block: "Block") -> slice | Int[Tensor, " block"]:
-        """Return the positions of a block's queries among the keys; a slice where possible, which copies nothing."""
+        """Return the positions of a block's queries among the keys, as a slice if possible to avoid a copy."""
         return slice(block.first, block.last + 1) if block.is_run else self.times[block.rows]
 
     def bias(
         self, block: "Block", window: int | None, dtype: torch.dtype
     ) -> Float[Tensor, "parts_or_1 rows_or_1 1 run span"]:
-        """Return the initial scores of a block: 0 on a query's support, -inf off it."""
+        """Return the initial scores of a block: 0 on a query's support, -inf elsewhere."""
         first, last = block.part(0), self.biases.get(window)
         if last is not None and self.key_mask is None and last.first.lies_like(first, window):
             return last.bias
@@ -117,19 +117,19 @@ class Queries(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries that are worked on at once: a few runs of the same length, each with the keys that it sees, or one part.
+    """Queries that are processed at once: a few runs of equal length, each with its visible keys, or one part.
 
-    A tile of theirs is (parts, batch, heads, run, span).
+    A tile of a block has the shape (parts, batch, heads, run, span).
     """
 
-    rows: slice  # which ones of those needed
-    first: int  # the times of the first and of the last
+    rows: slice  # range within the needed queries
+    first: int  # times of the first and the last query
     last: int
     parts: int = 1
 
     @property
     def is_run(self) -> bool:
-        """Whether its queries follow each other."""
+        """Return True if the block's queries are consecutive."""
         return self.last - self.first + 1 == self.rows.stop - self.rows.start
 
     def part(self, n: int) -> "Block":
@@ -149,16 +149,16 @@ class Block(NamedTuple):
         return slice(0 if window is None else max(0, self.first - window + 1), self.last + 1)
 
     def lies_like(self, other: "Block", window: int | None) -> bool:
-        """Whether both are runs of one length at the same place in their bands, and so see the same keys."""
+        """Return True if both are runs of equal length and position in their bands, and thus share a bias."""
         mine, its = ((x.first - x.band(window).start, x.last - x.first) for x in (self, other))
         return self.is_run and other.is_run and mine == its
 
     def split(self, x: Float[Tensor, "*lead block"]) -> Float[Tensor, "parts *lead run"]:
-        """Bring the parts to the front."""
+        """Move the parts to a new first axis."""
         return x.unflatten(-1, (self.parts, -1)).movedim(-2, 0)
 
     def join(self, x: Float[Tensor, "parts *lead run"]) -> Float[Tensor, "*lead block"]:
-        """Bring the parts back."""
+        """Undo `split`."""
         return x.movedim(0, -2).flatten(-2)
 
 
@@ -170,7 +170,7 @@ class Bias(NamedTuple):
 
 
 def cut_blocks(queries: Queries, *sides: Side) -> Iterator[Block]:
-    """Cut the needed queries so that no tile is too large and little of it is hidden."""
+    """Split the needed queries into blocks such that no tile is too large and few scores are hidden."""
     columns = max(side.queries.shape[0] * side.queries.shape[1] for side in sides)
     windows = [side.window for side in sides if side.window is not None]
     window = max(windows) if len(windows) == len(sides) else None
@@ -194,7 +194,7 @@ def cut_blocks(queries: Queries, *sides: Side) -> Iterator[Block]:
         longer = range(start + 2, len(times) + 1)
         part = block(start, start + 1 + bisect_left(longer, True, key=partial(too_large, start)))
         run, parts = part.rows.stop - start, 1
-        if window is not None and part.is_run and part.first >= window - 1:  # a whole band, as the next have it
+        if window is not None and part.is_run and part.first >= window - 1:  # a full band, as in the next blocks
             parts = max(1, min(tile // scores(part), (len(times) - start) // run))
             while not block(start, start + parts * run).is_run:
                 parts -= 1

@@ -1,4 +1,4 @@
-"""Operators of torch.library for compiled graphs: the comparison tile by tile, one for each backend."""
+"""torch.library operators of the tiled comparison, one for each backend, for compiled graphs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ SETTINGS = (
     "float scale, SymInt? window, SymInt num_persistent, float scale_ref, SymInt? window_ref, "
     "SymInt num_persistent_ref, bool exclude_self, str divergence"
 )
-STATS = 4  # divergence, entropy, entropy_ref, mass; the tensors for the backward follow
+STATS = 4  # divergence, entropy, entropy_ref, mass; followed by the tensors for the backward
 
 
 def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], kept: str) -> Any:
     """Register an operator and its backward.
 
-    `kept` has a letter for each tensor that is kept: "p" and "r" where it has the heads of p or p_ref, "-" where it
-    has none.
+    `kept` has a letter for each saved tensor: "p" or "r" for tensors with the heads of p or p_ref, "-" for tensors
+    without heads.
     """
 
     @torch.library.custom_op(f"hybridmem::{name}", mutates_args=(), schema=f"({TENSORS}, {SETTINGS}) -> Tensor[]")
@@ -68,7 +68,7 @@ def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any],
 
 
 def _forward_of_every_query(*tensors: Any, settings: Settings) -> Any:
-    """`compare_forward` keeps what is needed, but how much that is, is in the data."""
+    """Run `compare_forward` with tensors for all queries, because the number of needed queries depends on the data."""
     stats, kept = compare_forward(*tensors, settings=settings)
     needed = needed_queries(tensors[0], tensors[4])
     whole = [x.new_zeros(*x.shape[:-1], tensors[0].shape[2]) for x in kept]
@@ -83,7 +83,7 @@ def _backward_of_every_query(*tensors: Any, kept: Sequence[Tensor], **others: An
 
 
 def _triton(function: str) -> Callable[..., Any]:
-    """Return a function of triton_autograd.py, which is imported when it is first called."""
+    """Return a function of triton_autograd.py, which is imported lazily on the first call."""
     return lambda *tensors, **others: getattr(triton_module(__package__), function)(*tensors, **others)
 
 

@@ -1,11 +1,11 @@
-"""Attention as a policy, from full maps: the definition that everything else is tested against.
+"""Attention policies from full maps, the definition against which every other implementation is tested.
 
 Reinforced Attention Learning (arXiv 2602.04884). With a_h,t the softmax weights of head h at position t and S_t the
 earlier keys that t sees (its support),
 
     p_t(i) = mean_h a_h,t,i / mass_t     for i in S_t,      mass_t = sum_{i in S_t} mean_h a_h,t,i
 
-and p_ref the same of other queries and keys. 0 log 0 is 0.
+and likewise p_ref for other queries and keys. 0 log 0 is 0.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from torch import Tensor
 from ..memory_scan.reference import state_dtype
 
 DIVERGENCES = ("jsd", "kl", "reverse_kl")
-FLOOR = 1e-8  # the smallest probability that a KL divides by
+FLOOR = 1e-8  # lower bound on the probabilities by which a KL divides
 
 
 class AttentionPolicy(NamedTuple):
-    """One policy: queries, keys with persistent ones in front, and the settings of its scores."""
+    """One policy: queries, keys preceded by persistent ones, and the settings of its scores."""
 
     q: Float[Tensor, "batch heads queries dim"]
     k: Float[Tensor, "batch kv_heads columns dim"]
@@ -31,16 +31,16 @@ class AttentionPolicy(NamedTuple):
 
 
 class AttentionStats(NamedTuple):
-    """Comparison of two attention policies, per query; 0 where there is nothing to compare."""
+    """Comparison of two attention policies per query; 0 if there is nothing to compare."""
 
     divergence: Float[Tensor, "batch queries"]
     entropy: Float[Tensor, "batch queries"]  # nats
     entropy_ref: Float[Tensor, "batch queries"]  # nats, without gradient
-    mass: Float[Tensor, "batch queries"]  # the share of the attention that lies on the support, in [0, 1]
+    mass: Float[Tensor, "batch queries"]  # the share of the attention on the support, in [0, 1]
 
     @property
     def jsd(self) -> Float[Tensor, "batch queries"]:
-        """The divergence, under the name it has by default."""
+        """Return the divergence, which is a JSD by default."""
         return self.divergence
 
 
@@ -52,7 +52,7 @@ def attention_divergence_reference(
     exclude_self: bool,
     divergence: str,
 ) -> AttentionStats:
-    """Return the stats; shapes as in `attention_divergence`."""
+    """Compute the stats from full maps; shapes as in `attention_divergence`."""
     dtype = state_dtype(policy.q.dtype)
     with torch.autocast(policy.q.device.type, enabled=False):
         p, mass = _distribution(policy, key_mask, exclude_self, dtype)
@@ -65,7 +65,7 @@ def attention_divergence_reference(
 def _distribution(
     policy: AttentionPolicy, key_mask: Bool[Tensor, "batch keys"] | None, exclude_self: bool, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "batch queries keys"], Float[Tensor, "batch queries"]]:
-    """(p, mass)."""
+    """Compute (p, mass)."""
     q, k = policy.q.to(dtype), policy.k.to(dtype)
     persistent, queries, keys = policy.num_persistent, q.shape[2], k.shape[2] - policy.num_persistent
     place = torch.arange(keys, device=q.device)
@@ -85,7 +85,7 @@ def _distribution(
 
 
 def _log(p: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The logarithm, 0 at 0: it only ever stands beside a factor that is 0 there."""
+    """Compute the logarithm with value 0 at 0, where it is always multiplied by 0."""
     return p.where(p > 0, 1).log()
 
 

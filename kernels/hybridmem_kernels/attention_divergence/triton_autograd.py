@@ -1,7 +1,7 @@
-"""Attention as a policy in Triton: launches of the kernels, and their place in autograd.
+"""Attention policies in Triton, as an autograd function: kernel launches of forward and backward.
 
-The log-sum-exps of a policy are one launch each, the comparison of both is one, the backward three for every slab of
-queries. README.md has the derivation and what it costs.
+The forward takes one launch for the log-sum-exps of each policy and one for their comparison, the backward three for
+every slab of queries. README.md has the derivation and the costs.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .triton_plan import OPERANDS, Plan, Tiles
 from .triton_tiles import Strides, Vectors
 
 LARGEST_DIM = 256
-SLAB = 32  # numbers of v per query and head that are held at once; the more, the fewer sums of dk go through memory
+SLAB = 32  # elements of v per query and head that are stored at once; larger slabs accumulate dk in memory less often
 
 
 def attention_divergence_triton(
@@ -34,7 +34,7 @@ def attention_divergence_triton(
     exclude_self: bool,
     divergence: str,
 ) -> AttentionStats:
-    """Return the stats as the reference does, in float32.
+    """Compute the stats as defined by the reference, in float32.
 
     Raises:
         ValueError: a dtype other than float32, bfloat16 and float16, or heads of more than 256 dimensions.
@@ -55,7 +55,7 @@ def builds(
     masked: bool = True,
     hip: bool = False,
 ) -> list[Build]:
-    """List the kernels of one forward and backward, both policies in `dtype`; `masked`: with either mask."""
+    """List the kernels of one forward and backward with both policies in `dtype`; `masked` means with both masks."""
     plan = Plan(dim, dim_ref, dtype, dtype, exclude_self, divergence, hip)
     kernels = [
         ("log_sums", log_sums_kernel, plan.log_sums),
@@ -84,7 +84,7 @@ def builds(
 
 
 def _check(policy: AttentionPolicy) -> None:
-    """Raise a ValueError where there is no kernel for it."""
+    """Raise a ValueError for dtypes or dimensions that have no kernel."""
     for x in (policy.q, policy.k):
         if x.dtype not in OPERANDS:
             raise ValueError(
@@ -99,7 +99,7 @@ def _check(policy: AttentionPolicy) -> None:
 
 
 class _Side(NamedTuple):
-    """One policy as the kernels take it."""
+    """One policy in the form of kernel arguments."""
 
     q: Float[Tensor, "batch heads queries dim"]
     k: Float[Tensor, "batch kv_heads columns dim"]
@@ -109,23 +109,23 @@ class _Side(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, scale: float, window: int | None, persistent: int) -> "_Side":
-        """Vectors without gaps; no window is one that nothing lies outside of."""
+        """Make vectors contiguous, and replace a missing window by one that covers everything."""
         everything = k.shape[2] - persistent + 1
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
         return cls(q, k, scale, everything if window is None else min(window, everything), persistent)
 
     @property
     def keys(self) -> int:
-        """Number of keys without the persistent ones."""
+        """Return the number of keys without the persistent ones."""
         return self.k.shape[2] - self.persistent
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its scores' factors."""
+        """Return the dtype in which scores are multiplied."""
         return torch.promote_types(self.q.dtype, self.k.dtype)
 
     def arguments(self, suffix: str = "") -> dict[str, Any]:
-        """Return its part of a kernel's arguments; the reference's names end in `suffix`."""
+        """Return this policy's kernel arguments, whose names end in `suffix`."""
         arguments = dict(
             vectors=Vectors(self.q, self.k),
             strides=Strides(*self.q.stride()[:3], *self.k.stride()[:3]),
@@ -139,9 +139,9 @@ class _Side(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Tensors that the forward keeps for the backward besides its inputs."""
+    """Tensors that the forward saves for the backward in addition to its inputs."""
 
-    normaliser: Float[Tensor, "batch heads queries"]  # L; inf for a query that does not count or has no support
+    normaliser: Float[Tensor, "batch heads queries"]  # L; inf for queries that are masked or have no support
     normaliser_ref: Float[Tensor, "batch heads_ref queries"]
     log_mass: Float[Tensor, "batch queries"]  # C
     log_mass_ref: Float[Tensor, "batch queries"]
@@ -149,12 +149,12 @@ class _Kept(NamedTuple):
     mean_slope: Float[Tensor, "batch queries"]  # Σ p · (the divergence's derivative by p)
 
     def arguments(self) -> dict[str, Tensor]:
-        """Return its part of a kernel's arguments."""
+        """Return the tensors as kernel arguments."""
         return {f"{name}_ptr": x for name, x in self._asdict().items()}
 
 
 def compare_forward(*tensors: Any, settings: Settings) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return (divergence, entropy, entropy_ref, mass), and what the backward needs, of q, k, q_ref, k_ref and masks."""
+    """Compute (divergence, entropy, entropy_ref, mass), and the tensors for the backward."""
     with torch.cuda.device_of(tensors[0]):
         stats, kept = _compare(_Problem.of(tensors, settings))
     return tuple(stats), tuple(kept)
@@ -163,7 +163,7 @@ def compare_forward(*tensors: Any, settings: Settings) -> tuple[tuple[Tensor, ..
 def compare_backward(
     *tensors: Any, kept: Sequence[Tensor], grads: Sequence[Tensor | None], settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of (q, k), from those of (divergence, entropy, entropy_ref, mass)."""
+    """Compute the gradients of (q, k) from the gradients of (divergence, entropy, entropy_ref, mass)."""
     with torch.cuda.device_of(tensors[0]):
         grad_q, grad_k = _gradient(_Problem.of(tensors, settings), _Kept(*kept), grads)
     return grad_q, grad_k.to(tensors[1].dtype)
@@ -180,7 +180,7 @@ class _Problem(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Any], settings: Settings) -> "_Problem":
-        """Prepare q, k, q_ref, k_ref, query_mask, key_mask."""
+        """Prepare the tensors q, k, q_ref, k_ref, query_mask, key_mask."""
         q, k, q_ref, k_ref, *masks = tensors
         side, side_ref = _Side.of(q, k, *settings[:3]), _Side.of(q_ref, k_ref, *settings[3:6])
         query_mask, key_mask = (None if x is None else x.contiguous().view(torch.uint8) for x in masks)
@@ -201,11 +201,11 @@ class _Problem(NamedTuple):
         return triton.cdiv(self.side.q.shape[2], self.plan.tiles.rows)
 
     def of_both(self) -> dict[str, Any]:
-        """Return the arguments and constants of a kernel that sees both policies."""
+        """Return the arguments and constants of kernels that compare both policies."""
         return dict(self.of_rows(), **self.side.arguments(), **self.side_ref.arguments("_ref"), **self.plan.compare)
 
     def of_rows(self) -> dict[str, Any]:
-        """Return the arguments of every kernel, and the launch options."""
+        """Return the arguments that all kernels share, and the launch options."""
         lengths = dict(queries=self.side.q.shape[2], keys=self.side.keys)
         return dict(lengths, key_mask_ptr=self.key_mask, **self.plan.options)
 
@@ -234,7 +234,7 @@ def _compare(problem: _Problem) -> tuple[AttentionStats, _Kept]:
 def _log_sums(
     problem: _Problem, side: _Side, constants: dict[str, Any]
 ) -> tuple[Float[Tensor, "batch heads queries"], Float[Tensor, "batch heads queries"]]:
-    """Return (L, the logarithm of each head's share on the support)."""
+    """Compute L, and the logarithm of each head's share on the support."""
     normaliser, log_share = (side.q.new_empty(side.q.shape[:3], dtype=torch.float32) for _ in range(2))
     log_sums_kernel[(problem.blocks(), side.q.shape[0] * side.q.shape[1])](
         query_mask_ptr=problem.query_mask,
@@ -248,7 +248,7 @@ def _log_sums(
 
 
 class _Slab(NamedTuple):
-    """Blocks of queries whose v is held at once, and the tiles of keys that they see."""
+    """Blocks of queries whose v is stored at once, and the tiles of keys that they see."""
 
     first_block: int
     blocks: int
@@ -257,7 +257,7 @@ class _Slab(NamedTuple):
 
 
 def _slabs(side: _Side, tiles: Tiles) -> tuple[int, list[_Slab]]:
-    """Return (the most tiles of keys that a block of queries sees, the slabs)."""
+    """Return the maximum number of key tiles that a block of queries sees, and the slabs."""
     _, heads, queries, _ = side.q.shape
     reach = (tiles.rows + side.window + tiles.columns - 3) // tiles.columns + 1
     slots = min(reach, triton.cdiv(side.keys, tiles.columns))
@@ -275,7 +275,7 @@ def _slabs(side: _Side, tiles: Tiles) -> tuple[int, list[_Slab]]:
 
 
 def _needed_blocks(query_mask: Tensor | None, rows: int) -> Int[Tensor, "batch 2"] | None:
-    """Return for each row the first block with a query that counts, and the one after the last."""
+    """Return for each row the first block with an unmasked query, and the index after the last such block."""
     if query_mask is None:
         return None
     padded = F.pad(query_mask, (0, -query_mask.shape[1] % rows))
@@ -286,7 +286,7 @@ def _needed_blocks(query_mask: Tensor | None, rows: int) -> Int[Tensor, "batch 2
 
 
 def _gradient(problem: _Problem, kept: _Kept, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Return (dq, dk in float32), computed slab by slab."""
+    """Compute dq, and dk in float32, slab by slab."""
     side, plan = problem.side, problem.plan
     q, k, tiles = side.q, side.k, plan.tiles
     batch, heads = q.shape[:2]

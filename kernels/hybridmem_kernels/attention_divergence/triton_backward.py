@@ -1,7 +1,7 @@
-"""The backward's three passes over a slab of queries: v for all heads, then c and dq per head, then dk.
+"""Backward kernels, three passes over a slab of queries: v for all heads, then c and dq per head, then dk.
 
-The heads meet in v alone. It is written down for a slab, as tiles, so every head can continue alone, with its sums in
-registers and no atomics. Equations are those of README.md.
+Heads interact only through v. It is stored as tiles for one slab at a time, so that every head can continue
+independently, with its sums in registers and without atomics. Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -68,7 +68,7 @@ def slopes_kernel(
     PRECISION: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """v of one tile: a block's n-th visible tile goes to the block's n-th slot."""
+    """Compute v of one tile; a block's n-th visible tile is stored in the block's n-th slot."""
     slot, batch = tl.program_id(0) % slots, tl.cast(tl.program_id(1), tl.int64)
     block_of_slab = tl.program_id(0) // slots
     block = first_block + block_of_slab
@@ -87,7 +87,7 @@ def slopes_kernel(
     log_mass_ref = tl.load(log_mass_ref_ptr + place, mask=inside, other=0.0)
     counts = tl.load(normaliser_ptr + rows, mask=inside, other=float("inf")) < float("inf")
     compared = counts & (tl.load(normaliser_ref_ptr + rows, mask=inside, other=float("inf")) < float("inf"))
-    some = tl.max(counts.to(tl.int32), 0)  # a block without a query that counts still gets its v, without the work
+    some = tl.max(counts.to(tl.int32), 0)  # a block without unmasked queries stores v = 0 and skips the work
 
     # (6): p and p_ref of the tile
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -120,7 +120,7 @@ def slopes_kernel(
 @triton.jit
 @no_type_check
 def _grad_scores(scores, slopes, normaliser, log_mass, pulled, support, seen):
-    """ds (12) on the support, do (13) on the other keys that are seen; normaliser, log_mass and pulled broadcast."""
+    """Compute ds (12) on the support, and do (13) on other visible keys; normaliser, log_mass and pulled broadcast."""
     factor = tl.where(support, slopes - tl.exp2(log_mass) * pulled, -pulled)
     exponents = weight_exponents(scores, normaliser, tl.where(support, log_mass, 0.0))
     return tl.where(seen, tl.exp2(exponents) * factor, 0.0)
@@ -155,7 +155,7 @@ def grad_queries_kernel(
     GRAD_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """c and dq of one head and block of queries: a sweep over its tiles for either."""
+    """Compute c and dq of one head and block of queries, each in one pass over the block's tiles."""
     program = tl.program_id(1)
     batch, head = tl.cast(program // heads, tl.int64), tl.cast(program % heads, tl.int64)
     block_of_slab = tl.program_id(0)
@@ -178,22 +178,42 @@ def grad_queries_kernel(
     pulled = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(first, stop):
         scores = query_scores(
-            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
-            CUT, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
+            q_ptr,
+            k_ptr,
+            strides,
+            log_scale,
+            block,
+            queries,
+            persistent + tile * BLOCK_N,
+            persistent + keys,
+            CUT,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
         support, _ = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         weights = tl.exp2(weight_exponents(scores, normaliser[:, None], log_mass[:, None]))
         slopes = tl.load(v_ptr + (tile - first) * (BLOCK_M * BLOCK_N))
         pulled += tl.sum(tl.where(support, weights * slopes, 0.0), 1)
     tl.store(pulled_ptr + lane * queries + rows, pulled, mask=inside)
 
-    # (12), (13), (14): dq from the keys; the query's own, when excluded, is outside of the support
+    # (12), (13), (14): dq from the keys; the query's own key is outside the support if excluded
     grad = zero_tile(BLOCK_M, CUT.width)
     for tile in range(first, stop):
         scores = query_scores(
-            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
-            CUT, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
+            q_ptr,
+            k_ptr,
+            strides,
+            log_scale,
+            block,
+            queries,
+            persistent + tile * BLOCK_N,
+            persistent + keys,
+            CUT,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
         support, seen = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         slopes = tl.load(v_ptr + (tile - first) * (BLOCK_M * BLOCK_N))
         grad_scores = _grad_scores(
@@ -251,11 +271,13 @@ def grad_keys_kernel(
     GRAD_OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The share of a slab's queries in dk of one tile of keys, or of persistent keys; tiles are transposed."""
+    """Add a slab's contribution to dk of one tile of keys, or of persistent keys; tiles are transposed."""
     kv_heads = heads // group
     batch = tl.cast(tl.program_id(1) // kv_heads, tl.int64)
     kv_head = tl.program_id(1) % kv_heads
-    outside = tl.program_id(0) < persistent_tiles  # every query sees persistent keys, no distribution holds them
+    outside = (
+        tl.program_id(0) < persistent_tiles
+    )  # persistent keys are visible to all queries and outside every distribution
     tile = tl.where(outside, tl.program_id(0), first_tile + tl.program_id(0) - persistent_tiles)
     m, n, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, CUT.width)
     first_column = tl.where(outside, 0, persistent) + tile * BLOCK_N
@@ -269,7 +291,7 @@ def grad_keys_kernel(
     log_mass_ptr += batch * queries
     slopes_ptr += batch * blocks * slots * (BLOCK_M * BLOCK_N)
 
-    # Queries between the tile's first key and the last one whose window still reaches its last key.
+    # Queries from the tile's first key to the last query whose window includes the tile's last key.
     offset = keys - queries
     begin = tl.where(outside, 0, tl.maximum(tile * BLOCK_N - offset, 0) // BLOCK_M)
     last_row = tl.minimum(tile * BLOCK_N + BLOCK_N + window - 2 - offset, queries - 1)
@@ -297,9 +319,19 @@ def grad_keys_kernel(
         v_place = tl.cast((block - first_block) * slots + slot, tl.int64) * (BLOCK_M * BLOCK_N)
         v_ptr = slopes_ptr + v_place + m[None, :] * BLOCK_N + n[:, None]
         scores = log_scale * score(
-            k_ptr, first_column, strides.k_time, bound, q_base, block * BLOCK_M, strides.q_time, queries,
-            BLOCK_N, BLOCK_M, CUT, PRECISION,
-        )  # fmt: skip
+            k_ptr,
+            first_column,
+            strides.k_time,
+            bound,
+            q_base,
+            block * BLOCK_M,
+            strides.q_time,
+            queries,
+            BLOCK_N,
+            BLOCK_M,
+            CUT,
+            PRECISION,
+        )
         support, seen = see_from_keys(
             rows + offset, tile * BLOCK_N + n, key_mask_ptr, keys, window, outside, EXCLUDE_SELF
         )
@@ -310,7 +342,7 @@ def grad_keys_kernel(
         q = load_vectors(q_base, block * BLOCK_M, m, strides.q_time, queries, 0, CUT.dim, CUT.width)
         grad += multiply(grad_scores, q, GRAD_OPERAND, PRECISION)
 
-    # Slabs are added in the order of launches
+    # Slabs are added in launch order
     if steps > 0:
         column = tl.cast(first_column, tl.int64) + n
         head_start = (batch * kv_heads + kv_head) * (persistent + keys)
@@ -322,7 +354,7 @@ def grad_keys_kernel(
 @triton.jit
 @no_type_check
 def see_from_keys(times, columns, key_mask_ptr, keys, window, outside, EXCLUDE_SELF: tl.constexpr):
-    """`see` transposed: keys down, queries across. With `outside` all is seen and nothing is on the support."""
+    """Compute `see` for transposed tiles; with `outside`, everything is visible and nothing is on the support."""
     distance = times[None, :] - columns[:, None]
     seen = (distance >= 0) & (distance < window)
     if key_mask_ptr is not None:

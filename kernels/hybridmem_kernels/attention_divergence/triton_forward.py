@@ -1,6 +1,6 @@
-"""The forward's two passes: log-sum-exps of every head and query, then the policies tile by tile.
+"""Forward kernels, two passes: log-sum-exps of every head and query, then the policies tile by tile.
 
-Equations are those of README.md.
+Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -26,7 +26,7 @@ from .triton_tiles import (
 @triton.jit
 @no_type_check
 def _sum_up(top, total, scores):
-    """Add scores to a running sum of exponentials, held as total · 2^top."""
+    """Add scores to a running sum of exponentials, represented as total · 2^top."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     return new_top, total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
 
@@ -53,9 +53,9 @@ def log_sums_kernel(
     EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 of one policy: L of every head and query, and the logarithm of the head's share on the support.
+    """Compute L of every head and query of one policy (pass 1), and the logarithm of the head's share on the support.
 
-    Queries that do not count, or have no support, get L = inf and a share of 1.
+    Queries that are masked or have no support get L = inf and a share of 1.
     """
     block, batch = tl.program_id(0), tl.cast(tl.program_id(1) // heads, tl.int64)
     head = tl.cast(tl.program_id(1) % heads, tl.int64)
@@ -76,15 +76,25 @@ def log_sums_kernel(
     own = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for tile in range(first, tl.where(some > 0, stop, first)):
         scores = query_scores(
-            q_ptr, k_ptr, strides, log_scale, block, queries, persistent + tile * BLOCK_N, persistent + keys,
-            CUT, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
+            q_ptr,
+            k_ptr,
+            strides,
+            log_scale,
+            block,
+            queries,
+            persistent + tile * BLOCK_N,
+            persistent + keys,
+            CUT,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+        )
         support, seen = see(times, tile * BLOCK_N + n, key_mask_ptr, keys, window, EXCLUDE_SELF)
         top, total = _sum_up(top, total, tl.where(support, scores, float("-inf")))
         if EXCLUDE_SELF:
             own = tl.maximum(own, tl.max(tl.where(seen & (support == 0), scores, float("-inf")), 1))
 
-    # Sums of (3) outside of it, kept apart: next to them the support may be too small for float32
+    # Sums of (3) outside the support are separate, because the support's sum may be lost next to them in float32
     top_outside = tl.maximum(own, LOWEST)
     total_outside = tl.exp2(own - top_outside)
     for start in range(0, tl.where(some > 0, persistent, 0), BLOCK_N):
@@ -107,7 +117,7 @@ def log_sums_kernel(
 @triton.jit
 @no_type_check
 def _log_mass(normaliser_ptr, log_share_ptr, rows, heads, queries, BLOCK_M: tl.constexpr):
-    """(C by equation (4), whether there is a distribution); C is 0 where there is none."""
+    """Compute C (4), and a mask of queries that have a distribution; C is 0 for the others."""
     inside = rows < queries
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -116,7 +126,7 @@ def _log_mass(normaliser_ptr, log_share_ptr, rows, heads, queries, BLOCK_M: tl.c
         new_top = tl.maximum(top, share)
         total = total * tl.exp2(top - new_top) + tl.exp2(share - new_top)
         top = new_top
-    # Which keys are hidden does not depend on the head, so the first one tells.
+    # All heads have the same hidden keys, so it suffices to check the first head.
     counts = tl.load(normaliser_ptr + rows, mask=inside, other=float("inf")) < float("inf")
     return tl.where(counts, top + tl.log2(total), 0.0), counts
 
@@ -160,7 +170,7 @@ def compare_kernel(
     PRECISION: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Pass 2: both policies tile by tile, and the sums over them; also Σ p · slope, which the backward needs."""
+    """Compare both policies tile by tile (pass 2) and compute all sums, including Σ p · slope for the backward."""
     block, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     rows, times, inside = query_rows(block, queries, keys, BLOCK_M)
     row, row_ref = row_vectors(vectors, strides, batch), row_vectors(vectors_ref, strides_ref, batch)

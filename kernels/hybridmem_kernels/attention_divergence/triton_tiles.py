@@ -1,7 +1,7 @@
 """Building blocks of the kernels: the arguments of a policy, and one tile of queries against keys.
 
-Query i has the position i + keys - queries; key j is column `persistent` + j of k. Logarithms of sums are to the base
-2, because the hardware's exponential is; entropies and divergences are natural. Equations are those of README.md.
+Query i has the position i + keys - queries; key j is column `persistent` + j of k. Logarithms of sums are to base 2,
+like the hardware's exponential; entropies and divergences are in nats. Equation numbers refer to README.md.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -13,7 +13,7 @@ from .reference import FLOOR
 
 LEAST_PROBABILITY = tl.constexpr(FLOOR)
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # and its lowest
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's lowest number
 
 
 class Vectors(NamedTuple):
@@ -26,8 +26,8 @@ class Vectors(NamedTuple):
 class Strides(NamedTuple):
     """Strides of the queries and keys of one policy.
 
-    Triton ignores do_not_specialize for the fields of a tuple. So lengths and windows, which a kernel must not be
-    compiled for again, are arguments of their own.
+    Triton ignores do_not_specialize for fields of tuples. Lengths and windows must not trigger new compilations, so
+    they are separate arguments.
     """
 
     q_batch: Any
@@ -42,10 +42,10 @@ class Cut(NamedTuple):
     """Compile-time constants of a policy.
 
     Args:
-        dim: of a head.
-        width: the same, padded to a power of two.
-        chunk: dimensions that a product of scores takes at a time.
-        operand: dtype of the scores' factors.
+        dim: dimension of a head.
+        width: `dim`, padded to a power of two.
+        chunk: dimensions per partial product of scores.
+        operand: dtype in which scores are multiplied.
     """
 
     dim: int
@@ -57,7 +57,7 @@ class Cut(NamedTuple):
 @triton.jit
 @no_type_check
 def load_vectors(base, first, rows, stride, bound, first_dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Load `WIDTH` dimensions of the vectors `first` + `rows` of one head, zeros from `bound` and `DIM` on."""
+    """Load `WIDTH` dimensions of the vectors `first` + `rows` of one head, with zeros from `bound` and `DIM` on."""
     dims = first_dim + tl.arange(0, WIDTH)
     mask = (first + rows < bound)[:, None]
     if DIM % WIDTH != 0:
@@ -69,14 +69,14 @@ def load_vectors(base, first, rows, stride, bound, first_dim, DIM: tl.constexpr,
 @triton.jit
 @no_type_check
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros for a sum; Triton 3.7 takes the fields of a `Cut` as a shape only once they are arguments."""
+    """Return a tile of zeros; Triton 3.7 accepts fields of a `Cut` as shapes only if they are passed as arguments."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
 @no_type_check
 def multiply(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiply matrices on tensor cores, summed in float32."""
+    """Multiply matrices on tensor cores with float32 sums."""
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
 
 
@@ -96,7 +96,7 @@ def score(
     CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of `A_ROWS` vectors with `B_ROWS` others; a few dimensions at a time, which is easy on registers."""
+    """Multiply `A_ROWS` vectors by `B_ROWS` others, a few dimensions at a time to save registers."""
     scores = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     m, n = tl.arange(0, A_ROWS), tl.arange(0, B_ROWS)
     for first_dim in range(0, CUT.dim, CUT.chunk):
@@ -122,17 +122,27 @@ def query_scores(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores to the base 2 of one head's block of queries against `BLOCK_N` columns of its keys."""
+    """Compute scores to base 2 of one head's block of queries against `BLOCK_N` columns of its keys."""
     return log_scale * score(
-        q_ptr, block * BLOCK_M, strides.q_time, queries, k_ptr, first_column, strides.k_time, column_bound,
-        BLOCK_M, BLOCK_N, CUT, PRECISION,
-    )  # fmt: skip
+        q_ptr,
+        block * BLOCK_M,
+        strides.q_time,
+        queries,
+        k_ptr,
+        first_column,
+        strides.k_time,
+        column_bound,
+        BLOCK_M,
+        BLOCK_N,
+        CUT,
+        PRECISION,
+    )
 
 
 @triton.jit
 @no_type_check
 def head_vectors(vectors, strides, group, batch, head):
-    """Pointers to the queries of one head and to the keys that it shares."""
+    """Return pointers to the queries of one head and to its keys."""
     q_place = batch * strides.q_batch + head * strides.q_head
     k_place = batch * strides.k_batch + head // group * strides.k_head
     return vectors.q_ptr + q_place, vectors.k_ptr + k_place
@@ -141,7 +151,7 @@ def head_vectors(vectors, strides, group, batch, head):
 @triton.jit
 @no_type_check
 def query_rows(block, queries, keys, BLOCK_M: tl.constexpr):
-    """(rows of a block of queries, their positions among the keys, whether they exist)."""
+    """Return the rows of a block of queries, their positions among the keys, and a mask of existing rows."""
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     return rows, rows + keys - queries, rows < queries
 
@@ -149,7 +159,7 @@ def query_rows(block, queries, keys, BLOCK_M: tl.constexpr):
 @triton.jit
 @no_type_check
 def visible_tiles(block, queries, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(the first tile of keys that a block of queries sees, the one after its last)."""
+    """Return the range of key tiles that a block of queries sees: the first tile, and the index after the last."""
     first_time = block * BLOCK_M + keys - queries
     last_time = tl.minimum(first_time + BLOCK_M, keys) - 1
     return tl.maximum(first_time - window + 1, 0) // BLOCK_N, last_time // BLOCK_N + 1
@@ -158,7 +168,7 @@ def visible_tiles(block, queries, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: 
 @triton.jit
 @no_type_check
 def see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF: tl.constexpr):
-    """(on the support, seen at all) of queries at `times` and keys at `columns`; key_mask_ptr is the row's own."""
+    """Return masks (on the support, visible) of queries at `times` and keys at `columns`; key_mask_ptr is per row."""
     distance = times[:, None] - columns[None, :]
     seen = (distance >= 0) & (distance < window)
     if key_mask_ptr is not None:
@@ -171,14 +181,14 @@ def see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF: tl.constexpr):
 @triton.jit
 @no_type_check
 def weight_exponents(scores, normaliser, log_mass):
-    """The logarithm of w (5); in this order, because C would lose its digits in L + C."""
+    """Compute the logarithm of w (5), in an order that avoids the loss of C's precision in L + C."""
     return (scores - normaliser) - log_mass
 
 
 @triton.jit
 @no_type_check
 def row_vectors(vectors, strides, batch):
-    """Pointers to the queries and keys of one row."""
+    """Return pointers to the queries and keys of one row."""
     return vectors.q_ptr + batch * strides.q_batch, vectors.k_ptr + batch * strides.k_batch
 
 
@@ -207,9 +217,9 @@ def distribution(
     EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """p of one tile, 0 off the support; `heads` is 0 where the caller knows that the tile is off the support.
+    """Compute p of one tile, 0 outside the support; pass heads=0 for tiles known to be outside the support.
 
-    `row` is what `row_vectors` returns; normaliser_ptr and key_mask_ptr are the row's own.
+    `row` is the result of `row_vectors`; normaliser_ptr and key_mask_ptr are per row.
     """
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first_column, bound = persistent + tile * BLOCK_N, persistent + keys
@@ -222,9 +232,19 @@ def distribution(
         normaliser_base = normaliser_ptr + tl.cast(head, tl.int64) * queries
         normaliser = tl.load(normaliser_base + rows, mask=rows < queries, other=float("inf"))
         scores = score(
-            q_base, block * BLOCK_M, strides.q_time, queries, k_base, first_column, strides.k_time, bound,
-            BLOCK_M, BLOCK_N, CUT, PRECISION,
-        )  # fmt: skip
+            q_base,
+            block * BLOCK_M,
+            strides.q_time,
+            queries,
+            k_base,
+            first_column,
+            strides.k_time,
+            bound,
+            BLOCK_M,
+            BLOCK_N,
+            CUT,
+            PRECISION,
+        )
         p += tl.exp2(weight_exponents(scores * log_scale, normaliser[:, None], log_mass[:, None]))
     support, _ = see(times, columns, key_mask_ptr, keys, window, EXCLUDE_SELF)
     return tl.where(support, p, 0.0)
@@ -233,27 +253,27 @@ def distribution(
 @triton.jit
 @no_type_check
 def log(x):
-    """The natural logarithm, finite at 0, where it only ever meets a factor of 0."""
+    """Compute the natural logarithm with a finite value at 0, where it is always multiplied by 0."""
     return tl.log(tl.maximum(x, TINY))
 
 
 @triton.jit
 @no_type_check
 def relative_difference(p, p_ref):
-    """(p - p_ref) / (p + p_ref)."""
+    """Compute (p - p_ref) / (p + p_ref)."""
     return (p - p_ref) / tl.maximum(p + p_ref, TINY)
 
 
 @triton.jit
 @no_type_check
 def divergence_terms(p, p_ref, DIVERGENCE: tl.constexpr):
-    """The terms that keys add to the divergence."""
+    """Compute each key's term of the divergence."""
     if DIVERGENCE == "kl":
         return p_ref * (log(p_ref) - tl.log(tl.maximum(p, LEAST_PROBABILITY)))
     if DIVERGENCE == "reverse_kl":
         return p * (log(p) - tl.log(tl.maximum(p_ref, LEAST_PROBABILITY)))
-    # (8): (1 + d) log(1 + d) + (1 - d) log(1 - d) = Σ d^2n / (n (2n - 1)). Near 0, where policies in training are, the
-    # series keeps the digits that the logarithms lose.
+    # (8): (1 + d) log(1 + d) + (1 - d) log(1 - d) = Σ d^2n / (n (2n - 1)). Near 0, the usual case in training, the
+    # series retains the precision that logarithms lose.
     d = relative_difference(p, p_ref)
     x = d * d
     series = x * (1 + x * (1 / 6 + x * (1 / 15 + x * (1 / 28 + x * (1 / 45 + x * (1 / 66))))))
@@ -264,12 +284,12 @@ def divergence_terms(p, p_ref, DIVERGENCE: tl.constexpr):
 @triton.jit
 @no_type_check
 def divergence_slope(p, p_ref, DIVERGENCE: tl.constexpr):
-    """G (9): the derivative by p, up to a constant per query. p sums to 1, so constants fall out."""
+    """Compute G (9), the derivative with respect to p up to a constant per query, which cancels as p sums to 1."""
     if DIVERGENCE == "kl":
         return 1 - tl.where(p >= LEAST_PROBABILITY, p_ref / tl.maximum(p, LEAST_PROBABILITY), 0.0)
     if DIVERGENCE == "reverse_kl":
         return log(p) - tl.log(tl.maximum(p_ref, LEAST_PROBABILITY))
-    # ½ log(2 p / (p + p_ref)) = ½ log(1 + d) = atanh(d / (2 + d)): near 0 again by its series, which is 0 at 0.
+    # ½ log(2 p / (p + p_ref)) = ½ log(1 + d) = atanh(d / (2 + d)). Near 0, the series is used, which is 0 at 0.
     d = relative_difference(p, p_ref)
     z = d / (2 + d)
     x = z * z

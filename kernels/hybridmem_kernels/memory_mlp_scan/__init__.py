@@ -1,4 +1,4 @@
-"""Deep memory: an MLP whose weights are written while it reads, without a weight per token."""
+"""Deep memory: an MLP trained while reading, without storing weights per token."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_scan_inputs, check_state
 from ..dispatch import choose_backend
 from ..memory_scan.reference import state_dtype
-from . import library, triton_library  # noqa: F401  compiled graphs find them by name
+from . import library, triton_library  # noqa: F401  registers the operators of compiled graphs
 from .chunked import memory_mlp_scan_chunked
 from .reference import MemoryMLPState, initial_state, memory_mlp, memory_mlp_scan_reference
 
@@ -35,22 +35,21 @@ def memory_mlp_scan(
 
     Args:
         q, k: queries and keys, L2-normalised by the caller.
-        v: the values to store, of the keys' dimension: the MLP has a residual around it.
-        alpha, eta, theta: forgetting, decay of the momentum and step size, as in `memory_scan`.
-        weights: the learned start of each layer, first to last; a document starts from them.
-        state: what earlier tokens left; it belongs to the first document of the row.
-        chunk_size: tokens that take their gradient at the same weights. Part of the model here, not a speed
-            knob: chunks are counted from a document's first token, however it is fed in.
-        max_grad_norm: a token's gradient, over all layers of a head, is scaled down to this norm.
+        v: values to store, with the keys' dimension, because the MLP has a residual connection.
+        alpha, eta, theta: forgetting, momentum decay and step size, as in `memory_scan`.
+        weights: learned initial weights of each layer, first to last; every document starts from them.
+        state: state after earlier tokens; it belongs to the first document of the row.
+        chunk_size: tokens that take their gradients at the same weights. Here it is part of the model and affects
+            results: chunks are counted from a document's first token, independently of how it is fed in.
+        max_grad_norm: bound on the norm of a token's gradient, over all layers of a head.
         document_ids, mask, backend: as in `memory_scan`.
 
     Returns:
         out in v's dtype, and the state after the last token, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown backend, or one that cannot take
-            them.
-        ImportError: Triton is asked for and not installed.
+        ValueError: shapes, dtypes or devices do not match, or the backend is unknown or does not support them.
+        ImportError: the Triton backend is requested but not installed.
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})
@@ -64,7 +63,7 @@ def memory_mlp_scan(
     for name in ("weights", "momenta", "anchors"):
         layers = getattr(state, name)
         if len(layers) != len(weights):
-            raise ValueError(f"state.{name} has {len(layers)} layers, weights has {len(weights)}")
+            raise ValueError(f"state.{name} has {len(layers)} layers, but weights has {len(weights)}: make them equal")
         for layer, weight in zip(layers, weights, strict=True):
             check_state(name, layer, (q.shape[0], *weight.shape), q)
     start, momenta, anchors = (tuple(w.to(dtype) for w in layers) for layers in state[:3])
@@ -84,9 +83,9 @@ def memory_mlp_scan(
 
 def _check_weights(weights: Sequence[Tensor], q: Tensor, v: Tensor) -> None:
     if len(weights) < 2:
-        raise ValueError(f"weights has {len(weights)} layers; depth 1 is memory_scan, this one starts at 2")
+        raise ValueError(f"weights has {len(weights)} layers, but at least 2 are needed: use memory_scan for depth 1")
     if v.shape[-1] != q.shape[-1]:
-        raise ValueError(f"v must have the keys' dimension {q.shape[-1]} (residual), got {v.shape[-1]}")
+        raise ValueError(f"v must have the keys' dimension {q.shape[-1]} for the residual, got {v.shape[-1]}")
     heads, dim = q.shape[1], q.shape[-1]
     widths = [dim, *(w.shape[-1] for w in weights)]
     for n, weight in enumerate(weights):
@@ -95,4 +94,4 @@ def _check_weights(weights: Sequence[Tensor], q: Tensor, v: Tensor) -> None:
                 f"weights[{n}] must be (heads, in, out) = ({heads}, {widths[n]}, …), got {tuple(weight.shape)}"
             )
     if widths[-1] != dim:
-        raise ValueError(f"weights[-1] must map back to {dim}, got {widths[-1]}")
+        raise ValueError(f"weights[-1] must have an output dimension of {dim}, got {widths[-1]}")

@@ -1,11 +1,12 @@
-"""The deep memory in its dual form: chunks of matrix products, and no weight per token.
+"""Chunked deep memory in its dual form: matrix products instead of weights per token.
 
-All gradients of a chunk are taken at its first weights, so one forward and backward of the MLP over the chunk's
-keys gives each layer's inputs a_j and output errors delta_j, and with the rows of decays.py
+All gradients of a chunk are taken at its first weights. A single forward and backward of the MLP over the chunk's keys
+therefore gives each layer's inputs a_j and output errors delta_j. With the rows of decays.py, queries are answered
+layer by layer as
 
     X W_i = R_w[i, 0] X W_0 + R_w[i, 1] X S_0 - sum_j (D * X a^T)[i, j] theta_j delta_j
 
-answers the queries layer by layer. The backward recomputes each chunk from the state it started from.
+The backward recomputes each chunk from its initial state.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,10 @@ def memory_mlp_scan_chunked(
     max_grad_norm: float | None,
     even: bool = False,
 ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryMLPState]:
-    """Return (out, state) as the reference does; `even`: every row begins a chunk and is one document, unpadded."""
+    """Compute (out, state) as defined by the reference.
+
+    `even` declares that every row is one document without padding and begins with a new chunk.
+    """
     depth = len(learned)
     tensors = (q, k, v, alpha, eta, theta, state.filled, document_ids, mask)
     layers = (*learned, *state.weights, *state.momenta, *state.anchors)
@@ -54,7 +58,7 @@ def memory_mlp_scan_chunked(
 
 
 class Inputs(NamedTuple):
-    """Inputs of a scan."""
+    """Inputs of the scan."""
 
     q: Float[Tensor, "batch heads time dim"]
     k: Float[Tensor, "batch heads time dim"]
@@ -65,25 +69,25 @@ class Inputs(NamedTuple):
     filled: Int[Tensor, " batch"]
     document_ids: Int[Tensor, "batch time"] | None
     mask: Bool[Tensor, "batch time"] | None
-    layers: Sequence[Float[Tensor, "*lead _ _"]]  # learned ones, then the state's weights, momenta and anchors
+    layers: Sequence[Float[Tensor, "*lead _ _"]]  # learned weights, then the state's weights, momenta and anchors
     chunk_size: int
     max_grad_norm: float | None
     even: bool
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of states and sums."""
+        """Return the dtype of states and sums."""
         return state_dtype(self.q.dtype)
 
     def blocks(self) -> Blocks:
-        """Cut time into gradient chunks."""
+        """Split time into gradient chunks."""
         batch, _, time = self.alpha.shape
         if self.even:
             return even_blocks(batch, time, self.chunk_size, self.q.device)
         return split_blocks(time, self.chunk_size, self.filled, self.document_ids, self.mask)
 
     def lanes(self) -> tuple[LaneWeights, LaneWeights, LaneWeights, LaneWeights]:
-        """(fresh, weights, momenta, anchors): the state, and what a document starts from."""
+        """Return (fresh, weights, momenta, anchors): a document's initial weights, then the state."""
         depth, batch = len(self.layers) // 4, len(self.q)
         learned, *state = (self.layers[i * depth : (i + 1) * depth] for i in range(4))
         fresh = tuple(w.to(self.dtype).expand(batch, *w.shape).flatten(0, 1) for w in learned)
@@ -92,7 +96,7 @@ class Inputs(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Tensors for the backward besides the inputs: the decays, and each layer's state before every chunk."""
+    """Tensors saved for the backward in addition to the inputs: decays, and each layer's state before every chunk."""
 
     weight_rows: Float[Tensor, "blocks lanes rows columns"]
     momentum_rows: Float[Tensor, "blocks lanes rows columns"]
@@ -111,7 +115,7 @@ class Kept(NamedTuple):
 
 
 class _MemoryMLPScan(torch.autograd.Function):
-    """The scan; saves its inputs, the decays and one state per chunk."""
+    """Autograd function of the scan; it saves its inputs, the decays and one state per chunk."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -135,7 +139,7 @@ class _MemoryMLPScan(torch.autograd.Function):
 
 
 class _Gates(NamedTuple):
-    """Gates in chunks; a free slot changes nothing: it keeps both states and writes nothing."""
+    """Gates in chunks; an empty slot has no effect: it keeps weights and momentum, and writes nothing."""
 
     keep: Float[Tensor, "blocks lanes width"]
     eta: Float[Tensor, "blocks lanes width"]
@@ -144,7 +148,7 @@ class _Gates(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, blocks: Blocks) -> "_Gates":
-        """Gather them."""
+        """Gather the gates of a scan's inputs into chunks."""
         valid = blocks.valid.movedim(1, 0)[:, :, None]  # (blocks, batch, 1, width)
         gates = ((1 - inputs.alpha.to(inputs.dtype), 1), (inputs.eta, 1), (inputs.theta, 0))
         keep, eta, theta = (blocks.gather(x.to(inputs.dtype)).where(valid, free) for x, free in gates)
@@ -153,13 +157,13 @@ class _Gates(NamedTuple):
 
 
 def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
-    """Return (out, filled, weights …, momenta …, anchors …), and what the backward needs where `keep` asks for it."""
+    """Compute (out, filled, weights …, momenta …, anchors …), and the tensors for the backward if `keep` is True."""
     batch, heads = inputs.q.shape[:2]
     blocks = inputs.blocks()
     count = blocks.times.shape[1]
     fresh, weights, momenta, anchors = inputs.lanes()
     gates = _Gates.of(inputs, blocks)
-    # The step sizes stay apart: they also carry the bound on the gradient, known only inside the chunk.
+    # Step sizes are applied separately: they include the gradient bound, which is known only inside the chunk.
     rows = decay_rows(*(x.flatten(0, 1) for x in (gates.keep, gates.eta, torch.ones_like(gates.theta), gates.active)))
     weight_rows, momentum_rows = (x.unflatten(0, (count, batch * heads)) for x in rows)
     kept_count = count if keep else 0
@@ -184,7 +188,7 @@ def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
         outputs.append(out.unflatten(0, (batch, heads)))
     if outputs:
         out, anchors = blocks.scatter(torch.stack(outputs)).to(inputs.v.dtype), [w.clone() for w in anchors]
-    else:  # nothing but padding
+    else:  # every token is padding
         out = torch.zeros_like(inputs.v)
         weights, momenta, anchors = ([w.clone() for w in layers] for layers in (weights, momenta, anchors))
     state = (w.unflatten(0, (batch, heads)) for layers in (weights, momenta, anchors) for w in layers)
@@ -194,7 +198,7 @@ def scan_forward(inputs: Inputs, keep: bool) -> tuple[tuple[Tensor, ...], Kept]:
 def scan_backward(
     inputs: Inputs, kept: Kept, grad_out: Tensor | None, grads: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of (q, k, v, alpha, eta, theta) and of the layers, from those of out and of the state after."""
+    """Compute the gradients of (q, k, v, alpha, eta, theta) and of the layers from those of out and the final state."""
     batch, heads = inputs.q.shape[:2]
     blocks, depth = inputs.blocks(), len(inputs.layers) // 4
     gates = _Gates.of(inputs, blocks)
@@ -213,12 +217,19 @@ def scan_backward(
     for n in reversed(range(len(grad_out))):
         weights, momenta = ([x[n] for x in layers] for layers in (kept.weights, kept.momenta))
         begins, anchors = _lanes(blocks.begins[:, n], heads), weights
-        if n == 0 and not inputs.even:  # later blocks that a row does not begin hold none of its tokens
+        if n == 0 and not inputs.even:  # a row has tokens in a later block only if it begins that block
             anchors = _select(begins, weights, first_anchors)
         grad_weights, grad_momenta, of_anchors = chunk_backward(
-            ChunkInputs(*(x[n] for x in everything)), weights, momenta, anchors, inputs.max_grad_norm,
-            grad_out[n], grad_weights, grad_momenta, ChunkInputs(*(x[n] for x in into)),
-        )  # fmt: skip
+            ChunkInputs(*(x[n] for x in everything)),
+            weights,
+            momenta,
+            anchors,
+            inputs.max_grad_norm,
+            grad_out[n],
+            grad_weights,
+            grad_momenta,
+            ChunkInputs(*(x[n] for x in into)),
+        )
         of_anchors = [a.add_(b) for a, b in zip(of_anchors, grad_anchors, strict=True)]
         zeros = [torch.zeros_like(w) for w in of_anchors]
         grad_anchors = _select(begins, zeros, of_anchors)
@@ -241,9 +252,9 @@ def scan_backward(
 
 
 def _to_time(x: Float[Tensor, "blocks lanes width *dim"], blocks: Blocks, inputs: Inputs) -> Tensor:
-    """A gradient back in time, 0 for tokens that do not count."""
+    """Move a gradient from chunks back to time, with 0 for padding."""
     heads = inputs.q.shape[1]
-    if not len(x):  # nothing but padding
+    if not len(x):  # every token is padding
         return x.new_zeros(*inputs.alpha.shape, *x.shape[3:])
     grad = blocks.scatter(x.unflatten(1, (-1, heads)))
     if inputs.mask is None:

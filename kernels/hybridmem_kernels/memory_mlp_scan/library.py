@@ -1,4 +1,4 @@
-"""Operators of torch.library for compiled graphs: the scan in chunks."""
+"""torch.library operators of the chunked scan, for compiled graphs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ INPUTS = (
 
 @torch.library.custom_op("hybridmem::memory_mlp_scan", mutates_args=(), schema=f"({INPUTS}, bool keep) -> Tensor[]")
 def memory_mlp_scan_operator(*arguments: Any) -> list[Tensor]:
-    """Run `scan_forward`; return its results, then the tensors that it keeps, flat."""
+    """Run `scan_forward`; return its results, followed by the tensors for the backward."""
     *inputs, keep = arguments
     results, kept = scan_forward(Inputs(*inputs), keep)
     return own_memory((*results, *kept.flatten()), (*inputs[:9], *inputs[9]))
@@ -32,7 +32,7 @@ def _(*arguments: Any) -> list[Tensor]:
     if inputs.even:
         blocks: Any = -(-time // inputs.chunk_size)
         rows: Any = min(inputs.chunk_size, time) + 1
-    else:  # where documents begin decides how many
+    else:  # the number depends on the positions at which documents begin
         blocks, rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     new = inputs.q.new_empty
     shapes = [w.shape for w in inputs.layers[depth : 2 * depth]]
@@ -49,7 +49,7 @@ def _(*arguments: Any) -> list[Tensor]:
     schema=f"({INPUTS}, Tensor[] kept, Tensor? grad_out, Tensor?[] grads) -> Tensor[]",
 )
 def memory_mlp_scan_backward_operator(*arguments: Any) -> list[Tensor]:
-    """Run `scan_backward`; return the gradients of tokens, then those of layers."""
+    """Run `scan_backward`; return the gradients of tokens, followed by the gradients of layers."""
     *inputs, kept, grad_out, grads = arguments
     of_tokens, of_layers = scan_backward(Inputs(*inputs), Kept.unflatten(kept), grad_out, grads)
     return own_memory((*of_tokens, *of_layers), (*inputs[:9], *inputs[9], *kept, grad_out, *grads))

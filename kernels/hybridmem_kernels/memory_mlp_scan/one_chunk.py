@@ -1,12 +1,12 @@
-"""One chunk of the deep memory, forward and backward by hand.
+"""One chunk of the deep memory, with hand-written forward and backward.
 
-The chunk's first weights (anchors A_n) give each layer's inputs a_n and errors e_n, the gradient of its matrix being
-a_n^T e_n. With f the bound on a token's gradient, u = R_w[C] theta f, and y_n a layer's output for queries x_n,
+The chunk's first weights (anchors A_n) give each layer's inputs a_n and errors e_n; the gradient of its matrix is
+a_n^T e_n. With f the factor that bounds a token's gradient, u = R_w[C] theta f, and y_n the output for queries x_n,
 
     y_n = R_w[:, 0] x_n W_n + R_w[:, 1] x_n S_n - ((x_n a_n^T) * D theta f) e_n          x_{n+1} = silu(y_n)
     W'_n = R_w[C, 0] W_n + R_w[C, 1] S_n - (a_n * u)^T e_n
 
-and S'_n the same with R_s. The backward walks these lines, then the errors, then the MLP over the keys.
+and likewise S'_n with R_s. The backward differentiates these equations, then the errors, then the MLP over the keys.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-LaneWeights = Sequence[Float[Tensor, "lanes _ _"]]  # one matrix a layer; a lane is a (batch, head)
+LaneWeights = Sequence[Float[Tensor, "lanes _ _"]]  # one matrix per layer; a lane is a (batch, head) pair
 
 
 class ChunkInputs(NamedTuple):
-    """One chunk of every lane."""
+    """Inputs of one chunk of every lane."""
 
     q: Float[Tensor, "lanes width dim"]
     k: Float[Tensor, "lanes width dim"]
@@ -32,17 +32,17 @@ class ChunkInputs(NamedTuple):
 
     @property
     def after(self) -> Float[Tensor, "lanes width columns"]:
-        """The rows after each token's write."""
+        """Return the rows after each token's write."""
         return self.weight_rows[:, 1:]
 
 
 class _Surprise(NamedTuple):
-    """The MLP over the keys at the anchors, and the bound that it puts on the step size."""
+    """Forward and backward of the MLP over the keys at the anchors, and the resulting bound on the step size."""
 
     inputs: list[Float[Tensor, "lanes width _"]]  # a_n
     errors: list[Float[Tensor, "lanes width _"]]  # e_n
     hidden: list[Float[Tensor, "lanes width _"]]  # before each SiLU
-    squares: Float[Tensor, "lanes width"] | None  # of the gradient's norm; None: no bound
+    squares: Float[Tensor, "lanes width"] | None  # squared norms of the gradients; None: no bound
     bound: Float[Tensor, "lanes width"] | None  # f
     theta: Float[Tensor, "lanes width"]  # theta f
 
@@ -50,7 +50,7 @@ class _Surprise(NamedTuple):
 def chunk_forward(
     inputs: ChunkInputs, weights: LaneWeights, momenta: LaneWeights, anchors: LaneWeights, max_grad_norm: float | None
 ) -> tuple[Float[Tensor, "lanes width dim"], list[Tensor], list[Tensor]]:
-    """Read and write one chunk: (out, weights, momenta) after it."""
+    """Read and write one chunk; return (out, weights, momenta) after it."""
     surprise = _surprise(inputs, anchors, max_grad_norm)
     reach = inputs.after[..., 2:] * surprise.theta[:, None]
     x, new_weights, new_momenta = inputs.q, [], []
@@ -78,9 +78,9 @@ def chunk_backward(
     grad_momenta: LaneWeights,
     into: ChunkInputs,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """From the gradients of what `chunk_forward` returns to those of (weights, momenta, anchors).
+    """Compute the gradients of (weights, momenta, anchors) from the gradients of the results of `chunk_forward`.
 
-    Those of the inputs are written to `into`, whose rows hold zeros.
+    The gradients of the inputs are written to `into`, whose decay rows must be zero on entry.
     """
     surprise = _surprise(inputs, anchors, max_grad_norm)
     after, reach = inputs.after, inputs.after[..., 2:] * surprise.theta[:, None]
@@ -156,7 +156,7 @@ def _surprise(inputs: ChunkInputs, anchors: LaneWeights, max_grad_norm: float | 
 def _answers(
     inputs: ChunkInputs, surprise: _Surprise, weights: LaneWeights, momenta: LaneWeights, reach: Tensor
 ) -> list[Tensor]:
-    """Return the input of each layer for the queries, before its SiLU."""
+    """Compute the input of each layer for the queries, before SiLU."""
     answers = [inputs.q]
     for n, (weight, momentum) in enumerate(zip(weights[:-1], momenta[:-1], strict=True)):
         x = F.silu(answers[-1]) if n else answers[-1]
@@ -167,7 +167,7 @@ def _answers(
 def _answer(
     inputs: ChunkInputs, x: Tensor, weight: Tensor, momentum: Tensor, a: Tensor, error: Tensor, reach: Tensor
 ) -> Float[Tensor, "lanes width _"]:
-    """Return the output of one layer for `x`, the first line above."""
+    """Compute the output y_n of one layer for `x`."""
     read = torch.bmm(x, weight).mul_(inputs.after[..., 0, None])
     read.addcmul_(torch.bmm(x, momentum), inputs.after[..., 1, None])
     return read.baddbmm_(torch.bmm(x, a.mT).mul_(reach), error, alpha=-1)
@@ -181,12 +181,12 @@ def _bound_backward(
     grad_errors: list[Tensor],
     into_theta: Float[Tensor, "lanes width"],
 ) -> None:
-    """Through theta f: f = max_grad_norm / norm where the norm is larger, 1 elsewhere."""
+    """Backpropagate through theta f, where f = max_grad_norm / norm if the norm is larger, and 1 otherwise."""
     if surprise.bound is None or surprise.squares is None:
         into_theta.copy_(grad_theta)
         return
     torch.mul(grad_theta, surprise.bound, out=into_theta)
-    # df / d norm² = -f / (2 norm²); the 2 of a square's derivative cancels.
+    # df / d norm² = -f / (2 norm²); the 2 cancels with the derivative of the square.
     slope = (grad_theta * surprise.theta / surprise.squares).where(surprise.bound < 1, 0)
     for a, e, grad_a, grad_e in zip(surprise.inputs, surprise.errors, grad_inputs, grad_errors, strict=True):
         grad_a.addcmul_(a, (slope * _squares(e)).unsqueeze(-1), value=-1)
@@ -200,7 +200,7 @@ def _surprise_backward(
     grad_errors: list[Tensor],
     into: ChunkInputs,
 ) -> list[Tensor]:
-    """Back through the errors, then through the MLP; returns the anchors' gradients, writes those of k and v."""
+    """Backpropagate through the errors, then the MLP; return the gradients of the anchors, write those of k and v."""
     grad_anchors: list[Tensor] = [torch.zeros_like(anchor) for anchor in anchors]
     grad_hidden = []
     for n, z in enumerate(surprise.hidden):
@@ -222,7 +222,7 @@ def _surprise_backward(
 
 
 def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return the state's decays over the chunk: (weights from weights, weights from momenta), momenta from momenta."""
+    """Return the state's decays over a chunk: (weights to weights, momenta to weights), momenta to momenta."""
     end_of_weight, end_of_momentum = (
         inputs.weight_rows[:, -1, :2, None, None],
         inputs.momentum_rows[:, -1, 1, None, None],
@@ -231,7 +231,7 @@ def _carry(inputs: ChunkInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 def _end(inputs: ChunkInputs, surprise: _Surprise, part: int) -> Float[Tensor, "lanes width"]:
-    """Return the share of each write at the chunk's end, in the weights (part 0) or the momenta (1)."""
+    """Return the share of each write that remains at the chunk's end, in the weights (part 0) or the momenta (1)."""
     return inputs[4 + part][:, -1, 2:] * surprise.theta
 
 
@@ -249,6 +249,6 @@ def _silu_slope(z: Tensor) -> Tensor:
 
 
 def _silu_curve(z: Tensor) -> Tensor:
-    """The second derivative of SiLU."""
+    """Return the second derivative of SiLU."""
     gate = torch.sigmoid(z)
     return (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)

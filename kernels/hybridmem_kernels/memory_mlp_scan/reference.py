@@ -1,8 +1,8 @@
-"""The deep memory, token by token: the definition that everything else is tested against.
+"""Token-by-token deep memory, the definition against which every other implementation is tested.
 
-Titans (arXiv 2501.00663), equations 9-14, with an MLP M(W; x) = x + f(x), f of `depth` linear maps with SiLU
-between them. A token's gradient is taken at the weights of the start of its chunk (section 3.2), chunks being
-counted from the document's first token:
+Titans (arXiv 2501.00663), equations 9-14, with an MLP M(W; x) = x + f(x), where f consists of `depth` linear maps with
+SiLU in between. A token's gradient is taken at the first weights of its chunk (section 3.2). Chunks are counted from
+the document's first token:
 
     G_t = grad_W ½‖M(W; k_t) - v_t‖²  at W = the chunk's first weights, scaled down to max_grad_norm
     S_t = eta_t S_{t-1} - theta_t G_t
@@ -29,17 +29,17 @@ class MemoryMLPState(NamedTuple):
 
     weights: LayerWeights
     momenta: LayerWeights
-    anchors: LayerWeights  # where the open chunk takes its gradients
-    filled: Int[Tensor, " batch"]  # tokens in the open chunk; 0: the next token opens one
+    anchors: LayerWeights  # weights at which the open chunk takes its gradients
+    filled: Int[Tensor, " batch"]  # number of tokens in the open chunk; 0: the next token opens a chunk
 
     def detach(self) -> "MemoryMLPState":
-        """Cut the state from the graph that made it, for truncated backpropagation."""
+        """Detach the state from its graph, for truncated backpropagation."""
         weights, momenta, anchors = (tuple(w.detach() for w in layers) for layers in self[:3])
         return MemoryMLPState(weights, momenta, anchors, self.filled)
 
 
 def initial_state(weights: Sequence[Float[Tensor, "heads _ _"]], batch: int, dtype: torch.dtype) -> MemoryMLPState:
-    """A memory that has read nothing: the learned weights, no momentum."""
+    """Return the state of an empty memory: the learned weights, and zero momentum."""
     learned = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
     zeros = tuple(torch.zeros_like(w) for w in learned)
     return MemoryMLPState(learned, zeros, learned, torch.zeros(batch, dtype=torch.long, device=weights[0].device))
@@ -48,7 +48,7 @@ def initial_state(weights: Sequence[Float[Tensor, "heads _ _"]], batch: int, dty
 def memory_mlp(
     weights: LayerWeights, x: Float[Tensor, "batch heads time dim"]
 ) -> Float[Tensor, "batch heads time dim"]:
-    """M(W; x): what the memory answers to `x`."""
+    """Compute M(W; x), the memory's output for `x`."""
     hidden = x
     for weight in weights[:-1]:
         hidden = F.silu(hidden @ weight)
@@ -69,7 +69,7 @@ def memory_mlp_scan_reference(
     chunk_size: int,
     max_grad_norm: float | None,
 ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryMLPState]:
-    """Return (out, state); shapes as in `memory_mlp_scan`. Gradients come from autograd, one token at a time."""
+    """Compute (out, state) token by token, with gradients from autograd; shapes as in `memory_mlp_scan`."""
     dtype = state_dtype(q.dtype)
     fresh = initial_state(learned, q.shape[0], dtype)
     valid = torch.ones_like(alpha[:, 0], dtype=torch.bool) if mask is None else mask

@@ -1,4 +1,4 @@
-"""The deep memory on a GPU: what is launched, forward and backward."""
+"""Deep memory in Triton, as an autograd function: kernel launches of forward and backward."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,11 +31,11 @@ from .triton_tokens import decays_backward_kernel, decays_kernel, gather_kernel,
 
 __all__ = ["builds", "memory_mlp_scan_triton"]
 
-UNBOUNDED = 2.0**60  # a bound that leaves theta as it is to the last bit, and that no finite gradient reaches
+UNBOUNDED = 2.0**60  # a bound that no finite gradient reaches and that leaves theta bitwise unchanged
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], work: dict[str, Any], call: "Call") -> None:
-    """Run `kernel` on what it takes of `work`."""
+    """Launch `kernel` with its arguments, taken from `work` by name."""
     backend = "cuda" if torch.version.hip is None else "hip"
     arguments = {name: work[name] for name in kernel.arg_names if name in work}
     arguments |= constexprs(kernel, call.shape, call.half, backend)
@@ -43,18 +43,18 @@ def _launch(kernel: Any, grid: tuple[int, ...], work: dict[str, Any], call: "Cal
 
 
 class Call(NamedTuple):
-    """What a call's forward and backward know beside tensors to differentiate."""
+    """Non-differentiable description of a call, shared by forward and backward."""
 
     half: bool
     shape: Shape
     widths: tuple[int, ...]
     blocks: Blocks
     max_grad_norm: float
-    masked: bool  # some tokens may stand in no chunk
+    masked: bool  # some tokens may belong to no chunk
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Call":
-        """Cut time into chunks, and widths into tiles."""
+        """Split time into chunks and widths into tiles."""
         blocks, widths = inputs.blocks(), widths_of(inputs)
         half = all(x.dtype != torch.float32 for x in inputs[:3])
         shape = shape_of(widths, blocks.times.shape[-1])
@@ -62,19 +62,19 @@ class Call(NamedTuple):
         return cls(half, shape, widths, blocks, bound, inputs.mask is not None)
 
     def pack(self, layers: Sequence[Tensor]) -> list[Float[Tensor, "... size"]]:
-        """Groups of layers, each padded to whole tiles and laid end to end, in float32."""
+        """Pack groups of layers: pad each layer to whole tiles, and concatenate the layers of a group in float32."""
         depth = len(self.widths) - 1
         return [_pack(layers[i : i + depth], self.shape) for i in range(0, len(layers), depth)]
 
     def unpack(self, packed: Float[Tensor, "... size"]) -> tuple[Tensor, ...]:
-        """The layers of a group, as wide as the model has them."""
+        """Split a packed group into its layers, without padding."""
         layers = packed.split([rows * columns for rows, columns in self.shape.matrices], dim=-1)
         sizes = zip(layers, self.shape.matrices, pairwise(self.widths), strict=True)
         return tuple(w.unflatten(-1, size)[..., :rows, :columns] for w, size, (rows, columns) in sizes)
 
 
 def widths_of(inputs: Inputs) -> tuple[int, ...]:
-    """In and out of every layer."""
+    """Return the widths before and after every layer."""
     learned = inputs.layers[: len(inputs.layers) // 4]
     return (inputs.q.shape[-1], *(w.shape[-1] for w in learned))
 
@@ -94,10 +94,12 @@ def memory_mlp_scan_triton(
     max_grad_norm: float | None,
     even: bool = False,
 ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryMLPState]:
-    """Return (out, state) as the reference does; `even`: every row begins a chunk and is one document, unpadded.
+    """Compute (out, state) as defined by the reference.
+
+    `even` declares that every row is one document without padding and begins with a new chunk.
 
     Raises:
-        ValueError: float64, or a chunk or width that the kernels are not made for.
+        ValueError: the inputs are float64, or the kernels do not support the chunk size or a width.
     """
     widths = (q.shape[-1], *(w.shape[-1] for w in learned))
     check_dtypes((q, k, v))
@@ -111,7 +113,7 @@ def memory_mlp_scan_triton(
         weights, momenta, anchors = (tuple(after[i * depth : (i + 1) * depth]) for i in range(3))
         return out, MemoryMLPState(weights, momenta, anchors, filled)
     call = Call.of(inputs)
-    if not call.blocks.times.numel():  # nothing but padding
+    if not call.blocks.times.numel():  # every token is padding
         return torch.zeros_like(v), state
     out, *packed = _Scan.apply(*inputs[:6], *call.pack(layers), call)
     weights, momenta, anchors = (call.unpack(group) for group in packed)
@@ -119,7 +121,7 @@ def memory_mlp_scan_triton(
 
 
 def _pack(layers: Sequence[Tensor], shape: Shape) -> Float[Tensor, "... size"]:
-    """Layers padded to whole tiles, end to end, in float32."""
+    """Pad layers to whole tiles and concatenate them in float32."""
     padded = [
         torch.nn.functional.pad(w.float(), (0, columns - w.shape[-1], 0, rows - w.shape[-2])).flatten(-2)
         for w, (rows, columns) in zip(layers, shape.matrices, strict=True)
@@ -128,7 +130,7 @@ def _pack(layers: Sequence[Tensor], shape: Shape) -> Float[Tensor, "... size"]:
 
 
 class _Scan(torch.autograd.Function):
-    """The scan on packed layers; keeps its inputs and the states before every chunk."""
+    """Autograd function of the scan on packed layers; it saves its inputs and the states before every chunk."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -158,7 +160,7 @@ def scan_forward(
     momenta: Tensor,
     anchors: Tensor,
 ) -> tuple[tuple[Tensor, ...], Float[Tensor, "lanes slots 2 size"]]:
-    """Return (out, weights, momenta, anchors), layers packed, and the states before every chunk for the backward."""
+    """Compute (out, weights, momenta, anchors), packed, and the states before every chunk for the backward."""
     shape, blocks = call.shape, call.blocks
     batch, heads = q.shape[:2]
     lanes, count = batch * heads, blocks.times.shape[1]
@@ -189,7 +191,7 @@ def scan_backward(
     states: Tensor,
     grads: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The gradients of what `scan_forward` is given, from those of (out, weights, momenta, anchors)."""
+    """Compute the gradients of the inputs of `scan_forward` from those of (out, weights, momenta, anchors)."""
     grad_out, grad_weights, grad_momenta, grad_anchors = grads
     tokens, gates = (q, k, v), (alpha, eta, theta)
     batch, heads, count = *alpha.shape[:2], call.blocks.times.shape[1]
@@ -219,7 +221,7 @@ def scan_backward(
         _launch(scan_backward_kernel, (lanes,), work, call)
         _launch(decays_backward_kernel, (chunks,), work, call)
         _launch(scatter_kernel, (chunks,), work, call)
-    given = (end_anchor > count)[:, None, None]  # no chunk was begun: the anchors stay those given
+    given = (end_anchor > count)[:, None, None]  # rows that began no chunk and kept the given anchors
     of_tokens = [work[f"grad_{name}_ptr"] for name in ("q", "k", "v", "alpha", "eta", "theta")]
     grad_start = work["grad_state_ptr"].unbind(2)
     grad_given = work["grad_anchor_ptr"] + grad_anchors.where(given, 0)
@@ -231,13 +233,13 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _token_output(like: Tensor, call: Call) -> Tensor:
-    """Allocate an output per token; masked tokens get zeros."""
+    """Allocate an output per token, with zeros for masked tokens."""
     make = torch.zeros if call.masked else torch.empty
     return make(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _end_anchor(blocks: Blocks) -> Int[Tensor, " batch"]:
-    """The state at which a row's last chunk takes its gradients."""
+    """Return the index of the state at which each row's last chunk takes its gradients."""
     count = blocks.begins.shape[1]
     numbers = torch.arange(1, count + 1, device=blocks.begins.device)
     last = (blocks.begins * numbers).amax(1) - 1
@@ -247,7 +249,7 @@ def _end_anchor(blocks: Blocks) -> Int[Tensor, " batch"]:
 def _work(
     call: Call, tokens: Sequence[Tensor], gates: Sequence[Tensor], grad_out: Tensor | None = None
 ) -> dict[str, Any]:
-    """What forward and backward hand to the kernels alike, by the kernels' own names."""
+    """Collect the kernel arguments that forward and backward share, by name."""
     shape, blocks = call.shape, call.blocks
     batch, heads, time = gates[0].shape
     count = blocks.times.shape[1]
@@ -270,7 +272,7 @@ def _work(
 
 
 def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
-    """A tensor of tokens and its strides, as the gather takes them."""
+    """Return a token tensor and its strides as arguments of the gather kernel."""
     if x is not None and x.stride(-1) != 1:
         x = x.contiguous()
     strides = (0, 0, 0) if x is None else x.stride()[:3]

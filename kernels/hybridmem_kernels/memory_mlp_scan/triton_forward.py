@@ -1,6 +1,6 @@
-"""The forward: the weights from chunk to chunk, one lane a program, then all answers at once.
+"""Forward kernels: one program per lane scans the weights from chunk to chunk, then all answers are read in parallel.
 
-Equations are those of README.md.
+Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -61,7 +61,7 @@ def _write(
     shape,
     CUT: tl.constexpr,
 ):
-    """A layer's weights and momenta at the chunk's end; where the next one starts a document, its fresh ones."""
+    """Store a layer's weights and momenta at the chunk's end, or fresh ones if the next chunk starts a document."""
     _, _, _, slots = shape
     last = slots - 1
     of_weight = tl.load(vectors_ptr + OF_WEIGHT * slots + last)
@@ -108,9 +108,10 @@ def scan_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """One lane, chunk after chunk: state n is what chunk n starts from, the last but one the end.
+    """Scan one lane chunk by chunk.
 
-    The last state is where the first chunk takes its gradients when an earlier call has begun it.
+    State n is the initial state of chunk n, and the second to last state is the final one. The last state holds the
+    anchors of a first chunk that an earlier call has begun.
     """
     shape = (depth, width, hidden, slots)
     lane = tl.program_id(0).to(tl.int64)
@@ -131,7 +132,7 @@ def scan_kernel(
         surprise(z, u, states_ptr + anchor * (2 * state_size(shape)), vectors, max_grad_norm, shape, CUT)
         following = block + 1 < blocks
         new_document = tl.load(new_document_ptr + batch * blocks + block + 1, mask=following, other=0) != 0
-        # (8): the state that the next chunk starts from
+        # (8): the initial state of the next chunk
         for layer in tl.range(0, depth, disable_licm=True):
             _write(
                 z, u, start, start + 2 * state_size(shape), fresh_ptr, new_document, vectors, decays, layer, shape, CUT
@@ -162,7 +163,7 @@ def read_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """The answers to CUT.rows queries of one chunk, layer after layer."""
+    """Compute the answers to CUT.rows queries of one chunk, layer by layer."""
     shape = (depth, width, hidden, slots)
     program, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * CUT.rows
     lane, block = program // blocks, program % blocks

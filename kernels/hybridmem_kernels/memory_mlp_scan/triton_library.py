@@ -1,4 +1,4 @@
-"""Operators of torch.library for compiled graphs: the scan in Triton."""
+"""torch.library operators of the Triton scan, for compiled graphs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from .library import INPUTS
 
 @torch.library.custom_op("hybridmem::memory_mlp_scan_triton", mutates_args=(), schema=f"({INPUTS}) -> Tensor[]")
 def memory_mlp_scan_triton_operator(*arguments: Any) -> list[Tensor]:
-    """Return out, filled, the layers of weights, momenta and anchors, and the states before every chunk."""
+    """Compute out, filled, the layers of weights, momenta and anchors, and the states before every chunk."""
     inputs = Inputs._make(arguments)
     call = triton_module(__package__).Call.of(inputs)
     learned, *state = call.pack(inputs.layers)
     if call.blocks.times.numel():
         (out, *ends), states = triton_module(__package__).scan_forward(call, *inputs[:6], learned, *state)
-        states[:, -1, 1] = 0  # the given anchors have no momenta: nobody writes there, and results must not be random
-    else:  # nothing but padding
+        states[:, -1, 1] = 0  # the given anchors have no momenta, and uninitialised memory must not be returned
+    else:  # every token is padding
         out, ends, states = torch.zeros_like(inputs.v), state, learned.new_zeros(_states(inputs, 2))
     layers = [w for packed in ends for w in call.unpack(packed)]
     return own_memory((out, call.blocks.filled, *layers, states), given((*inputs[:9], *inputs.layers)))
@@ -30,7 +30,7 @@ def memory_mlp_scan_triton_operator(*arguments: Any) -> list[Tensor]:
 def _(*arguments: Any) -> list[Tensor]:
     inputs = Inputs._make(arguments)
     count: Any = -(-inputs.q.shape[2] // inputs.chunk_size) + 2
-    if not inputs.even:  # where documents begin decides how many
+    if not inputs.even:  # the number depends on the positions at which documents begin
         count = torch.library.get_ctx().new_dynamic_size()
     state = inputs.layers[len(inputs.layers) // 4 :]
     new = inputs.alpha.new_empty
@@ -45,7 +45,7 @@ def _(*arguments: Any) -> list[Tensor]:
     schema=f"({INPUTS}, Tensor states, Tensor? grad_out, Tensor?[] grads) -> Tensor[]",
 )
 def memory_mlp_scan_triton_backward_operator(*arguments: Any) -> list[Tensor]:
-    """Return the gradients of tokens, then those of layers."""
+    """Compute the gradients of tokens, followed by the gradients of layers."""
     inputs, (states, grad_out, grads) = Inputs._make(arguments[:13]), arguments[13:]
     call = triton_module(__package__).Call.of(inputs)
     depth = len(inputs.layers) // 4

@@ -1,4 +1,4 @@
-"""Sizes, tiles and warps of the deep memory's kernels, and the list of ahead-of-time builds."""
+"""Sizes, tiles and warps of the deep memory's kernels, and their ahead-of-time builds."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,8 +17,8 @@ from .triton_tokens import decays_backward_kernel, decays_kernel, gather_kernel,
 
 MOST_HIDDEN = 1024
 TILE = 32  # widths are padded to whole tiles of this many columns
-WIDE_TILE = 64  # of a tile where widths are whole ones of these, and registers allow it: fewer and faster products
-READ_ROWS = 32  # tokens that a program of read_kernel answers
+WIDE_TILE = 64  # columns of a tile if all widths are multiples and registers suffice: fewer and faster products
+READ_ROWS = 32  # tokens per program of read_kernel
 ROW_BY_ROW = (decays_kernel, decays_backward_kernel)
 WITH_DOTS = (scan_kernel, read_kernel, surprise_kernel, read_backward_kernel, scan_backward_kernel)
 TOKEN_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr", "out_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr")
@@ -33,13 +33,13 @@ OTHER_POINTERS = {
 
 
 class Shape(NamedTuple):
-    """Sizes that are arguments of the kernels: other depths and widths need no other kernel.
+    """Sizes that are kernel arguments, so that one kernel serves all depths and widths.
 
     Args:
         dim: columns of a token.
-        depth: layers.
-        width, hidden: columns of the memory's ends and of its inside, in whole tiles.
-        used: slots of a chunk that tokens can have.
+        depth: number of layers.
+        width, hidden: columns of the outer and the hidden layers, padded to whole tiles.
+        used: slots of a chunk that can hold tokens.
     """
 
     dim: int
@@ -50,38 +50,38 @@ class Shape(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Slots of a chunk, padded."""
+        """Return the padded number of slots of a chunk."""
         return max(32, triton.next_power_of_2(self.used))
 
     @property
     def is_wide(self) -> bool:
-        """Whether widths are whole wide tiles."""
+        """Return True if all widths are multiples of wide tiles."""
         return self.width % WIDE_TILE == 0 and self.hidden % WIDE_TILE == 0
 
     @property
     def row_size(self) -> int:
-        """Numbers in a row of scratch."""
+        """Return the number of elements in a row of scratch."""
         return (self.depth - 1) * self.hidden + self.width
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """Rows and columns of every layer's matrix in scratch."""
+        """List the rows and columns of every layer's matrix in scratch."""
         return list(pairwise([self.width, *[self.hidden] * (self.depth - 1), self.width]))
 
     @property
     def state_size(self) -> int:
-        """Numbers in the weights of a lane."""
+        """Return the number of elements in the weights of a lane."""
         return sum(rows * columns for rows, columns in self.matrices)
 
 
 def shape_of(widths: Sequence[int], used: int) -> Shape:
-    """Widths in whole tiles; `used` slots of a chunk can hold tokens."""
+    """Pad widths to whole tiles; `used` slots of a chunk can hold tokens."""
     width, hidden = (triton.cdiv(size, TILE) * TILE for size in (widths[0], max(widths[1:-1])))
     return Shape(widths[0], len(widths) - 1, width, hidden, used)
 
 
 def check_dtypes(tokens: Sequence[Tensor]) -> None:
-    """Raise a ValueError for tokens that the kernels are not made for."""
+    """Raise a ValueError for token dtypes that the kernels do not support."""
     for x in tokens:
         if x.dtype not in DTYPES:
             raise ValueError(
@@ -90,7 +90,7 @@ def check_dtypes(tokens: Sequence[Tensor]) -> None:
 
 
 def check_sizes(widths: tuple[int, ...], chunk_size: int) -> None:
-    """Raise a ValueError that names the limit for a chunk or widths that the kernels are not made for."""
+    """Raise a ValueError that names the limit if the kernels do not support the chunk size or a width."""
     limits = [("a chunk_size of", chunk_size, 128), ("a dim of", widths[0], 256)]
     limits += [("hidden layers as wide as", width, MOST_HIDDEN) for width in widths[1:-1]]
     for name, size, most in limits:
@@ -114,14 +114,14 @@ def constexprs(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str,
 
 
 def _operands(half: bool, backend: str) -> str:
-    """Tokens of 16 bits lose nothing to TF32's 11 digits, and keep float32's range; float32 takes it thrice."""
+    """Choose the precision of products: TF32 holds 16-bit tokens exactly with float32's range; float32 needs 3xTF32."""
     if half:
         return "tf32"
     return "ieee" if backend == "hip" else "tf32x3"  # CDNA multiplies float32 in full
 
 
 def options(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str, int]:
-    """Warps and stages: nothing spills, and no loop reads ahead of what it writes."""
+    """Choose warps and stages such that no register spills and no loop prefetches data that it has yet to write."""
     if kernel in ROW_BY_ROW:
         return dict(num_warps=1, num_stages=1)
     if half and backend == "cuda" and shape.is_wide:
@@ -130,26 +130,26 @@ def options(kernel: Any, shape: Shape, half: bool, backend: str) -> dict[str, in
         few = not half or (shape.slots == 32 and kernel in (scan_kernel, read_backward_kernel))
     chosen = dict(num_warps=4 if few else 8, num_stages=1)
     if backend == "cuda" and kernel is read_kernel:
-        chosen |= dict(maxnreg=224)  # left to itself the compiler takes fewer, and spills
+        chosen |= dict(maxnreg=224)  # by default the compiler uses fewer registers and spills
     return chosen
 
 
 def builds(widths: Sequence[int], chunk_size: int, dtype: torch.dtype, backend: str = "cuda") -> list[Build]:
-    """Every kernel that a call launches, forward and backward.
+    """List every kernel that a call launches in forward and backward.
 
     Args:
-        widths: in and out of every layer: (64, 256, 64) is depth 2 with an expansion of 4. The kernels learn them
-            when they run: memories that differ in those, or in the bound on gradients, share their kernels.
+        widths: widths before and after every layer: (64, 256, 64) is depth 2 with an expansion of 4. Widths and the
+            gradient bound are run-time arguments: memories that differ only in them share their kernels.
         chunk_size: as in `memory_mlp_scan`.
-        dtype: of q, k and v; the gates are float32.
+        dtype: dtype of q, k and v; the gates are float32.
         backend: "cuda" or "hip".
 
     Raises:
-        ValueError: a chunk or width that the kernels are not made for.
+        ValueError: the kernels do not support the chunk size or a width.
     """
     check_sizes(tuple(widths), chunk_size)
     shape = shape_of(widths, chunk_size)
-    absent = dict(grad_out_ptr=None, grad_y_ptr=None)  # the gather, as the forward launches it
+    absent = dict(grad_out_ptr=None, grad_y_ptr=None)  # arguments that the forward's gather omits
     kernels = (gather_kernel, decays_kernel, *WITH_DOTS, decays_backward_kernel, scatter_kernel)
     return [
         _build(gather_kernel, shape, dtype, backend, absent),

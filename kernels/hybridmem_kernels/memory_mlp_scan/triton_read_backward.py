@@ -1,7 +1,7 @@
-"""The backward of all answers at once, each chunk from the state that it started from. Equations are README.md's.
+"""Backward kernels of the answers, in parallel over chunks, each from its initial state.
 
-Gradients have the place of what they belong to: grad_y that of y, grad_error (of delta) that of u, and grad_a, of what
-each layer takes, that of the inputs in z.
+Gradients share the layout of their tensors: grad_y that of y, grad_error (of delta) that of u, and grad_a, the gradient
+of each layer's input, that of the inputs in z. Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -85,7 +85,7 @@ def _pairs(
     shape,
     CUT: tl.constexpr,
 ):
-    """M = (D ⊙ X aᵀ) r of (7) and the gradient of X aᵀ, into `pairs`; gradients of D and of the rates."""
+    """Write M = (D ⊙ X aᵀ) r of (7) and the gradient of X aᵀ to `pairs`; compute the gradients of D and the rates."""
     depth, _, hidden, slots = shape
     first = layer == depth - 1
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -113,7 +113,7 @@ def _pairs(
 @triton.jit
 @no_type_check
 def _back_through(grad_y, matrices, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of a layer's output gradients times its transposed matrix."""
+    """Multiply a tile of a layer's output gradients by the layer's transposed matrix."""
     _, _, hidden, _ = shape
     total = zero_tile(CUT.rows, CUT.tile)
     for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
@@ -143,7 +143,7 @@ def _queries_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Gradients of a layer's queries X, and of R_w[i, 0] and R_w[i, 1], through (7)."""
+    """Compute the gradients of a layer's queries X, R_w[i, 0] and R_w[i, 1] through (7)."""
     depth, _, hidden, slots = shape
     first = layer == depth - 1
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -187,7 +187,7 @@ def _writes_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """Gradients of a layer's a and δ through the chunk's own queries: the last term of (7)."""
+    """Compute the gradients of a layer's a and δ through the last term of (7)."""
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -236,7 +236,7 @@ def read_backward_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """One chunk: its answers once more, then their gradient, the last layer first."""
+    """Recompute the answers of one chunk, then backpropagate through them, last layer first."""
     shape = (depth, width, hidden, slots)
     program = tl.program_id(0).to(tl.int64)
     lane, block = program // blocks, program % blocks
@@ -254,14 +254,14 @@ def read_backward_kernel(
     grad_decays = grad_decays_ptr + program * (slots * slots)
     state = states_ptr + (lane * (blocks + 2) + block) * (2 * state_size(shape))
     chunk = lane // heads * blocks + block
-    # (7): the answers of every layer but the last
+    # (7): the answers of every layer except the last
     for layer in tl.range(0, depth - 1, disable_licm=True):
         for row in tl.range(0, slots, CUT.rows, disable_licm=True):
             for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
                 answer = read(y, z, u, state, vectors, decays, row, column, layer, shape, CUT)
                 tl.store(input_tile(y, row, layer * hidden + column, shape, CUT), answer)
         tl.debug_barrier()
-    # (7) backwards
+    # (7), backward
     for back in tl.range(1, depth + 1, disable_licm=True):
         _pairs(y, z, u, grad_y, vectors, decays, grad_vectors, grad_decays, pairs, depth - back, shape, CUT)
         tl.debug_barrier()

@@ -1,8 +1,8 @@
-"""The backward of the walk over chunks, the last one first: through the writes and the inner gradient.
+"""Backward kernels of the scan over chunks, last chunk first: through the writes and the inner gradient.
 
-The error δ of a layer comes from the layer above and from its own z. So grad_error climbs the layers, and then all
-gradients come down again. triton_read_backward.py has already written the answers' share of them. Equations are those
-of README.md.
+The error δ of a layer depends on the layer above and on its own z. Therefore grad_error first ascends the layers, and
+then all gradients descend again. triton_read_backward.py has already written the contribution of the answers. Equation
+numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -45,7 +45,7 @@ from .triton_tiles import (
 @triton.jit
 @no_type_check
 def _inputs_through(z, matrices, total, scale, row, column, layer, shape, CUT: tl.constexpr):
-    """Take a tile of a layer's scaled inputs times a matrix off `total`."""
+    """Subtract a tile of a layer's scaled inputs times a matrix from `total`."""
     for inner in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         a = load_input(z, row, inner, layer, shape, CUT) * -scale[:, None]
         matrix = load_matrix(matrices, inner, column, layer, shape, CUT)
@@ -70,7 +70,7 @@ def _write_backward(
 ):
     """Add the gradients of a layer's a and δ through the chunk's end (8); `to_*` are the decays of writes times rates.
 
-    Returns every token's aᵀ dW_C δ and aᵀ dS_C δ.
+    Return every token's aᵀ dW_C δ and aᵀ dS_C δ.
     """
     _, _, hidden, _ = shape
     along_weight, along_momentum = zero_vector(CUT.rows), zero_vector(CUT.rows)
@@ -133,10 +133,10 @@ def _rates_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """From the chunk's end to a, δ, theta and the last rows of the decays: (8), then (6), backwards."""
+    """Backpropagate from the chunk's end to a, δ, theta and the last rows of the decays, through (8) and (6)."""
     depth, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
-        # (8) backwards: a, δ, rates and decays
+        # (8), backward: a, δ, rates and decays
         rate = tl.load(vector(vectors, RATE, row, shape, CUT))
         decay = tl.load(vector(decays, slots - 1, row, shape, CUT))
         momentum_decay = tl.load(vector(decays, 2 * slots - 1, row, shape, CUT))
@@ -152,11 +152,11 @@ def _rates_backward(
         grad_rate = tl.load(vector(grad_vectors, RATE, row, shape, CUT))
         grad_rate -= decay * along_weight + momentum_decay * along_momentum
         tl.debug_barrier()
-        # (6) backwards: theta, and a and δ through the bound
+        # (6), backward: theta, and a and δ through the bound
         norm = gradient_norm(z, u, row, shape, CUT)
         least = max_grad_norm * max_grad_norm
         scale = max_grad_norm / tl.sqrt(tl.maximum(norm, least))
-        # The square root has no gradient at 0, where the bound does not bind.
+        # The square root has no gradient at 0, where the bound is inactive.
         theta = tl.load(vector(vectors, THETA, row, shape, CUT))
         grad_norm = tl.where(norm > least, -0.5 * grad_rate * theta * scale / tl.maximum(norm, least), 0.0)
         for layer in tl.range(0, depth, disable_licm=True):
@@ -175,7 +175,7 @@ def _climb(
     shape,
     CUT: tl.constexpr,
 ):
-    """Add the gradient of a layer's δ through u of the layer below (9)."""
+    """Add the gradient of a layer's δ through u of the previous layer (9)."""
     _, _, hidden, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
@@ -199,7 +199,7 @@ def _load_grad_output(
     shape,
     CUT: tl.constexpr,
 ):
-    """Load dz, the gradient of a layer's output over the keys; at the last layer it is dδ, as δ = k + z - v."""
+    """Load dz, the gradient of a layer's output over the keys; at the last layer it is dδ because δ = k + z - v."""
     depth, _, hidden, _ = shape
     at = layer * hidden + column
     if layer == depth - 1:
@@ -221,7 +221,7 @@ def _descend(
     shape,
     CUT: tl.constexpr,
 ):
-    """From dz of a layer to da, and to dz of the layer below, through SiLU and through SiLU's slope in δ (10)."""
+    """Backpropagate dz of a layer to da, and to dz of the previous layer through SiLU and its slope in δ (10)."""
     _, _, _, slots = shape
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
@@ -243,7 +243,7 @@ def _descend(
 @triton.jit
 @no_type_check
 def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, layer, shape, CUT: tl.constexpr):
-    """Add a tile of the gradient that the chunk's queries give W_0 or S_0 through (7); `WHICH` is its decay."""
+    """Add a tile of the gradient of W_0 or S_0 through the chunk's queries (7); `WHICH` selects its decay."""
     _, _, hidden, slots = shape
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
         x = tl.trans(load_input(y, source, row, layer, shape, CUT))
@@ -256,7 +256,7 @@ def _of_queries(y, grad_y, vectors, total, WHICH: tl.constexpr, row, column, lay
 @triton.jit
 @no_type_check
 def _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of the anchor's gradient (11): through the output, and through u."""
+    """Compute a tile of the anchor's gradient (11) through the output and through u."""
     _, _, _, slots = shape
     total = zero_tile(CUT.tile, CUT.tile)
     for source in tl.range(0, slots, CUT.rows, disable_licm=True):
@@ -293,10 +293,10 @@ def _state_backward(
     shape,
     CUT: tl.constexpr,
 ):
-    """A layer's gradients from the chunk's end to its start, in place.
+    """Backpropagate a layer's state gradients from the chunk's end to its start, in place.
 
-    Returns the gradients of the shares of the first weights and momenta that are left at the end: of the weights in
-    the weights, of the momenta in the weights, of the momenta in the momenta.
+    Return the gradients of the decays of the initial state over the chunk: weights to weights, momenta to weights,
+    momenta to momenta.
     """
     _, _, _, slots = shape
     last = slots - 1
@@ -311,7 +311,7 @@ def _state_backward(
             at = tile(tl.cast(matrix_start(layer, shape), tl.int32), row, column, stride, CUT.tile, CUT.tile)
             grad_weight, grad_momentum = tl.load(grad_state + at), tl.load(grad_state + state_size(shape) + at)
             weight, momentum = tl.load(state + at), tl.load(state + state_size(shape) + at)
-            # (8) backwards: the shares of the first state, then W_0 and S_0, which queries read too (7)
+            # (8), backward: the decays of the initial state, then W_0 and S_0, which queries also read (7)
             grad_of_weight += tl.sum(grad_weight * weight, 0)
             grad_of_momentum += tl.sum(grad_weight * momentum, 0)
             grad_momentum_kept += tl.sum(grad_momentum * momentum, 0)
@@ -321,7 +321,7 @@ def _state_backward(
             grad_weight = _of_queries(
                 y, grad_y, vectors, grad_weight * of_weight, OF_WEIGHT, row, column, layer, shape, CUT
             )
-            # (11): the anchor's gradient, to W_0 or to the anchors given; a document's start takes all
+            # (11): the anchor's gradient, to W_0 or the given anchors; at a document's start, to the fresh weights
             grad_gradients = _of_keys(z, u, grad_a, grad_error, row, column, layer, shape, CUT)
             tl.store(grad_anchor + at, grad_gradients, mask=tile_mask(begins == 0, CUT.tile, CUT.tile))
             grad_weight += tl.where(begins, grad_gradients, 0.0)
@@ -362,7 +362,7 @@ def scan_backward_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """One lane, the last chunk first: grad_state goes from the end's gradient to the start's."""
+    """Scan one lane in reverse; grad_state changes from the final state's gradient to the initial state's gradient."""
     shape = (depth, width, hidden, slots)
     lane = tl.program_id(0).to(tl.int64)
     batch = lane // heads

@@ -1,14 +1,13 @@
-"""Layout of a chunk in memory, and building blocks of the kernels for its tiles. Equations are those of README.md.
+"""Memory layout of a chunk, and building blocks of the kernels for its tiles. Equation numbers refer to README.md.
 
-A program works on a (batch, head) lane or on one chunk of it. Every operand of a matrix product lies in float32
-scratch, padded with zeros to whole tiles, so no product needs a mask. A chunk has four kinds of it:
+A program works on a (batch, head) lane or on one chunk of a lane. Every operand of a matrix product is in float32
+scratch memory, padded with zeros to whole tiles, so products need no masks. A chunk has four kinds of scratch:
 
-    rows      (slots, columns)     one row a token: what comes out of each layer side by side, the last one's behind
-                                   the others. No layer takes the last output in, so what the *first* layer takes
-                                   stands in its place, wherever inputs are kept.
-    vectors   (VECTORS, slots)     one number a token: gates and decays
+    rows      (slots, columns)     one row per token, with the outputs of all layers in order. No layer reads the last
+                                   output; where inputs are stored, the input of the first layer takes its place.
+    vectors   (VECTORS, slots)     one number per token: gates and decays
     decays    (2, slots, slots)    D of weights and of momenta (decays.py)
-    state     (2, state_size)      weights, then momenta, the layers end to end
+    state     (2, state_size)      weights, then momenta, with the layers concatenated
 """
 
 from typing import NamedTuple, no_type_check
@@ -22,7 +21,7 @@ class Cut(NamedTuple):
 
     Args:
         rows, tile: tokens and columns of a tile.
-        precision: of the matrix products' operands.
+        precision: precision of operands in matrix products.
     """
 
     rows: int
@@ -30,15 +29,15 @@ class Cut(NamedTuple):
     precision: str
 
 
-# The vectors of a chunk; their gradients have the same places.
+# Indices of a chunk's vectors, and of their gradients.
 KEEP = tl.constexpr(0)
 ETA = tl.constexpr(1)
 ACTIVE = tl.constexpr(2)
 THETA = tl.constexpr(3)
-RATE = tl.constexpr(4)  # theta with the bound on the gradient in it
-OF_WEIGHT = tl.constexpr(5)  # share of the chunk's first weights in a token's weights
-OF_MOMENTUM = tl.constexpr(6)  # share of its first momenta in a token's weights
-MOMENTUM_KEPT = tl.constexpr(7)  # share of its first momenta in a token's momenta
+RATE = tl.constexpr(4)  # theta, including the gradient bound
+OF_WEIGHT = tl.constexpr(5)  # share of the chunk's initial weights in a token's weights
+OF_MOMENTUM = tl.constexpr(6)  # share of the chunk's initial momenta in a token's weights
+MOMENTUM_KEPT = tl.constexpr(7)  # share of the chunk's initial momenta in a token's momenta
 LAST_MOMENTA = tl.constexpr(8)  # gradient of the last row of the momenta's decays
 VECTORS = tl.constexpr(9)
 
@@ -46,7 +45,7 @@ VECTORS = tl.constexpr(9)
 @triton.jit
 @no_type_check
 def row_size(shape):
-    """Numbers in a row."""
+    """Return the number of elements in a row."""
     depth, width, hidden, _ = shape
     return tl.multiple_of((depth - 1) * hidden + width, 16)
 
@@ -54,7 +53,7 @@ def row_size(shape):
 @triton.jit
 @no_type_check
 def state_size(shape):
-    """Numbers in the weights of one lane."""
+    """Return the number of elements in the weights of one lane."""
     depth, width, hidden, _ = shape
     return tl.multiple_of(2 * width * hidden + (depth - 2) * hidden * hidden, 16)
 
@@ -62,7 +61,7 @@ def state_size(shape):
 @triton.jit
 @no_type_check
 def input_width(layer, shape):
-    """Columns that a layer takes."""
+    """Return the number of input columns of a layer."""
     _, width, hidden, _ = shape
     return tl.multiple_of(tl.where(layer == 0, width, hidden), 16)
 
@@ -70,7 +69,7 @@ def input_width(layer, shape):
 @triton.jit
 @no_type_check
 def output_width(layer, shape):
-    """Columns that a layer gives."""
+    """Return the number of output columns of a layer."""
     depth, width, hidden, _ = shape
     return tl.multiple_of(tl.where(layer == depth - 1, width, hidden), 16)
 
@@ -78,7 +77,7 @@ def output_width(layer, shape):
 @triton.jit
 @no_type_check
 def input_column(layer, shape):
-    """Where a layer's input starts in a row: the layer before has put it there. Its output is at layer * hidden."""
+    """Return the start of a layer's input in a row: the previous layer's output. Outputs start at layer * hidden."""
     depth, _, hidden, _ = shape
     return tl.where(layer == 0, depth - 1, layer - 1) * hidden
 
@@ -86,7 +85,7 @@ def input_column(layer, shape):
 @triton.jit
 @no_type_check
 def matrix_start(layer, shape):
-    """Where a layer's matrix starts in a state."""
+    """Return the offset of a layer's matrix in a state."""
     _, width, hidden, _ = shape
     return tl.where(layer == 0, 0, width * hidden + (layer - 1) * hidden * hidden)
 
@@ -94,7 +93,7 @@ def matrix_start(layer, shape):
 @triton.jit
 @no_type_check
 def tile(ptr, row, column, stride, HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
-    """Pointers to a tile of a matrix in scratch, whose rows start at 16 bytes."""
+    """Return pointers to a tile of a matrix in scratch, with 16-byte aligned rows."""
     corner = tl.multiple_of(ptr + row * stride + column, 16)
     return corner + tl.arange(0, HEIGHT)[:, None] * stride + tl.arange(0, LENGTH)[None, :]
 
@@ -102,7 +101,7 @@ def tile(ptr, row, column, stride, HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def vector(ptr, index, row, shape, CUT: tl.constexpr):
-    """Pointers to a piece of one of a chunk's vectors."""
+    """Return pointers to a piece of one of a chunk's vectors."""
     _, _, _, slots = shape
     return tl.multiple_of(ptr + index * slots + row, 16) + tl.arange(0, CUT.rows)
 
@@ -110,28 +109,28 @@ def vector(ptr, index, row, shape, CUT: tl.constexpr):
 @triton.jit
 @no_type_check
 def zero_vector(LENGTH: tl.constexpr):
-    """Zeros for a sum; the fields of a `Cut` are a shape to Triton 3.7 only once they are arguments."""
+    """Return a vector of zeros; Triton 3.7 accepts fields of a `Cut` as shapes only if they are passed as arguments."""
     return tl.zeros((LENGTH,), tl.float32)
 
 
 @triton.jit
 @no_type_check
 def zero_tile(HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
-    """The same in two axes."""
+    """Return a tile of zeros."""
     return tl.zeros((HEIGHT, LENGTH), tl.float32)
 
 
 @triton.jit
 @no_type_check
 def tile_mask(condition, HEIGHT: tl.constexpr, LENGTH: tl.constexpr):
-    """One condition for a whole tile."""
+    """Broadcast one condition to a mask for a whole tile."""
     return tl.full((HEIGHT, LENGTH), 1, tl.int1) & condition
 
 
 @triton.jit
 @no_type_check
 def slope(x):
-    """The derivative of SiLU."""
+    """Return the derivative of SiLU."""
     gate = tl.sigmoid(x)
     return gate * (1 + x * (1 - gate))
 
@@ -139,7 +138,7 @@ def slope(x):
 @triton.jit
 @no_type_check
 def curvature(x):
-    """The second derivative of SiLU."""
+    """Return the second derivative of SiLU."""
     gate = tl.sigmoid(x)
     return gate * (1 - gate) * (2 + x * (1 - 2 * gate))
 
@@ -153,14 +152,14 @@ def input_tile(
     shape,
     CUT: tl.constexpr,
 ):
-    """Pointers into rows, `column` being counted from the row's start."""
+    """Return pointers to a tile of rows, with `column` counted from the row's start."""
     return tile(ptr, row, column, row_size(shape), CUT.rows, CUT.tile)
 
 
 @triton.jit
 @no_type_check
 def store_sum(target, value, first=False):
-    """Add to what is there; the first to come finds nothing."""
+    """Add `value` to the target, or overwrite the uninitialised target if `first`."""
     before = tl.load(target)
     tl.store(target, tl.where(first, value, value + before))
 
@@ -175,7 +174,7 @@ def load_input(
     shape,
     CUT: tl.constexpr,
 ):
-    """Load a layer's input: SiLU of the output before it."""
+    """Load a layer's input: SiLU of the previous layer's output."""
     x = tl.load(input_tile(x_ptr, row, input_column(layer, shape) + column, shape, CUT))
     return tl.where(layer > 0, x * tl.sigmoid(x), x)
 
@@ -191,7 +190,7 @@ def load_error(
     shape,
     CUT: tl.constexpr,
 ):
-    """Load δ (5), the error at a layer's output z; u is the error behind its SiLU."""
+    """Load δ (5), the error at a layer's output z; u is the error after its SiLU."""
     depth, _, hidden, _ = shape
     error = tl.load(input_tile(u_ptr, row, layer * hidden + column, shape, CUT))
     z = tl.load(input_tile(z_ptr, row, layer * hidden + column, shape, CUT))
@@ -208,7 +207,7 @@ def load_matrix(
     shape,
     CUT: tl.constexpr,
 ):
-    """A tile of a layer's matrix."""
+    """Load a tile of a layer's matrix."""
     start = matrix_start(layer, shape)
     return tl.load(tile(state_ptr + start, row, column, output_width(layer, shape), CUT.tile, CUT.tile))
 
@@ -216,7 +215,7 @@ def load_matrix(
 @triton.jit
 @no_type_check
 def errors_through(z_ptr, u_ptr, matrix_ptr, row, column, layer, shape, CUT: tl.constexpr):
-    """A tile of a layer's δ times a transposed matrix."""
+    """Multiply a tile of a layer's δ by a transposed matrix."""
     total = zero_tile(CUT.rows, CUT.tile)
     for inner in tl.range(0, output_width(layer, shape), CUT.tile, disable_licm=True):
         error = load_error(z_ptr, u_ptr, row, inner, layer, shape, CUT)
@@ -235,7 +234,7 @@ def squares(
     shape,
     CUT: tl.constexpr,
 ):
-    """Every token's ‖a‖² and ‖δ‖² at a layer."""
+    """Compute every token's ‖a‖² and ‖δ‖² at a layer."""
     of_input, of_error = zero_vector(CUT.rows), zero_vector(CUT.rows)
     for column in tl.range(0, input_width(layer, shape), CUT.tile, disable_licm=True):
         a = load_input(z_ptr, row, column, layer, shape, CUT)
@@ -255,7 +254,7 @@ def gradient_norm(
     shape,
     CUT: tl.constexpr,
 ):
-    """The squared norm of every token's gradient, over all layers (6)."""
+    """Compute the squared norm of every token's gradient, over all layers (6)."""
     depth, _, _, _ = shape
     norm = zero_vector(CUT.rows)
     for layer in tl.range(0, depth, disable_licm=True):
@@ -317,15 +316,15 @@ def surprise(
     shape,
     CUT: tl.constexpr,
 ):
-    """The MLP over a chunk's keys at its anchors, forward and backward: fills z, u and the rates.
+    """Run the MLP over a chunk's keys at its anchors, forward and backward, to fill z, u and the rates.
 
-    Finds the keys where the first layer's input stands in z, and k - v where the last layer's output stands in u.
+    On entry, z holds the keys in place of the first layer's input, and u holds k - v in place of the last output.
     """
     depth, _, _, slots = shape
     # (5): z of every layer, and k + z - v at the last
     for layer in tl.range(0, depth, disable_licm=True):
         _forward(z_ptr, u_ptr, anchor_ptr, layer, shape, CUT)
-        tl.debug_barrier()  # what one thread has written, others read
+        tl.debug_barrier()  # other threads read the stored values
     # (5): u of every hidden layer
     for back in range(1, depth):
         _backward(z_ptr, u_ptr, anchor_ptr, depth - back, shape, CUT)
@@ -364,7 +363,7 @@ def read(
     shape,
     CUT: tl.constexpr,
 ):
-    """A tile of a layer's answers X W_i (7)."""
+    """Compute a tile of a layer's answers X W_i (7)."""
     _, _, _, slots = shape
     of_weight = tl.load(vector(vectors_ptr, OF_WEIGHT, row, shape, CUT))[:, None]
     of_momentum = tl.load(vector(vectors_ptr, OF_MOMENTUM, row, shape, CUT))[:, None]

@@ -1,4 +1,4 @@
-"""From tokens to chunks and back: gathering them, unrolling their gates, and both backward."""
+"""Kernels between tokens and chunks: gathering tokens, unrolling gates, and the backward of both."""
 
 from typing import no_type_check
 
@@ -24,7 +24,7 @@ from .triton_tiles import (
 @triton.jit
 @no_type_check
 def token_slots(times_ptr, valid_ptr, chunk, row, used, CUT: tl.constexpr):
-    """(times, valid) of a chunk's slots from `row` on; `chunk` counts chunks of rows, all heads together."""
+    """Load (times, valid) of a chunk's slots from `row` on; `chunk` counts the chunks of rows, which heads share."""
     slots = row + tl.arange(0, CUT.rows)
     place = chunk * used + slots
     valid = tl.load(valid_ptr + place, mask=slots < used, other=0) != 0
@@ -42,7 +42,7 @@ def _load_tokens(ptr, times, valid, time_stride, column, dim, CUT: tl.constexpr)
 @triton.jit
 @no_type_check
 def store_tokens(ptr, times, valid, column, values, dim, CUT: tl.constexpr):
-    """Put a tile where its tokens stand in a contiguous tensor."""
+    """Store a tile at the positions of its tokens in a contiguous tensor."""
     columns = column + tl.arange(0, CUT.tile)
     mask = valid[:, None] & (columns < dim)[None, :]
     tl.store(ptr + times[:, None] * dim + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
@@ -88,7 +88,7 @@ def gather_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """One chunk: queries, keys, k - v and, for the backward, the output's gradient; gates with padding in them."""
+    """Gather one chunk: queries, keys, k - v, the output's gradient in the backward, and gates, including padding."""
     shape = (depth, width, hidden, slots)
     program = tl.program_id(0).to(tl.int64)
     lane, block = program // blocks, program % blocks
@@ -98,7 +98,7 @@ def gather_kernel(
     for row in tl.range(0, slots, CUT.rows, disable_licm=True):
         times, valid = token_slots(times_ptr, valid_ptr, batch * blocks + block, row, used, CUT)
         gate = lane * time + times
-        # A free slot changes nothing: it keeps weights and momentum, and writes nothing.
+        # An empty slot has no effect: it keeps weights and momentum, and writes nothing.
         alpha = tl.load(alpha_ptr + gate, mask=valid, other=0).to(tl.float32)
         tl.store(vector(vectors_ptr, KEEP, row, shape, CUT), 1 - alpha)
         eta = tl.load(eta_ptr + gate, mask=valid, other=0).to(tl.float32)
@@ -130,7 +130,7 @@ def gather_kernel(
 @triton.jit
 @no_type_check
 def decays_kernel(vectors_ptr, decays_ptr, SLOTS: tl.constexpr):
-    """The rows of decays.py, R_s and R_w, for one chunk, one after the other."""
+    """Compute the rows R_s and R_w of decays.py for one chunk, row by row."""
     program = tl.program_id(0).to(tl.int64)
     vectors_ptr += program * (VECTORS * SLOTS)
     decays_ptr += program * (2 * SLOTS * SLOTS)
@@ -157,9 +157,9 @@ def decays_kernel(vectors_ptr, decays_ptr, SLOTS: tl.constexpr):
 @triton.jit
 @no_type_check
 def decays_backward_kernel(vectors_ptr, decays_ptr, grad_vectors_ptr, grad_decays_ptr, SLOTS: tl.constexpr):
-    """Gradients of keep and eta from those of the rows, one chunk, last row first.
+    """Compute the gradients of keep and eta from the gradients of one chunk's rows, last row first.
 
-    Of the momenta's rows only the last has a gradient of its own: it is what the next chunk starts from.
+    Among the rows of the momenta, only the last one has a direct gradient: the next chunk starts from it.
     """
     program = tl.program_id(0).to(tl.int64)
     vectors_ptr += program * (VECTORS * SLOTS)
@@ -176,13 +176,13 @@ def decays_backward_kernel(vectors_ptr, decays_ptr, grad_vectors_ptr, grad_decay
         keep = tl.load(vectors_ptr + KEEP * SLOTS + i)
         eta = tl.load(vectors_ptr + ETA * SLOTS + i)
         active = tl.load(vectors_ptr + ACTIVE * SLOTS + i)
-        # R_w backwards, then R_s
+        # backward of R_w, then of R_s
         grad_weight_row += tl.load(grad_decays_ptr + i * SLOTS + slots)
         grad_of_weight += tl.load(grad_vectors_ptr + OF_WEIGHT * SLOTS + i)
         grad_of_momentum += tl.load(grad_vectors_ptr + OF_MOMENTUM * SLOTS + i)
         grad_momentum_row += grad_weight_row * active
         grad_momentum_kept += grad_of_momentum * active
-        # The row before; before the first one stands the chunk's start.
+        # The previous row; the chunk's initial state precedes the first row.
         inside = i > 0
         weight_row = tl.load(decays_ptr + (i - 1) * SLOTS + slots, mask=slots < i, other=0)
         momentum_row = tl.load(decays_ptr + (SLOTS + i - 1) * SLOTS + slots, mask=slots < i, other=0)
@@ -225,7 +225,7 @@ def scatter_kernel(
     slots,
     CUT: tl.constexpr,
 ):
-    """One chunk's gradients of keys, values and gates, to where its tokens stand."""
+    """Scatter one chunk's gradients of keys, values and gates to the positions of its tokens."""
     shape = (depth, width, hidden, slots)
     program = tl.program_id(0).to(tl.int64)
     lane, block = program // blocks, program % blocks

@@ -1,4 +1,4 @@
-"""Linear memory: surprise, momentum and forgetting, exact at any chunk size."""
+"""Linear memory with surprise, momentum and forgetting, exact at any chunk size."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import check_scan_inputs, check_state, may_overwrite
 from ..dispatch import choose_backend
-from . import library, triton_library  # noqa: F401  compiled graphs find them by name
+from . import library, triton_library  # noqa: F401  registers the operators of compiled graphs
 from .chunked import memory_scan_chunked
 from .reference import MemoryState, empty_state, memory_scan_reference, state_dtype
 from .step import memory_step
@@ -33,26 +33,25 @@ def memory_scan(
 
     Args:
         q, k: queries and keys, L2-normalised by the caller.
-        v: the values to store.
-        alpha: forgetting, in [0, 1]: the share of the weights that a token wipes.
-        eta: decay of the momentum, in [0, 1]: the share of it that a token keeps.
+        v: values to store.
+        alpha: forgetting gate in [0, 1], the share of the weights that a token erases.
+        eta: momentum decay in [0, 1], the share of the momentum that a token keeps.
         theta: step size of a write, >= 0.
-        state: what earlier tokens left; None starts at zero. It belongs to the first document of the row.
-        chunk_size: a speed knob; every value gives the same numbers.
-        document_ids: a token whose id differs from the one before it finds an empty memory.
-        mask: False for padding, which neither writes nor decays; the output there means nothing.
-        backend: "torch", "triton" or "reference", the token-by-token definition; by default what `use_backend` or
-            HYBRIDMEM_BACKEND say, else "triton" on a GPU and "torch" elsewhere.
-        in_place: the caller needs the given state no more: a single token without gradients may overwrite it.
+        state: state after earlier tokens; None starts at zero. It belongs to the first document of the row.
+        chunk_size: tokens processed at once; it affects the speed, not the result.
+        document_ids: document of each token; a token whose id differs from its predecessor's finds an empty memory.
+        mask: False for padding, which neither writes nor decays; outputs at padding are meaningless.
+        backend: "torch", "triton" or "reference", the token-by-token definition; by default the choice of
+            `use_backend` or HYBRIDMEM_BACKEND, else "triton" on a GPU and "torch" elsewhere.
+        in_place: allow a single token without gradients to overwrite `state`.
 
     Returns:
-        out in v's dtype: token t reads what it has just written; and the state after the last token.
+        out in v's dtype, where token t reads the memory after its own write; and the state after the last token.
         States and sums are float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together; an unknown backend, or one that cannot take
-            them.
-        ImportError: Triton is asked for and not installed.
+        ValueError: shapes, dtypes or devices do not match, or the backend is unknown or does not support them.
+        ImportError: the Triton backend is requested but not installed.
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     check_scan_inputs(q, k, v, gates, chunk_size, {"document_ids": document_ids, "mask": mask})

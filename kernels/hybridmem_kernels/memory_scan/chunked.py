@@ -1,14 +1,14 @@
-"""The linear memory in chunks: exact, and made of matrix products.
+"""Chunked linear memory: exact, and computed with matrix products.
 
-Per chunk, with the rows of decays.py (R_w = weight_rows, R_s = momentum_rows; the columns of R for the chunk's
-writes are called D), z = [W_0; S_0] stacked and K_, Q_ the keys and queries scaled by the two state columns:
+Per chunk, with the rows of decays.py (R_w = weight_rows, R_s = momentum_rows; D denotes the columns of R for the
+chunk's writes), z = [W_0; S_0] stacked, and K_, Q_ the keys and queries scaled by the two state columns:
 
     errors  Delta = (I + N)^-1 (K_ z - V)           N = strict part of D[i-1, j] (k_i . k_j)
     output  O = Q_ z - (D * Q K^T) Delta
     state   z' = F z - [K * R_w[C]; K * R_s[C]]^T Delta
 
-All that does not need z is batched over every chunk of the row; two small products a chunk stay sequential,
-forward and backward. The derivation, the flops and the bytes are in README.md.
+Everything independent of z is batched over all chunks of the row. Two small products per chunk remain sequential, in
+the forward and in the backward. README.md has the derivation, the flops and the bytes.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def memory_scan_chunked(
     mask: Bool[Tensor, "batch time"] | None,
     chunk_size: int,
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
-    """Return (out, state) as the reference does, whatever the chunk size."""
+    """Compute (out, state) as defined by the reference, for any chunk size."""
     time = q.shape[2]
     size = min(chunk_size, time)
     if size > BASE:
-        size = -(-size // BASE) * BASE  # the inverse is blocked; a longer chunk changes no number
+        size = -(-size // BASE) * BASE  # the inverse is blocked; the chunk size does not change the result
     padding = -time % size
     if padding:
         mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
@@ -58,7 +58,7 @@ def memory_scan_chunked(
 
 
 def to_chunks(x: Float[Tensor, "batch heads time dim"], size: int, dtype: torch.dtype) -> Float[Tensor, "n size dim"]:
-    """Cut time into chunks, (chunk, batch, head) in front: a chunk of all rows lies together in memory."""
+    """Split time into chunks with leading axes (chunk, batch, head), so that a chunk of all rows is contiguous."""
     chunks = x.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4)
     return chunks.to(dtype, memory_format=torch.contiguous_format).contiguous().flatten(0, 2)
 
@@ -88,18 +88,18 @@ def _add_unscaled_pair(
     left: Float[Tensor, "n size"],
     right: Float[Tensor, "n size"],
 ) -> None:
-    """The gradient of `_scaled_pair` by x, added to `target`."""
+    """Add the gradient of `_scaled_pair` with respect to x to `target`."""
     grad_left, grad_right = grad_pair.chunk(2, dim=-1)
     target.addcmul_(grad_left, left.unsqueeze(-1)).addcmul_(grad_right, right.unsqueeze(-1))
 
 
 def _pair_dots(x: Float[Tensor, "n size dim"], grad_pair: Float[Tensor, "n size pair"]) -> Float[Tensor, "n size 2"]:
-    """The gradient of `_scaled_pair` by (left, right)."""
+    """Return the gradient of `_scaled_pair` with respect to (left, right)."""
     return torch.matmul(grad_pair.unflatten(-1, (2, -1)), x.unsqueeze(-1)).squeeze(-1)
 
 
 class Chunks(NamedTuple):
-    """Results of the forward that the backward needs; n counts chunks of all lanes, a lane is a (batch, head)."""
+    """Results of the forward for the backward; n counts the chunks of all lanes, a lane being a (batch, head) pair."""
 
     queries: Float[Tensor, "n size key_dim"]
     keys: Float[Tensor, "n size key_dim"]
@@ -114,27 +114,27 @@ class Chunks(NamedTuple):
     inverse: Float[Tensor, "n size size"]  # (I + N)^-1
     read_keys: Float[Tensor, "n size pair"]  # (I + N)^-1 K_
     errors: Float[Tensor, "n size value_dim"]
-    states: Float[Tensor, "n_and_lanes pair value_dim"]  # z before every chunk, and after the last
-    carry: Float[Tensor, "n 2 2"]  # F: how (weight, momentum) pass a chunk
+    states: Float[Tensor, "n_and_lanes pair value_dim"]  # z before every chunk, and after the last one
+    carry: Float[Tensor, "n 2 2"]  # F, the transition of (weight, momentum) over a chunk
 
     @property
     def after(self) -> Float[Tensor, "n size columns"]:
-        """The rows after each token's write."""
+        """Return the rows after each token's write."""
         return self.weight_rows[:, 1:]
 
     @property
     def before(self) -> Float[Tensor, "n size columns"]:
-        """The rows that each token's error is taken at: before its write, and after a reset."""
+        """Return the rows at which each token's error is taken: before its write, and after a reset."""
         before = self.weight_rows[:, :-1]
         return before if self.continues is None else before * self.continues.unsqueeze(-1)
 
     def written_keys(self) -> Float[Tensor, "n size pair"]:
-        """Keys scaled by how much of their write is left at the chunk's end, in weights and in momentum."""
+        """Return keys scaled by the share of their write that remains at the chunk's end, in weights and momentum."""
         return _scaled_pair(self.keys, self.weight_rows[:, -1, 2:], self.momentum_rows[:, -1, 2:])
 
 
 class _MemoryScan(torch.autograd.Function):
-    """The scan over whole chunks. Saves per token a few rows of `size`, per chunk one state; no weight per token."""
+    """Scan over whole chunks; it saves a few rows of `size` per token and one state per chunk."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +164,7 @@ def scan_forward(
     momentum: Tensor,
     size: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Chunks]:
-    """Return (out, weight, momentum), and what the backward needs; the time is a multiple of `size`."""
+    """Compute (out, weight, momentum) and the tensors for the backward; the time must be a multiple of `size`."""
     batch, heads, _, key_dim = q.shape
     lanes, dtype = batch * heads, weight.dtype
     queries, keys, values = (to_chunks(x, size, dtype) for x in (q, k, v))
@@ -176,31 +176,37 @@ def scan_forward(
     key_products = torch.bmm(keys, keys.mT)
     inverse = unit_lower_inverse(before[..., 2:] * key_products)
     chunks = Chunks(
-        queries, keys, keep, eta, active, continues, weight_rows, momentum_rows, key_products,
+        queries,
+        keys,
+        keep,
+        eta,
+        active,
+        continues,
+        weight_rows,
+        momentum_rows,
+        key_products,
         query_products=torch.bmm(queries, keys.mT),
         inverse=inverse,
         read_keys=torch.bmm(inverse, _scaled_pair(keys, before[..., 0], before[..., 1])),
         errors=torch.bmm(inverse, values),
         states=keys.new_empty(len(keys) + lanes, 2 * key_dim, v.shape[-1]),
         carry=torch.stack((weight_rows[:, -1, :2], momentum_rows[:, -1, :2]), dim=1),
-    )  # fmt: skip
+    )
     chunks.states[:lanes] = torch.cat((weight.flatten(0, 1), momentum.flatten(0, 1)), dim=1)
     _scan_states(chunks, lanes)
     out = torch.bmm(_scaled_pair(queries, chunks.after[..., 0], chunks.after[..., 1]), chunks.states[:-lanes])
     out.baddbmm_(chunks.query_products * chunks.after[..., 2:], chunks.errors, alpha=-1)
     last = chunks.states[-lanes:].unflatten(0, (batch, heads))
-    results = (
-        from_chunks(out, batch, heads).to(v.dtype), last[:, :, :key_dim].clone(), last[:, :, key_dim:].clone()
-    )  # fmt: skip
+    results = (from_chunks(out, batch, heads).to(v.dtype), last[:, :, :key_dim].clone(), last[:, :, key_dim:].clone())
     return results, chunks
 
 
 def scan_backward(
     chunks: Chunks, grads: Sequence[Tensor | None], shape: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> tuple[Tensor, ...]:
-    """The gradients of (q, k, v, keep, eta, theta, weight, momentum), from those of (out, weight, momentum).
+    """Compute the gradients of (q, k, v, keep, eta, theta, weight, momentum) from `grads` of (out, weight, momentum).
 
-    `shape` is (batch, heads), `dtypes` those of q, k and v.
+    `shape` is (batch, heads), and `dtypes` are the dtypes of q, k and v.
     """
     batch, heads = shape
     grad_out, grad_weight, grad_momentum = grads
@@ -223,7 +229,7 @@ def scan_backward(
 
 
 def _scan_states(chunks: Chunks, lanes: int) -> None:
-    """Fill in states and errors, chunk after chunk: all that is sequential."""
+    """Fill in states and errors chunk by chunk, the only sequential part."""
     states, errors, written_keys = chunks.states, chunks.errors, chunks.written_keys()
     for start in range(0, len(errors), lanes):
         now, then = slice(start, start + lanes), slice(start + lanes, start + 2 * lanes)
@@ -235,7 +241,7 @@ def _scan_states(chunks: Chunks, lanes: int) -> None:
 def _scan_adjoints(
     chunks: Chunks, grad_out: Float[Tensor, "n size value_dim"], grad_last: Float[Tensor, "lanes pair value_dim"]
 ) -> tuple[Float[Tensor, "n_and_lanes pair value_dim"], Float[Tensor, "n size value_dim"]]:
-    """The gradients of states and errors: the same loop backwards, what needs no later state taken first."""
+    """Compute the gradients of states and errors in reverse order, after the terms that need no later state."""
     lanes, after, written_keys = len(grad_last), chunks.after, chunks.written_keys()
     grad_errors = torch.bmm((chunks.query_products * after[..., 2:]).mT, grad_out).neg_()
     grad_states = torch.empty_like(chunks.states)
@@ -255,7 +261,7 @@ def _token_gradients(
     grad_states: Float[Tensor, "n_and_lanes pair value_dim"],
     grad_errors: Float[Tensor, "n size value_dim"],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """The gradients of (queries, keys, values) and of (keep, eta, theta), over all chunks at once."""
+    """Compute the gradients of (queries, keys, values) and of (keep, eta, theta), over all chunks at once."""
     queries, keys, before, after = chunks.queries, chunks.keys, chunks.before, chunks.after
     count, lanes = len(keys), len(grad_states) - len(keys)
     starts, grad_ends = chunks.states[:-lanes], grad_states[lanes:]
@@ -291,7 +297,12 @@ def _token_gradients(
     _add_unscaled_pair(grad_keys, grad_read, before[..., 0], before[..., 1])
     _add_unscaled_pair(grad_keys, grad_written, chunks.weight_rows[:, -1, 2:], chunks.momentum_rows[:, -1, 2:])
     grad_gates = decay_rows_backward(
-        chunks.keep, chunks.eta, chunks.active, chunks.weight_rows, chunks.momentum_rows,
-        grad_weight_rows, grad_momentum_rows,
-    )  # fmt: skip
+        chunks.keep,
+        chunks.eta,
+        chunks.active,
+        chunks.weight_rows,
+        chunks.momentum_rows,
+        grad_weight_rows,
+        grad_momentum_rows,
+    )
     return (grad_queries, grad_keys, grad_residual.neg_()), grad_gates

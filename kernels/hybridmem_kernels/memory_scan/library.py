@@ -1,4 +1,4 @@
-"""Operators of torch.library for compiled graphs: the scan in chunks."""
+"""torch.library operators of the chunked scan, for compiled graphs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..library import own_memory
 from .chunked import Chunks, scan_backward, scan_forward
 
-RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
+RESULTS = 3  # out, weight, momentum; followed by the tensors for the backward
 
 
 @torch.library.custom_op(
@@ -21,7 +21,7 @@ RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
     ),
 )
 def memory_scan_operator(*inputs: Any) -> list[Tensor]:
-    """Run `scan_forward`; return its results, then the chunks, flat."""
+    """Run `scan_forward`; return its results, followed by the fields of the chunks."""
     results, chunks = scan_forward(*inputs)
     return own_memory((*results, *chunks), inputs[:-1])
 
@@ -98,7 +98,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, active, continues = inputs[0], inputs[6], inputs[7]
     chunks: list[Tensor | None] = list(output[RESULTS:])
-    for place, gate in ((4, active), (5, continues)):  # None in `Chunks` where it is None here
+    for place, gate in ((4, active), (5, continues)):  # a gate that is None here is also None in `Chunks`
         if gate is None:
             chunks.insert(place, None)
     ctx.save_for_backward(*chunks)

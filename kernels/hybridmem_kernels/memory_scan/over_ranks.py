@@ -1,10 +1,10 @@
-"""The linear memory along a sequence that is split over ranks, all of which scan at once.
+"""Linear memory along a sequence that is split over ranks, which all scan in parallel.
 
-The recurrence is affine in its start: with z = [W; S] a rank's tokens make z' = T z + b and o_t = A_t z + c_t.
-T and A_t do not depend on values. One scan gives all four: of the values beside zeros, from a state of zeros beside
-the identity. So no rank waits for another to scan. Then every rank tells the others its T and b, 6 dim² numbers a head
-for keys and values of dim channels, puts together what those before it leave, and adds A_t z. The scan is three times
-as wide for it.
+The recurrence is affine in its initial state: with z = [W; S], a rank's tokens give z' = T z + b and o_t = A_t z + c_t.
+T and A_t do not depend on values. One scan computes all four: its values are padded with columns of zeros, and its
+initial state is zero in the columns of the values and the identity in the added columns. No rank has to wait for
+another one to scan. Then the ranks all-gather T and b, 6 dim² numbers per head for keys and values of dim channels.
+Each rank combines the contributions of the previous ranks to z and adds A_t z. The scan is three times as wide.
 """
 
 from typing import Any
@@ -30,15 +30,15 @@ def memory_scan_over_ranks(
     document_ids: Int[Tensor, "batch time"] | None = None,
     group: Any = None,
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
-    """Read and write a linear memory along a sequence of which each rank of a group holds a part, in order.
+    """Read and write a linear memory along a sequence whose consecutive parts are held by the ranks of a group.
 
     Args:
-        q, k, v, alpha, eta, theta, chunk_size, document_ids: as in `memory_scan`, of this rank's tokens, at least one.
-            Every rank gives document_ids, or none.
-        group: the ranks; None: all.
+        q, k, v, alpha, eta, theta, chunk_size, document_ids: as in `memory_scan`, for this rank's tokens, at least one.
+            All ranks or none must pass document_ids.
+        group: the ranks; None: all ranks.
 
     Returns:
-        out of this rank's tokens, and the state after them, as `memory_scan` gives them for the whole sequence.
+        out of this rank's tokens and the state after them, equal to the results of `memory_scan` on the whole sequence.
     """
     key_dim, value_dim = q.shape[-1], v.shape[-1]
     shape = (*q.shape[:2], key_dim, value_dim)
@@ -65,10 +65,10 @@ def memory_scan_over_ranks(
 def _before(
     left: Float[Tensor, "batch heads pair value_dim"], carry: Float[Tensor, "batch heads pair pair"], group: Any
 ) -> Float[Tensor, "batch heads pair value_dim"]:
-    """The state that the ranks before this one leave, from what each leaves by itself and how it carries a state on."""
+    """Compute the state before this rank's tokens from each rank's own contribution and its transition matrix."""
     parts = _Gathered.apply(torch.cat((left, carry), dim=-1), group)
     sizes = (left.shape[-1], carry.shape[-1])
-    state = parts[:0].sum(0)[..., : sizes[0]]  # zeros, but with gradients: the backward gathers on every rank
+    state = parts[:0].sum(0)[..., : sizes[0]]  # zeros with a graph, so that every rank takes part in the backward
     for part in parts[: dist.get_rank(group)]:
         left, carry = part.split(sizes, dim=-1)
         state = carry @ state + left
@@ -76,14 +76,14 @@ def _before(
 
 
 def _continues(document_ids: Int[Tensor, "batch time"], group: Any) -> Tensor:
-    """Rows whose first token goes on with the document that the rank before ended in."""
+    """Mark the rows whose first token continues the last document of the previous rank."""
     ends = [torch.empty_like(document_ids[:, -1]) for _ in range(dist.get_world_size(group))]
     dist.all_gather(ends, document_ids[:, -1].contiguous(), group=group)
-    return document_ids[:, 0] == ends[dist.get_rank(group) - 1]  # the first rank has nothing to go on with
+    return document_ids[:, 0] == ends[dist.get_rank(group) - 1]  # irrelevant on the first rank, whose state is zero
 
 
 class _Gathered(torch.autograd.Function):
-    """Every rank's tensor; the gradient of one is the sum of what all ranks make of it."""
+    """All-gather whose backward sums each tensor's gradients over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear memory, token by token: the definition that everything else is tested against.
+"""Token-by-token linear memory, the definition against which every other implementation is tested.
 
 Titans (arXiv 2501.00663), equations 9, 10, 13 and 14, with M(W; k) = W^T k and the loss ½‖M(W; k) - v‖²:
 
@@ -24,19 +24,19 @@ class MemoryState(NamedTuple):
     momentum: Float[Tensor, "batch heads key_dim value_dim"]
 
     def detach(self) -> "MemoryState":
-        """Cut the state from the graph that made it, for truncated backpropagation."""
+        """Detach the state from its graph, for truncated backpropagation."""
         return MemoryState(self.weight.detach(), self.momentum.detach())
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that states and scans accumulate in: float64 for float64, float32 for all else."""
+    """Return the dtype of states and sums: float64 for float64 inputs, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_state(
     q: Float[Tensor, "batch heads time key_dim"], v: Float[Tensor, "batch heads time value_dim"]
 ) -> MemoryState:
-    """A memory that has read nothing: zeros."""
+    """Return the state of an empty memory, which is zero."""
     shape = (*q.shape[:2], q.shape[-1], v.shape[-1])
     weight, momentum = (torch.zeros(shape, dtype=state_dtype(q.dtype), device=q.device) for _ in range(2))
     return MemoryState(weight, momentum)

@@ -1,8 +1,9 @@
-"""The linear memory in Triton, and its place in autograd.
+"""Linear memory in Triton, as an autograd function.
 
-Forward: the decays, what else needs no state, one pass through the chunks, the outputs. Backward: the first two again,
-what the outputs give to the states, the pass backwards, and the gradients of products, of tokens and of gates.
-triton_launch.py launches them, triton_plan.py says how they are cut, README.md what they cost.
+The forward computes the decays, everything else that needs no state, one pass through the chunks, and the outputs. The
+backward repeats the first two, seeds the gradients of states from the outputs, runs the pass in reverse, and computes
+the gradients of products, tokens and gates. triton_launch.py launches the kernels, triton_plan.py chooses tile sizes,
+and README.md lists the costs.
 """
 
 from collections.abc import Sequence
@@ -35,11 +36,11 @@ def memory_scan_triton(
     mask: Bool[Tensor, "batch time"] | None,
     chunk_size: int,
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
-    """Return (out, state) as the reference does, in float32 whatever the inputs.
+    """Compute (out, state) as defined by the reference, in float32 for all input dtypes.
 
     Raises:
-        ValueError: a dtype other than float32, bfloat16 and float16, a key_dim or value_dim outside of 16 to 256, a
-            chunk_size outside of 16 to 128.
+        ValueError: a dtype other than float32, bfloat16 and float16, a key_dim or value_dim outside 16 to 256, or a
+            chunk_size outside 16 to 128.
     """
     check_supported(q, k, v, chunk_size)
     tensors = (q, k, v, alpha, eta, theta, *state)
@@ -55,7 +56,7 @@ def memory_scan_triton(
 
 
 class _MemoryScan(torch.autograd.Function):
-    """The scan in autograd. Keeps its inputs, one state per chunk, and the errors, one row of values per token."""
+    """Autograd function of the scan; it saves the inputs, one state per chunk, and one row of errors per token."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -86,7 +87,7 @@ def scan_forward(
     momentum: Tensor,
     chunk_size: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """Return (out, weight, momentum), and (checkpoints, errors) for the backward."""
+    """Compute (out, weight, momentum), and (checkpoints, errors) for the backward."""
     plan, tokens = _prepared(q, k, v, Gates(keep, eta, theta, active, continues), chunk_size)
     state = MemoryState(weight.contiguous(), momentum.contiguous())
     with torch.cuda.device_of(q):
@@ -108,7 +109,7 @@ def scan_backward(
     grads: Sequence[Tensor | None],
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    """The gradients of (q, k, v, keep, eta, theta, weight, momentum), from those of (out, weight, momentum)."""
+    """Compute gradients of (q, k, v, keep, eta, theta, weight, momentum) from `grads` of (out, weight, momentum)."""
     plan, tokens = _prepared(q, k, v, Gates(keep, eta, theta, active, continues), chunk_size)
     checkpoints, errors = kept
     grad_out, *grad_last = grads
@@ -129,7 +130,7 @@ def kept_shapes(q: Tensor, v: Tensor, chunk_size: int) -> tuple[tuple[int, ...],
 
 
 def _checkpoints(states: Tensor, plan: Plan, tokens: Tokens) -> Tensor:
-    """Select the states that the backward starts from."""
+    """Select the states that the backward needs."""
     if plan.spacing == 1:
         return states
     return states.unflatten(0, (tokens.lanes, -1))[:, :: plan.spacing].flatten(0, 1).contiguous()
@@ -150,7 +151,7 @@ def builds(
     chunk_size: int = 64,
     hip: bool = False,
 ) -> list[Build]:
-    """Every kernel of these shapes, steps of one token too: a run on tensors without memory tells what is launched."""
+    """List the kernels for these shapes, decoding steps included, by recording a run on meta tensors."""
     q, v = (torch.empty(batch, heads, time, dim, dtype=dtype, device="meta") for dim in (key_dim, value_dim))
     tokens = Tokens(q, q, v, torch.empty(5, batch, heads, time, device="meta"))
     state = MemoryState(*(torch.empty(batch, heads, key_dim, value_dim, device="meta") for _ in range(2)))

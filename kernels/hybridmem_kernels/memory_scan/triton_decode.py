@@ -1,4 +1,4 @@
-"""One token of the linear memory in one launch: decoding."""
+"""Decoding: one token of the linear memory in a single launch."""
 
 from typing import Any, no_type_check
 
@@ -47,7 +47,7 @@ def step_kernel(
     VALUE_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Equations 1 to 3 of README.md for one (batch, head) and some columns of values."""
+    """Compute equations 1 to 3 of README.md for one (batch, head) and a block of value columns."""
     lane = tl.program_id(0).to(tl.int64)
     row, head = lane // heads, lane % heads
     dims = tl.arange(0, KEY_BLOCK)
@@ -87,12 +87,12 @@ def memory_step_triton(
     state: MemoryState,
     mask: Bool[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
-    """Return (out, state) of one token, without gradients; the given state stays as it is.
+    """Compute (out, state) of one token, without gradients; the given state is not modified.
 
-    A call's first token goes on with what came before, so a single one needs no document ids.
+    The first token of a call continues the state's document, so a single token needs no document ids.
 
     Raises:
-        ValueError: more than one token.
+        ValueError: the inputs have more than one token.
     """
     if q.shape[2] != 1:
         raise ValueError(f"memory_step_triton takes one token, got {q.shape[2]}: use memory_scan for more")
@@ -113,7 +113,7 @@ def _arguments(
 ) -> dict[str, Tensor | int]:
     names = ("q", "k", "v", "alpha", "eta", "theta")
     arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in zip(names, inputs, strict=True)}
-    arguments["mask_ptr"] = out if mask is None else mask  # not read then
+    arguments["mask_ptr"] = out if mask is None else mask  # a placeholder, not read without a mask
     arguments.update(weight_ptr=given.weight, momentum_ptr=given.momentum, out_ptr=out)
     arguments.update(next_weight_ptr=following.weight, next_momentum_ptr=following.momentum, heads=out.shape[1])
     for name, x in zip(names, inputs, strict=True):
@@ -123,14 +123,14 @@ def _arguments(
 
 
 def _compiled_as(key_dim: int, value_dim: int, masked: bool) -> tuple[dict[str, Any], int]:
-    """(constexprs, num_warps): a lane's state is read and written once, in columns that fit the registers."""
+    """Return (constexprs, num_warps); a lane's state is read and written once, in column blocks that fit registers."""
     block = triton.next_power_of_2(key_dim)
     constexprs = dict(KEY_DIM=key_dim, VALUE_DIM=value_dim, KEY_BLOCK=block, VALUE_BLOCK=32, MASKED=masked)
     return constexprs, 4 if block <= 128 else 8
 
 
 def step_builds(key_dim: int, value_dim: int, dtype: torch.dtype) -> list[Build]:
-    """The kernel, without and with a mask; gates are float32."""
+    """List the builds of the kernel with and without a mask, for float32 gates."""
     builds = []
     for masked in (False, True):
         constexprs, num_warps = _compiled_as(key_dim, value_dim, masked)

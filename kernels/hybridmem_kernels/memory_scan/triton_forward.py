@@ -1,6 +1,6 @@
-"""The linear memory's forward kernels: decays, products and inverse of every chunk, then states, then outputs.
+"""Forward kernels of the linear memory: decays, products and inverses of every chunk, then states, then outputs.
 
-Equations are those of README.md.
+Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -51,9 +51,9 @@ def decay_kernel(
     SIZE: tl.constexpr,
     KEEP_MOVING: tl.constexpr,
 ):
-    """The recurrences (4) and (5) for one chunk, for its writes and its first state.
+    """Run the recurrences (4) and (5) for one chunk, for its writes and its first state.
 
-    Each write has a recurrence of its own, so threads exchange nothing.
+    Each write has its own recurrence, so threads need no communication.
     """
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
@@ -74,7 +74,7 @@ def decay_kernel(
         tl.store(rows_ptr + i * SIZE, left)
         if KEEP_MOVING:
             tl.store(moving_ptr + i * SIZE, moving)
-        # The padding after the row's end changes nothing.
+        # Padding after the row's end has no effect.
         inside = start + i < time
         keep = tl.load(gate_ptr + KEEP * gate + i, mask=inside, other=1.0)
         eta = tl.load(gate_ptr + ETA * gate + i, mask=inside, other=1.0)
@@ -126,7 +126,7 @@ def chunk_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """(I + N)⁻¹ and D ⊙ Q Kᵀ of one chunk, which do not depend on its state."""
+    """Compute (I + N)⁻¹ and D ⊙ Q Kᵀ of one chunk, which do not depend on its state."""
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)
@@ -178,10 +178,10 @@ def scan_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state before every chunk, the errors in it and the last state; columns of values are independent.
+    """Compute the state before every chunk, the errors within it, and the last state, for a block of value columns.
 
-    A program's state is too large for registers, so it goes through the second-level cache: every chunk's state is
-    stored for the outputs anyway, and the barriers order a program's own stores and loads.
+    Value columns are independent. A program's state is too large for registers, so it passes through the L2 cache: the
+    outputs need every chunk's state in memory anyway. Barriers order a program's own stores and loads.
     """
     lane = tl.program_id(0).to(tl.int64)
     i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
@@ -252,7 +252,7 @@ def output_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs (8) of one chunk and some columns of values."""
+    """Compute the outputs (8) of one chunk for a block of value columns."""
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)

@@ -1,6 +1,6 @@
-"""Launches of a forward and a backward of the linear memory, one after the other.
+"""Sequences of kernel launches for the forward and the backward of the linear memory.
 
-`run` is called with each launch: it runs them, or lists them when they are to be built ahead of time.
+Each launch is passed to `run`, which executes it, or records it for ahead-of-time builds.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Run = Callable[[Launch], Any]
 
 
 class Tokens(NamedTuple):
-    """The inputs, laid out so that what is made like them lies as they do; gates are (gate, batch, heads, time)."""
+    """Inputs without gaps, whose strides `torch.empty_like` preserves; gates are (gate, batch, heads, time)."""
 
     q: Float[Tensor, "batch heads time key_dim"]
     k: Float[Tensor, "batch heads time key_dim"]
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> "Tokens":
-        """Copies only what has gaps, or keys that lie otherwise than the queries."""
+        """Copy tensors with gaps, and keys whose strides differ from the queries'; keep all others."""
         q, k, v = (_without_gaps(x) for x in (q, k, v))
         if q.stride() != k.stride():
             q, k = q.contiguous(), k.contiguous()
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """(batch, head) pairs, which do not meet."""
+        """Return the number of lanes: independent (batch, head) pairs."""
         return self.q.shape[0] * self.q.shape[1]
 
     def place(self, size: int) -> dict[str, int]:
@@ -61,10 +61,10 @@ def _without_gaps(x: Tensor) -> Tensor:
 
 
 class Chunks(NamedTuple):
-    """Tensors of every chunk that do not depend on its state."""
+    """Tensors of all chunks that do not depend on the chunks' states."""
 
-    rows: Float[Tensor, "n rows size"]  # of R_w, the columns of the state apart
-    moving: Float[Tensor, "n rows size"]  # and of R_s, for the backward alone
+    rows: Float[Tensor, "n rows size"]  # R_w without the columns of the state
+    moving: Float[Tensor, "n rows size"]  # R_s without the columns of the state, only for the backward
     columns: Float[Tensor, "n columns size"]
     inverse: Float[Tensor, "n size size"]
     mix: Float[Tensor, "n size size"]  # D * Q K^T
@@ -74,7 +74,7 @@ def _prepare(run: Run, plan: Plan, tokens: Tokens, backward: bool) -> Chunks:
     place, size = tokens.place(plan.size), plan.size
     count, new = tokens.lanes * place["chunks"], tokens.gates.new_empty
     rows = new(count, size + 1, size)
-    moving = torch.empty_like(rows) if backward else rows  # not written then
+    moving = torch.empty_like(rows) if backward else rows  # a placeholder in the forward, never written
     chunks = Chunks(rows, moving, new(count, COLUMNS.value, size), new(count, size, size), new(count, size, size))
     gates: dict[str, Any] = dict(gates_ptr=tokens.gates, rows_ptr=rows, lanes=tokens.lanes)
     arguments: dict[str, Any] = dict(
@@ -88,7 +88,7 @@ def _prepare(run: Run, plan: Plan, tokens: Tokens, backward: bool) -> Chunks:
 
 
 def forward(run: Run, plan: Plan, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState, Tensor, Tensor]:
-    """Return (out, last state, states before every chunk, errors)."""
+    """Compute (out, last state, states before every chunk, errors)."""
     chunks = _prepare(run, plan, tokens, backward=False)
     place = tokens.place(plan.size)
     values, count = tokens.value_place(), len(chunks.mix)
@@ -96,16 +96,31 @@ def forward(run: Run, plan: Plan, tokens: Tokens, state: MemoryState) -> tuple[T
     errors = tokens.gates.new_empty(count, plan.size, plan.value_dim)
     last = MemoryState(*(torch.empty_like(x) for x in state))
     arguments: dict[str, Any] = dict(
-        k_ptr=tokens.k, v_ptr=tokens.v, inverse_ptr=chunks.inverse, columns_ptr=chunks.columns,
-        weight_ptr=state.weight, momentum_ptr=state.momentum, states_ptr=states, errors_ptr=errors,
-        last_weight_ptr=last.weight, last_momentum_ptr=last.momentum, **place, **values,
-    )  # fmt: skip
+        k_ptr=tokens.k,
+        v_ptr=tokens.v,
+        inverse_ptr=chunks.inverse,
+        columns_ptr=chunks.columns,
+        weight_ptr=state.weight,
+        momentum_ptr=state.momentum,
+        states_ptr=states,
+        errors_ptr=errors,
+        last_weight_ptr=last.weight,
+        last_momentum_ptr=last.momentum,
+        **place,
+        **values,
+    )
     run(Launch(scan_kernel, (tokens.lanes, plan.value_blocks(plan.scan_tile)), arguments, plan.scan_tile))
     out = torch.empty_like(tokens.v)
     arguments = dict(
-        q_ptr=tokens.q, mix_ptr=chunks.mix, columns_ptr=chunks.columns, states_ptr=states, errors_ptr=errors,
-        out_ptr=out, **place, **values,
-    )  # fmt: skip
+        q_ptr=tokens.q,
+        mix_ptr=chunks.mix,
+        columns_ptr=chunks.columns,
+        states_ptr=states,
+        errors_ptr=errors,
+        out_ptr=out,
+        **place,
+        **values,
+    )
     run(Launch(output_kernel, (count, plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
     return out, last, states, errors
 
@@ -113,14 +128,19 @@ def forward(run: Run, plan: Plan, tokens: Tokens, state: MemoryState) -> tuple[T
 def _restore(
     run: Run, plan: Plan, tokens: Tokens, chunks: Chunks, checkpoints: Tensor, errors: Tensor
 ) -> Float[Tensor, "n 2 key_dim value_dim"]:
-    """The states before every chunk from the kept ones."""
+    """Recompute the states before every chunk from the checkpoints."""
     if plan.spacing == 1:
         return checkpoints
     states = checkpoints.new_empty(len(errors), *checkpoints.shape[1:])
     arguments: dict[str, Any] = dict(
-        k_ptr=tokens.k, columns_ptr=chunks.columns, checkpoints_ptr=checkpoints, errors_ptr=errors, states_ptr=states,
-        checkpoints=len(checkpoints) // tokens.lanes, **tokens.place(plan.size),
-    )  # fmt: skip
+        k_ptr=tokens.k,
+        columns_ptr=chunks.columns,
+        checkpoints_ptr=checkpoints,
+        errors_ptr=errors,
+        states_ptr=states,
+        checkpoints=len(checkpoints) // tokens.lanes,
+        **tokens.place(plan.size),
+    )
     grid = (len(checkpoints), plan.key_blocks, plan.value_blocks(plan.tile))
     run(Launch(restore_kernel, grid, arguments, plan.tile))
     return states
@@ -146,7 +166,7 @@ def backward(
     grad_out: Tensor,
     grad_last: MemoryState,
 ) -> Grads:
-    """Return the gradients, from those of the outputs and of the last state."""
+    """Compute the gradients of the inputs from the gradients of the outputs and of the last state."""
     chunks = _prepare(run, plan, tokens, backward=True)
     states = _restore(run, plan, tokens, chunks, checkpoints, errors)
     count, size = len(errors), plan.size
@@ -155,45 +175,85 @@ def backward(
     grads = Grads(q, k, v, tokens.gates.new_empty(3, *tokens.gates.shape[1:]), weight, momentum)
     grad_ends, grad_residuals = torch.empty_like(states), torch.empty_like(errors)
     shared: dict[str, Any] = dict(
-        columns_ptr=chunks.columns, grad_ends_ptr=grad_ends, grad_residuals_ptr=grad_residuals,
-        grad_weight_ptr=grads.weight, grad_momentum_ptr=grads.momentum, **place, **values,
-    )  # fmt: skip
+        columns_ptr=chunks.columns,
+        grad_ends_ptr=grad_ends,
+        grad_residuals_ptr=grad_residuals,
+        grad_weight_ptr=grads.weight,
+        grad_momentum_ptr=grads.momentum,
+        **place,
+        **values,
+    )
     arguments = dict(shared, q_ptr=tokens.q, mix_ptr=chunks.mix, grad_out_ptr=grad_out)
     run(Launch(seed_kernel, (count, plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
     arguments = dict(
-        shared, k_ptr=tokens.k, inverse_ptr=chunks.inverse, grad_v_ptr=grads.v,
-        grad_last_weight_ptr=grad_last.weight, grad_last_momentum_ptr=grad_last.momentum,
-    )  # fmt: skip
+        shared,
+        k_ptr=tokens.k,
+        inverse_ptr=chunks.inverse,
+        grad_v_ptr=grads.v,
+        grad_last_weight_ptr=grad_last.weight,
+        grad_last_momentum_ptr=grad_last.momentum,
+    )
     run(Launch(adjoint_kernel, (tokens.lanes, plan.value_blocks(plan.scan_tile)), arguments, plan.scan_tile))
 
     squares = [torch.empty_like(chunks.mix) for _ in range(2)]
-    strict, mix = chunks.inverse, chunks.mix  # done with
+    strict, mix = chunks.inverse, chunks.mix  # reuse the memory of tensors that are no longer needed
     arguments = dict(
-        q_ptr=tokens.q, k_ptr=tokens.k, gates_ptr=tokens.gates, rows_ptr=chunks.rows, errors_ptr=errors,
-        grad_residuals_ptr=grad_residuals, grad_out_ptr=grad_out, strict_ptr=strict, mix_ptr=mix,
-        grad_before_ptr=squares[0], grad_after_ptr=squares[1], lanes=tokens.lanes, **place, **values,
-    )  # fmt: skip
-    warps = 4 if plan.wide > plan.width else 8  # a wide tile is one pass
+        q_ptr=tokens.q,
+        k_ptr=tokens.k,
+        gates_ptr=tokens.gates,
+        rows_ptr=chunks.rows,
+        errors_ptr=errors,
+        grad_residuals_ptr=grad_residuals,
+        grad_out_ptr=grad_out,
+        strict_ptr=strict,
+        mix_ptr=mix,
+        grad_before_ptr=squares[0],
+        grad_after_ptr=squares[1],
+        lanes=tokens.lanes,
+        **place,
+        **values,
+    )
+    warps = 4 if plan.wide > plan.width else 8  # a wide tile needs only one pass
     run(Launch(mix_gradient_kernel, (count,), arguments, plan.wide_tile, warps))
 
     parts = plan.key_blocks
     grad_columns = chunks.columns.new_empty(count, parts, *chunks.columns.shape[1:])
     grad_carry = chunks.columns.new_empty(count, parts, 3)
     arguments = dict(
-        q_ptr=tokens.q, k_ptr=tokens.k, columns_ptr=chunks.columns, states_ptr=states, grad_ends_ptr=grad_ends,
-        errors_ptr=errors, grad_residuals_ptr=grad_residuals, grad_out_ptr=grad_out, strict_ptr=strict, mix_ptr=mix,
-        grad_q_ptr=grads.q, grad_k_ptr=grads.k, grad_columns_ptr=grad_columns, grad_carry_ptr=grad_carry,
-        **place, **values,
-    )  # fmt: skip
+        q_ptr=tokens.q,
+        k_ptr=tokens.k,
+        columns_ptr=chunks.columns,
+        states_ptr=states,
+        grad_ends_ptr=grad_ends,
+        errors_ptr=errors,
+        grad_residuals_ptr=grad_residuals,
+        grad_out_ptr=grad_out,
+        strict_ptr=strict,
+        mix_ptr=mix,
+        grad_q_ptr=grads.q,
+        grad_k_ptr=grads.k,
+        grad_columns_ptr=grad_columns,
+        grad_carry_ptr=grad_carry,
+        **place,
+        **values,
+    )
     run(Launch(token_gradient_kernel, (count, parts), arguments, plan.tile))
 
     if parts > 1:
         grad_columns, grad_carry = grad_columns.sum(1), grad_carry.sum(1)
     arguments = dict(
-        gates_ptr=tokens.gates, rows_ptr=chunks.rows, moving_ptr=chunks.moving, columns_ptr=chunks.columns,
-        grad_before_ptr=squares[0], grad_after_ptr=squares[1], grad_columns_ptr=grad_columns,
-        grad_carry_ptr=grad_carry, grad_gates_ptr=grads.gates, lanes=tokens.lanes, time=place["time"],
+        gates_ptr=tokens.gates,
+        rows_ptr=chunks.rows,
+        moving_ptr=chunks.moving,
+        columns_ptr=chunks.columns,
+        grad_before_ptr=squares[0],
+        grad_after_ptr=squares[1],
+        grad_columns_ptr=grad_columns,
+        grad_carry_ptr=grad_carry,
+        grad_gates_ptr=grads.gates,
+        lanes=tokens.lanes,
+        time=place["time"],
         chunks=place["chunks"],
-    )  # fmt: skip
+    )
     run(Launch(gate_gradient_kernel, (count,), arguments, dict(SIZE=size), 1, has_dots=False))
     return grads

@@ -1,4 +1,4 @@
-"""Operators of torch.library for compiled graphs: the scan in Triton, and its step of one token."""
+"""torch.library operators of the Triton scan and of its single-token step, for compiled graphs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ..library import own_memory, triton_module
 from .reference import MemoryState
 
 TOKENS = "Tensor q, Tensor k, Tensor v, Tensor keep, Tensor eta, Tensor theta, Tensor? active, Tensor? continues"
-RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
+RESULTS = 3  # out, weight, momentum; followed by the tensors for the backward
 
 
 @torch.library.custom_op(
@@ -19,7 +19,7 @@ RESULTS = 3  # out, weight, momentum; the tensors for the backward follow
     schema=f"({TOKENS}, Tensor weight, Tensor momentum, SymInt chunk_size) -> Tensor[]",
 )
 def memory_scan_triton_operator(*inputs: Any) -> list[Tensor]:
-    """Run `scan_forward`; return its results, then the tensors that it keeps."""
+    """Run `scan_forward`; return its results, followed by the tensors for the backward."""
     results, kept = triton_module(__package__).scan_forward(*inputs)
     return own_memory((*results, *kept), inputs[:-1])
 
@@ -77,7 +77,7 @@ memory_scan_triton_operator.register_autograd(_backward, setup_context=_setup)
     ),
 )
 def memory_step_triton_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `memory_step_triton`; return out and the state after it."""
+    """Run `memory_step_triton`; return (out, weight, momentum)."""
     *tokens, weight, momentum, mask = inputs
     step = triton_module(__package__, "triton_decode").memory_step_triton
     out, (weight, momentum) = step(*tokens, MemoryState(weight, momentum), mask)

@@ -1,4 +1,4 @@
-"""Tile sizes and precision of the linear memory's kernels, and the description of a launch."""
+"""Tile sizes and precision of the linear memory's kernels, and descriptions of launches."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,15 +11,17 @@ from ..builds import DTYPES, Build
 
 LEAST_DIM, LARGEST_DIM = 16, 256
 LEAST_CHUNK, LARGEST_CHUNK = 16, 128
-LARGEST_TILE = 64  # longer chunks are worked on as two: a checkpoint is kept for every other one
+LARGEST_TILE = 64  # longer chunks are processed as two, with a checkpoint for every other one
 
 
 def check_supported(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
-    """Raise a ValueError where there is no kernel for it."""
+    """Raise a ValueError for dtypes, dimensions or chunk sizes that have no kernel."""
     advice = "choose backend='torch'"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
-            raise ValueError(f"the triton backend takes float32, bfloat16 and float16, {name} is {x.dtype}: {advice}")
+            raise ValueError(
+                f"the triton backend takes float32, bfloat16 and float16, but {name} is {x.dtype}: {advice}"
+            )
     for name, dim in (("key_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
         if not LEAST_DIM <= dim <= LARGEST_DIM:
             raise ValueError(f"the triton backend takes {name} from {LEAST_DIM} to {LARGEST_DIM}, got {dim}: {advice}")
@@ -33,14 +35,14 @@ class Plan:
     """Tile sizes and precision for one shape.
 
     Args:
-        size: tokens that are worked on at once.
-        spacing: a state is kept for the backward every `spacing` of these.
-        precision: of products, where they are not of two 16-bit inputs; None is tf32 where the target has it.
-        exact: of the products that invert.
-        width: columns of a tile. A product in tf32x3 is three, whose operands all lie in registers: half as many.
+        size: number of tokens processed at once.
+        spacing: number of chunks of `size` per state that is kept for the backward.
+        precision: precision of products other than those of two 16-bit inputs; None is tf32 where available.
+        exact: precision of products in the matrix inverse.
+        width: columns of a tile; half as many under tf32x3, which holds the operands of three products in registers.
         scan_keys: key dimensions of a tile in the passes through the chunks.
-        wide: columns of a tile in the kernels that hold few of them.
-        chunk_warps: of the kernel that inverts.
+        wide: columns of a tile in kernels that hold few tiles.
+        chunk_warps: number of warps of the kernel that computes the inverse.
     """
 
     key_dim: int
@@ -62,50 +64,51 @@ class Plan:
 
     @property
     def tile(self) -> dict[str, Any]:
-        """Constants of the kernels of independent chunks."""
+        """Return the constants of kernels over independent chunks."""
         return self._cut(self.width, self.width)
 
     @property
     def wide_tile(self) -> dict[str, Any]:
-        """Constants of the kernels of independent chunks that hold few tiles."""
+        """Return the constants of kernels over independent chunks that hold few tiles."""
         return self._cut(self.wide, self.wide)
 
     @property
     def scan_tile(self) -> dict[str, Any]:
-        """Constants of the kernels that go from chunk to chunk."""
+        """Return the constants of kernels that pass through the chunks in sequence."""
         return self._cut(self.scan_keys, self.width)
 
     @property
     def key_blocks(self) -> int:
-        """Number of programs that share the key dimensions."""
+        """Return the number of programs that share the key dimensions."""
         return triton.cdiv(self.key_dim, self.tile["KEY_BLOCK"])
 
     def value_blocks(self, tile: dict[str, Any]) -> int:
-        """Number of programs that share the columns of values."""
+        """Return the number of programs that share the value columns."""
         return triton.cdiv(self.value_dim, tile["VALUE_BLOCK"])
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, hip: bool, interpreted: bool) -> Plan:
-    """The plan for these inputs. AMD's matrix cores take float32 as it is; the interpreter knows no other product."""
+    """Choose tile sizes and precision for the inputs.
+
+    Products are plain float32 on AMD, whose matrix cores support it, and in the interpreter, which has no alternative.
+    """
     chunk = max(LEAST_CHUNK, triton.next_power_of_2(min(chunk_size, q.shape[2])))
     size = min(chunk, LARGEST_TILE)
     exact = "ieee" if hip or interpreted else "tf32x3"
     single = all(x.dtype == torch.float32 for x in (q, k, v))
     precision = exact if single or interpreted else None
     width, scan_keys = (16, 32) if single else (32, size)
-    wide, chunk_warps = (width, 4) if single or hip else (64, 2)  # measured on Hopper alone
+    wide, chunk_warps = (width, 4) if single or hip else (64, 2)  # tuned on Hopper only
     if size <= 32:
         chunk_warps = 2
-    return Plan(
-        q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_keys, wide, chunk_warps
-    )  # fmt: skip
+    return Plan(q.shape[-1], v.shape[-1], size, chunk // size, precision, exact, width, scan_keys, wide, chunk_warps)
 
 
 class Launch(NamedTuple):
-    """One kernel with all that it is given.
+    """One kernel launch with its grid, arguments and constants.
 
-    Its loads are not pipelined (num_stages is 1): several programs on a multiprocessor hide latency as well, and what
-    is loaded ahead takes the registers that these need.
+    Loads are not pipelined (num_stages is 1): several programs per multiprocessor hide latency equally well, and
+    prefetched data would take the registers that these programs need.
     """
 
     kernel: Any
@@ -116,11 +119,11 @@ class Launch(NamedTuple):
     has_dots: bool = True
 
     def run(self) -> None:
-        """Run it on the tensors' device."""
+        """Launch the kernel on the tensors' device."""
         self.kernel[self.grid](**self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=1)
 
     def build(self, shapes: str) -> Build:
-        """Return the description of its ahead-of-time build."""
+        """Return the description of the kernel's ahead-of-time build."""
         types = {n: f"*{DTYPES[x.dtype]}" if isinstance(x, Tensor) else "i32" for n, x in self.arguments.items()}
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         name = f"{self.kernel.__name__} {shapes}"

@@ -1,6 +1,6 @@
-"""The backward kernels of the states: from checkpoints to every chunk, and their adjoints.
+"""Backward kernels of the states: their reconstruction from checkpoints, and their adjoints.
 
-Equations are those of README.md.
+Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -50,7 +50,7 @@ def restore_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of the states of two chunks, from the checkpoint before them."""
+    """Recompute a block of the states of two chunks from the checkpoint before them."""
     pair = tl.program_id(0).to(tl.int64)
     lane, chunk = pair // checkpoints, pair % checkpoints * 2
     unit, start = lane * chunks + chunk, chunk * SIZE
@@ -63,7 +63,7 @@ def restore_kernel(
     momentum = load_tile(checkpoint_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
     store_tile(z_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, weight)
     store_tile(z_ptr + STATE, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM, momentum)
-    # (9): the state after the first of them
+    # (9): the state after the first chunk
     if chunk + 1 < chunks:
         k_ptr = lane_start(k_ptr, lane, heads, key_batch, key_head) + start * key_time
         k = tl.trans(load_tile(k_ptr, i, dims, key_time, time - start, KEY_DIM))
@@ -104,7 +104,7 @@ def seed_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The share of a chunk's outputs in the gradients of its errors and of the state before it."""
+    """Compute the contribution of a chunk's outputs to the gradients of its errors and of its first state."""
     unit = tl.program_id(0).to(tl.int64)
     lane, chunk = unit // chunks, unit % chunks
     start = chunk * SIZE
@@ -161,9 +161,9 @@ def adjoint_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The scan backwards: gradients of the state after every chunk, of K̄ z - V in it, and of the first state.
+    """Run the scan in reverse: gradients of the state after every chunk, of K̄ z - V, and of the first state.
 
-    It adds to the results of `seed_kernel`. The barriers order a program's own stores and loads, as in the forward.
+    The results are added to those of `seed_kernel`. Barriers order a program's own stores and loads, as in the forward.
     """
     lane = tl.program_id(0).to(tl.int64)
     i, d = tl.arange(0, SIZE), tl.arange(0, KEY_BLOCK)
@@ -174,9 +174,14 @@ def adjoint_kernel(
     grad_v_ptr = lane_start(grad_v_ptr, lane, heads, value_batch, value_head) + last * value_time
     z_ptr = grad_ends_ptr + (lane * chunks + chunks - 1) * 2 * STATE
     copy_state(
-        grad_last_weight_ptr + lane * STATE, grad_last_momentum_ptr + lane * STATE, z_ptr, values,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK,
-    )  # fmt: skip
+        grad_last_weight_ptr + lane * STATE,
+        grad_last_momentum_ptr + lane * STATE,
+        z_ptr,
+        values,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+    )
     tl.debug_barrier()
 
     for step in range(chunks):

@@ -1,8 +1,8 @@
 """Building blocks of the kernels: products, loads and stores of one chunk, and the triangular inverse in registers.
 
-Letters, matrices and equations are those of README.md. A chunk is at most 64 tokens here; a row's last one is padded
-with tokens that change nothing. `gates_ptr` is (gate, lane, time) with the gates in the order of `Gates`, a lane being
-a (batch, head).
+Symbols and equation numbers refer to README.md. A chunk has at most 64 tokens here; the last chunk of a row is padded
+with tokens that have no effect. `gates_ptr` is (gate, lane, time) with the gates in the order of `Gates`; a lane is a
+(batch, head) pair.
 """
 
 from typing import no_type_check
@@ -10,7 +10,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-COUNTS = ("lanes", "heads", "time", "chunks", "checkpoints")  # a kernel is not compiled again for other ones
+COUNTS = ("lanes", "heads", "time", "chunks", "checkpoints")  # arguments that never trigger a new compilation
 
 KEEP = tl.constexpr(0)
 ETA = tl.constexpr(1)
@@ -18,8 +18,8 @@ THETA = tl.constexpr(2)
 ACTIVE = tl.constexpr(3)
 CONTINUES = tl.constexpr(4)
 
-# The rows of `columns_ptr`, a vector over the chunk's tokens each: the share of W_0 and of S_0 in W_i (a, p), of S_0 in
-# S_i (e), of W_0 and S_0 in the weights at which token i takes its error; of token j's write in W_C and in S_C.
+# Rows of `columns_ptr`, each a vector over the chunk's tokens: the shares of W_0 and S_0 in W_i (a, p), of S_0 in S_i
+# (e), of W_0 and S_0 in the weights at which token i takes its error, and of token j's write in W_C and in S_C.
 WEIGHT_LEFT = tl.constexpr(0)
 MOMENTUM_LEFT = tl.constexpr(1)
 MOMENTUM_KEPT = tl.constexpr(2)
@@ -29,16 +29,16 @@ WRITE_LEFT = tl.constexpr(5)
 WRITE_MOVING = tl.constexpr(6)
 COLUMNS = tl.constexpr(7)
 
-BASE = tl.constexpr(16)  # diagonal blocks of this size are inverted by substitution
+BASE = tl.constexpr(16)  # size of the diagonal blocks that are inverted by substitution
 
 
 @triton.jit
 @no_type_check
 def dot(a, b, PRECISION: tl.constexpr):
-    """A product summed in float32: two 16-bit inputs as they are, which is exact, anything else at PRECISION."""
+    """Multiply matrices with float32 sums: two 16-bit inputs directly, which is exact, others at PRECISION."""
     if a.dtype == b.dtype and a.dtype != tl.float32 and PRECISION != "ieee":
         product = tl.dot(a, b)
-    elif PRECISION is None:  # left out: given, it would not be tf32 on AMD's
+    elif PRECISION is None:  # omitted, because an explicit value would not select tf32 on AMD
         product = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
@@ -48,7 +48,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_tile(base_ptr, rows, columns, stride, row_count, column_count):
-    """Rows of a matrix, zeros outside of it."""
+    """Load a tile of a matrix, with zeros outside its bounds."""
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     return tl.load(base_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
@@ -56,7 +56,7 @@ def load_tile(base_ptr, rows, columns, stride, row_count, column_count):
 @triton.jit
 @no_type_check
 def store_tile(base_ptr, rows, columns, stride, row_count, column_count, tile):
-    """Rows of a matrix, in its dtype; what lies outside of it is left out."""
+    """Store a tile of a matrix in the matrix's dtype, ignoring elements outside its bounds."""
     mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     tl.store(base_ptr + rows[:, None] * stride + columns[None, :], tile.to(base_ptr.dtype.element_ty), mask=mask)
 
@@ -64,7 +64,7 @@ def store_tile(base_ptr, rows, columns, stride, row_count, column_count, tile):
 @triton.jit
 @no_type_check
 def store_square(matrices_ptr, unit, tile, SIZE: tl.constexpr):
-    """The chunk's own matrix."""
+    """Store a chunk's (SIZE, SIZE) matrix."""
     i = tl.arange(0, SIZE)
     tl.store(matrices_ptr + unit * SIZE * SIZE + i[:, None] * SIZE + i[None, :], tile)
 
@@ -72,7 +72,7 @@ def store_square(matrices_ptr, unit, tile, SIZE: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_square(matrices_ptr, unit, SIZE: tl.constexpr):
-    """The chunk's own matrix."""
+    """Load a chunk's (SIZE, SIZE) matrix."""
     i = tl.arange(0, SIZE)
     return tl.load(matrices_ptr + unit * SIZE * SIZE + i[:, None] * SIZE + i[None, :])
 
@@ -80,14 +80,14 @@ def load_square(matrices_ptr, unit, SIZE: tl.constexpr):
 @triton.jit
 @no_type_check
 def lane_start(base_ptr, lane, heads, batch_stride, head_stride):
-    """Where a (batch, head)'s tokens start."""
+    """Return the pointer to the first token of a lane."""
     return base_ptr + (lane // heads) * batch_stride + (lane % heads) * head_stride
 
 
 @triton.jit
 @no_type_check
 def load_rows(rows_ptr, unit, first, SIZE: tl.constexpr):
-    """The chunk's rows of decays from `first` on: before every token's write at 0, after it at 1."""
+    """Load a chunk's decay rows from `first` on: 0 selects the rows before each token's write, 1 those after it."""
     i = tl.arange(0, SIZE)
     return tl.load(rows_ptr + (unit * (SIZE + 1) + first + i[:, None]) * SIZE + i[None, :])
 
@@ -95,21 +95,21 @@ def load_rows(rows_ptr, unit, first, SIZE: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_column(columns_ptr, unit, COLUMN: tl.constexpr, SIZE: tl.constexpr):
-    """One row of `columns_ptr`."""
+    """Load one row of `columns_ptr`."""
     return tl.load(columns_ptr + (unit * COLUMNS + COLUMN) * SIZE + tl.arange(0, SIZE))
 
 
 @triton.jit
 @no_type_check
 def store_column(columns_ptr, unit, COLUMN: tl.constexpr, values, SIZE: tl.constexpr):
-    """One row of `columns_ptr`."""
+    """Store one row of `columns_ptr`."""
     tl.store(columns_ptr + (unit * COLUMNS + COLUMN) * SIZE + tl.arange(0, SIZE), values)
 
 
 @triton.jit
 @no_type_check
 def load_carry(columns_ptr, unit, SIZE: tl.constexpr):
-    """(a_C, p_C, e_C) of F (9): how weights and momentum pass the chunk."""
+    """Load (a_C, p_C, e_C) of F (9), the transition of weights and momentum over a chunk."""
     last_ptr = columns_ptr + unit * COLUMNS * SIZE + SIZE - 1
     return (
         tl.load(last_ptr + WEIGHT_LEFT * SIZE),
@@ -123,7 +123,7 @@ def load_carry(columns_ptr, unit, SIZE: tl.constexpr):
 def copy_state(
     weight_ptr, momentum_ptr, z_ptr, values, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr
 ):
-    """Write columns of weights and momentum to z."""
+    """Copy columns of weights and momentum to z."""
     for low in range(0, KEY_DIM, KEY_BLOCK):
         dims = low + tl.arange(0, KEY_BLOCK)
         weight = load_tile(weight_ptr, dims, values, VALUE_DIM, KEY_DIM, VALUE_DIM)
@@ -147,7 +147,7 @@ def through_state(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(X W, X S) of a chunk's keys or queries and some columns of z."""
+    """Compute (X W, X S) from a chunk's keys or queries and a block of columns of z."""
     i = tl.arange(0, SIZE)
     by_weight = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
     by_momentum = tl.zeros((SIZE, VALUE_BLOCK), tl.float32)
@@ -164,7 +164,7 @@ def through_state(
 @triton.jit
 @no_type_check
 def diagonal_blocks(matrix, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """(SIZE / WIDTH, WIDTH, WIDTH): a tile has no slices, so all other blocks are summed away."""
+    """Extract (SIZE / WIDTH, WIDTH, WIDTH) diagonal blocks; tiles have no slices, so masked blocks are summed."""
     BLOCKS: tl.constexpr = SIZE // WIDTH
     b = tl.arange(0, BLOCKS)
     diagonal = (b[:, None] == b[None, :])[:, None, :, None]
@@ -174,7 +174,7 @@ def diagonal_blocks(matrix, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def substitute(blocks, BLOCKS: tl.constexpr):
-    """The inverses of I + `blocks`, strictly lower triangular of BASE rows: columns are eliminated one by one."""
+    """Invert I + `blocks`, strictly lower triangular matrices of BASE rows, by eliminating columns one by one."""
     i = tl.arange(0, BASE)
     row, column = i[None, :, None], i[None, None, :]
     inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros((BLOCKS, BASE, BASE), tl.float32)
@@ -188,7 +188,7 @@ def substitute(blocks, BLOCKS: tl.constexpr):
 @triton.jit
 @no_type_check
 def merge_pairs(inverse, strict, PAIRS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """From the inverses of 2 PAIRS diagonal blocks those of PAIRS of twice the width."""
+    """Merge the inverses of 2 PAIRS diagonal blocks into the inverses of PAIRS blocks of twice the width."""
     half = tl.arange(0, 2)[None, :, None, None]
     halves = tl.reshape(inverse, (PAIRS, 2, WIDTH, WIDTH))
     top = tl.sum(tl.where(half == 0, halves, 0.0), axis=1)
@@ -207,9 +207,9 @@ def merge_pairs(inverse, strict, PAIRS: tl.constexpr, WIDTH: tl.constexpr, PRECI
 @triton.jit
 @no_type_check
 def unit_lower_inverse(strict, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + N)^-1, N = `strict` being zero on and above its diagonal: as stable as substitution, see triangular.py.
+    """Compute (I + N)^-1 for strictly lower triangular N = `strict`, as stably as substitution (see triangular.py).
 
-    Diagonal blocks are substituted, and merged: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+    Diagonal blocks are inverted by substitution and merged: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
     """
     inverse = substitute(diagonal_blocks(strict, SIZE, BASE), SIZE // BASE)
     if SIZE > BASE:

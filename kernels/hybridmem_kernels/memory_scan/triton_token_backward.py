@@ -1,6 +1,6 @@
-"""The backward kernels of one chunk: gradients of its products, of its tokens and of their gates.
+"""Backward kernels of independent chunks: gradients of products, tokens and gates.
 
-Equations are those of README.md.
+Equation numbers refer to README.md.
 """
 
 from typing import no_type_check
@@ -65,7 +65,7 @@ def mix_gradient_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of N and of D ⊙ Q Kᵀ, times their decays and times their products of keys and queries.
+    """Compute the gradients of N and of D ⊙ Q Kᵀ, times their decays, and times their products of keys and queries.
 
     Key products are symmetric: their gradient goes to both keys, so the gradient of N is added to its transpose.
     """
@@ -126,7 +126,7 @@ def contract(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A chunk's rows over the values times some rows of a transposed (key_dim, value_dim) matrix."""
+    """Multiply a chunk's rows by a block of rows of a transposed (key_dim, value_dim) matrix, summing over values."""
     product = tl.zeros((SIZE, KEY_BLOCK), tl.float32)
     for low in range(0, VALUE_DIM, VALUE_BLOCK):
         values = low + tl.arange(0, VALUE_BLOCK)
@@ -169,7 +169,7 @@ def token_gradient_kernel(
     SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients of some dimensions of a chunk's queries and keys, and their share in the columns' gradients."""
+    """Compute the gradients of a block of query and key dimensions, and its share of the columns' gradients."""
     unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane, start = unit // chunks, unit % chunks * SIZE
     i = tl.arange(0, SIZE)
@@ -191,43 +191,92 @@ def token_gradient_kernel(
     grad_k = dot(tl.trans(mix), q, PRECISION) + dot(load_square(strict_ptr, unit, SIZE), k, PRECISION)
     # (14): dQ̄ = dO zᵀ, to queries and to a_i, p_i
     product = contract(
-        grad_out_ptr, value_time, tokens_left, z_ptr, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        grad_out_ptr,
+        value_time,
+        tokens_left,
+        z_ptr,
+        i,
+        dims,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+        VALUE_BLOCK,
+        SIZE,
+        PRECISION,
+    )
     tl.store(sums_ptr + WEIGHT_LEFT * SIZE, tl.sum(q * product, axis=1))
     grad_q += load_column(columns_ptr, unit, WEIGHT_LEFT, SIZE)[:, None] * product
     product = contract(
-        grad_out_ptr, value_time, tokens_left, z_ptr + STATE, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        grad_out_ptr,
+        value_time,
+        tokens_left,
+        z_ptr + STATE,
+        i,
+        dims,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+        VALUE_BLOCK,
+        SIZE,
+        PRECISION,
+    )
     tl.store(sums_ptr + MOMENTUM_LEFT * SIZE, tl.sum(q * product, axis=1))
     grad_q += load_column(columns_ptr, unit, MOMENTUM_LEFT, SIZE)[:, None] * product
     store_tile(grad_q_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_q)
 
     # (14): dK̄ = dR zᵀ, to keys and to a_{i-1}, p_{i-1}
     product = contract(
-        grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        grad_residuals_ptr + row,
+        VALUE_DIM,
+        SIZE,
+        z_ptr,
+        i,
+        dims,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+        VALUE_BLOCK,
+        SIZE,
+        PRECISION,
+    )
     tl.store(sums_ptr + WEIGHT_FOUND * SIZE, tl.sum(k * product, axis=1))
     grad_k += load_column(columns_ptr, unit, WEIGHT_FOUND, SIZE)[:, None] * product
     product = contract(
-        grad_residuals_ptr + row, VALUE_DIM, SIZE, z_ptr + STATE, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        grad_residuals_ptr + row,
+        VALUE_DIM,
+        SIZE,
+        z_ptr + STATE,
+        i,
+        dims,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+        VALUE_BLOCK,
+        SIZE,
+        PRECISION,
+    )
     tl.store(sums_ptr + MOMENTUM_FOUND * SIZE, tl.sum(k * product, axis=1))
     grad_k += load_column(columns_ptr, unit, MOMENTUM_FOUND, SIZE)[:, None] * product
     # (14): dK̂ = -Δ dz'ᵀ, to keys and to D_C, R_s[C]
     product = contract(
-        errors_ptr + row, VALUE_DIM, SIZE, end_ptr, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        errors_ptr + row, VALUE_DIM, SIZE, end_ptr, i, dims, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION
+    )
     tl.store(sums_ptr + WRITE_LEFT * SIZE, -tl.sum(k * product, axis=1))
     grad_k -= load_column(columns_ptr, unit, WRITE_LEFT, SIZE)[:, None] * product
     product = contract(
-        errors_ptr + row, VALUE_DIM, SIZE, end_ptr + STATE, i, dims,
-        KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, SIZE, PRECISION,
-    )  # fmt: skip
+        errors_ptr + row,
+        VALUE_DIM,
+        SIZE,
+        end_ptr + STATE,
+        i,
+        dims,
+        KEY_DIM,
+        VALUE_DIM,
+        KEY_BLOCK,
+        VALUE_BLOCK,
+        SIZE,
+        PRECISION,
+    )
     tl.store(sums_ptr + WRITE_MOVING * SIZE, -tl.sum(k * product, axis=1))
     grad_k -= load_column(columns_ptr, unit, WRITE_MOVING, SIZE)[:, None] * product
     store_tile(grad_k_ptr + key_start, i, dims, key_time, tokens_left, KEY_DIM, grad_k)
@@ -266,9 +315,9 @@ def gate_gradient_kernel(
     chunks,
     SIZE: tl.constexpr,
 ):
-    """The gradients of keep, eta and theta (16): the recurrences of `decay_kernel` backwards.
+    """Compute the gradients of keep, eta and theta (16) by running the recurrences of `decay_kernel` in reverse.
 
-    No token reads a later write: there the gradients of rows are meaningless, and meet zeros.
+    No token reads a later write. The gradients of these rows are meaningless, and are multiplied by zeros.
     """
     unit = tl.program_id(0).to(tl.int64)
     lane, start = unit // chunks, unit % chunks * SIZE

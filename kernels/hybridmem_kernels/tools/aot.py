@@ -1,12 +1,12 @@
-"""Ahead-of-time builds of every Triton kernel, for GPUs that need not be there, and the resources they use.
+"""Ahead-of-time builds of every Triton kernel, without a GPU, and a report of their resources.
 
     python -m hybridmem_kernels.tools.aot                       # build, print the table, compare it with resources.json
     python -m hybridmem_kernels.tools.aot --write               # accept the table
     python -m hybridmem_kernels.tools.aot --targets sm90 --dtypes bf16 --match memory_scan
 
-The shapes are those of the model configurations in configs/pretrain. A kernel that spills registers, needs more shared
-memory than the target has, multiplies matrices without tensor cores, or takes more than the committed table says, is
-an error. Triton keeps what it has built: the same kernel is not built again.
+The shapes come from the model configurations in configs/pretrain. A kernel fails if it spills registers, exceeds the
+target's shared memory, multiplies matrices without tensor cores, or uses more resources than in the committed table.
+Triton caches built kernels, so that a kernel is built only once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Kernels under the interpreter cannot be built; and this default differs between releases of Triton.
+# Kernels cannot be built under the interpreter, and its default differs between releases of Triton.
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -43,10 +43,10 @@ NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Target(NamedTuple):
-    """A GPU to build for."""
+    """GPU architecture to build for."""
 
     gpu: GPUTarget
-    tensor_core: str  # its instructions for matrix products
+    tensor_core: str  # a pattern of its matrix product instructions
 
 
 TARGETS = {
@@ -59,7 +59,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes in a model's configuration that kernels are compiled for."""
+    """Sizes of a model configuration for which kernels are compiled."""
 
     head_dim: int
     memory_head_dim: int
@@ -68,14 +68,14 @@ class Shapes:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shapes":
-        """Read the `config` block of a configuration; where it says nothing, HybridMemConfig's defaults hold."""
+        """Read the `config` block of a configuration, with HybridMemConfig's defaults for missing settings."""
         dim, depth = config.get("memory_head_dim", 64), max(2, config.get("memory_depth", 1))
         hidden = dim * config.get("memory_expansion", 1)
         widths = (dim, *[hidden] * (depth - 1), dim)
         return cls(config.get("head_dim", 64), dim, config.get("memory_chunk_size", 64), widths)
 
     def builds(self, dtype: torch.dtype, hip: bool) -> list[Build]:
-        """Every kernel of every operator."""
+        """List the builds of all kernels of all operators."""
         dim, chunk = self.memory_head_dim, self.memory_chunk_size
         backend = "hip" if hip else "cuda"
         operators = {
@@ -91,7 +91,7 @@ class Shapes:
 
 
 def shapes_of(paths: Iterable[Path]) -> list[Shapes]:
-    """The shapes of training configurations, each once."""
+    """Collect the distinct shapes of training configurations."""
     configs = [yaml.safe_load(path.read_text())["model"]["init_args"]["config"] for path in paths]
     return list(dict.fromkeys(Shapes.of(config) for config in configs))
 
@@ -99,7 +99,7 @@ def shapes_of(paths: Iterable[Path]) -> list[Shapes]:
 def list_builds(
     targets: Sequence[str], shapes: Sequence[Shapes], dtypes: Sequence[str], match: str
 ) -> list[tuple[str, Build]]:
-    """(target, build) of all that is asked for, each once."""
+    """List the distinct requested builds as (target, build)."""
     found: dict[tuple[str, str], Build] = {}
     for target in targets:
         hip = TARGETS[target].gpu.backend == "hip"
@@ -112,7 +112,7 @@ def list_builds(
 
 
 def measure(target: Target, build: Build) -> Resources:
-    """Build a kernel (or take it from Triton's cache) and read off what it takes."""
+    """Build a kernel, or take it from Triton's cache, and read its resources."""
     options = dict(num_warps=build.num_warps, num_stages=build.num_stages)
     if build.maxnreg is not None:
         options["maxnreg"] = build.maxnreg
@@ -124,7 +124,7 @@ def measure(target: Target, build: Build) -> Resources:
 
 
 def _alignments(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Return what a launch finds out by itself: tensors, and strides of their rows, are multiples of 16 bytes."""
+    """Declare tensors and row strides as multiples of 16 bytes, which a launch would detect by itself."""
     aligned = ("_ptr", "_batch", "_head", "_time")
     places: list[tuple[int, ...]] = []
     for n, name in enumerate(build.kernel.arg_names):
@@ -137,7 +137,7 @@ def _alignments(build: Build) -> dict[tuple[int, ...], list[list[Any]]]:
 
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """(registers, bytes spilled, assembly)."""
+    """Return (registers, bytes spilled, assembly) of an NVIDIA kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -149,14 +149,14 @@ def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """(vector registers, bytes spilled, assembly)."""
+    """Return (vector registers, bytes spilled, assembly) of an AMD kernel."""
     assembly = asm["amdgcn"]
     usage = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
-    # Scratch memory holds what was spilled of either kind of register.
+    # Scratch memory holds the spills of both kinds of registers.
     return usage["vgpr_count"], usage["private_segment_fixed_size"], assembly
 
 
-_builds: list[tuple[str, Build]] = []  # of this worker; kernels cannot be sent to it
+_builds: list[tuple[str, Build]] = []  # this worker's list; kernels cannot be pickled
 
 
 def _start_worker(arguments: tuple[Any, ...]) -> None:
@@ -169,7 +169,7 @@ def _measure_nth(n: int) -> Resources:
 
 
 def measure_all(arguments: tuple[Any, ...], jobs: int) -> list[Row]:
-    """Every one of `list_builds(*arguments)`, printed as it is done."""
+    """Measure all of `list_builds(*arguments)`, printing each result."""
     builds, rows = list_builds(*arguments), []
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (arguments,)) as pool:
         for (target, build), resources in zip(builds, pool.map(_measure_nth, range(len(builds))), strict=True):
@@ -180,7 +180,7 @@ def measure_all(arguments: tuple[Any, ...], jobs: int) -> list[Row]:
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Build, print, compare; 1 if something is wrong."""
+    """Build kernels, print and compare their resources; return 1 if there are problems."""
     parser = argparse.ArgumentParser(
         prog="python -m hybridmem_kernels.tools.aot",
         description=__doc__,
@@ -189,13 +189,13 @@ def main(command_line: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--configs", nargs="+", type=Path, default=sorted(CONFIGS.glob("*.yaml")))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(NAMED_DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--match", default="", help="regular expression that a kernel's name must hold")
+    parser.add_argument("--match", default="", help="regular expression to select kernels by name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--write", action="store_true", help="put what was built into resources.json")
+    parser.add_argument("--write", action="store_true", help="write the results to resources.json")
     arguments = parser.parse_args(command_line)
     what = (arguments.targets, shapes_of(arguments.configs), arguments.dtypes, arguments.match)
     if not list_builds(*what):
-        parser.error("no kernel is asked for: check --configs and --match")
+        parser.error("no kernel is selected: check --configs and --match")
     columns = "".join(f"{name:>10}" for name in ("registers", "spills", "shared", "mma"))
     print(f"Triton {triton.__version__}\n{'target':8}{'kernel':74}{'warps':>5}{columns}", flush=True)
     rows, tables = measure_all(what, arguments.jobs), read_tables()
@@ -208,7 +208,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def _updated(table: Table, rows: Sequence[Row]) -> Table:
-    """The table with these rows in it, in the order of targets and names."""
+    """Return the table with these rows updated, sorted by target and name."""
     updated = {target: dict(table.get(target, {})) for target in TARGETS}
     for row in rows:
         updated[row.target][row.name] = row.resources

@@ -3,8 +3,9 @@
     python -m hybridmem_kernels.tools.gpu_check [--output check_gpu.json]
 
 Outputs and gradients of each case are compared in float32, bfloat16 and float16 with the token-by-token definition in
-float64 on the same inputs, in --jobs processes, since most of the time goes into building kernels. Then both backends
-are timed side by side, alone (timing.py). All goes into one file, to be attached to a report.
+float64 on identical inputs. This uses --jobs processes, because building kernels dominates the run time. Then both
+backends are timed side by side in a single process (timing.py). All results go into one file, to be attached to a
+report.
 """
 
 import argparse
@@ -29,21 +30,21 @@ from ..memory_mlp_scan import MemoryMLPState, memory_mlp_scan
 from ..memory_scan import MemoryState, memory_scan
 from .timing import NUM_CALLS, benchmark, build
 
-# Of a tensor's norm: rounding to the dtype, and sums in another order. With tokens of 16 bits products are in TF32,
-# whose rounding, 5e-4, a deep memory without a bound on its gradients amplifies tenfold in 256 tokens.
+# Relative to a tensor's norm: rounding to the dtype, and different orders of summation. Products of 16-bit tokens are
+# in TF32, whose rounding of 5e-4 is amplified tenfold over 256 tokens by a deep memory without a gradient bound.
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator.
+    """Test case: one call of an operator.
 
     Args:
-        operator, name: what it is, in words.
-        tensors: its inputs with gradients, float64.
-        rounded: those of them that come in the tested dtype; the rest stay float32.
-        run: (tensors, backend) to the outputs that mean something.
+        operator, name: labels for the report.
+        tensors: inputs with gradients, in float64.
+        rounded: names of the inputs that are rounded to the tested dtype; the others are float32.
+        run: function from (tensors, backend) to the meaningful outputs.
     """
 
     operator: str
@@ -55,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest errors of a case, each relative to the norm of its tensor."""
+    """Largest errors of a case, relative to the norm of each tensor."""
 
     operator: str
     case: str
@@ -67,7 +68,7 @@ class Comparison:
 
 
 def compare(case: Case, dtype: torch.dtype, device: str) -> Comparison:
-    """The Triton backend against the definition."""
+    """Compare the Triton backend with the definition."""
     low = {
         name: x.to(device, dtype if name in case.rounded else torch.float32).requires_grad_()
         for name, x in case.tensors.items()
@@ -94,15 +95,15 @@ def compare(case: Case, dtype: torch.dtype, device: str) -> Comparison:
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
-    """Relative to the norm; one that is not finite is infinitely wrong."""
+    """Return the error relative to the norm; non-finite errors count as infinite."""
     difference = (got.double() - expected).norm() / expected.norm().clamp(min=1e-6)
     return float(difference.detach().nan_to_num(nan=float("inf")))
 
 
 def cases(time: int, shrink: int = 1) -> list[Case]:
-    """Cases of every operator with texts of about `time` tokens; what the kernels must mask is in some of them.
+    """List cases of every operator with texts of about `time` tokens, some with documents, padding and odd sizes.
 
-    `shrink` divides the deep memory's widths, whose products take long in Triton's interpreter.
+    `shrink` divides the deep memory's widths, whose products are slow in Triton's interpreter.
     """
     deep = [tuple(width // shrink for width in widths) for widths in ((64, 64, 64), (48, 96, 96, 48), (64, 128, 64))]
     return [
@@ -123,7 +124,7 @@ def cases(time: int, shrink: int = 1) -> list[Case]:
 def memory_scan_case(
     name: str, time: int, key_dim: int, value_dim: int, *, chunk_size: int, everything: bool = False
 ) -> Case:
-    """`everything`: documents, padding and a given state."""
+    """Create a case of `memory_scan`; `everything` adds documents, padding and a given state."""
     tensors = _scan_tensors(2, 3, time, key_dim, value_dim)
     rows = _rows(2, time) if everything else {}
     if everything:
@@ -148,7 +149,7 @@ def memory_mlp_scan_case(
     max_grad_norm: float | None = None,
     everything: bool = False,
 ) -> Case:
-    """`everything`: documents, padding and a given state in the middle of a chunk."""
+    """Create a case of `memory_mlp_scan`; `everything` adds documents, padding and a state from inside a chunk."""
     tensors, depth = _scan_tensors(2, 2, time, widths[0], widths[0]), len(widths) - 1
     rows = _rows(2, time) if everything else {}
     groups = ("learned", "weights", "momenta", "anchors") if everything else ("learned",)
@@ -165,7 +166,7 @@ def memory_mlp_scan_case(
         start = MemoryMLPState._make((*state, torch.tensor([3, 0], device=device))) if everything else None
         arguments |= dict(weights=learned, state=start, chunk_size=chunk_size, max_grad_norm=max_grad_norm) | here
         out, end = memory_mlp_scan(**arguments, backend=backend)
-        is_open = (end.filled > 0)[:, None, None, None]  # anchors count only inside a chunk
+        is_open = (end.filled > 0)[:, None, None, None]  # anchors are meaningful only inside a chunk
         return [_valid(out, here), *end.weights, *end.momenta, *(anchor * is_open for anchor in end.anchors)]
 
     return Case("memory_mlp_scan", name, tensors, ("q", "k", "v"), run)
@@ -182,7 +183,7 @@ def attention_divergence_case(
     itself: bool = False,
     everything: bool = False,
 ) -> Case:
-    """`everything`: grouped heads, persistent keys, masks of queries and of keys."""
+    """Create a case of `attention_divergence`; `everything` adds grouped heads, persistent keys and both masks."""
     kv_heads, persistent = (2, 3) if everything else (4, 0)
     generator = torch.Generator().manual_seed(1)
 
@@ -218,7 +219,7 @@ def _scan_tensors(batch: int, heads: int, time: int, key_dim: int, value_dim: in
 
 
 def _rows(batch: int, time: int) -> Tensors:
-    """Documents that start inside and at the edge of chunks, and padding on the left of one row."""
+    """Create documents that start inside and at the edge of chunks, and left padding in one row."""
     starts = torch.zeros(batch, time, dtype=torch.long)
     starts[:, 16::23] = 1
     mask = torch.ones(batch, time, dtype=torch.bool)
@@ -231,12 +232,12 @@ def _valid(out: Tensor, rows: Tensors) -> Tensor:
 
 
 def compare_nth(number: int, time: int, dtype: torch.dtype, device: str) -> Comparison:
-    """One of the cases, for a process of its own: closures do not travel."""
+    """Compare one of the cases in a worker process, to which closures cannot be sent."""
     return compare(cases(time)[number], dtype, device)
 
 
 def compare_all(time: int, bench_time: int, jobs: int) -> list[Comparison]:
-    """Every case in every dtype, printed; what is timed later is built meanwhile."""
+    """Compare and print every case in every dtype, while building the kernels that are timed later."""
     print(f"{'operator':22}{'case':34}{'dtype':10}{'outputs':>10}{'gradients':>11}")
     comparisons = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -258,7 +259,7 @@ def compare_all(time: int, bench_time: int, jobs: int) -> list[Comparison]:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine that the figures belong to."""
+    """Describe the machine on which the figures were measured."""
     import triton
 
     gpu = torch.cuda.get_device_properties(0)
@@ -275,26 +276,28 @@ def machine() -> dict[str, Any]:
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Check and measure; 1 without a GPU, or if something is wrong."""
+    """Check and time the operators; return 1 without a GPU or on failure."""
     parser = argparse.ArgumentParser(
         prog="scripts/check_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("check_gpu.json"))
-    parser.add_argument("--time", type=int, default=256, help="tokens of a text that is checked")
-    parser.add_argument("--bench-time", type=int, default=4096, help="tokens of a text that is timed; 0: none")
+    parser.add_argument("--time", type=int, default=256, help="tokens of the checked texts")
+    parser.add_argument("--bench-time", type=int, default=4096, help="tokens of the timed texts; 0: skip timing")
     jobs = min(8, os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=int, default=jobs, help="processes that build and compare, 1 GB of the GPU each")
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="processes for building and comparing, each using 1 GB of GPU memory"
+    )
     arguments = parser.parse_args(command_line)
     if not torch.cuda.is_available():
-        print("no GPU here (torch.cuda.is_available() is False), so nothing was checked", file=sys.stderr)
-        print("on a machine with one, install torch for it and run this again", file=sys.stderr)
+        print("no GPU found (torch.cuda.is_available() is False), so nothing was checked", file=sys.stderr)
+        print("run this on a machine with a GPU and a torch build that supports it", file=sys.stderr)
         return 1
     comparisons = compare_all(arguments.time, arguments.bench_time, arguments.jobs)
     speeds = benchmark(arguments.bench_time, "cuda") if arguments.bench_time else []
     result = dict(machine=machine(), comparisons=[asdict(x) for x in comparisons], speeds=[asdict(x) for x in speeds])
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [x for x in comparisons if not x.passed]
-    print(f"{len(comparisons) - len(wrong)} of {len(comparisons)} comparisons passed; all is in {arguments.output}")
+    print(f"{len(comparisons) - len(wrong)} of {len(comparisons)} comparisons passed; see {arguments.output}")
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""Kernel launches of an operator, recorded instead of run: shapes alone, without a GPU or memory."""
+"""Recorder of an operator's kernel launches from shapes alone, without a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; `bytes`: each tensor that the kernel is given, once, whether it is read or written."""
+    """One kernel launch; `bytes` counts each tensor argument once, whether it is read or written."""
 
     kernel: str
     programs: int
@@ -21,7 +21,7 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Collect the launches of the block; call operators in it with tensors on the device "meta"."""
+    """Collect the launches inside the context, where operators must be called with tensors on the device "meta"."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:

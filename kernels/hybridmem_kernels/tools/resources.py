@@ -1,6 +1,7 @@
-"""Resources of built kernels, their limits, and the committed table of them (resources.json).
+"""Resources of built kernels, their limits, and their committed table (resources.json).
 
-The table is kept per version of Triton, each of which allots registers in its own way: growth is only seen within one.
+Each version of Triton has its own table, because versions allocate registers differently. Growth is detected only
+within a version.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("resources.json")
 KILOBYTE = 1024
-# Shared memory that a block can have, in bytes.
+# Maximum shared memory of a block, in bytes.
 SHARED_LIMITS = {"sm80": 163 * KILOBYTE, "sm90": 227 * KILOBYTE, "sm100": 227 * KILOBYTE, "gfx942": 64 * KILOBYTE}
 
 
@@ -18,15 +19,15 @@ SHARED_LIMITS = {"sm80": 163 * KILOBYTE, "sm90": 227 * KILOBYTE, "sm100": 227 * 
 class Resources:
     """Resources of a built kernel."""
 
-    registers: int  # a thread
-    spills: int  # bytes of registers that did not fit, a thread
-    shared: int  # bytes of shared memory, a block
-    tensor_core: int  # instructions that multiply matrices
+    registers: int  # per thread
+    spills: int  # bytes of spilled registers per thread
+    shared: int  # bytes of shared memory per block
+    tensor_core: int  # number of matrix product instructions
 
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel built for a target; `has_dots`: it multiplies matrices, which must be on tensor cores."""
+    """Kernel built for a target; `has_dots` means that it multiplies matrices and must use tensor cores."""
 
     target: str
     name: str
@@ -34,18 +35,18 @@ class Row:
     resources: Resources
 
 
-Table = dict[str, dict[str, Resources]]  # target: name of the kernel: what it takes
+Table = dict[str, dict[str, Resources]]  # by target, then by kernel
 
 
 def problems(rows: Sequence[Row], committed: Table | None) -> list[str]:
-    """Describe every violation; `committed` is the table of the same version of Triton, None if there is none."""
+    """Describe every violation; `committed` is the table of the current version of Triton, or None if missing."""
     found = []
     for row in rows:
         place, resources, limit = f"{row.target} {row.name}", row.resources, SHARED_LIMITS[row.target]
         if resources.spills:
-            found.append(f"{place}: spills {resources.spills} bytes of registers a thread")
+            found.append(f"{place}: spills {resources.spills} bytes of registers per thread")
         if resources.shared > limit:
-            found.append(f"{place}: needs {resources.shared} bytes of shared memory, {limit} are there")
+            found.append(f"{place}: needs {resources.shared} bytes of shared memory, but {limit} are available")
         if row.has_dots and not resources.tensor_core:
             found.append(f"{place}: multiplies matrices without tensor cores")
         if committed is not None:
@@ -62,7 +63,7 @@ def _growth(row: Row, committed: Table) -> list[str]:
 
 
 def read_tables(path: Path = TABLE) -> dict[str, Table]:
-    """Version of Triton: its table."""
+    """Read the tables by version of Triton."""
     if not path.exists():
         return {}
     return {
@@ -72,7 +73,7 @@ def read_tables(path: Path = TABLE) -> dict[str, Table]:
 
 
 def write_tables(tables: dict[str, Table], path: Path = TABLE) -> None:
-    """One kernel a line, so that a diff shows which one changed."""
+    """Write the tables with one kernel per line, so that a diff shows the changed kernels."""
     versions = []
     for version, table in sorted(tables.items()):
         targets = []

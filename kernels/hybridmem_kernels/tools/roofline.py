@@ -1,13 +1,13 @@
-"""The cost of a call of a Triton operator: launches, bytes and operations, and a lower bound of its time on GPUs.
+"""Cost estimates of Triton operators: launches, bytes and operations, and a lower bound on the time on GPUs.
 
     python -m hybridmem_kernels.tools.roofline [--write docs/kernels.md]
 
-Launches and bytes are written down from the operators themselves (recording.py): each tensor that a kernel is given
-counts once, as if the caches held what is read again. Operations are those of the matrix products, by the formulas
-below; tiles that stick out over a chunk's, a window's or a head's edge are not counted.
+Launches and bytes are recorded from the operators themselves (recording.py). Each tensor argument of a kernel counts
+once, as if repeated reads always hit the cache. Operations are counted for matrix products with the formulas below,
+without the parts of tiles beyond the edge of a chunk, a window or a head.
 
-A kernel then takes at least the longer of bytes / bandwidth and operations / peak. One with fewer programs than the GPU
-has multiprocessors reaches as much less of either. No estimate has been measured.
+The time of a kernel is at least the maximum of bytes / bandwidth and operations / peak. A kernel with fewer programs
+than the GPU has multiprocessors reaches a proportionally smaller share of both. No estimate has been measured.
 """
 
 import argparse
@@ -36,10 +36,10 @@ LAUNCH = 4e-6  # seconds until the next kernel starts
 
 
 class GPU(NamedTuple):
-    """The data sheet, of dense matrix products."""
+    """Data sheet of a GPU, with peaks for dense matrix products."""
 
-    bandwidth: float  # bytes a second
-    bf16: float  # operations a second
+    bandwidth: float  # bytes per second
+    bf16: float  # operations per second
     tf32: float
     multiprocessors: int
 
@@ -53,7 +53,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a call, tokens in bfloat16."""
+    """Sizes of a call with tokens in bfloat16."""
 
     batch: int
     heads: int
@@ -86,13 +86,13 @@ class Shapes:
 
     @property
     def seen(self) -> int:
-        """Pairs of a query and a key that it sees, in all rows and heads."""
+        """Return the number of visible (query, key) pairs in all rows and heads."""
         window = min(self.window, self.time)
         return self.batch * self.heads * (self.time * window - window * (window - 1) // 2)
 
 
 def memory_scan_operations(shapes: Shapes) -> dict[str, int]:
-    """Operations of each kernel; the state is dim × dim."""
+    """Count the operations of each kernel for a state of dim × dim."""
     size, dim = shapes.chunk, shapes.dim
     squares, states = 2 * size**2 * dim, 2 * size * dim**2  # (size × size) · (size × dim), (size × dim) · (dim × dim)
     per_chunk = {
@@ -108,13 +108,13 @@ def memory_scan_operations(shapes: Shapes) -> dict[str, int]:
 
 
 def _merges(size: int) -> int:
-    """The products of the blocked inverse, from blocks of 16."""
+    """Count the operations of the blocked inverse, starting from blocks of 16."""
     widths = [16 * 2**n for n in range(size.bit_length()) if 16 * 2**n < size]
     return sum(size // (2 * width) * 2 * 2 * width**3 for width in widths)
 
 
 def memory_mlp_scan_operations(shapes: Shapes) -> dict[str, int]:
-    """Operations of each kernel."""
+    """Count the operations of each kernel."""
     size, layers = shapes.chunk, list(pairwise(shapes.widths))
     all_layers = sum(2 * size * rows * columns for rows, columns in layers)
     later = all_layers - 2 * size * layers[0][0] * layers[0][1]
@@ -132,7 +132,7 @@ def memory_mlp_scan_operations(shapes: Shapes) -> dict[str, int]:
 
 
 def attention_divergence_operations(shapes: Shapes) -> dict[str, int]:
-    """Operations of each kernel, a reference of the same heads."""
+    """Count the operations of each kernel for a reference with identical heads."""
     scores = 2 * shapes.seen * shapes.dim
     return {
         "log_sums_kernel": scores,
@@ -143,7 +143,7 @@ def attention_divergence_operations(shapes: Shapes) -> dict[str, int]:
     }
 
 
-# Kernels whose operands are the tokens themselves multiply in bfloat16; states, errors and decays in tf32.
+# Kernels whose operands are tokens multiply in bfloat16; states, errors and decays are multiplied in tf32.
 IN_BF16 = (
     "chunk_kernel",
     "log_sums_kernel",
@@ -167,7 +167,7 @@ class ScanInputs(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes) -> "ScanInputs":
-        """Make tensors without memory."""
+        """Create meta tensors."""
         lead = (shapes.batch, shapes.heads, shapes.time)
         tokens = [torch.empty(*lead, shapes.dim, dtype=torch.bfloat16, device="meta") for _ in range(3)]
         gates = [torch.empty(lead, device="meta") for _ in range(3)]
@@ -175,14 +175,14 @@ class ScanInputs(NamedTuple):
 
 
 def call_memory_scan(shapes: Shapes) -> Tensor:
-    """A whole text, from an empty memory."""
+    """Scan a whole text, starting from an empty memory."""
     inputs = ScanInputs.of(shapes)
     state = empty_state(inputs.q, inputs.v)
     return memory_scan_triton(**inputs._asdict(), state=state, document_ids=None, mask=None, chunk_size=shapes.chunk)[0]
 
 
 def call_memory_mlp_scan(shapes: Shapes) -> Tensor:
-    """A whole text, gradients bounded."""
+    """Scan a whole text with bounded gradients."""
     matrices = pairwise(shapes.widths)
     weights = [torch.empty(shapes.heads, *size, device="meta", requires_grad=True) for size in matrices]
     state = initial_state(weights, shapes.batch, torch.float32)
@@ -192,7 +192,7 @@ def call_memory_mlp_scan(shapes: Shapes) -> Tensor:
 
 
 def call_attention_divergence(shapes: Shapes) -> Tensor:
-    """Two policies of a window."""
+    """Compare two policies within a window."""
     q, k, *_ = ScanInputs.of(shapes)
     policy = AttentionPolicy(q, k, shapes.dim**-0.5, shapes.window, 0)
     reference = AttentionPolicy(q.detach(), k.detach(), *policy[2:])
@@ -208,25 +208,25 @@ OPERATORS: dict[str, tuple[Call, Callable[[Shapes], dict[str, int]]]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """All launches of one kernel in one pass of a call."""
+    """Cost of all launches of one kernel in one pass of a call."""
 
     operator: str
     backward: bool
     kernel: str
     launches: int
-    programs: int  # of one launch
+    programs: int  # per launch
     bytes: int
     operations: int
 
     def seconds(self, gpu: GPU) -> float:
-        """At best; an estimate."""
+        """Estimate a lower bound on the time."""
         peak = gpu.bf16 if self.kernel in IN_BF16 else gpu.tf32
         share = min(1.0, self.programs / gpu.multiprocessors)
         return self.launches * LAUNCH + max(self.bytes / gpu.bandwidth, self.operations / peak) / share
 
 
 def costs(operator: str, shapes: Shapes) -> list[Cost]:
-    """Every kernel of a forward, then of its backward."""
+    """List the costs of all kernels of a forward, then of its backward."""
     call, operations = OPERATORS[operator]
     with recorded() as launches:
         out = call(shapes)
@@ -239,11 +239,11 @@ def costs(operator: str, shapes: Shapes) -> list[Cost]:
 
 
 def _by_kernel(operator: str, backward: bool, launches: Sequence[Launch], operations: dict[str, int]) -> Iterator[Cost]:
-    """Launches of a kernel together; where it is launched for parts of a row, the parts share its operations."""
+    """Group launches by kernel; launches for parts of a row share the kernel's operations."""
     names = dict.fromkeys(launch.kernel for launch in launches)
     for name in names:
         mine = [launch for launch in launches if launch.kernel == name]
-        parts = 2 if name == "log_sums_kernel" else 1  # one a policy
+        parts = 2 if name == "log_sums_kernel" else 1  # one per policy
         total = operations.get(name, 0) * parts
         programs = max(launch.programs for launch in mine)
         yield Cost(operator, backward, name, len(mine), programs, sum(launch.bytes for launch in mine), total)
@@ -274,17 +274,17 @@ def _row(cells: Sequence[Any]) -> str:
 
 
 def rewritten(page: str, lines: str) -> str:
-    """The page with its table replaced."""
+    """Return the page with its table replaced."""
     before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
     return before + MARKS[0] + lines + MARKS[1] + after
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Print the table, or write it into a page."""
+    """Print the table, or write it to a page."""
     parser = argparse.ArgumentParser(prog="python -m hybridmem_kernels.tools.roofline", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--write", type=Path, help="a page that holds the table between its two marks")
+    parser.add_argument("--write", type=Path, help="page with two marks around the table to replace")
     arguments = parser.parse_args(command_line)
     shapes = Shapes.of(arguments.config)
     lines = table([cost for operator in OPERATORS for cost in costs(operator, shapes)])

@@ -1,4 +1,4 @@
-"""Timings of the operators, PyTorch against Triton, at the heads of configs/pretrain."""
+"""Timings of the operators in PyTorch and Triton, with the head counts of configs/pretrain."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from ..memory_mlp_scan import memory_mlp_scan
 from ..memory_scan import memory_scan
 
 BATCH, DIM, WINDOW = 4, 64, 512
-HEADS = (12, 24)  # of configs/pretrain/170m.yaml and 760m.yaml
-NUM_CALLS = 4  # that `calls` gives
+HEADS = (12, 24)  # as in configs/pretrain/170m.yaml and 760m.yaml
+NUM_CALLS = 4  # the length of the list from `calls`
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A call of an operator in milliseconds, and the most memory that it held beside its inputs (0 without a GPU)."""
+    """Milliseconds per call of an operator, and its peak memory in addition to its inputs (0 without a GPU)."""
 
     operator: str
     heads: int
@@ -33,7 +33,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Call:
-    """One timed call: `run` takes a backend; `leaves` get gradients, without leaves the forward alone is timed."""
+    """One timed call: `run` takes a backend, and `leaves` get gradients; without leaves only the forward is timed."""
 
     operator: str
     heads: int
@@ -43,7 +43,7 @@ class Call:
 
 
 def benchmark(time: int, device: str) -> list[Speed]:
-    """Every operator on bfloat16 tokens, forward and backward, and a decoding step."""
+    """Time every operator on bfloat16 tokens, forward and backward, and a decoding step."""
     found = []
     for heads in HEADS:
         for call in calls(BATCH, heads, time, device):
@@ -53,7 +53,7 @@ def benchmark(time: int, device: str) -> list[Speed]:
 
 
 def calls(batch: int, heads: int, time: int, device: str) -> list[Call]:
-    """The operators as a model calls them: gates in float32, gradients bounded, a window."""
+    """List the operators' calls as in a model: float32 gates, bounded gradients, a window."""
     tokens = [torch.randn(batch, heads, time, DIM, device=device) for _ in range(3)]
     q, k, v = F.normalize(tokens[0], dim=-1).bfloat16(), F.normalize(tokens[1], dim=-1).bfloat16(), tokens[2].bfloat16()
     alpha, eta, theta = (torch.rand(batch, heads, time, device=device) * top for top in (0.05, 0.8, 0.2))
@@ -84,7 +84,7 @@ def calls(batch: int, heads: int, time: int, device: str) -> list[Call]:
 
 
 def once(call: Call, backend: str, backward: bool) -> Any:
-    """The call, with its gradients or without."""
+    """Run the call, with or without gradients."""
     if backward:
         inputs = [leaf.requires_grad_() for leaf in call.leaves]
         return torch.autograd.grad(call.run(backend).float().sum(), inputs)
@@ -93,19 +93,19 @@ def once(call: Call, backend: str, backward: bool) -> Any:
 
 
 def build(number: int, time: int, device: str) -> None:
-    """Build the Triton kernels of the n-th call, which Triton then finds on its disk."""
+    """Build the Triton kernels of the n-th call and store them in Triton's cache on disk."""
     call = calls(BATCH, HEADS[0], time, device)[number]
     for backward in (False, True) if call.leaves else (False,):
         once(call, "triton", backward)
 
 
 def measure(call: Call, backend: str, backward: bool) -> Speed:
-    """Time and memory of one call, printed."""
+    """Measure and print time and memory of one call."""
 
     def run() -> Any:
         return once(call, backend, backward)
 
-    run()  # kernels are built
+    run()  # build the kernels
     peak = _peak_megabytes(run)
     milliseconds = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads()).blocked_autorange().median
     what = "forward and backward" if backward else "forward"

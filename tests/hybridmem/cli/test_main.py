@@ -1,4 +1,4 @@
-"""The commands, as a user calls them."""
+"""Commands of the command line, called as by a user."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     assert checkpoint.exists()
     losses = logged(tmp_path, "train/loss")
     assert len(losses) == 6
-    validated = logged(tmp_path, "val/bits_per_byte")[0]  # the last checkpoint is written before the second validation
+    validated = logged(tmp_path, "val/bits_per_byte")[0]  # the last checkpoint precedes the second validation
     assert losses[-1] < losses[0]
     assert logged(tmp_path, "train/tokens_per_second")
     for command in ("validate", "predict"):
@@ -114,7 +114,7 @@ def test_the_last_checkpoint_holds_the_weights_beside_their_average(tmp_path, mo
 
 @pytest.mark.slow
 def test_two_sharded_processes_train_and_export(tmp_path):
-    """FSDP2 on two CPU processes; the folder that a sharded run writes becomes a model."""
+    """FSDP2 on two CPU processes; the sharded checkpoint is then exported as a model."""
     strategy = {
         "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
         "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
@@ -155,7 +155,7 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     saved = tmp_path / "run" / "interrupted.ckpt"
     assert saved.exists()
     assert f"--ckpt_path {saved}" in output
-    assert "nothing is lost" in output
+    assert "all saved. Resume with:" in output
     assert process.returncode == 128 + signal.SIGINT
     assert not (tmp_path / "run" / "run.lock").exists()
     assert torch.load(saved, weights_only=True)["global_step"] > 0
@@ -168,21 +168,21 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(model__init_args__config__num_key_value_heads=3), "num_attention_heads=2 must be a multiple of"),
         (dict(model__init_args__config__attention_window=0), "attention_window=0 must be at least 1"),
         (dict(model__init_args__config__vocab_size=100), "set model.init_args.config.vocab_size to 259"),
-        (dict(model__init_args__carry_state=True), "set data.init_args.mode to continuous"),
+        (dict(model__init_args__carry_state=True), "data.init_args.mode is 'packed'; set it to continuous"),
         (dict(data__init_args__path="/nowhere/to/be/found"), "path='/nowhere/to/be/found' does not exist"),
         (dict(data__init_args__pattern="*.md"), "no file that matches pattern='*.md'"),
         (dict(data__init_args__tokenizer="/no/such/tokenizer"), "/no/such/tokenizer"),
-        (dict(data__init_args__sequence_length=100_000), "lower one of them, or give more text"),
+        (dict(data__init_args__sequence_length=100_000), "lower one of them, or set path to more text"),
         (dict(model__init_args__config__attention_widow=8), "attention_widow' is not accepted"),
         (dict(model__init_args__attn_implementation="foo"), 'attn_implementation="foo"'),
         (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),
-        (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is no token of a vocabulary of 259"),
-        (dict(trainer__default_root_dir=__file__), "cannot be written to: choose another folder"),
+        (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is outside the vocabulary of 259 tokens"),
+        (dict(trainer__default_root_dir=__file__), "is not writable; choose another folder"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),
         (dict(trainer="\0"), "embedded null byte"),
         (dict(data__init_args__sequence_length=10**30), "sequence_length must be at most"),
         (dict(model__init_args__config__id2label={"a": "b"}), "id2label={'a': 'b'} must have numbers as keys"),
-        (dict(model__init_args__config__dtype="a: b"), "dtype='a: b' is no type of torch, such as bfloat16"),
+        (dict(model__init_args__config__dtype="a: b"), "dtype='a: b' is not a torch dtype"),
         (dict(model__init_args__optimizer__init_args__betas=[{}, 0.9]), "optimizer: Boolean value of Tensor"),
         (dict(model__init_args__config__num_hidden_layers=10**6), "num_hidden_layers=1000000 must be at most 10000"),
         (dict(trainer__overfit_batches=1e-30), "Try at least `overfit_batches="),
@@ -190,15 +190,15 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(data__init_args__num_workers=10**6), "num_workers must be at most 1024"),
         (dict(data__init_args__val_path="nan"), "val_path='nan' does not exist"),
         (dict(trainer__limit_train_batches=10**30), "trainer.limit_train_batches must be at most"),
-        (dict(model={}), "model names no class: set model.class_path, such as hybridmem.training.PretrainModule"),
-        (dict(data={}), "data names no class: set data.class_path"),
+        (dict(model={}), "model has no class; set model.class_path, for example to hybridmem.training.PretrainModule"),
+        (dict(data={}), "data has no class; set data.class_path"),
         (dict(trainer=7), "trainer=7 must hold settings by name"),
         (dict(seed_everything=-1), "seed_everything: -1 is not in bounds"),
-        (dict(model__init_args__carry_state=None), "model.init_args.carry_state is bool and cannot be null"),
+        (dict(model__init_args__carry_state=None), "model.init_args.carry_state=null must be of type bool"),
         (dict(model__init_args__optimizer__init_args__betas=[1.0, 0.9]), "optimizer: Invalid beta parameter"),
         (dict(trainer__max_time=""), "trainer.max_time: `Timer(duration='')` is not a valid duration"),
         (dict(trainer__val_check_interval={"a": 1}), "trainer.val_check_interval: "),
-        (dict(trainer__max_steps=None), "trainer.max_steps is int and cannot be null"),
+        (dict(trainer__max_steps=None), "trainer.max_steps=null must be of type int"),
         (dict(model__init_args__config__memory_conv_size=10**30), "memory_conv_size=1000"),
         (dict(trainer__check_val_every_n_epoch=0), "trainer.check_val_every_n_epoch must be at least 1"),
     ],
@@ -259,7 +259,7 @@ def test_barebones_names_all_that_it_leaves_out(tmp_path, monkeypatch, capsys, c
         hybridmem(monkeypatch, "fit", "--config", config)
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("hybridmem: error: trainer.barebones=true trains without checkpoints, logs and checks")
+    assert last.startswith("hybridmem: error: trainer.barebones=true disables checkpoints, logs and checks")
     assert named in last
 
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", tmp_path / "run" / "step=3.ckpt", *wider)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("hybridmem: error: the checkpoint is of another model: hidden_size=16 (here 32)")
+    assert error.startswith("hybridmem: error: the checkpoint belongs to another model: hidden_size=16 (here 32)")
 
 
 def test_text_that_is_not_utf8_needs_bytes(tmp_path, monkeypatch, capsys):
@@ -325,7 +325,7 @@ def test_folders_need_no_names(command, names):
     assert named_folders([command, *folders, "--rank", "true"]) == [command, *named, "--rank", "true"]
     assert named_folders([command, folders[0]]) == [command, *named[:2]]
     assert named_folders([command, *named]) == [command, *named]
-    with pytest.raises(ValueError, match=f"{command} takes {len(names)} folders at most"):
+    with pytest.raises(ValueError, match=f"{command} takes at most {len(names)} folders"):
         named_folders([command, *folders, "one more"])
 
 

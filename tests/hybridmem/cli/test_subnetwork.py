@@ -1,4 +1,4 @@
-"""`hybridmem subnetwork` says what the functions say, of folders of any layout."""
+"""`hybridmem subnetwork` agrees with the Python functions for folders of any layout."""
 
 import json
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 @pytest.fixture
 def folders(tmp_path):
-    """A model, and two that were made of it; the first one's weights in several files."""
+    """Write a model, sharded into several files, and two models derived from it."""
     torch.manual_seed(0)
     shape = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=11, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(**shape))
@@ -64,7 +64,7 @@ def test_three_folders_and_ranks(folders, tmp_path, monkeypatch, capsys):
         assert f"{value:.1%}" in shown
 
 
-def test_what_did_not_change_has_no_overlap(folders, tmp_path, monkeypatch, capsys):
+def test_unchanged_tensors_have_no_overlap(folders, tmp_path, monkeypatch, capsys):
     hybridmem(monkeypatch, "subnetwork", folders[0], folders[0], folders[1], "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sparsity"]["total"] == 1
@@ -75,7 +75,7 @@ def test_what_did_not_change_has_no_overlap(folders, tmp_path, monkeypatch, caps
     ("arguments", "message"),
     [
         (["A"], "subnetwork.after"),
-        (["A", "B", "C", "A"], "subnetwork takes 3 folders at most, not 4: "),
+        (["A", "B", "C", "A"], "subnetwork takes at most 3 folders, not 4: "),
         (["A", "missing"], "missing does not exist: give a Hugging Face folder"),
         (["A", "empty"], "holds neither model.safetensors nor model.safetensors.index.json"),
         (["A", "other.safetensors"], "only "),

@@ -1,4 +1,4 @@
-"""A grid from the command line: it runs, keeps failures, goes on where it stopped, and refuses other settings."""
+"""Grids from the command line: running, recording failures, resuming, and rejecting changed settings."""
 
 import json
 import os
@@ -21,9 +21,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 TINY = dict(
-    hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=8, memory_heads=1,
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    memory_heads=1,
     memory_head_dim=8,
-)  # fmt: skip
+)
 SMALL = {"data.init_args.batch_size": 4, "data.init_args.num_val": 4, "trainer.val_check_interval": 1}
 
 
@@ -42,25 +47,28 @@ def write_grid(folder, **changes):
                 "seeds": [0],
                 "warm_up_options": {"model.init_args.lr_scheduler.init_args.warmup_steps": 1},
                 "train_options": {
-                    "model.init_args.num_generations": 2, "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
+                    "model.init_args.num_generations": 2,
+                    "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
                 },
                 "options": {"trainer.max_steps": 20, **SMALL, **changes},
             }
         },
-    }  # fmt: skip
+    }
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(grid))
     return path
 
 
-def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys):
     config = write_grid(tmp_path)
     hybridmem(monkeypatch, "compare", "--config", config)
     results = json.loads((tmp_path / "grid" / "results.json").read_text())
     cells = {cell["label"]: cell for cell in results["tasks"]["recall"]["cells"]}
     assert {label: cell["status"] for label, cell in cells.items()} == {
-        "start": "finished", "supervised": "finished", "broken on gaze": "failed",
-    }  # fmt: skip
+        "start": "finished",
+        "supervised": "finished",
+        "broken on gaze": "failed",
+    }
     assert "gaze" in cells["broken on gaze"]["reason"]
     assert cells["supervised"]["compute"]["steps"] == 20
     rows = {row["label"]: row for row in results["tasks"]["recall"]["summary"]}
@@ -91,17 +99,17 @@ def test_a_grid_runs_keeps_its_failures_and_goes_on(tmp_path, monkeypatch, capsy
     assert mixed["environments"] == [*results["environments"], {"cores": 64}, None]
     page = (tmp_path / "grid" / "report.html").read_text()
     assert page.count("Versions and machine of 1 run<") == 3
-    assert "not on record" in page
+    assert "not recorded" in page
     hybridmem(monkeypatch, "report", tmp_path / "grid")
     hybridmem(monkeypatch, "compare", "--config", config, "--only", "2")
     assert output.stat().st_mtime_ns == before
 
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path, **{"data.init_args.num_val": 2}))
-    assert "was made with other settings" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
 
 
-def test_a_grid_that_is_told_to_stop_lets_its_runs_save(tmp_path):
+def test_a_stopped_grid_lets_its_runs_save(tmp_path):
     endless = {"trainer.max_steps": 100_000, "trainer.val_check_interval": 100_000}
     config = write_grid(tmp_path, **endless)
     command = [sys.executable, "-m", "hybridmem", "compare", "--config", config]
@@ -119,7 +127,7 @@ def test_a_grid_that_is_told_to_stop_lets_its_runs_save(tmp_path):
 def test_a_cell_waits_for_its_warm_up(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "1")
-    assert "run that first" in capsys.readouterr().err
+    assert "execute that run first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "9")
     assert "below 4" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which runs a grid has, and what is wrong with one before anything runs."""
+"""Runs of a grid, and errors in grids that are found before any run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +33,14 @@ def labels(task, architecture):
     return [cell.label for cell in cells if cell.architecture == architecture and cell.seed == 0]
 
 
-def test_every_cell_goes_on_from_its_seeds_warm_up():
+def test_every_cell_continues_its_seeds_warm_up():
     warm_ups, cells = plan({"recall": RECALL})
     assert [str(run) for run in warm_ups] == [
-        "recall swa warm-up seed 0", "recall mag warm-up seed 0", "recall swa warm-up seed 1",
+        "recall swa warm-up seed 0",
+        "recall mag warm-up seed 0",
+        "recall swa warm-up seed 1",
         "recall mag warm-up seed 1",
-    ]  # fmt: skip
+    ]
     assert len(cells) == 2 * 2 * (1 + len(CONTROLS))
     assert {cell.warm_up for cell in cells} == set(warm_ups)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -65,10 +67,13 @@ def test_a_warm_up_may_begin_with_the_weights_of_an_easier_tasks():
 @pytest.mark.parametrize(
     ("hard", "message"),
     [
-        (dict(init_from="nowhere"), "tasks.hard.init_from='nowhere' is no other task of the grid: easy, hard"),
-        (dict(init_from="hard"), "is no other task"),
-        (dict(seeds=[0, 3]), "has no warm-up of the same seed 3"),
-        (dict(architectures={"mag": FitOptions(variant="mag", num_hidden_layers=3)}), "no warm-up of the same mag"),
+        (
+            dict(init_from="nowhere"),
+            "tasks.hard.init_from='nowhere' is not another task of the grid; choose from easy, hard",
+        ),
+        (dict(init_from="hard"), "is not another task"),
+        (dict(seeds=[0, 3]), "has no warm-up with the same seed 3"),
+        (dict(architectures={"mag": FitOptions(variant="mag", num_hidden_layers=3)}), "no warm-up with the same mag"),
     ],
 )
 def test_weights_that_a_grid_does_not_make_are_refused(hard, message):
@@ -78,7 +83,7 @@ def test_weights_that_a_grid_does_not_make_are_refused(hard, message):
 
 def test_weights_come_from_a_task_that_begins_without_any():
     chain = {"one": RECALL, "two": replace(RECALL, init_from="one"), "three": replace(RECALL, init_from="two")}
-    with pytest.raises(ValueError, match=r"tasks.three.init_from='two' has an init_from itself: begin with 'one'"):
+    with pytest.raises(ValueError, match=r"tasks.three.init_from='two' has an init_from itself; use 'one'"):
         check_grid(chain)
 
 
@@ -90,13 +95,18 @@ def test_cells_differ_in_their_objectives_alone():
     assert all(found == options[0] for found in options)
 
 
-def test_targets_are_those_that_an_architecture_has():
+def test_unsupported_targets_of_an_architecture_are_skipped():
     task = replace(RECALL, targets=["attention", "memory"])
     assert labels(task, "swa") == [START, *CONTROLS]
     assert labels(task, "mag") == [
-        START, "supervised", "token", "attention", "attention on memory", "token + attention",
+        START,
+        "supervised",
+        "token",
+        "attention",
+        "attention on memory",
+        "token + attention",
         "token + attention on memory",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_control_is_run_again_with_the_mask_of_its_first_run():
@@ -143,14 +153,17 @@ def test_options_are_read_back_as_they_were():
     [
         (dict(warm_up=Path("no.yaml")), "warm_up=no.yaml does not exist"),
         (dict(seeds=[]), "seeds is empty"),
-        (dict(controls={0.1: Objectives()}), "reads the name 0.1 as no text"),
-        (dict(masked=["tokens"]), "masked: 'tokens' is none of start, supervised, token"),
-        (dict(seeds=[1, 1]), "names a seed twice"),
-        (dict(targets=["gaze"]), "'gaze' is none of attention"),
-        (dict(architectures={"a": FitOptions(variant="rnn")}), r"architectures\.a: variant 'rnn' is none of"),
-        (dict(controls={"start": Objectives()}), "the name of the warm-up itself"),
+        (dict(controls={0.1: Objectives()}), "does not read the name 0.1 as text"),
+        (dict(masked=["tokens"]), "masked: 'tokens' is not in the grid; choose from start, supervised, token"),
+        (dict(seeds=[1, 1]), "contains a seed twice"),
+        (dict(targets=["gaze"]), "'gaze' is unknown; choose from attention"),
+        (
+            dict(architectures={"a": FitOptions(variant="rnn")}),
+            r"architectures\.a: variant 'rnn' is unknown; choose from",
+        ),
+        (dict(controls={"start": Objectives()}), "is reserved for the warm-up"),
     ],
 )
-def test_a_grid_that_cannot_run_says_so(changes, message):
+def test_invalid_grids_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         check_grid({"recall": replace(RECALL, **changes)})

@@ -1,4 +1,4 @@
-"""The answer's words follow from the numbers, and the page holds all it needs and runs nothing it shows."""
+"""Verdicts of the report follow from the numbers, and its page is self-contained and escapes all text."""
 
 import re
 from html.parser import HTMLParser
@@ -14,10 +14,17 @@ RISE = [[9, 0.4], [19, 0.6]]
 
 def cell(architecture, label, seed, accuracy, status="finished", reason=None):
     found = {
-        "architecture": architecture, "label": label, "control": label, "target": "", "seed": seed, "status": status,
-        "reason": reason, "folder": f"{architecture}/{label}/{seed}", "masked": False,
+        "architecture": architecture,
+        "label": label,
+        "control": label,
+        "target": "",
+        "seed": seed,
+        "status": status,
+        "reason": reason,
+        "folder": f"{architecture}/{label}/{seed}",
+        "masked": False,
         "without": {"token + attention": "token", "attention": "start"}.get(label),
-    }  # fmt: skip
+    }
     if status == "finished":
         last = {"val/accuracy": accuracy, "val/pass@1": accuracy / 2, "val/accuracy_at/distance=3": accuracy}
         curves = {"val/accuracy": RISE, "val/attention/layer_1/effective_span": RISE}
@@ -43,7 +50,7 @@ def test_gains_are_paired_by_seed():
     rows = {(row["architecture"], row["label"]): row for row in summarise(THREE)}
     gain = rows["mag", "token"]["gain"]
     assert gain["mean"] == pytest.approx(0.1)
-    assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # each seed gains as much
+    assert gain["half"] == pytest.approx(0.0, abs=1e-12)  # all seeds gain the same
     # mean 0.51, standard deviation 0.01, t = 4.303
     assert rows["mag", "token"]["score"]["half"] == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
 
@@ -52,38 +59,38 @@ def test_gains_are_paired_by_seed():
     ("values", "words"),
     [
         ([0.10, 0.12, 0.11], "+11.0 ± 2.5 points over 3 seeds"),
-        ([0.10, -0.10, 0.02], "which the seeds do not tell from no difference"),
+        ([0.10, -0.10, 0.02], "not a significant difference"),
         ([0.1], "+10.0 points (one seed, so no interval)"),
     ],
 )
-def test_differences_say_what_the_seeds_tell(values, words):
+def test_differences_have_intervals_over_seeds(values, words):
     assert words in difference(values)
 
 
-def test_the_answer_names_what_won_and_what_attention_adds():
+def test_the_answer_names_the_winner_and_the_gain_of_attention():
     first, second = answer(results(THREE)["tasks"]["recall"])
-    assert "Best is mag with token" in first
+    assert "The best result is mag with token" in first
     assert "+30.0 ± 0.0 points over 3 seeds" in first
-    assert "reward on attention beside token changes accuracy by +0.0 ± 0.0" in second
+    assert "attention reward added to token changes accuracy by +0.0 ± 0.0" in second
 
 
-def test_what_prompts_find_as_they_stand_is_said_where_it_was_logged(tmp_path):
+def test_scores_of_unchanged_prompts_are_shown_if_logged(tmp_path):
     cells = [
         found | {"last": {"val/ndcg@10": 0.4, "val/prompt/ndcg@10": 0.346, "val/pass@1": 0.1}, "curves": {}}
         for found in THREE
     ]
     task = {"metric": "val/ndcg@10", "cells": cells, "summary": summarise(cells, "val/ndcg@10"), "warm_ups": []}
-    assert "ndcg@10 40.0 ± 0.0 %, where the prompts as they stand are at 34.6 %" in answer(task)[0]
+    assert "ndcg@10 40.0 ± 0.0 %, compared with 34.6 % for the unchanged prompts" in answer(task)[0]
     page = write_report({"tasks": {"query": task}, "command": "", "environments": [{}]}, tmp_path).read_text()
-    assert "prompts as they stand</td><td>34.6</td>" in page
-    assert "as they stand" not in write_report(results(THREE), tmp_path).read_text()
+    assert "unchanged prompts</td><td>34.6</td>" in page
+    assert "unchanged prompts" not in write_report(results(THREE), tmp_path).read_text()
 
 
-def test_controls_that_add_the_same_kind_are_told_apart():
+def test_controls_that_add_the_same_kind_are_distinguished():
     more = [cell("mag", "weight 10", seed, 0.55 + 0.01 * seed) | {"without": "token"} for seed in range(3)]
     second = answer(results([*THREE, *more])["tasks"]["recall"])[1]
-    assert "beside token, as in 'token + attention', changes accuracy by +0.0" in second
-    assert "beside token, as in 'weight 10', changes accuracy by +5.0" in second
+    assert "added to token, as in 'token + attention', changes accuracy by +0.0" in second
+    assert "added to token, as in 'weight 10', changes accuracy by +5.0" in second
 
 
 def test_a_cell_with_fewer_seeds_does_not_win():
@@ -95,19 +102,19 @@ def test_a_grid_without_reward_on_attention_compares_controls():
     scores = {"start": 0.2, "GRPO": 0.4, "Critique-GRPO": 0.5}
     cells = [cell("mag", label, seed, score + 0.01 * seed) for label, score in scores.items() for seed in range(3)]
     _, second = answer(results(cells)["tasks"]["recall"])
-    assert second == "On mag it is ahead of GRPO by +10.0 ± 0.0 points over 3 seeds."
+    assert second == "On mag, it leads GRPO by +10.0 ± 0.0 points over 3 seeds."
     only = [each for each in cells if each["label"] == "GRPO"]
     assert len(answer(results(only)["tasks"]["recall"])) == 1
 
 
-def test_nothing_finished_is_said():
+def test_a_report_without_finished_runs():
     assert answer(results([cell("mag", "token", 0, 0, status="missing")])["tasks"]["recall"]) == [
-        "No cell is finished yet."
+        "No cell has finished yet."
     ]
 
 
 class Page(HTMLParser):
-    """All tags and attributes of a page."""
+    """Collector of a page's tags and attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -118,7 +125,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
+def test_the_page_is_self_contained_and_shows_failures_as_text(tmp_path):
     bad = cell("mag", "attention", 0, 0, status="failed", reason='<script>alert(1)</script> "><img src=x onerror=y>')
     path = write_report(results([*THREE, bad]), tmp_path, other=results(THREE))
     page = Page(path.read_text())
@@ -131,8 +138,11 @@ def test_the_page_stands_alone_and_shows_failures_as_text(tmp_path):
     assert not re.search(r"https?://", path.read_text())
     assert "&lt;script&gt;" in path.read_text()
     assert sorted(file.name for file in tmp_path.rglob("*.png")) == [
-        "attention.png", "by_column.png", "curves.png", "score.png",
-    ]  # fmt: skip
+        "attention.png",
+        "by_column.png",
+        "curves.png",
+        "score.png",
+    ]
 
 
 HOSTILE = (
@@ -146,7 +156,7 @@ HOSTILE = (
 
 
 def test_hostile_names_and_answers_stay_text(tmp_path):
-    """Whatever a model, an error or a user writes is shown and not run, and nothing is fetched."""
+    """Text of models, errors and users is shown but never executed, and the page fetches nothing."""
     everything = " ".join(HOSTILE)
     script = HOSTILE[0]
     cells = [cell(script, label, seed, 0.5) for label in (script, "start") for seed in range(2)]
@@ -170,14 +180,14 @@ def test_hostile_names_and_answers_stay_text(tmp_path):
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 5
 
 
-def test_what_training_changed_is_shown_by_kind_of_tensor(tmp_path):
+def test_weight_changes_are_shown_by_kind_of_tensor(tmp_path):
     found = results(THREE)
     for row in found["tasks"]["recall"]["summary"]:
         if row["label"] != "start":
             share = {"mean": 0.5, "half": None, "values": [0.5]}
             row |= {"sparsity": share, "sparsity_by_kind": {"mlp.up_proj.weight": share}, "overlap": None}
     text = write_report(found, tmp_path).read_text()
-    assert "untouched in mag" in text
+    assert "unchanged in mag" in text
     assert "<td>mlp.up_proj.weight</td><td>50.0</td><td>50.0</td>" in text
 
 

@@ -1,4 +1,4 @@
-"""What results.json looks like."""
+"""Format of results.json."""
 
 import json
 

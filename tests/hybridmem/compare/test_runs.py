@@ -1,4 +1,4 @@
-"""In which order runs are made, and what a failed warm-up means for its cells."""
+"""Order of runs, and the effect of a failed warm-up on its cells."""
 
 import time
 from dataclasses import replace
@@ -15,12 +15,12 @@ from .test_grid import RECALL
 
 @pytest.fixture
 def made(monkeypatch):
-    """The runs that were made, in order; those of `failing` fail."""
+    """Record the executed runs in order; the runs in `failing` fail."""
     order, failing = [], set()
 
     def execute(run, task, root: Path, environment, running):
         folder = root / run.folder
-        time.sleep(0.05)  # what an earlier failure left stands for a moment longer
+        time.sleep(0.05)  # keep an earlier failure's state a moment longer
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILED).unlink(missing_ok=True)
         (folder / (FAILED if str(run) in failing else FINISHED)).write_text("it broke")
@@ -32,7 +32,7 @@ def made(monkeypatch):
 
 
 def execute_plan(root, task=RECALL, parallel=1):
-    """Make what is not finished; returns how each run ended."""
+    """Execute the unfinished runs; return the status of each."""
     warm_ups, cells = plan({"recall": task})
     waiting = [run for run in [*warm_ups, *cells] if status(root / run.folder) != "finished"]
     ended = {}
@@ -99,7 +99,7 @@ def test_a_masked_run_waits_for_the_run_that_makes_its_mask(tmp_path, made):
 def test_two_processes_do_not_make_the_same_run(tmp_path):
     warm_ups, cells = plan({"recall": RECALL})
     with held(warm_ups, tmp_path):
-        with pytest.raises(ValueError, match="another process makes recall swa warm-up seed 0 there"):
+        with pytest.raises(ValueError, match="is running recall swa warm-up seed 0 there"):
             held([cells[0], warm_ups[0]], tmp_path).__enter__()
         with held(cells, tmp_path):
             pass

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that can be converted, and transformers in float64."""
+"""Tiny random models of all convertible families, and a float64 mode of transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,49 +20,71 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2 sliding": dict(use_sliding_window=True, sliding_window=9, max_window_layers=1, tie_word_embeddings=True),
     "qwen3": dict(head_dim=12),
     "qwen3 sliding": dict(
-        head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=9,
+        head_dim=8,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=9,
         layer_types=["sliding_attention", "full_attention"],
     ),
-}  # fmt: skip
+}
 ROPES: dict[str, dict[str, Any]] = {
     "default": dict(rope_type="default", rope_theta=500.0),
     "linear": dict(rope_type="linear", factor=4.0, rope_theta=1000.0),
     "llama3": dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500.0,
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        rope_theta=500.0,
         original_max_position_embeddings=32,
     ),
     "yarn": dict(rope_type="yarn", factor=4.0, rope_theta=1000.0, original_max_position_embeddings=64),
     "yarn with a factor": dict(
-        rope_type="yarn", factor=4.0, rope_theta=1000.0, original_max_position_embeddings=64, attention_factor=0.8,
-        beta_fast=16, beta_slow=2,
+        rope_type="yarn",
+        factor=4.0,
+        rope_theta=1000.0,
+        original_max_position_embeddings=64,
+        attention_factor=0.8,
+        beta_fast=16,
+        beta_slow=2,
     ),
-}  # fmt: skip
+}
 
 
 def base_config(family: str = "llama", rope: str = "default", **changes: Any) -> Any:
     settings = dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, rms_norm_eps=1e-5,
-        rope_parameters=dict(ROPES[rope]), bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(ROPES[rope]),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return AutoConfig.for_model(family.split()[0], **settings | FAMILIES[family] | changes)
 
 
 def base_model(family: str = "llama", rope: str = "default", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A model whose biases and norms matter."""
+    """Return a model with random biases and norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(base_config(family, rope, **changes))
     for name, parameter in model.named_parameters():
         if "bias" in name or "norm" in name:
             parameter.data += torch.randn_like(parameter) * 0.2
-    for parameter in model.parameters():  # `to` would round the rotary frequencies too, which loading does not
+    for parameter in model.parameters():  # unlike loading, `to` would also round the rotary frequencies
         parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 
 @contextmanager
 def in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Lift the casts to float32 that transformers' norms and rotary embeddings make in float64 models too."""
+    """Disable the float32 casts of transformers' norms and rotary embeddings, which also affect float64 models."""
     module = import_module(type(model).__module__)
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From folder to folder: what is carried over, how much is in memory, and what is refused before it is written."""
+"""Conversion between folders: transferred settings, memory use, and errors before anything is written."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from tests.hybridmem.training.runs import hybridmem
 
 @pytest.fixture
 def folder(tmp_path):
-    """A base model with everything that folders carry."""
+    """Write a base model with all files that folders can contain."""
     path = tmp_path / "base"
     base = base_model("llama tied", dtype=torch.bfloat16, vocab_size=259)
     base.generation_config = GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=2)
@@ -178,10 +178,10 @@ def test_broken_folders_are_named(folder, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         convert_folder(output, tmp_path / "other")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert_folder("no/such-model", tmp_path / "other")
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: type("", (), dict(free=10)))
-    with pytest.raises(OSError, match=r"GB of disk and 0\.0 GB are free"):
+    with pytest.raises(OSError, match=r"GB of disk, but 0\.0 GB are free"):
         convert_folder(folder, tmp_path / "other")
     monkeypatch.setattr(conversion, "available_memory", lambda: 10)
     with pytest.raises(MemoryError, match="GB of memory are needed"):
@@ -199,16 +199,18 @@ def test_broken_folders_are_named(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_other_shapes_than_the_configuration_says_are_named(folder, tmp_path):
+def test_shapes_that_contradict_the_configuration_are_named(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(intermediate_size=40)))
-    with pytest.raises(ValueError, match=r"gate_proj\.weight has shape \[48, 32\], the configuration says \[40, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"gate_proj\.weight has shape \[48, 32\] instead of the configuration's \[40, 32\]"
+    ):
         convert_folder(folder, tmp_path / "converted")
     (folder / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=3)))
     with pytest.raises(ValueError, match=r"the model lacks model\.layers\.2"):
         convert_folder(folder, tmp_path / "converted")
     (folder / "config.json").write_text(json.dumps(config | dict(num_hidden_layers=1)))
-    with pytest.raises(ValueError, match="that its family lacks"):
+    with pytest.raises(ValueError, match="that is unknown in its family"):
         convert_folder(folder, tmp_path / "converted")
 
 
@@ -233,7 +235,7 @@ def test_the_command_writes_a_folder(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_converted_folder_runs_from_its_own_code(folder, tmp_path):
-    """A process that imports only transformers loads it with trust_remote_code."""
+    """A process that imports only transformers loads the folder with trust_remote_code."""
     convert_folder(folder, tmp_path / "converted", attention_window=8, head_source="memory")
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A;"

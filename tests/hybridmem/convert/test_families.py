@@ -1,4 +1,4 @@
-"""Converted models give the logits of transformers' own: every family, rotary embedding and way to feed them."""
+"""Logits of converted models equal transformers' for every family, rotary embedding and way of calling."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_long_texts_agree_in_float32(family, rope):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "sliding" not in name])
 def test_logits_are_the_same_bit_for_bit(family, dtype):
-    """Where attention makes the same calls, every rounding is the same."""
+    """Equal calls of attention give equal rounding."""
     base, model = pair(family, "llama3", dtype)
     assert model.dtype == dtype
     assert model(texts()).logits.equal(base(texts()).logits)
@@ -59,7 +59,7 @@ def test_logits_are_the_same_bit_for_bit(family, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_generation_agrees(family):
-    """Rows of different lengths, one after another and in beams."""
+    """Rows of different lengths, with greedy decoding and with beam search."""
     base, model = pair(family)
     ids = texts(2, 20)
     mask = torch.ones_like(ids)
@@ -105,7 +105,7 @@ def test_attention_implementations_agree(implementation):
 
 @torch.no_grad()
 def test_rotary_angles_stay_exact_beyond_the_context():
-    """A window far out sees what one near the start sees; in float32 its angles would be off."""
+    """A distant window gives the same logits as a window near the start; float32 angles would be inexact."""
     base = base_model(dtype=torch.float32)
     model = convert(base, attention_window=WINDOW, num_sink_tokens=0, head_source="none")
     near = model(texts(), position_ids=torch.arange(40)[None]).logits

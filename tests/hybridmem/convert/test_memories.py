@@ -51,7 +51,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"head_sources\[0\] names 1 sources but num_key_value_heads=2"):
         add_memories(model, [["memory"], ["memory"]])
     for name in ("hidden_size", "memory_width"):
-        with pytest.raises(ValueError, match=f"{name} is no setting of HybridMemConfig's memories"):
+        with pytest.raises(ValueError, match=f"{name} is not a memory setting of HybridMemConfig"):
             add_memories(model, "memory", {name: 3})
     with pytest.raises(ValueError, match="layer_types holds mag: memories need a converted model"):
         add_memories(tiny_model(variant="mag"), "memory")

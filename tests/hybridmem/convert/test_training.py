@@ -1,4 +1,4 @@
-"""Converted models learn: from rewards on tokens and attention, from their base model, and are exported again."""
+"""Training of converted models with token and attention objectives, distillation from the base, and export."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def folders(tmp_path):
-    """A base model and its conversion, whose last layer reads everything."""
+    """Write a base model and its conversion, whose last layer has full attention."""
     special = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
     base_model("qwen3", "yarn", torch.float32, vocab_size=259, **special).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")

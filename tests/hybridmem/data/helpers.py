@@ -1,4 +1,4 @@
-"""Small corpora and tokenizers, and a Lightning module that writes down what it is given."""
+"""Small corpora and tokenizers, and a Lightning module that records its batches."""
 
 import json
 from functools import cache
@@ -33,13 +33,13 @@ SAMPLE = "def add(a, b):\n    return a + b  # naïve\n\n\nprint('日本語 é �
 
 
 def numbered_corpus(lengths: list[int], pad_id: int = 0) -> Corpus:
-    """Documents of these lengths in which every token is another number, from 1000 on."""
+    """Return documents of these lengths with distinct tokens, counted from 1000."""
     tokens = np.arange(1000, 1000 + sum(lengths), dtype=np.uint16)
     return Corpus(tokens, np.cumsum([0, *lengths]), pad_id)
 
 
 def write_files(folder: Path, count: int = 12, size: int = 300, suffix: str = ".py") -> Path:
-    """A folder of text files of different lengths; each line names its file."""
+    """Write text files of different lengths; each line contains its file's name."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         lines = [f"file_{index:03d} = {line}\n" for line in range(size // 20 + index)]
@@ -55,7 +55,7 @@ def write_jsonl(file: Path, texts: list[str], column: str = "text") -> Path:
 
 @cache
 def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """A tokenizer like GPT-2's: one mark for the beginning and the end, none for padding."""
+    """Return a tokenizer like GPT-2's, with one token for both BOS and EOS and no padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level_bpe() -> PreTrainedTokenizerFast:
 
 @cache
 def sentencepiece_bpe() -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama 2's: "▁" for a space, bytes for what is not in the vocabulary."""
+    """Return a tokenizer like Llama 2's, with "▁" for spaces and byte fallback."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     words = ["▁", "d", "e", "f", "de", "def", "▁def", "a", "▁a", "r", "t", "▁▁"]
     vocabulary = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", *bytes_, *words])}
@@ -83,7 +83,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
 
 
 def gapped_tokenizer(gap: int = 70_000) -> PreTrainedTokenizerFast:
-    """A tokenizer of 14 tokens whose ids have two gaps: from 9 up to `gap`, and between `gap` + 3 and its eos."""
+    """Return a tokenizer of 14 tokens with gaps in its ids from 9 to `gap` and between `gap` + 3 and EOS."""
     ids = {f"word{n}": n if n < 9 else gap + n - 9 for n in range(12)} | {"<unk>": gap + 3, "</s>": gap + 50}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -91,7 +91,7 @@ def gapped_tokenizer(gap: int = 70_000) -> PreTrainedTokenizerFast:
 
 
 class Recorder(L.LightningModule):
-    """Keeps the input_ids of every training batch; `fails_at` raises before a batch is done."""
+    """Recorder of every training batch's input_ids; `fails_at` raises before a batch is complete."""
 
     def __init__(self, fails_at: int | None = None):
         super().__init__()

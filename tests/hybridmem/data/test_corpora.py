@@ -71,7 +71,7 @@ def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"no file that matches pattern='\*\.py' \(it has 2 \.txt\)"):
         list_documents(tmp_path)
     (tmp_path / "empty.py").touch()
-    with pytest.raises(ValueError, match="all documents are empty"):
+    with pytest.raises(ValueError, match="contains only empty documents"):
         list_documents(tmp_path)
 
 
@@ -79,8 +79,11 @@ def test_errors_name_the_remedy(tmp_path):
     ("line", "message"),
     [
         ("{not json", r"bad\.jsonl:2 is not JSON"),
-        (json.dumps({"body": "x"}), r"bad\.jsonl:2 has no text in the column text_column='text' \(it has \['body'\]\)"),
-        (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in the column"),
+        (
+            json.dumps({"body": "x"}),
+            r"bad\.jsonl:2 has no text in text_column='text' \(it has \['body'\]\)",
+        ),
+        (json.dumps({"text": 3}), r"bad\.jsonl:2 has no text in text_column"),
         (json.dumps(["x"]), r"bad\.jsonl:2 has no text .*\(it has list\)"),
     ],
 )
@@ -112,7 +115,7 @@ def test_split_depends_on_the_seed():
 def test_limit_takes_what_fits(sizes, limit, seed):
     documents = made_up(sizes)
     if limit < min(sizes):
-        with pytest.raises(ValueError, match=f"max_bytes={limit} has room for no document"):
+        with pytest.raises(ValueError, match=f"max_bytes={limit} is too small for any document"):
             limit_bytes(documents, limit, seed, "max_bytes")
         return
     chosen = limit_bytes(documents, limit, seed, "max_bytes")
@@ -156,7 +159,7 @@ def test_a_linked_file_is_one_document(tmp_path):
     assert names(list_documents(folder, pattern="same.py")) == ["file_001.py"]
 
 
-def test_hidden_and_installed_folders_are_skipped_behind_links_too(tmp_path):
+def test_hidden_and_installed_folders_are_skipped_also_through_links(tmp_path):
     write_files(tmp_path / "outside" / ".hidden", count=1)
     write_files(tmp_path / "outside" / "site-packages", count=1)
     write_files(tmp_path / "outside" / "seen", count=1)
@@ -171,7 +174,7 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_compressed_text_is_read_like_text(tmp_path, ending):
-    text = "naïve text\n" * 200_000  # more than is decompressed at once
+    text = "naïve text\n" * 200_000  # exceeds one decompression buffer
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "", "two\n"))
     (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](lines.encode()))
     (tmp_path / f"b.txt{ending}").write_bytes(COMPRESS[ending](text.encode()))
@@ -190,7 +193,9 @@ def test_damaged_compressed_files_are_named(tmp_path, ending, name, damage):
     content = COMPRESS[ending](b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(99)))
     file = tmp_path / (name + ending)
     file.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=f"{name}{ending} cannot be decompressed .*: get it again, or drop the ending"):
+    with pytest.raises(
+        ValueError, match=f"{name}{ending} cannot be decompressed .*: fetch it again, or remove the extension"
+    ):
         list_documents(file)
 
 
@@ -208,7 +213,7 @@ def test_the_case_of_a_name_matters(tmp_path):
         list_documents(tmp_path, pattern="FILE*.txt")
 
 
-def test_endings_of_compressed_files_are_told(tmp_path):
+def test_errors_list_endings_of_compressed_files(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(ValueError, match=r"\(it has 1 \.txt\.gz\)"):
         list_documents(tmp_path, pattern="*.txt")

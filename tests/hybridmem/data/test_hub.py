@@ -1,4 +1,4 @@
-"""Streams through `datasets` itself, from local files."""
+"""Streaming of local files through the real `datasets` library."""
 
 import re
 import sys
@@ -48,7 +48,7 @@ def data(files, setup=False, **options) -> HubDataModule:
 
 
 def files_of(batches) -> set[str]:
-    """The files whose documents are in some batches."""
+    """Return the files of the documents in some batches."""
     seen = "\n".join(byte_tokenizer().decode(row) for batch in batches for row in batch["input_ids"])
     return set(re.findall(r"<(\d)-\d\d>", seen))
 
@@ -115,7 +115,7 @@ def test_passes_follow_each_other_in_new_order(files):
     assert first != second
 
 
-def test_a_stream_goes_on_from_every_place(files):
+def test_a_stream_resumes_at_every_place(files):
     stream = data(files, setup=True).train_stream()
     whole = list(islice(stream.rows(START), 260))
     for stop in (1, 30, 100, 150, 200):
@@ -155,7 +155,7 @@ def test_workers_share_the_files(files):
 def test_other_workers_cannot_go_on(files, tmp_path):
     run, _ = train(files, tmp_path, 3)
     run.save_checkpoint(tmp_path / "stopped.ckpt")
-    with pytest.raises(ValueError, match="resume with as many devices and the same num_workers"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's number of devices and num_workers"):
         train(files, tmp_path, 6, tmp_path / "stopped.ckpt", {"num_workers": 2})
 
 
@@ -181,19 +181,21 @@ def test_a_vocabulary_with_gaps(files, tmp_path):
 
 
 def test_refusals(files, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"text_column='body' is no column of dataset='json'.*: it has text, number"):
+    with pytest.raises(
+        ValueError, match=r"text_column='body' is not a column of dataset='json'.*; set it to one of text, number"
+    ):
         data(files, setup=True, text_column="body")
-    with pytest.raises(ValueError, match=r"text_column='number' of dataset='json'.* holds '0', which is no text"):
+    with pytest.raises(ValueError, match=r"text_column='number' of dataset='json'.* contains '0' instead of text"):
         data(files, setup=True, text_column="number")
     with pytest.raises(ValueError, match="set num_workers to at most 4"):
         data(files, setup=True, num_workers=5).train_dataloader()
-    with pytest.raises(ValueError, match="data_files must name files: dataset='json' is a format"):
+    with pytest.raises(ValueError, match="dataset='json' is a format and needs files; set data_files"):
         data(None)
     with pytest.raises(ValueError, match="shuffle_documents must be at least 1"):
         data(files, shuffle_documents=0)
-    with pytest.raises(ValueError, match="the training stream has no end: set the trainer's max_steps"):
+    with pytest.raises(ValueError, match="the training stream is endless: set the trainer's max_steps"):
         trainer(tmp_path, max_epochs=1).fit(Recorder(), data(files))
-    with pytest.raises(ValueError, match="no document is left to train on"):
+    with pytest.raises(ValueError, match="no documents are left for training"):
         next(iter(data(files, setup=True, val_documents=1000).train_dataloader()))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install hybridmem\[data\]"):

@@ -17,14 +17,14 @@ def folder(tmp_path_factory):
 
 
 def mixture(folder, shares=(1.0, 3.0), seed=0, num_train=12, tokenizer="bytes", **text) -> MixedDataModule:
-    """Text, and a task whose epochs are short."""
+    """Return a mixture of text and a task with short epochs."""
     settings = dict(path=str(folder), sequence_length=100, batch_size=8, val_fraction=0.2, tokenizer=tokenizer)
     parts = [TextDataModule(**settings | text), TaskDataModule(Recall(), batch_size=2, num_train=num_train, num_val=4)]
     return MixedDataModule(parts, None if shares is None else list(shares), seed)
 
 
 class AnyRecorder(Recorder):
-    """Keeps the input_ids of batches of any kind."""
+    """Recorder of the input_ids of batches of any kind."""
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         self.seen.append(batch["input_ids"].tolist())
@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_parts(folder, tmp_path):
         run = trainer(tmp_path / str(part), max_steps=turns.count(part), limit_val_batches=0)
         run.fit(recorder, plain)
         own = [batch for batch, turn in zip(seen, turns, strict=True) if turn == part]
-        assert own == recorder.seen, part  # over the end of the task's epoch too
+        assert own == recorder.seen, part  # also beyond the end of the task's epoch
     assert turns.count(1) * 2 > 12
 
 
@@ -84,20 +84,20 @@ def test_validation_is_the_first_part(folder):
 
 
 def test_errors(folder, tmp_path):
-    with pytest.raises(ValueError, match="parts names no data module"):
+    with pytest.raises(ValueError, match="parts is empty"):
         MixedDataModule([])
     for shares in ((1.0,), (-1.0, 2.0), (0.0, 0.0)):
-        with pytest.raises(ValueError, match="must be one number for each of the 2 parts"):
+        with pytest.raises(ValueError, match="must be one non-negative number per part, 2 in all"):
             mixture(folder, shares)
     saver = ModelCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=1)
     train(folder, tmp_path, 2, callbacks=[saver])
-    with pytest.raises(ValueError, match="the checkpoint's mixture was"):
+    with pytest.raises(ValueError, match="the checkpoint has the mixture"):
         train(folder, tmp_path, 4, tmp_path / "saved" / "step=2.ckpt", seed=1)
-    with pytest.raises(ValueError, match="a mixture has no end"):
+    with pytest.raises(ValueError, match="a mixture is endless"):
         trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(AnyRecorder(), mixture(folder))
 
 
 def test_parts_with_different_tokenizers(folder, tmp_path):
     byte_level_bpe().save_pretrained(tmp_path / "bpe")
-    with pytest.raises(ValueError, match=r"parts\[1\] has tokenizer='bytes' and parts\[0\]"):
+    with pytest.raises(ValueError, match=r"parts\[1\] has tokenizer='bytes', but parts\[0\]"):
         mixture(folder, tokenizer=str(tmp_path / "bpe")).setup("fit")

@@ -10,7 +10,7 @@ from hybridmem.data.order import permutation, whole_steps
 
 
 def sequence(num_rows: int, count: int, start: int = 0, **options) -> list[int]:
-    """`count` indices of the endless sequence, an iteration after the other."""
+    """Return `count` indices of the endless sequence, over several iterations."""
     place = start
     sampler = EndlessSampler(num_rows, position=lambda: place, **options)
     indices: list[int] = []
@@ -29,7 +29,7 @@ def test_every_epoch_has_every_row(num_rows, seed, epochs):
 
 
 @given(st.integers(1, 40), st.integers(0, 100), st.integers(0, 3))
-def test_goes_on_from_any_row(num_rows, start, seed):
+def test_resumes_at_any_row(num_rows, start, seed):
     assert sequence(num_rows, 50, start, seed=seed) == sequence(num_rows, start + 50, seed=seed)[start:]
 
 
@@ -66,7 +66,7 @@ def test_permutations_by_key():
 
 @given(st.integers(4, 60), st.integers(1, 4), st.integers(1, 2), st.integers(1, 5))
 def test_an_epoch_ends_with_a_step_that_accumulates(num_rows, batch_size, world_size, batches_of_steps):
-    """It has all whole batches of an epoch, and as few more as that takes; without accumulation it stays as it is."""
+    """An epoch is extended by as few batches as possible; without accumulation it is unchanged."""
     share = EndlessSampler(num_rows, seed=0, world_size=world_size)
     count = whole_steps(num_rows, batch_size, world_size, batches_of_steps)
     longer = EndlessSampler(num_rows, seed=0, world_size=world_size, num_samples=count)

@@ -20,7 +20,7 @@ def targets(batch: dict[str, torch.Tensor]) -> list[int]:
 
 
 def predictable(corpus) -> list[int]:
-    """Every token that is not a document's first; tokens are numbered."""
+    """Return all tokens except the first of each document; tokens are numbered."""
     return sorted(set(corpus.tokens.tolist()) - set(corpus.tokens[corpus.offsets[:-1]].tolist()))
 
 
@@ -29,7 +29,7 @@ def document_of(corpus, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def check_labels(corpus, batch) -> None:
-    """Labels are the numbered token after the input, within its document; ids are right; padding is padding."""
+    """Check that labels are the next tokens of the same document, and that ids and padding are right."""
     inputs, labels, documents = batch["input_ids"], batch["shift_labels"], batch["document_ids"]
     padding = documents == -1
     assert (inputs[padding] == corpus.pad_id).all()
@@ -93,7 +93,7 @@ def test_lanes_go_on_from_row_to_row(lanes, time, epoch):
 
 
 def test_document_ids_tell_epochs_apart():
-    corpus = numbered_corpus([40])  # one document: an epoch begins with what the last one ended with
+    corpus = numbered_corpus([40])  # a single document, so that consecutive epochs share it
     rows = ContinuousRows(corpus, 5, lanes=2)
     epochs = [stacked(rows, epoch)["document_ids"] for epoch in range(3)]
     assert [ids.unique().tolist() for ids in epochs] == [[0], [1], [2]]

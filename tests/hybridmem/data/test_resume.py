@@ -1,4 +1,4 @@
-"""A run that stops and goes on sees the batches of one that did not, wherever and however it stopped."""
+"""Stopped and resumed runs see the batches of an uninterrupted run, for any stop."""
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
@@ -81,7 +81,7 @@ def test_checkpoints_of_hooks(folder, tmp_path, stop, by_epochs):
 
 
 def test_longer_than_first_planned(folder, tmp_path):
-    """Lightning counts the epoch that max_steps cuts short as done; the data does not."""
+    """Lightning counts an epoch cut short by max_steps as complete, but the data module does not."""
     n = batches_per_epoch(folder)
     everything = train(folder, tmp_path, STEPS)[1]
     run, _ = train(folder, tmp_path, n - 1)
@@ -122,17 +122,17 @@ def test_batch_size_may_change(folder, tmp_path):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3), (3, 4)])
 def test_accumulation_may_change(folder, tmp_path, before, after):
-    """Epochs are longer where they accumulate; the sequence of batches is the same."""
+    """Accumulation lengthens epochs, but keeps the sequence of batches."""
     n = batches_per_epoch(folder)
     everything = train(folder, tmp_path, 6 * n)[1]
-    for steps in (2, -(-n // before)):  # within an epoch, and at its end
+    for steps in (2, -(-n // before)):  # within an epoch and at its end
         run, seen = train(folder, tmp_path, steps, accumulate_grad_batches=before)
         assert seen == everything[: steps * before]
         run.save_checkpoint(tmp_path / "saved.ckpt")
         options = dict(accumulate_grad_batches=after, ckpt_path=tmp_path / "saved.ckpt")
         rest = train(folder, tmp_path, steps + 3, **options)[1]
         assert rest == everything[len(seen) :][: len(rest)]
-        assert 2 * after < len(rest) <= 3 * after  # the first step goes on to the next multiple of `after`
+        assert 2 * after < len(rest) <= 3 * after  # the first step extends to the next multiple of `after`
 
 
 def test_lanes_may_not_change(folder, tmp_path):
@@ -145,7 +145,7 @@ def test_lanes_may_not_change(folder, tmp_path):
 def test_other_data_is_refused(folder, tmp_path):
     run, _ = train(folder, tmp_path, 2)
     run.save_checkpoint(tmp_path / "two.ckpt")
-    with pytest.raises(ValueError, match="resume with the data settings and the files of the checkpoint"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's data settings and files"):
         train(folder, tmp_path, 4, tmp_path / "two.ckpt", {"seed": 1})
     run.validate(Recorder(), data(folder, seed=1), ckpt_path=tmp_path / "two.ckpt", verbose=False)
 

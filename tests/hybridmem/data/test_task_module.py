@@ -21,7 +21,7 @@ pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:GPU availa
 
 
 class Words:
-    """Prompts and answers of different lengths."""
+    """Task with prompts and answers of different lengths."""
 
     def example(self, split: str, index: int) -> dict:
         return {"prompt": f"{split} {'x' * (index % 5)}?", "answer": str(index), "index": index}
@@ -41,7 +41,7 @@ def data(task: Task | None = None, **options) -> TaskDataModule:
 
 
 def read(batch: dict, row: int, tokenizer="bytes") -> tuple[str, str]:
-    """The text of a row without padding, and that of its labels."""
+    """Return the text of a row without padding, and the text of its labels."""
     tokenizer = load_tokenizer(tokenizer)
     inputs = batch["input_ids"][row][batch["document_ids"][row] != PADDING]
     labels = batch["shift_labels"][row][batch["shift_labels"][row] != IGNORED]
@@ -113,23 +113,26 @@ def factory():
 
 
 FLAWS = [
-    (NoReward, r"NoReward is no task: it lacks the method reward\(.*\), which must return a list with a float"),
+    (NoReward, r"NoReward is not a task: it lacks the method reward\(.*\), which must return a list with a float"),
     (
         NumberForReward,
-        r"NumberForReward is no task: its reward is no method but float; reward\(.*\) must",
+        r"NumberForReward is not a task: its reward has type float; reward\(.*\) must",
     ),
     (
         TextForExample,
-        r"TextForExample is no task: its example is no method but str; example\(split, index\) must",
+        r"TextForExample is not a task: its example has type str; example\(split, index\) must",
     ),
-    (NoLength, r"NoLength is no task: it lacks the property max_completion_length, which must return a positive int"),
-    (LengthAsMethod, r"LengthAsMethod is no task: its max_completion_length is a method; make it a property"),
-    (LengthAsText, r"LengthAsText is no task: its max_completion_length is '3'; it must return a positive int"),
+    (
+        NoLength,
+        r"NoLength is not a task: it lacks the property max_completion_length, which must return a positive int",
+    ),
+    (LengthAsMethod, r"LengthAsMethod is not a task: its max_completion_length is a method; make it a property"),
+    (LengthAsText, r"LengthAsText is not a task: its max_completion_length is '3'; it must return a positive int"),
 ]
 
 
 @pytest.mark.parametrize(("task", "message"), FLAWS, ids=lambda x: getattr(x, "__name__", ""))
-def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
+def test_errors_name_the_missing_members_of_a_task(task, message):
     with pytest.raises(ValueError, match=message):
         check_task(task())
 
@@ -138,13 +141,13 @@ def test_an_object_that_is_no_task_is_told_what_it_lacks(task, message):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (NoReward, "NoReward is no task: it lacks the method reward("),
-        (NumberForReward, "NumberForReward is no task: its reward is no method but float"),
-        (TextForExample, "TextForExample is no task: its example is no method but str"),
-        (LengthAsMethod, "LengthAsMethod is no task: its max_completion_length is a method"),
-        (LengthAsText, "LengthAsText is no task: its max_completion_length is '3'"),
+        (NoReward, "NoReward is not a task: it lacks the method reward("),
+        (NumberForReward, "NumberForReward is not a task: its reward has type float"),
+        (TextForExample, "TextForExample is not a task: its example has type str"),
+        (LengthAsMethod, "LengthAsMethod is not a task: its max_completion_length is a method"),
+        (LengthAsText, "LengthAsText is not a task: its max_completion_length is '3'"),
         (Unannotated, "declare def example(self, split: Literal['train', 'val'], index: int) -> dict[str, Any]"),
-        (factory, "is no class: name the class of a task"),
+        (factory, "is not a class; set the class of a task"),
     ],
 )
 def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path, monkeypatch, capsys):
@@ -152,7 +155,7 @@ def test_a_class_that_is_no_task_is_refused_in_one_line(task, message, tmp_path,
 
 
 def refusal_of(task, tmp_path, monkeypatch, capsys) -> str:
-    """The line with which the command line refuses a task."""
+    """Return the command line's error for a task."""
     init_args = {"task": {"class_path": f"{__name__}.{task.__name__}"}}
     settings = {"class_path": "hybridmem.data.TaskDataModule", "init_args": init_args}
     with pytest.raises(SystemExit) as stopped:
@@ -220,7 +223,7 @@ def test_names_of_special_tokens_are_text():
     assert batch["input_ids"].shape == (4, 14)
 
 
-def test_images_stand_beside_the_text():
+def test_images_are_batched_separately():
     module = data(VisualSearch(grid=3))
     batch = next(iter(module.val_dataloader()))
     assert batch["images"].shape == (4, 9, 64)
@@ -254,7 +257,7 @@ def test_refusals(tmp_path):
     for options, message in [
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(max_prompt_length=5), "max_prompt_length=5 is too short for a prompt of 7 tokens"),
-        (dict(tokenizer=str(tmp_path)), "cannot be loaded"),
+        (dict(tokenizer=str(tmp_path)), "cannot load tokenizer="),
     ]:
         with pytest.raises(ValueError, match=message):
             data(**options)
@@ -265,7 +268,7 @@ def test_refusals(tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Keeps the index of every training example."""
+    """Recorder of every training example's index."""
 
     def __init__(self):
         super().__init__()
@@ -294,7 +297,7 @@ def train(tmp_path, max_steps, ckpt_path=None, **options) -> tuple[L.Trainer, li
 
 @pytest.mark.parametrize("stop", [2, 6, 8])  # within the first epoch of six batches, at its end, within the second
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_same_examples(tmp_path, stop, num_workers):
+def test_a_resumed_run_continues_with_the_same_examples(tmp_path, stop, num_workers):
     everything = train(tmp_path, 15)[1]
     run, _ = train(tmp_path, stop, num_workers=num_workers)
     run.save_checkpoint(tmp_path / "saved.ckpt")
@@ -305,9 +308,9 @@ def test_a_resumed_run_goes_on_with_the_same_examples(tmp_path, stop, num_worker
 def test_other_examples_are_refused(tmp_path):
     run, _ = train(tmp_path, 2)
     run.save_checkpoint(tmp_path / "saved.ckpt")
-    with pytest.raises(ValueError, match="resume with the task"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's task"):
         train(tmp_path, 4, tmp_path / "saved.ckpt", num_train=30)
-    with pytest.raises(ValueError, match="resume with the task"):
+    with pytest.raises(ValueError, match="resume with the checkpoint's task"):
         train(tmp_path, 4, tmp_path / "saved.ckpt", task=Recall())
 
 
@@ -346,7 +349,7 @@ class TestCommandLine:
         hybridmem(monkeypatch, "fit", "--config", write_recall(whole))
         config = write_recall(resumed)
         hybridmem(monkeypatch, "fit", "--config", config, "--trainer.limit_train_batches", 4)
-        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch is four batches: step 5 is in the second
+        for later in (resumed / "run").glob("step=[67].ckpt"):  # an epoch has four batches, so step 5 is in the second
             later.unlink()
         hybridmem(monkeypatch, "fit", "--config", config, "--ckpt_path", resumed / "run" / "step=5.ckpt")
         for name, weight in weights(whole / "run" / "step=7.ckpt").items():
@@ -397,7 +400,7 @@ def test_chat_template(tmp_path):
 
 
 def test_chat_template_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="chat_template=true but tokenizer='bytes' has none"):
+    with pytest.raises(ValueError, match="chat_template=true, but tokenizer='bytes' has no chat template"):
         data(chat_template=True)
     with pytest.raises(ValueError, match="set chat_template to false"):
         TaskDataModule(Words(), mode="prompts", processor="somewhere", chat_template=True)

@@ -51,7 +51,7 @@ def test_batches(folder, mode, num_workers):
         assert all(len(batch["input_ids"]) == shape[0] for batch in batches[:-1])
 
 
-def test_what_setup_offers(folder):
+def test_attributes_after_setup(folder):
     module = data(folder)
     assert module.vocab_size == len(module.tokenizer) == 259
     assert module.token_byte_lengths.tolist() == [1] * 256 + [0] * 3
@@ -64,8 +64,10 @@ def test_files_are_never_in_both_splits(folder):
     assert len(val) == 2
     assert not train & val
     assert len(train | val) == 12
-    seen = {split: text_of(loader) for split, loader in
-            (("train", module.train_dataloader()), ("val", module.val_dataloader()))}  # fmt: skip
+    seen = {
+        split: text_of(loader)
+        for split, loader in (("train", module.train_dataloader()), ("val", module.val_dataloader()))
+    }
     for name in range(12):
         held_out = f"file_{name:03d} = 3" in seen["val"]
         assert held_out == any(f"file_{name:03d}" in path for path in val)
@@ -90,7 +92,7 @@ def test_separate_validation_is_not_trained_on(folder):
     assert len(module.corpora["val"]) == 2
     assert len(module.corpora["train"]) == 10
     assert "file_001" not in text_of(module.train_dataloader())
-    with pytest.raises(ValueError, match="holds all documents of path"):
+    with pytest.raises(ValueError, match="contains all documents of path"):
         data(folder, val_path=str(folder))
 
 
@@ -170,7 +172,7 @@ def test_processes_share_batches(folder):
 
 
 class OneOfTwo(L.Trainer):
-    """One of two processes, before its first batch."""
+    """Trainer of one of two ranks, before its first batch."""
 
     world_size = 2
     global_rank = 0
@@ -199,9 +201,9 @@ def test_a_trainer_of_two_processes_keeps_our_sampler(folder, tmp_path):
         ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1"),
         ({"val_fraction": 0.01}, "change val_fraction, or set val_path"),
         ({"needle_lengths": [100, 0]}, "needle_lengths must be at least 1"),
-        ({"max_bytes": 1}, "max_bytes=1 has room for no document"),
-        ({"max_val_bytes": 1}, "max_val_bytes=1 has room for no document"),
-        ({"tokenizer": "/no/such/folder"}, "tokenizer='/no/such/folder' cannot be loaded"),
+        ({"max_bytes": 1}, "max_bytes=1 is too small for any document"),
+        ({"max_val_bytes": 1}, "max_val_bytes=1 is too small for any document"),
+        ({"tokenizer": "/no/such/folder"}, "cannot load tokenizer='/no/such/folder'"),
         ({"pattern": "*.c"}, r"no file that matches pattern='\*\.c' \(it has 12 \.py\)"),
     ],
 )

@@ -27,7 +27,7 @@ def test_any_bytes_stay_as_they_are(contents):
 
 
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=6))
-def test_text_tokenizers_give_what_they_give_one_by_one(texts):
+def test_batched_tokenisation_equals_single_calls(texts):
     tokenizer = sentencepiece_bpe()
     corpus = tokenize(documents(*(text.encode() for text in texts)), tokenizer)
     for index, text in enumerate(texts):
@@ -40,7 +40,7 @@ def test_many_documents_keep_their_order():
     assert [byte_level_bpe().decode(corpus.document(index)[1:-1]) for index in range(200)] == texts
 
 
-def test_one_mark_stands_at_both_ends_and_pads():
+def test_a_single_special_token_starts_ends_and_pads():
     tokenizer = byte_level_bpe()
     corpus = tokenize(documents(b"def add"), tokenizer)
     end = tokenizer.eos_token_id

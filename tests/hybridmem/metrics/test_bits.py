@@ -1,4 +1,4 @@
-"""Bits per byte and loss by position against hand-worked numbers."""
+"""Bits per byte and loss by position, compared with values computed by hand."""
 
 import math
 
@@ -11,7 +11,7 @@ from hybridmem.metrics import BitsPerByte, LossByPosition, document_positions
 def test_bits_per_byte():
     metric = BitsPerByte()
     metric.update(torch.tensor([math.log(2), 3 * math.log(2)]), torch.tensor([1, 3]))
-    metric.update(torch.tensor([2 * math.log(2)]), torch.tensor([0]))  # a special token costs bits and is no byte
+    metric.update(torch.tensor([2 * math.log(2)]), torch.tensor([0]))  # a special token costs bits but has no bytes
     assert metric.compute().item() == pytest.approx(6 / 4)
 
 

@@ -1,11 +1,11 @@
-"""Distances of attention whose place is known."""
+"""Attention distances for known attention patterns."""
 
 import pytest
 import torch
 
 from hybridmem.metrics import BeyondWindow, MeanDistance
 
-# Two queries, the last tokens of four.
+# Two queries: the last two of four tokens.
 ATTENTION = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.25, 0.0, 0.75, 0.0]]])
 
 
@@ -26,7 +26,7 @@ def test_beyond_the_window():
 
 
 def test_window_attention_stays_within_its_window():
-    """Window attention that sees `window` tokens, the query's own among them, has nothing beyond."""
+    """Window attention over `window` tokens, the query included, has no mass beyond the window."""
     window, time = 3, 8
     away = torch.arange(time)[:, None] - torch.arange(time)
     seen = ((away >= 0) & (away < window)).double()
@@ -38,7 +38,7 @@ def test_window_attention_stays_within_its_window():
     assert narrower.compute() > 0
 
 
-def test_masked_rows_count_for_nothing_whatever_they_hold():
+def test_masked_rows_are_ignored():
     rows = torch.cat((ATTENTION, torch.full((1, 2, 4), torch.nan)))
     mask = torch.tensor([[True, True], [False, False]])
     metric = MeanDistance()

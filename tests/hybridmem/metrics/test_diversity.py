@@ -1,4 +1,4 @@
-"""The diversity of a group of responses, by hand."""
+"""Diversity of groups of responses, compared with values computed by hand."""
 
 import math
 
@@ -22,9 +22,11 @@ def test_pairs_of_a_group():
     attention = torch.tensor([[left, left], [left, left], [right, left]])
     metric = AttentionDiversity()
     metric.update(attention, torch.ones(3, 2, dtype=torch.bool))
-    assert metric.compute().item() == pytest.approx(2 * math.log(2) / 6)  # two of three pairs, at one query of two
+    assert metric.compute().item() == pytest.approx(
+        2 * math.log(2) / 6
+    )  # two of three pairs differ, at one of two queries
     metric.update(attention[:2], torch.ones(2, 2, dtype=torch.bool))
-    assert metric.compute().item() == pytest.approx(2 * math.log(2) / 8)  # another prompt's pair looks alike
+    assert metric.compute().item() == pytest.approx(2 * math.log(2) / 8)  # another prompt's pair attends equally
 
 
 def test_a_query_counts_where_both_responses_have_it():
@@ -39,7 +41,7 @@ def test_a_query_counts_where_both_responses_have_it():
 
 
 def rows(*places, keys=4):
-    """Responses of one query, each attending to one key."""
+    """Return one-query responses that each attend to a single key."""
     return torch.eye(keys)[list(places)][:, None]
 
 
@@ -56,7 +58,7 @@ def test_clusters_are_counted():
 
 
 def test_a_chain_of_likes_is_one_cluster():
-    """Each response is like the next one, and the first is not like the last."""
+    """Neighbouring responses are similar, but the first and last are not."""
     shares = torch.linspace(0, 1, 7)
     attention = torch.stack((shares, 1 - shares), dim=-1)[:, None]
     steps = jensen_shannon(attention[:-1, 0], attention[1:, 0])

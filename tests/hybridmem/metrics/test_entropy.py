@@ -1,4 +1,4 @@
-"""Effective span and allocation entropy of distributions whose values are known."""
+"""Effective span and allocation entropy of distributions with known values."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_even_and_pointed_attention():
 
 
 def test_heads_are_averaged_first():
-    heads = torch.eye(2)[None, :, None]  # two heads, each on a token of its own
+    heads = torch.eye(2)[None, :, None]  # two heads, each on a different token
     metric = EffectiveSpan()
     metric.update(heads)
     torch.testing.assert_close(metric.compute().item(), 2.0)

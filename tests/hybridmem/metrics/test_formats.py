@@ -1,4 +1,4 @@
-"""Formats counted by hand."""
+"""Answer formats, compared with counts made by hand."""
 
 import math
 import pickle
@@ -26,14 +26,18 @@ def test_shares_entropy_and_accuracy():
     p = [1 / 2, 1 / 4, 1 / 4]
     assert values == pytest.approx(
         {
-            "share/code": 1 / 2, "share/boxed": 1 / 4, "share/other": 1 / 4,
+            "share/code": 1 / 2,
+            "share/boxed": 1 / 4,
+            "share/other": 1 / 4,
             "entropy": -sum(x * math.log(x) for x in p),
-            "accuracy/code": 2 / 4, "accuracy/boxed": 0, "accuracy/other": 1 / 2,
+            "accuracy/code": 2 / 4,
+            "accuracy/boxed": 0,
+            "accuracy/other": 1 / 2,
         }
-    )  # fmt: skip
+    )
 
 
-def test_what_was_not_judged_or_not_seen_has_no_accuracy():
+def test_unjudged_and_unseen_formats_have_no_accuracy():
     metric = FormatShare(PATTERNS)
     metric.update(["def f", "four"])
     metric.update(["def f"], [True])
@@ -54,7 +58,7 @@ def test_a_function_may_classify():
     metric.update(TEXTS)
     shares = [value.item() for name, value in metric.compute().items() if name.startswith("share/")]
     assert shares == [3 / 8, 1 / 8, 1 / 8, 3 / 8]
-    with pytest.raises(ValueError, match="gives 'so', which is none of names"):
+    with pytest.raises(ValueError, match="returned 'so', which is not in names"):
         FormatShare(first_word, names=["def"]).update(["so be it"])
 
 
@@ -67,12 +71,12 @@ def test_it_can_be_sent_to_another_process():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({"a": "("},), "a='\\(' is no regular expression"),
+        (({"a": "("},), "a='\\(' is not a regular expression"),
         (({},), "must differ and not be 'other'"),
         (({"other": "x"},), "must differ and not be 'other'"),
         ((first_word, ["a", "a"]), "must differ"),
-        ((first_word,), "names are those of a function"),
-        (({"a": "x"}, ["a"]), "names are those of a function"),
+        ((first_word,), "names goes with a function"),
+        (({"a": "x"}, ["a"]), "names goes with a function"),
     ],
 )
 def test_refusals(arguments, message):

@@ -1,4 +1,4 @@
-"""The examples of docs/watch.md run as they stand, and print what they say."""
+"""Examples of docs/watch.md run unchanged and print the documented output."""
 
 import re
 from pathlib import Path

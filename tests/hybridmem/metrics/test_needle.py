@@ -1,4 +1,4 @@
-"""A needle counts only if every token of it is found."""
+"""Needles count only if all of their tokens are predicted."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""pass@k and maj@k beside the enumeration of what they stand for."""
+"""pass@k and maj@k, compared with an enumeration of all subsets."""
 
 import math
 from itertools import combinations
@@ -32,13 +32,13 @@ def test_pass_at_k_of_many_samples_does_not_overflow():
     [
         ("aab", 3, 1),
         ("abb", 3, 0),
-        ("aabb", 4, 1 / 2),  # a tie of two
+        ("aabb", 4, 1 / 2),  # a tie between two answers
         ("abc", 3, 1 / 3),
-        ("bbcc", 4, 0),  # a tie among wrong ones
-        (["a", None, None], 3, 1),  # what cannot be read has no vote
+        ("bbcc", 4, 0),  # a tie between wrong answers
+        (["a", None, None], 3, 1),  # unreadable answers have no vote
         ([None, None, None], 3, 0),
         ("aabbba", 3, 1 / 2),  # two groups: aab, bba
-        ("aabb", 3, 1),  # the fourth fills no group
+        ("aabb", 3, 1),  # the fourth answer is left over
         ("ab", 1, 1 / 2),
     ],
 )

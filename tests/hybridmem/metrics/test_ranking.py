@@ -1,4 +1,4 @@
-"""Ranking metrics against hand-worked numbers, scikit-learn and torchmetrics."""
+"""Ranking metrics, compared with values computed by hand, scikit-learn and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ RANKING = ["a", "b", "c", "d"]
 
 
 def test_by_hand():
-    """b and d are relevant, at ranks 2 and 4, and so is x, which is not found."""
+    """Relevant are b and d, at ranks 2 and 4, and x, which is not retrieved."""
     relevance = {"b": 1.0, "d": 1.0, "x": 1.0}
     best = 1 + 1 / np.log2(3) + 1 / np.log2(4)
     assert ndcg(RANKING, relevance, 4) == pytest.approx((1 / np.log2(3) + 1 / np.log2(5)) / best)

@@ -1,4 +1,4 @@
-"""The half-life of gates whose fading is known."""
+"""Half-life of gates with a known decay."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_a_write_has_faded_to_a_half_after_it():
 
 
 def test_gates_multiply():
-    """0.9 and 0.4 keep 0.36 in two tokens, as 0.6 twice."""
+    """Factors 0.9 and 0.4 keep 0.36 after two tokens, as 0.6 does twice."""
     mixed = torch.tensor([[[0.1, 0.6]]], dtype=torch.float64)
     assert retention_half_life(mixed).item() == pytest.approx(math.log(0.5) / math.log(0.6))
 

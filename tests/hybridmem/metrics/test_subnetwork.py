@@ -1,4 +1,4 @@
-"""Sparsity, rank and overlap of updates that were made, and of masks that were drawn."""
+"""Sparsity, rank and overlap of known updates and of random masks."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_sparsity_by_tensor_layer_kind_and_in_total():
 def test_the_tolerance_and_the_precision_decide(tolerance, dtype, expected):
     before = {"w": torch.tensor([1.0, 0.01, 1.0, 0.0])}
     after = {"w": torch.tensor([1.001, 0.0101, 1.25, 5e-6])}
-    (name, mask), = update_masks(before, after, tolerance, dtype)  # fmt: skip
+    ((name, mask),) = update_masks(before, after, tolerance, dtype)
     assert name == "w"
     assert mask.tolist() == [not within for within in expected]
     assert update_sparsity(before, after, tolerance, dtype).total == sum(expected) / 4
@@ -59,10 +59,13 @@ def test_the_tolerance_and_the_precision_decide(tolerance, dtype, expected):
 @example(np.full((3, 7), 1e-5, dtype=np.float32), 1e-7)
 @given(arrays.arrays("float32", (3, 7), elements=st.floats(-1, 1, width=32)), st.sampled_from(module.SWEEP))
 def test_it_is_the_papers_definition(update, tolerance):
-    """isclose with an absolute tolerance alone, on bfloat16, and so piece by piece as well."""
+    """The definition is isclose on bfloat16 with an absolute tolerance only, also when applied in pieces."""
     before = torch.linspace(-1, 1, 21).view(3, 7)
     after = before + torch.tensor(update) / 100
-    cast_after, cast_before = after.bfloat16().float(), before.bfloat16().float()  # or isclose rounds the tolerance too
+    cast_after, cast_before = (
+        after.bfloat16().float(),
+        before.bfloat16().float(),
+    )  # otherwise isclose would round the tolerance too
     expected = torch.isclose(cast_after, cast_before, rtol=0, atol=tolerance)
     whole = update_sparsity({"w": before}, {"w": after}, tolerance).total
     assert whole == pytest.approx(expected.float().mean().item())
@@ -107,7 +110,7 @@ masks_of = arrays.arrays(bool, (2, 3, 4))
 
 @settings(max_examples=60, deadline=None)
 @given(masks_of, masks_of, st.sampled_from([2, 3]))
-def test_overlap_is_what_sets_of_places_say(one, two, count):
+def test_overlap_equals_that_of_index_sets(one, two, count):
     three = two ^ one[::-1]
     drawn = [one, two, three][:count]
     masks = [{f"h.{n}.w": torch.tensor(mask[n]) for n in range(2)} for mask in drawn]
@@ -121,7 +124,7 @@ def test_overlap_is_what_sets_of_places_say(one, two, count):
             continue
         assert found.total.shares[number] == pytest.approx(len(shared) / len(own))
         assert found.total.chance[number] == pytest.approx(math.prod(len(other) / 24 for other in others))
-        # Within a tensor: each of its own entries is in the others as often as their density there says.
+        # Within a tensor, the chance that an entry is also in another mask is that mask's density.
         expected = sum(math.prod(sum(p[0] == n for p in other) / 12 for other in others) for n, *_ in own) / len(own)
         assert found.total.chance_by_tensor[number] == pytest.approx(expected)
         in_first = [place for place in own if place[0] == 0]
@@ -131,7 +134,7 @@ def test_overlap_is_what_sets_of_places_say(one, two, count):
             assert found.by_layer["h.0"] == found.by_tensor["h.0.w"]
 
 
-def test_chance_is_what_random_masks_share():
+def test_chance_equals_the_overlap_of_random_masks():
     torch.manual_seed(0)
     dense, thin = torch.rand(400, 400) < 0.4, torch.rand(400, 400) < 0.1
     found = subnetwork_overlap({"w": dense}, {"w": thin}).total
@@ -139,7 +142,7 @@ def test_chance_is_what_random_masks_share():
     assert found.chance == pytest.approx([0.1, 0.4], abs=0.01)
 
 
-def test_agreement_about_tensors_is_told_from_agreement_about_entries():
+def test_agreement_on_tensors_and_on_entries_are_distinguished():
     torch.manual_seed(0)
     masks = [{"a": torch.rand(300, 300) < 0.5, "b": torch.zeros(300, 300, dtype=torch.bool)} for _ in range(2)]
     found = subnetwork_overlap(*masks).total
@@ -180,11 +183,11 @@ def test_refusals():
         update_sparsity(one, {name: torch.ones(2) for name in "acdef"})
     with pytest.raises(ValueError, match=r"a is \[2\] in weights number 1 and \[3\] in weights number 2"):
         update_masks(one, {"a": torch.ones(3), "b": torch.ones(3)})
-    with pytest.raises(ValueError, match="no tensor of the weights is one of floats"):
+    with pytest.raises(ValueError, match="the weights hold no floating-point tensor"):
         update_rank({"a": torch.ones(1, 1).long()}, {"a": torch.ones(1, 1)})
     with pytest.raises(ValueError, match=r"tolerance=-1\.0 must be at least 0"):
         update_sparsity(one, one, tolerance=-1.0)
     with pytest.raises(ValueError, match=r"masks are bool, not torch\.float32"):
         subnetwork_overlap(one, one)
-    with pytest.raises(ValueError, match="takes two subnetworks or more, not 1"):
+    with pytest.raises(ValueError, match="needs at least two subnetworks, not 1"):
         subnetwork_overlap(one)

@@ -1,4 +1,4 @@
-"""Stored weights are those that were saved, one at a time; masks come back as they went."""
+"""Saved weights are read one at a time and unchanged, and masks survive a round trip."""
 
 import json
 
@@ -46,9 +46,12 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
 def test_masks_are_written_while_they_are_made(tmp_path):
     torch.manual_seed(0)
     masks = {
-        "weight": torch.rand(5, 7) > 0.5, "a": torch.rand(3) > 0.5, "scalar": torch.tensor(True),
-        "nothing": torch.zeros(0, 2, dtype=torch.bool), "turned": (torch.rand(4, 6) > 0.5).T,
-    }  # fmt: skip
+        "weight": torch.rand(5, 7) > 0.5,
+        "a": torch.rand(3) > 0.5,
+        "scalar": torch.tensor(True),
+        "nothing": torch.zeros(0, 2, dtype=torch.bool),
+        "turned": (torch.rand(4, 6) > 0.5).T,
+    }
     path = tmp_path / "mask.safetensors"
 
     def made():
@@ -65,7 +68,7 @@ def test_masks_are_written_while_they_are_made(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mask.safetensors"]
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist: give a Hugging Face folder"):
         StoredWeights(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").touch()

@@ -29,7 +29,7 @@ def sequence(time, past=0, documents=None):
 
 
 def by_definition(layer, x, documents=None):
-    """Softmax over [persistent, tokens of the window and document], token by token."""
+    """Compute the softmax over persistent tokens and the document's tokens in the window, token by token."""
     q, k, v, _ = layer.project(x, None, sequence(x.shape[1]))
     k, v = layer.with_persistent(k, v)
     k, v = (y.repeat_interleave(layer.num_key_value_groups, dim=1) for y in (k, v))
@@ -94,11 +94,11 @@ def test_folding_never_makes_a_full_map(monkeypatch):
     assert largest == time * (2 * 8 + 2)
 
 
-def test_the_state_holds_what_the_window_can_still_see():
+def test_the_state_holds_the_visible_keys_only():
     layer = attention(window=5)
     _, state, _ = layer(torch.randn(1, 20, 16, dtype=torch.float64), None, sequence(20))
     assert state.keys.shape[2] == 4
-    assert state.keys.untyped_storage().nbytes() == state.keys.numel() * 8  # not a view of all twenty
+    assert state.keys.untyped_storage().nbytes() == state.keys.numel() * 8  # not a view of all twenty keys
 
 
 def test_visibility_as_a_mask():
@@ -108,7 +108,7 @@ def test_visibility_as_a_mask():
 
 
 def flash_as_eager(module, query, key, value, attention_mask, sliding_window=None, scaling=None, **_):
-    """What FlashAttention computes: causal from the end, a window, padding by a mask over keys. No GPU needed."""
+    """Emulate FlashAttention on a CPU: causal from the end, with a window and a key mask for padding."""
     queries, keys = query.shape[2], key.shape[2]
     distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
     seen = (distance >= 0) & ((distance < sliding_window) if sliding_window else True)
@@ -150,7 +150,7 @@ def test_flash_attention_is_asked_for_the_same(variant, persistent, monkeypatch)
         (dict(variant="mac"), None, "mac"),
     ],
 )
-def test_what_flash_attention_cannot_do_is_said(changes, documents, message, monkeypatch):
+def test_unsupported_uses_of_flash_attention_raise(changes, documents, message, monkeypatch):
     model, ids = tiny_model(**changes), tokens()
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_as_eager)
     model.config._attn_implementation = "flash_attention_2"

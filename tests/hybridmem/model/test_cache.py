@@ -1,4 +1,4 @@
-"""Caches of every kind that transformers offers: the streaming state, or an error that names the remedy."""
+"""Caches of every kind in transformers, which either hold the streaming state or raise an error with a remedy."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_static_cache_streams(kind):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_state_can_be_is_refused_with_the_remedy(name):
+def test_unsupported_caches_raise_with_a_remedy(name):
     with pytest.raises(ValueError, match=f"cache_implementation='{name}'.*leave cache_implementation unset") as error:
         tiny_model().generate(tokens(time=13), **HOW, cache_implementation=name)
     assert "\n" not in str(error.value)

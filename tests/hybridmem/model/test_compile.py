@@ -1,4 +1,4 @@
-"""A whole model under torch.compile: one graph, the same numbers."""
+"""Whole models under torch.compile: a single graph and equal numbers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests.hybridmem.models import KINDS, VARIANTS, tiny_model, tokens
 from tests.unchecked import passes_without_shape_checks, with_shape_checks, without_shape_checks
 
-TIME = 15  # two windows, three segments, two chunks, none of them whole
+TIME = 15  # two windows, three segments and two chunks, all partial
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 2 + [2] * 7, [0] * TIME])
 PADDING = torch.ones(2, TIME, dtype=torch.long)
 PADDING[0, :4] = 0
@@ -70,9 +70,9 @@ def test_documents_and_padding_are_in_the_graph(kind, inputs):
 
 
 @without_shape_checks
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own, at a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # from Dynamo, at a graph break
 def test_packed_segments_break_the_graph_and_not_the_numbers():
-    """How many segments there are is in the data, and a graph's form must not be."""
+    """The number of segments depends on the data, so the graph breaks."""
     model = one_layer("mac")
     equals_eager(model, backend="aot_eager", inputs=dict(document_ids=DOCUMENTS))
     torch._dynamo.reset()
@@ -97,7 +97,7 @@ def test_streaming_goes_on_from_a_cache(kind):
 @pytest.mark.parametrize("kind", ["mac", "mag", "mah"])
 def test_decoding_steps(kind):
     model, input_ids = one_layer(kind), tokens(time=TIME)
-    # Whether a segment ends is in mac's state, and a graph's form must not be: the graph breaks there.
+    # The end of a segment depends on mac's state, so the graph breaks there.
     step = torch.compile(model, fullgraph=kind != "mac", backend="aot_eager")
     cache = model(input_ids[:, :11]).past_key_values
     steps = [step(token, past_key_values=cache, use_cache=True).logits for token in input_ids[:, 11:].split(1, dim=1)]
@@ -115,6 +115,6 @@ def test_every_variant_exports(variant):
 
 
 @without_shape_checks
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # from Inductor
 def test_inductor_fuses_what_is_left():
     equals_eager(one_layer("mag", dtype=torch.float32), tolerance=2e-4, fullgraph=True)

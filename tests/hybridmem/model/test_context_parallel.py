@@ -1,4 +1,4 @@
-"""A text split over ranks gives the logits and gradients that one process gives."""
+"""Texts split over ranks give the logits and gradients of a single process."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ DOCUMENTS = torch.tensor([[0] * 9 + [1] * 20 + [0] * 11, [0] * 20 + [4] * 20])
 
 
 def target(logits, part=lambda x: x):
-    """A loss to which every logit adds something of its own."""
+    """Return a loss in which every logit has a different weight."""
     weights = torch.randn(2, 40, 37, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return (logits * part(weights)).sum()
 
 
 def whole(settings, documents):
-    """Logits and gradients of one process."""
+    """Return the logits and gradients of one process."""
     model = tiny_model(**settings)
     logits = model(tokens(), document_ids=documents).logits
     target(logits).backward()
@@ -26,7 +26,7 @@ def whole(settings, documents):
 
 
 def pieces(rank, kinds, documents):
-    """The same of one rank of several, gradients summed, of every kind of model."""
+    """Return one rank's logits and summed gradients for every kind of model."""
     found = {}
     for kind in kinds:
         model = tiny_model(**KINDS[kind])
@@ -45,7 +45,7 @@ def pieces(rank, kinds, documents):
     ids=["one document", "several"],
 )
 def test_a_split_text_gives_the_same(kinds, documents):
-    """Also where pieces, windows, segments and chunks do not align, and are shorter than one another."""
+    """Pieces, windows, segments and chunks need not align, and any of them may be the shortest."""
     ranks = as_processes(3, pieces, kinds, documents)
     for kind in kinds:
         logits, gradients = whole(KINDS[kind], documents)
@@ -58,15 +58,15 @@ def test_a_split_text_gives_the_same(kinds, documents):
 
 
 def refuse(rank):
-    """What cannot be split."""
+    """Check the errors for models and inputs that cannot be split."""
     model = tiny_model()
     model.activation_checkpointing_enable()
-    with pytest.raises(ValueError, match="activation checkpointing leaves out"), handed_over(model):
+    with pytest.raises(ValueError, match="activation checkpointing discards"), handed_over(model):
         pass
     with pytest.raises(ValueError, match="1 tokens cannot be split over 2 ranks"):
         own_part(torch.zeros(2, 1))
     return True
 
 
-def test_what_cannot_be_split_is_refused():
+def test_unsupported_models_and_inputs_raise():
     assert as_processes(2, refuse) == [True, True]

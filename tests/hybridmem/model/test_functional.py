@@ -1,4 +1,4 @@
-"""Hand-written backwards against autograd's, and rotations against their definition."""
+"""Hand-written backward passes, compared with autograd, and rotations, compared with their definition."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_rotation(rotary_dim):
 def test_angles_are_exact_far_out():
     position = 2_000_000
     cos, _ = rotary_angles(torch.tensor([[position]]), 64, 10_000.0, torch.float32)
-    first = torch.tensor(float(position), dtype=torch.float64).cos().float()  # channel 0 turns by the position itself
+    first = torch.tensor(float(position), dtype=torch.float64).cos().float()  # channel 0 rotates by the position itself
     torch.testing.assert_close(cos[0, 0, 0, 0], first, rtol=0, atol=1e-6)
 
 

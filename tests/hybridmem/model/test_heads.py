@@ -1,4 +1,4 @@
-"""Memory as heads: each source against its definition, in any split, packed and padded."""
+"""Memory as heads: every source, compared with its definition, in any split, packed and padded."""
 
 import shutil
 
@@ -22,9 +22,14 @@ WINDOW, SINKS = 7, 2
 
 def mixer(sources, window=WINDOW, sinks=SINKS, implementation="sdpa", dtype=torch.float64, **changes):
     config = tiny_config(
-        num_hidden_layers=1, variant="mah", head_sources=[list(sources)], num_key_value_heads=len(sources),
-        attention_window=window, num_sink_tokens=sinks, **changes,
-    )  # fmt: skip
+        num_hidden_layers=1,
+        variant="mah",
+        head_sources=[list(sources)],
+        num_key_value_heads=len(sources),
+        attention_window=window,
+        num_sink_tokens=sinks,
+        **changes,
+    )
     config._attn_implementation = implementation
     torch.manual_seed(0)
     layer = HeadMixer(config, 0).to(dtype)
@@ -39,7 +44,7 @@ def sequence(time, documents=None, dim=2):
 
 
 def by_definition(layer, x, sources, documents=None):
-    """Each head on its own: softmax over what it sees, a memory of what left the window, token by token."""
+    """Compute each head token by token: softmax over visible tokens, and a memory of the tokens beyond the window."""
     config, order = layer.config, sequence(x.shape[1])
     tokens_ = layer.project(x, order)
     window, sinks, groups = config.attention_window, config.num_sink_tokens, layer.num_key_value_groups
@@ -70,7 +75,7 @@ def by_definition(layer, x, sources, documents=None):
 
 
 def recall(memory, x, head, q, k, v, window, sinks):
-    """Token j is written when token j + window is read; sinks never are."""
+    """Read a memory in which token j is written when token j + window is read, and sinks are never written."""
     unit = lambda y: y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     q, k = unit(q @ memory.q_map.weight[head]), unit(k @ memory.k_map.weight[head])
     config, eta = memory.config, torch.sigmoid(memory.eta_logit[head])
@@ -112,7 +117,7 @@ def test_equals_the_definition(time, sources, window, sinks, depth, implementati
 
 
 def test_all_full_is_the_full_variant():
-    """The same weights in `full` and in `mah` give the same logits."""
+    """Variants `full` and `mah` give equal logits with equal weights."""
     full = tiny_model(variant="full", num_persistent_tokens=0)
     heads = tiny_model(variant="mah")
     weights = dict(full.state_dict())
@@ -130,7 +135,7 @@ def test_all_full_is_the_full_variant():
 
 @torch.no_grad()
 def test_short_texts_read_no_memory():
-    """While everything is in the window, or a sink, every source gives what full attention gives."""
+    """Every source equals full attention if all tokens are sinks or in the window."""
     ids = tokens(time=WINDOW + SINKS)
     model = tiny_model(variant="mah", head_sources=[["memory"] * 2] * 2, num_sink_tokens=SINKS)
     logits = {}
@@ -156,7 +161,7 @@ def test_training_starts_near_the_window():
 
 
 def gradients(model, ids, pieces, weights, **rows):
-    """Gradients of a sum of logits, read in pieces whose states carry gradients."""
+    """Return the gradients of a sum of logits, computed in pieces whose states carry gradients."""
     cache, total = DynamicCache(config=model.config), 0.0
     cut = {name: row.split(pieces, dim=1) for name, row in rows.items()}
     for n, (piece, weight) in enumerate(zip(ids.split(pieces, dim=1), weights.split(pieces, dim=1), strict=True)):
@@ -228,7 +233,7 @@ def test_shares_choose_for_every_row(alternative):
 
 @torch.no_grad()
 def test_a_prompt_read_in_full_is_continued_by_the_allocation():
-    """A cache filled under one share goes on under another, row by row."""
+    """A cache filled under one allocation continues under another, row by row."""
     model = tiny_model(variant="mah", head_sources=[["none", "memory"]] * 2, num_sink_tokens=SINKS)
     prompt, rest = tokens(batch=1, time=20), tokens(batch=2, time=5, seed=3)
     cache = DynamicCache(config=model.config)
@@ -253,7 +258,7 @@ def test_soft_shares_have_gradients():
 
 
 def test_sources_are_those_of_the_forward_pass_under_checkpointing():
-    """The second forward pass of activation checkpointing runs outside the context."""
+    """The recomputed forward pass of activation checkpointing runs outside the context."""
     grads = []
     for checkpointed in (False, True):
         model = tiny_model(variant="mah", head_sources=[["memory"] * 2] * 2, num_sink_tokens=SINKS).train()
@@ -372,7 +377,7 @@ def test_pick(wanted):
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_states_are_loaded_as_plain_data(tmp_path, padded):
-    """A checkpoint holds carried states; it is read with weights_only, and names in states are kept."""
+    """Checkpoints with carried states load with weights_only, and named states keep their types."""
     model, ids = tiny_model(variant="mah", head_sources=[["full", "memory"], ["none", "memory"]]), tokens()
     mask = torch.ones_like(ids)
     mask[0, :5] = 1 - padded

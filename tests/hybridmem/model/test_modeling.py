@@ -1,4 +1,4 @@
-"""What users of transformers do with a model works with ours."""
+"""Common uses of transformers models: saving, loading, generation and training."""
 
 import inspect
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_save_and_load_give_the_same_model(kind, tmp_path):
 
 
 def greedy(model, ids, steps):
-    """Without a cache: the whole text again for every token."""
+    """Decode greedily without a cache, with a forward pass over the whole text for every token."""
     for _ in range(steps):
         ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
     return ids
@@ -44,7 +44,7 @@ def test_greedy_generation_equals_reading_again(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_left_padding_does_not_change_what_is_generated(kind):
+def test_left_padding_does_not_change_generated_text(kind):
     model = tiny_model(**KINDS[kind])
     short, long = tokens(batch=1, time=6, seed=3), tokens(batch=1, time=15, seed=4)
     ids = torch.cat((torch.cat((torch.zeros(1, 9, dtype=torch.long), short), dim=1), long))
@@ -74,7 +74,7 @@ def test_beams_sampling_and_several_sequences(variant):
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_goes_on_from_a_returned_cache(variant):
+def test_generation_continues_from_a_returned_cache(variant):
     model, ids = tiny_model(variant=variant), tokens(batch=1, time=9)
     settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
     first = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -200,7 +200,7 @@ def test_one_of_ids_and_embeddings():
         tiny_model()()
 
 
-def test_initialisation_is_what_it_says():
+def test_initial_weights_follow_the_configuration():
     torch.manual_seed(0)
     model = HybridMemForCausalLM(tiny_config(attention_conv=True))
     memory = model.model.layers[0].mixer.memory
@@ -239,8 +239,8 @@ def test_stopping_and_processors_see_every_token():
     ],
     ids=str,
 )
-def test_every_part_starts_as_the_initialisation_says(changes):
-    """Modules without parameters of their own too: transformers passes over them in code that is not its own."""
+def test_all_modules_are_initialised(changes):
+    """This includes modules with only submodules, which transformers skips in custom code."""
     mixer = HybridMemForCausalLM(tiny_config(**changes)).model.layers[0].mixer
     assert (mixer.attention_norm.weight == 0.2).all()
     assert (mixer.allocation_gate.weight == 0).all()

@@ -1,4 +1,4 @@
-"""Padding anywhere in a row: the same logits and gradients however the text is cut."""
+"""Padding anywhere in a row, with equal logits and gradients for every cut of the text."""
 
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ TIME = 26
 
 
 def padding_mask(*spans, time=TIME):
-    """A row each, with padding from start to end of its spans."""
+    """Return a mask with one row per list of padding spans."""
     mask = torch.ones(len(spans), time, dtype=torch.long)
     for row, row_spans in zip(mask, spans, strict=True):
         for start, end in row_spans:
@@ -24,7 +24,7 @@ def padding_mask(*spans, time=TIME):
     return mask
 
 
-# Inside; before, inside and after; longer than the window and a segment; nothing but padding.
+# Inside; before, inside and after; longer than the window and a segment; only padding.
 MASK = padding_mask([(5, 9)], [(0, 3), (6, 7), (11, 13), (22, 26)], [(4, 17)], [(0, 26)])
 CUTS = {
     "in padding": [0, 7, 26],
@@ -39,7 +39,7 @@ def counted(mask):
 
 
 def read(model, ids, cuts, **rows):
-    """Read `ids` and per-token arguments in pieces; the mask covers all tokens so far, as transformers passes it."""
+    """Read `ids` and per-token arguments in pieces, with a mask over all tokens so far, as in transformers."""
     cache, logits = DynamicCache(config=model.config), []
     for start, end in pairwise(cuts):
         first = {"attention_mask": 0}
@@ -71,7 +71,7 @@ def test_a_cut_changes_neither_logits_nor_gradients(kind, cuts):
 
 @st.composite
 def padded_rows(draw):
-    """A kind of model, rows with padding by mask, by document id or both, positions, and cuts."""
+    """Draw a kind of model, padding by mask, document ids or both, positions, and cuts."""
     batch, time = draw(st.integers(1, 3)), draw(st.integers(2, 24))
     flags = st.lists(st.booleans(), min_size=batch * time, max_size=batch * time)
 
@@ -103,7 +103,7 @@ def test_any_cut_of_any_padding(kind, case):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_within_the_window_changes_nothing(kind):
-    """A window counts padding as distance; everything else skips it."""
+    """Padding counts as distance in a window and is skipped elsewhere."""
     model = tiny_model(**KINDS[kind], attention_window=TIME)
     ids = tokens(batch=3, time=TIME)
     logits, _ = read(model, ids, [0, TIME], attention_mask=MASK[:3], position_ids=counted(MASK[:3]))
@@ -161,7 +161,7 @@ def test_beam_search_with_padding_inside(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_start_no_document_in_a_stream(kind):
-    """Only a forward without a cache takes jumps in its positions for documents; a stream's first piece does not."""
+    """Jumps in positions start documents only in a forward pass without a cache, never in a stream's first piece."""
     model, ids = tiny_model(**KINDS[kind]), tokens(time=TIME)
     positions = torch.cat((torch.arange(11), torch.arange(15)))[None]
     whole, _ = read(model, ids, [0, TIME], position_ids=positions)
@@ -181,7 +181,7 @@ def test_tokens_are_moved_together_only_where_padding_separates_them():
 
 @torch.no_grad()
 def test_flash_attention_refuses_padding_inside_a_window(monkeypatch):
-    """It drops padding before it counts the window, so that the window would depend on the cut."""
+    """FlashAttention drops padding before it applies the window, so results would depend on the cut."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_as_eager)
     ids = tokens(batch=2, time=TIME)
     outside = padding_mask([(0, 5)], [(20, 26)])

@@ -1,4 +1,4 @@
-"""Patches stand where embeddings do, as long as they are, and apart from one another."""
+"""Patch embeddings: their scale, their place codes and their position in the row."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_blank_patch_is_its_place():
     assert embed_patches(torch.zeros(1, 4, 64), embedding()).isfinite().all()
 
 
-def test_they_take_the_first_places_behind_the_padding():
+def test_patches_take_the_first_places_after_the_padding():
     module, images = embedding(), torch.rand(2, 3, 64)
     ids = torch.tensor([[0, 0, 0, 4, 5, 6], [9, 0, 0, 0, 7, 8]])
     mask = torch.tensor([[True] * 6, [False] + [True] * 5])
@@ -55,6 +55,6 @@ def test_they_take_the_first_places_behind_the_padding():
     assert torch.equal(embed_with_patches(images, ids, None, module)[1, :3], patches[1])
 
 
-def test_a_narrow_model_says_so():
+def test_a_narrow_model_raises():
     with pytest.raises(ValueError, match="hidden_size=32 must be at least 64"):
         embed_patches(torch.rand(1, 9, 64), embedding(32))

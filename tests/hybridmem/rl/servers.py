@@ -1,4 +1,4 @@
-"""A local HTTP server that answers as a test says."""
+"""Local HTTP server with scripted answers."""
 
 import json
 import threading
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# A request's body and number: status and body, which may come in parts.
+# Maps a request's body and number to a status and a body, which may be sent in parts.
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes | Iterator[bytes]]]
 
 
 @contextmanager
 def serving(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The server's address, and the requests that it gets: body, path and headers."""
+    """Run the server; yield its address and the list of received requests (body, path, headers)."""
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,5 +47,5 @@ def serving(answer: Answer, headers: dict[str, str] | None = None) -> Iterator[t
 
 
 def as_json(value: Any) -> tuple[int, bytes]:
-    """A good answer."""
+    """Return a successful JSON answer."""
     return 200, json.dumps(value).encode()

@@ -1,11 +1,11 @@
-"""Whether this machine lets everyone make namespaces, found without the sandbox that is tested."""
+"""Check for unprivileged namespaces on this machine, independent of the sandbox under test."""
 
 import subprocess
 import sys
 
 import pytest
 
-# A namespace for users and one for mounts, in which what is mounted can be changed.
+# A user namespace and a mount namespace with writable mounts.
 PROBE = """
 import ctypes, sys
 libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""What calls return, whatever the code does besides."""
+"""Results of calls to untrusted code, whatever else the code does."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytestmark = needs_sandbox
 ADD = "def add(a, b):\n    return a + b\n"
 
 
-def test_calls_return_what_they_return():
+def test_calls_return_results_and_errors():
     calls = ["add(2, 3)", "add('a', 'b')", "add([1], [2])", "add(1, 'a')", "add(1)", "nothing()"]
     results = results_of((("a.py", ADD),), "a.py", tuple(calls))
     assert results[:3] == ("5", "'ab'", "[1, 2]")
@@ -67,7 +67,7 @@ def test_whatever_the_code_does_it_has_no_right_answer(source, said):
     assert first == said
 
 
-def test_what_the_code_says_itself_is_no_answer():
+def test_printed_output_is_no_answer():
     source = """
 import os, sys
 for number in range(30):

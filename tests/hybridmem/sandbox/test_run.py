@@ -1,4 +1,4 @@
-"""A sandboxed program gets out by none of many ways; what a test needs works."""
+"""Sandboxed programs cannot escape in any of many ways, and ordinary programs work."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ from .isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 
-# An attempt returns what it got at, which is nothing if that is empty; errors of the system are refusals. Any other
-# error is a mistake in the attempt.
+# An attempt succeeds if it returns a non-empty value. An OSError counts as a refusal, and any other error is a bug in
+# the attempt.
 ATTEMPT = """
 import ctypes, errno, mmap, os, pathlib, resource, shutil, signal, socket, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -44,7 +44,7 @@ else:
     print("got at" if got else "refused: nothing there", repr(got)[:80])
 """
 
-# What is harmless: it is tried outside as well, where it gets at something.
+# Harmless attempts, which must succeed outside the sandbox.
 HARMLESS = {
     "read a file outside": "return open(OUTSIDE + '/secret').read()",
     "read a file outside through ..": "return open('../../../../../..' + OUTSIDE + '/secret').read()",
@@ -82,9 +82,9 @@ HARMLESS = {
     "socket by its number": "return call({'x86_64': 41, 'aarch64': 198}[os.uname().machine], 2, 1, 0)",
     "segment of shared memory": "n = libc.shmget(0, 4096, 0o1600); return n >= 0 and libc.shmctl(n, 0, None) == 0",
     "queue of messages": "n = libc.msgget(0, 0o1600); return n >= 0 and libc.msgctl(n, 0, None) == 0",
-}  # fmt: skip
+}
 
-# What could do harm outside, or would not work there for everybody either.
+# Attempts that could do harm outside the sandbox, or need privileges there.
 FORBIDDEN = {
     "name of a host": "return socket.gethostbyname('example.org')",
     "sockets of virtual machines": "return socket.socket(40, socket.SOCK_STREAM)",
@@ -132,9 +132,9 @@ FORBIDDEN = {
             return number
         except OSError as error:
             assert error.errno == errno.EBADF""",
-}  # fmt: skip
+}
 
-# What would take all there is.
+# Attempts to exhaust a resource.
 GREEDY = {
     "memory by request": "return bytearray(2**30)",
     "memory that is mapped": "return mmap.mmap(-1, 2**30)",
@@ -146,7 +146,7 @@ GREEDY = {
     "many open files": "return [open('code.py') for n in range(1000)]",
     "many processes": "return [os.fork() or time.sleep(9) for _ in range(100)]",
     "many threads": "return [threading.Thread(target=time.sleep, args=[9], daemon=True).start() for _ in range(100)]",
-}  # fmt: skip
+}
 LIMITS = {"RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_NPROC"}
 
 
@@ -166,7 +166,7 @@ def folder(tmp_path, outside) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(outside):
-    """What listens in the parent: a port and an abstract name."""
+    """Listen in the parent process on a port and on an abstract socket name."""
     abstract = f"\0sandbox-{os.getpid()}"
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
@@ -187,7 +187,7 @@ def written(outside, servers):
 
 
 def one_after_another(programs: list[str]) -> str:
-    """A program that runs others, each in a process of its own."""
+    """Return a program that runs other programs, each in its own process."""
     runs = "".join(
         f"if os.fork() == 0:\n  try:\n    exec({program!r}, {{}})\n    sys.stdout.flush()\n"
         "  finally:\n    os._exit(0)\nos.wait()\n"
@@ -197,13 +197,13 @@ def one_after_another(programs: list[str]) -> str:
 
 
 def held(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Rights and contents of a folder's files."""
+    """Return the permissions and contents of a folder's files."""
     return {path.name: (path.stat().st_mode, path.read_bytes()) for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def attempted(written, outside, tmp_path_factory) -> dict[str, str]:
-    """What came of all attempts but the greedy ones, in one sandbox."""
+    """Run all attempts except the greedy ones in one sandbox; return their outcomes."""
     folder = tmp_path_factory.mktemp("folder")
     (folder / "brought").symlink_to(outside / "secret")
     attempts = HARMLESS | FORBIDDEN
@@ -232,7 +232,7 @@ def test_no_program_takes_more_than_its_share(name, written, folder):
 
 
 def test_the_harmless_ways_lead_somewhere_without_a_sandbox(written, folder, monkeypatch):
-    """So that what is refused above is not refused for its own mistakes."""
+    """This shows that the sandbox, rather than a bug in the attempts, causes the refusals."""
     monkeypatch.setenv("SECRET", "my token")
     program = one_after_another([written(code) for code in HARMLESS.values()])
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], cwd=folder, capture_output=True, text=True)
@@ -285,12 +285,12 @@ def test_nothing_survives(leave, ends, folder):
 
 
 def processes_of(token: str) -> list[str]:
-    """Processes of the machine, but this one, that were started with a text."""
+    """Return the other processes of the machine whose command line contains a text."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_text()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if token in line and process.name != str(os.getpid()):
             found.append(line)
@@ -299,7 +299,7 @@ def processes_of(token: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_that_is_killed_takes_its_programs_with_it(folder):
-    """Even SIGKILL to who called the sandbox leaves nothing behind."""
+    """Even SIGKILL to the sandbox's caller leaves no process running."""
     token = f"orphan {os.getpid()}"
     caller = os.fork()
     if caller == 0:
@@ -327,7 +327,7 @@ def test_a_flood_of_output_is_cut(folder):
     assert outcome.returncode != 0
 
 
-def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder):
+def test_programs_change_only_a_copy_of_the_folder(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "file").write_text("text")
     code = "import shutil, os\nshutil.rmtree('deep'); os.unlink('brought'); os.unlink('code.py')\nprint(os.listdir())"
@@ -352,13 +352,13 @@ def test_the_folder_stays_as_it_is_whatever_the_program_does_to_its_copy(folder)
         ("open('new', 'w').write('x'); print(open('new').read(), open('/dev/null', 'w').write('y'))", "x 1\n"),
     ],
     ids=["module", "imports", "temporary", "process", "thread", "asyncio", "C", "input", "random", "text", "files"],
-)  # fmt: skip
-def test_what_tests_need_works(code, said, folder):
+)
+def test_ordinary_programs_work(code, said, folder):
     (folder / "run.py").write_text(code)
     assert run_python(folder, ["run.py"]) == Outcome(0, said)
 
 
-def test_an_error_is_told(folder):
+def test_errors_are_reported(folder):
     outcome = run_python(folder, ["-c", "import os, sys\nprint('said')\nsys.stdout.flush()\nos._exit(3)"])
     assert outcome == Outcome(3, "said\n")
     outcome = run_python(folder, ["-c", "1 / 0"])
@@ -380,8 +380,8 @@ def test_many_threads_may_run_programs_at_once(folder):
     assert sorted(outcome.output for outcome in outcomes) == ["0\n", "1\n", "2\n", "3\n"]
 
 
-def test_where_isolation_is_missing_nothing_runs_and_the_error_says_why(folder, monkeypatch):
-    """In a sandbox there can be no other."""
+def test_without_isolation_nothing_runs_and_the_error_gives_the_reason(folder, monkeypatch):
+    """The test creates this situation inside a sandbox, which cannot contain another one."""
     (folder / "jail.py").write_text(Path(jail.__file__).read_text())
     inner = run_python(
         folder, ["-c", "import jail\ntry: jail.keep({})\nexcept OSError as error: print('failed', error)"]
@@ -426,5 +426,5 @@ def test_settings_that_cannot_be(folder):
     (folder / "large").write_bytes(bytes(2**20))
     with pytest.raises(ValueError, match="disk=1000000 is too small for a copy"):
         run_python(folder, ["-c", "print(1)"], Limits(disk=10**6))
-    with pytest.raises(NotADirectoryError, match="is no folder"):
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
         run_python(folder / "code.py", ["-c", "print(1)"])

@@ -1,4 +1,4 @@
-"""Small bugs: one line, one thing."""
+"""Generated bugs, each a single change in a single line."""
 
 import ast
 

@@ -12,7 +12,7 @@ FACT = re.compile(r"The access code of (\w+) is (\d+)\.")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of paragraphs that name their file."""
+    """Write files of paragraphs that contain their file's name."""
     path = tmp_path_factory.mktemp("text")
     for n in range(10):
         paragraphs = [f"Paragraph {line} of file {n} holds a few plain words." for line in range(3 + n)]
@@ -102,12 +102,12 @@ def test_docstrings():
 def test_impossible_settings(folder, options, message):
     with pytest.raises(ValueError, match=message):
         Facts(path=str(folder), **{"pattern": "*.txt", "val_fraction": 0.2, **options})
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Facts(path="nowhere")
 
 
 def test_files_without_text(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match="the train files hold no paragraph of 20 characters"):
+    with pytest.raises(ValueError, match="the train files contain no paragraph of 20 characters"):
         Facts(path=str(tmp_path), val_fraction=0.5).example("train", 0)

@@ -42,7 +42,7 @@ def test_words_that_come_again_in_the_code():
         assert source[last_start:last_end] == word
         assert not re.search(rb"\b" + word + rb"\b", source[last_end:start]), "the last occurrence is another one"
         words.setdefault(word.decode(), []).append(start)
-    # Not in a comment or a string, no part of a word with an accent, no keyword.
+    # Excluded: comments, strings, parts of words with accents, and keywords.
     assert set(words) == {"first_name", "string_word", "comment_word"}
     assert len(words["first_name"]) == 2
 
@@ -79,7 +79,7 @@ def test_files_are_split_as_the_text_data_splits_them(standard_library):
 def test_an_example_follows_from_seed_split_and_index(folder):
     options = dict(path=str(folder), window=50, val_fraction=0.3)
     first, again, other = (Identifier(seed=seed, **options) for seed in (1, 1, 2))
-    again.example("train", 0)  # what was read before makes no difference
+    again.example("train", 0)  # examples do not depend on files read before
     assert first.example("train", 5) == again.example("train", 5)
     assert any(first.example("train", index) != other.example("train", index) for index in range(5))
     assert any(first.example("train", index) != first.example("train", 0) for index in range(1, 5))
@@ -133,7 +133,7 @@ def test_refusals(folder):
     ]:
         with pytest.raises(ValueError, match=message):
             Identifier(**options)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Identifier(path=str(folder / "none"))
     too_far = Identifier(path=str(folder), window=10_000, context_length=20_000, val_fraction=0.3)
     with pytest.raises(ValueError, match=r"no train file has an identifier .* window=10000"):

@@ -20,7 +20,7 @@ def rows(name: str = "bytes", length: int = 600, text: str = TEXT, **options) ->
 
 
 def read(item: dict, name: str = "bytes") -> str:
-    """The row with its answer, as text."""
+    """Return a row and its answer as text."""
     tokens = [*item["input_ids"].tolist(), int(item["shift_labels"][-1])]
     return TOKENIZERS[name].decode(tokens, skip_special_tokens=True)
 
@@ -60,7 +60,7 @@ def test_a_row_begins_with_the_mark_of_a_document():
     assert rows("byte-level")[0]["input_ids"][0] == TOKENIZERS["byte-level"].eos_token_id
 
 
-def test_what_is_left_without_needles_is_the_text():
+def test_rows_without_needles_equal_the_text():
     item = rows(length=900, num_keys=3)[2]
     text = re.sub(r"needle_\w{4} = \d{5}\n", "", read(item))
     assert text[: text.rindex("\nassert")] in TEXT * 2
@@ -92,7 +92,7 @@ def test_short_text_is_repeated():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="a row of 100 tokens cannot hold needle_keys=4"):
+    with pytest.raises(ValueError, match="needle_lengths=100 is too short for needle_keys=4"):
         rows(length=100, num_keys=4)
-    with pytest.raises(ValueError, match="no line ends"):
+    with pytest.raises(ValueError, match="no token of the held-out text ends a line"):
         rows(text="no end")

@@ -1,4 +1,4 @@
-"""ESCI-style files: judgements, their splits and gains, and what is wrong with them."""
+"""Files in ESCI's format: judgements, splits, gains and errors."""
 
 import json
 
@@ -36,8 +36,9 @@ def test_examples_and_rewards(tmp_path):
     assert "Query: usb c hub" in example["prompt"]
     assert example["answer"] == write_answer("usb c hub")
     assert example["relevance"] == {"H": 1.0, "C": 0.01}
-    rewards = task.reward([""] * 3, [write_answer("dock"), write_answer("lamp"), "dock"], [""] * 3,
-                          relevance=[example["relevance"]] * 3)  # fmt: skip
+    rewards = task.reward(
+        [""] * 3, [write_answer("dock"), write_answer("lamp"), "dock"], [""] * 3, relevance=[example["relevance"]] * 3
+    )
     best = 1 + 0.01 / 1.584962500721156
     assert rewards == [pytest.approx(0.1 + 1 / best), 0, -2]
 
@@ -53,13 +54,13 @@ def test_binary_gains_and_splits_of_our_own(tmp_path):
 @pytest.mark.parametrize(
     ("judged", "settings", "message"),
     [
-        ([{"query": "a", "product_id": "H"}], {}, ":1 has no esci_label"),
-        ([{**JUDGED[0], "esci_label": "X"}], {}, "label 'X'"),
-        ([{**JUDGED[0], "split": "dev"}], {}, "split 'dev'"),
-        (JUDGED[:2], {}, "no usable query of the split val"),
+        ([{"query": "a", "product_id": "H"}], {}, ":1 lacks esci_label"),
+        ([{**JUDGED[0], "esci_label": "X"}], {}, "esci_label='X'"),
+        ([{**JUDGED[0], "split": "dev"}], {}, "split='dev'"),
+        (JUDGED[:2], {}, "no usable query in split val"),
         (JUDGED[4:], {}, "gain above 0"),
         ([{**row, "product_id": "none"} for row in JUDGED[:3:2]], {}, "none of the products"),
-        (JUDGED, {"prompt": "ask"}, "must have {query}"),
+        (JUDGED, {"prompt": "ask"}, "must contain {query}"),
         (JUDGED, {"k": 0}, "k must be at least 1"),
     ],
 )
@@ -70,5 +71,5 @@ def test_what_cannot_work_is_named(tmp_path, judged, settings, message):
 
 @pytest.mark.parametrize("name", ["examples", "products"])
 def test_files_that_are_not_there_are_named(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' is no file"):
+    with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' does not exist"):
         ProductSearch(**{**write(tmp_path, JUDGED), name: "nowhere"})

@@ -1,4 +1,4 @@
-"""Descriptions and documents of a small folder of source, and of the standard library."""
+"""Descriptions and documents from a small source folder and from the standard library."""
 
 import math
 from pathlib import Path
@@ -60,7 +60,7 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten files, one of them no Python."""
+    """Write ten files, one of which is not Python."""
     path = tmp_path_factory.mktemp("source")
     for n in range(9):
         (path / f"net_{n}.py").write_text(SOURCE.replace("{n}", str(n)))
@@ -177,7 +177,7 @@ def test_a_folder_without_functions(tmp_path):
 
 @pytest.mark.slow
 def test_the_standard_library_leaves_room_above_the_description():
-    """Some of the description's words are worse than it, its telling words are better, the function's name is good."""
+    """Random words of a description score worse than all of it, distinctive words better, and the name scores well."""
     task = Query()
     descriptions = task.descriptions["val"]
     relevance = [task.described[description] for description in descriptions]

@@ -69,7 +69,7 @@ def test_all_distances_and_all_places_are_drawn():
     examples = [task.example("train", index) for index in range(60)]
     assert {example["distance"] for example in examples} == {1, 3}
     asked_first = [example["prompt"].index(f"{question(example['prompt'])}=") for example in examples]
-    assert len(set(asked_first)) == 2  # one place for each distance
+    assert len(set(asked_first)) == 2  # one position per distance
     others = {prompt.index(f"{key}=") for prompt in (e["prompt"] for e in examples) for key in pairs(prompt)}
     assert len(others) > 50
 
@@ -77,8 +77,10 @@ def test_all_distances_and_all_places_are_drawn():
 def test_an_example_follows_from_seed_split_and_index():
     task = Recall(seed=3)
     assert task.example("train", 7) == Recall(seed=3).example("train", 7)
-    prompts = [Recall(seed=seed).example(split, index)["prompt"] for seed, split, index in
-               [(3, "train", 7), (3, "val", 7), (3, "train", 8), (4, "train", 7)]]  # fmt: skip
+    prompts = [
+        Recall(seed=seed).example(split, index)["prompt"]
+        for seed, split, index in [(3, "train", 7), (3, "val", 7), (3, "train", 8), (4, "train", 7)]
+    ]
     assert len(set(prompts)) == 4
     seen = {task.example("train", index)["prompt"] for index in range(500)}
     assert not seen & {task.example("val", index)["prompt"] for index in range(500)}
@@ -101,15 +103,15 @@ def test_it_is_a_task():
     ("options", "message"),
     [
         (dict(num_pairs=0), "num_pairs must be at least 1"),
-        (dict(distance=[]), "distance names no distance"),
+        (dict(distance=[]), "distance is empty"),
         (dict(distance=[0, 1]), "distance must be at least 1"),
-        (dict(distance=[10**9]), "windows of window=32 bytes are too far"),
+        (dict(distance=[10**9]), "times window=32 must be below 1000000000 bytes"),
         (dict(hops=2), "set value_length=3 to key_length=2"),
         (dict(num_distractors=6), r"num_pairs=6 must be at least hops \+ num_distractors = 7"),
         (dict(key_length=1, num_pairs=27, window=500), "key_length=1 gives 26 keys"),
         (dict(key_length=1, num_pairs=40, num_distractors=26, window=900), "25 of them one letter from the asked one"),
         (dict(window=4, distance=[1]), "window=4 is too short for the question of 4 bytes"),
-        (dict(num_pairs=30), "num_pairs=30 of 7 bytes do not fit: distance=1 of up to 4 windows of window=32"),
+        (dict(num_pairs=30), "num_pairs=30 of 7 bytes do not fit: with distance=1 out of .* and window=32"),
         (dict(seed=-1), "seed must be at least 0"),
     ],
 )
@@ -119,5 +121,5 @@ def test_refusals(options, message):
 
 
 def test_examples_count_from_0():
-    with pytest.raises(ValueError, match="index must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="index=-1 must be at least 0"):
         Recall().example("val", -1)

@@ -1,4 +1,4 @@
-"""Bugs in functions that stand alone: found by running them, repaired by tools, judged by tests."""
+"""Bugs in self-contained functions: found by running, repaired with tools, and judged by tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.hybridmem.sandbox.isolation import needs_sandbox
 
 pytestmark = needs_sandbox
 
-# Ten functions that stand alone, and some that do not.
+# Ten self-contained functions, and some others.
 SOURCE = '''
 import os
 
@@ -144,7 +144,7 @@ def test_only_some_kinds_of_bugs_and_lengths(code):
     assert all(len(text) <= 100 for example in examples for text in example["files"].values())
 
 
-def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
+def test_repairing_only_the_shown_calls_earns_nothing(task):
     example, folder = begun(task)
     answers = dict(map(tuple, example["shown"]))
     table = ", ".join(f"{call.partition('(')[2][:-1]!r}: {right}" for call, right in answers.items())
@@ -155,7 +155,7 @@ def test_a_repair_of_what_is_shown_alone_earns_nothing(task):
     assert folder.get_reward() == 0
 
 
-def test_what_is_not_submitted_earns_nothing(task):
+def test_repairs_without_submission_earn_nothing(task):
     example, folder = begun(task)
     for said, _ in example["turns"][:-1]:
         act(folder, said, "plain", 1000)
@@ -191,7 +191,7 @@ def test_no_path_leads_out(turn, path, task, tmp_path):
     try:
         step = act(folder, turn.format(path.format(outside=outside)), "plain", 1000)
         assert step.failures == 1
-        assert "outside of the folder" in step.observation or "does not exist" in step.observation
+        assert "outside the folder" in step.observation or "does not exist" in step.observation
         assert outside.read_text() == "as it was\n"
     finally:
         outside.unlink()
@@ -205,7 +205,7 @@ def test_tools_read_and_change(task):
     assert folder.open("a.py") == "1 one\n2 two\n3 three"
     assert act(folder, "edit a.py 2     2 a\n    2 b", "plain", 100).observation == "edited"
     assert folder.open("a.py") == "1 one\n2     2 a\n3     2 b\n4 three"
-    assert "lines 1 to 4, and none is 5" in act(folder, "edit a.py 5 x", "plain", 100).observation
+    assert "lines 1 to 4, but line is 5" in act(folder, "edit a.py 5 x", "plain", 100).observation
     assert "line='x' is no" in act(folder, "edit a.py x y", "plain", 100).observation
     assert len(act(folder, "open a.py", "plain", 10).observation) < 45
     assert set(tools_of(folder)) == {"ls", "grep", "open", "edit", "test", "submit"}
@@ -226,7 +226,7 @@ def test_its_folder_goes_with_it(task):
         ({"num_files": 9, "val_fraction": 0.3}, "too few for num_files=9"),
         ({"num_shown": 16}, "num_shown=16 must be below 16"),
         ({"kinds": ["typo"]}, "kinds must be one of operator, comparison, constant, condition, not 'typo'"),
-        ({"max_length": 10}, "leave 0 functions with bugs: raise max_length"),
+        ({"max_length": 10}, "leave 0 functions with bugs; raise max_length"),
         ({"val_fraction": 0.01}, "val_fraction=0.01"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SWE-bench's rows as examples, from a local file."""
+"""Examples from SWE-bench's rows in a local file."""
 
 import json
 
@@ -31,7 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_examples_have_what_a_container_needs(tmp_path):
+def test_examples_have_all_arguments_of_a_container(tmp_path):
     task = task_of(tmp_path, [row(n) for n in range(10)])
     assert isinstance(task, Task)
     example = task.example("train", 0)
@@ -57,5 +57,7 @@ def test_rows_can_bring_their_image_and_command(tmp_path):
 
 def test_a_missing_column_is_named(tmp_path):
     rows = [{"instance_id": "a", "problem_statement": "b"}] * 4
-    with pytest.raises(ValueError, match="has no column FAIL_TO_PASS, PASS_TO_PASS: it has instance_id, problem"):
+    with pytest.raises(
+        ValueError, match=r"lacks the columns FAIL_TO_PASS, PASS_TO_PASS; .*it has instance_id, problem"
+    ):
         task_of(tmp_path, rows)

@@ -68,16 +68,24 @@ def test_an_example_follows_from_seed_split_and_index():
 def test_the_right_sum_counts_in_any_format():
     answer = "7+5=12, 3+4=7, so 82"
     completions = {
-        "7+5=12, 3+4=7, so 82": True, "a=7+5#12;b=3+4#7;r=82": True, "82": True, "it is 82 \n": True, "r=082": True,
-        "7+5=12, 3+4=7, so 81": False, "182": False, "82.": False, "": False, "7+5=12": False,
-    }  # fmt: skip
+        "7+5=12, 3+4=7, so 82": True,
+        "a=7+5#12;b=3+4#7;r=82": True,
+        "82": True,
+        "it is 82 \n": True,
+        "r=082": True,
+        "7+5=12, 3+4=7, so 81": False,
+        "182": False,
+        "82.": False,
+        "": False,
+        "7+5=12": False,
+    }
     answers = [answer] * len(completions)
     assert TASK.is_right([*completions], answers) == [*completions.values()]
     rewards = TASK.reward(["37,45:"] * len(answers), [*completions], answer=answers, format=["equation"] * len(answers))
     assert rewards == [float(right) for right in completions.values()]
 
 
-def test_neither_format_is_told_by_a_wrong_or_broken_answer():
+def test_wrong_answers_have_a_format_and_broken_ones_none():
     share = FormatShare(TASK.formats)
     share.update(["7+5=13, 3+4=9, so 1", "a=1+1#3;r=4", "82", "7+5=12, 3+4=7", "a=7+5#12;r="])
     values = share.compute()
@@ -91,7 +99,7 @@ def test_it_is_a_task():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mixture=1.2), r"mixture=1\.2 is the share of one of two formats"),
+        (dict(mixture=1.2), r"mixture=1\.2 must be between 0 and 1"),
         (dict(digits=0), "digits must be at least 1"),
         (dict(digits=4), "digits=4 must be at most 3"),
         (dict(val_fraction=0.0), "val_fraction must lie between 0 and 1"),

@@ -12,7 +12,7 @@ DIGIT_OF = {(image / 16).astype(np.float32).tobytes(): int(digit) for image, dig
 
 
 def field(example: dict) -> list[int]:
-    """The digits that the images show."""
+    """Return the digits in the images."""
     return [DIGIT_OF[patch.numpy().tobytes()] for patch in example["images"]]
 
 
@@ -85,7 +85,7 @@ def test_it_is_a_task():
 def test_refusals(monkeypatch):
     for options, message in [
         (dict(grid=0), "grid must be at least 1"),
-        (dict(questions=[]), "must name one or more of where, count"),
+        (dict(questions=[]), "must contain one or more of where, count"),
         (dict(val_fraction=0.001), "val_fraction=0.001 of the 178 images of 0 leaves 0 for validation"),
     ]:
         with pytest.raises(ValueError, match=message):

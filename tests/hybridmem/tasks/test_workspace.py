@@ -1,4 +1,4 @@
-"""A folder that is really there: the demonstrations find the file, and nothing outside can be read."""
+"""Workspace folders on disk: demonstrations find the file, and paths outside the folder are rejected."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_a_wrong_answer_earns_nothing_and_nothing_lies_outside(task, tmp_path):
     assert folder.ls() == "a.py b.py c.py d.py"
 
 
-def test_what_is_heard_is_not_learnt(task):
+def test_observations_have_no_labels(task):
     data = TaskDataModule(task, batch_size=2)
     data.setup()
     example = task.example("train", 0)

@@ -1,4 +1,4 @@
-"""Small training runs through the command line's own entry point."""
+"""Small training runs through the command line's entry point."""
 
 import csv
 import sys
@@ -12,7 +12,7 @@ from hybridmem.cli.main import main
 
 
 def write_text(folder: Path, documents: int = 12) -> Path:
-    """A folder of small files, each repeating a line of its own."""
+    """Write a folder of small files that each repeat one line."""
     folder.mkdir(exist_ok=True)
     for n in range(documents):
         (folder / f"{n}.txt").write_text(f"value_{n} = {n * 7919} # line\n" * (10 + n))
@@ -20,7 +20,7 @@ def write_text(folder: Path, documents: int = 12) -> Path:
 
 
 def write_config(folder: Path, **changes) -> Path:
-    """A configuration of a run of a few steps below `folder`; `changes` are dotted keys."""
+    """Write a configuration of a few steps to `folder`; `changes` are dotted keys."""
     text = write_text(folder / "text")
     config = {
         "seed_everything": 0,
@@ -102,7 +102,7 @@ def hybridmem(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def logged(folder: Path, name: str) -> list[float]:
-    """What a run logged under a name, step by step, over its starts."""
+    """Return the values that a run logged under a name, step by step, over all restarts."""
     values = {}
     for file in sorted((folder / "run" / "csv").glob("version_*/metrics.csv")):
         for row in csv.DictReader(file.open()):
@@ -112,12 +112,12 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint."""
+    """Return the weights in a checkpoint."""
     return torch.load(path, weights_only=True)["state_dict"]
 
 
 class Touch:
-    """What a pickle would run."""
+    """Object whose unpickling would create a file."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,6 +1,5 @@
-"""Gradient accumulation: the gradient of one large batch, steps of whole accumulations, exact resumption within one."""
+"""Gradient accumulation: the gradient of one large batch, full steps at epoch ends, and exact resumption."""
 
-import logging
 import re
 from collections import defaultdict
 from datetime import timedelta
@@ -30,7 +29,7 @@ ROWS, TIME, VOCABULARY = 8, 12, 37
 
 
 class Lengths:
-    """A task whose answers have unequal lengths."""
+    """Task with answers of unequal lengths."""
 
     @property
     def max_completion_length(self) -> int:
@@ -44,7 +43,7 @@ class Lengths:
 
 
 class Steps(L.Callback):
-    """Notes the weights at the start, the loss that is logged at every optimiser step, and the number of batches."""
+    """Callback that records the initial weights, the loss of every optimiser step, and the number of batches."""
 
     def on_train_start(self, trainer, module):
         self.start, self.losses, self.batches = weights(module), [], 0
@@ -67,7 +66,6 @@ def pretraining(**settings):
 
 def train(module, data, **options):
     steps = Steps()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     settings = dict(accelerator="cpu", devices=1, max_steps=1, max_epochs=-1, limit_val_batches=0, precision="64-true")
     trainer = L.Trainer(**{**settings, **quiet, **options, "callbacks": [steps, *options.get("callbacks", [])]})
@@ -81,7 +79,7 @@ def train(module, data, **options):
 
 
 def rows(kind):
-    """Eight rows with unequally many labels, of two documents each or padded on the right; the fourth has no label."""
+    """Return eight rows with different numbers of labels, packed or right-padded; the fourth has no label."""
     generator, places, row = torch.Generator().manual_seed(1), torch.arange(TIME), torch.arange(ROWS)[:, None]
     input_ids = torch.randint(0, VOCABULARY, (ROWS, TIME), generator=generator)
     labels = input_ids.roll(-1, dims=1)
@@ -121,7 +119,7 @@ def test_small_batches_make_the_step_of_a_large_one(kind, settings, options, siz
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_in_lower_precision(precision):
-    """bf16 and float16 round batches apart: within their rounding, and without overflow."""
+    """Gradients in bf16 and float16 agree within rounding and do not overflow."""
     rounding = {"32-true": 1e-6, "bf16-mixed": 2e-2, "16-mixed": 2e-2}[precision]
     plugins = [L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
     options = {"plugins": plugins, "precision": None} if precision == "16-mixed" else {"precision": precision}
@@ -139,11 +137,16 @@ def test_batches_without_a_label_change_nothing():
 
 
 def test_the_memory_is_carried_through_a_step(tmp_path):
-    """The gradient is that of the mean over all tokens, each row read after the one before it."""
+    """The gradient belongs to the mean over all tokens, with every row read after its predecessor."""
     data = partial(
-        TextDataModule, path=str(write_text(tmp_path / "text")), pattern="*.txt", sequence_length=16, batch_size=2,
-        mode="continuous", val_fraction=0.2,
-    )  # fmt: skip
+        TextDataModule,
+        path=str(write_text(tmp_path / "text")),
+        pattern="*.txt",
+        sequence_length=16,
+        batch_size=2,
+        mode="continuous",
+        val_fraction=0.2,
+    )
     config = tiny_config(vocab_size=259)
     sgd = partial(torch.optim.SGD, lr=1.0)
     schedule = partial(WarmupCosine, warmup_steps=0)
@@ -176,7 +179,7 @@ def test_accumulation_spans_epochs(num_train, accumulate, steps):
 
 
 def planned(batches, accumulate=1, scheduling=None, **settings):
-    """A trainer whose epochs have so many batches."""
+    """Return a trainer with this number of batches per epoch."""
     callbacks = [] if scheduling is None else [GradientAccumulationScheduler(scheduling)]
     quiet = dict(logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=-1)
     trainer = L.Trainer(accumulate_grad_batches=accumulate, callbacks=callbacks, **quiet, **settings)
@@ -230,11 +233,11 @@ def test_the_command_line_refuses_them_in_one_line(tmp_path, monkeypatch, capsys
     assert error.startswith("hybridmem: error: an epoch of 6 batches (trainer.limit_train_batches=6) ends within")
 
 
-# Resumption. A run of 4 steps of 3 batches, with dropout and a memory that is carried from row to row.
+# Resumption of a run with 4 steps of 3 batches, dropout and a carried memory.
 
 
 class Save(L.Callback):
-    """Writes a checkpoint at every batch's start and end, validation's end and epoch's end."""
+    """Callback that writes checkpoints at the start and end of batches, and at the end of validations and epochs."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -258,7 +261,7 @@ class Save(L.Callback):
 
 
 class Fail(L.Callback):
-    """Raises in the forward or the backward pass of a batch."""
+    """Callback that raises in the forward or backward pass of a batch."""
 
     def __init__(self, batch, moment):
         self.batch, self.moment = batch, moment
@@ -277,7 +280,7 @@ class Fail(L.Callback):
 
 
 class Numbers(L.Callback):
-    """Notes the loss of every batch, and the batches after which validation begins."""
+    """Callback that records the loss of every batch, and the batches after which validation starts."""
 
     def __init__(self):
         self.losses, self.validated = defaultdict(list), []
@@ -291,33 +294,37 @@ class Numbers(L.Callback):
 
 
 def run(folder, callbacks=(), ckpt_path=None, seed=0, **options):
-    """Train on a few small files; the weights at the end, and what was noted."""
+    """Train on a few small files; return the final weights and the recorded numbers."""
     L.seed_everything(seed, verbose=False)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     text = write_text(folder / "text")
     data = TextDataModule(
         str(text), pattern="*.txt", sequence_length=64, batch_size=4, mode="continuous", val_fraction=0.2
     )
     module = PretrainModule(
-        tiny_config(vocab_size=259, attention_dropout=0.1), carry_state=True,
+        tiny_config(vocab_size=259, attention_dropout=0.1),
+        carry_state=True,
         lr_scheduler=partial(WarmupCosine, warmup_steps=1),
-    )  # fmt: skip
+    )
     numbers = Numbers()
     defaults = dict(
         max_steps=4, max_epochs=-1, accumulate_grad_batches=3, val_check_interval=4, check_val_every_n_epoch=None
     )
     quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=folder, limit_val_batches=1,
-        callbacks=[RandomState(), numbers, *callbacks], **{**defaults, **quiet, **options},
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        limit_val_batches=1,
+        callbacks=[RandomState(), numbers, *callbacks],
+        **{**defaults, **quiet, **options},
+    )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return weights(module), numbers
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing happened to, with all its checkpoints; its weights and losses."""
+    """Return the folder of an uninterrupted run with all its checkpoints, its weights and its losses."""
     folder = tmp_path_factory.mktemp("whole")
     end, numbers = run(folder, [Save(folder)], enable_checkpointing=False)
     return folder, end, numbers
@@ -339,12 +346,14 @@ def test_a_run_resumes_exactly_from_every_checkpoint(whole, name):
 @pytest.mark.parametrize("moment", ["forward", "backward"])
 @pytest.mark.parametrize("batch", [6, 7])
 def test_exceptions(whole, tmp_path, moment, batch):
-    """A batch that failed is repeated; within a step, gradients that its backward pass has spoilt are refused."""
+    """A failed batch is repeated; within a step, gradients corrupted by its backward pass are rejected."""
     saver = ModelCheckpoint(tmp_path, filename="failed", save_on_exception=True, every_n_train_steps=100)
     with pytest.raises(RuntimeError, match="failed on purpose"):
         run(tmp_path, [saver, Fail(batch, moment)])
     if moment == "backward" and batch % 3:
-        with pytest.raises(ValueError, match="error cut the backward pass of batch 2 of accumulate_grad_batches=3"):
+        with pytest.raises(
+            ValueError, match="error interrupted the backward pass of batch 2 of accumulate_grad_batches=3"
+        ):
             run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", enable_checkpointing=False)
         return
     again, _ = run(tmp_path, ckpt_path=tmp_path / "failed.ckpt", seed=1, enable_checkpointing=False)
@@ -352,7 +361,7 @@ def test_exceptions(whole, tmp_path, moment, batch):
 
 
 def test_time_intervals_and_metrics_write_such_checkpoints(whole, tmp_path):
-    """A resumed run writes one at once; a monitored metric is there after a validation alone."""
+    """A resumed run writes such a checkpoint immediately; monitored metrics exist only after a validation."""
     options = dict(dirpath=tmp_path, save_top_k=-1, filename="{step}")
     timed = ModelCheckpoint(train_time_interval=timedelta(0), **options)
     run(tmp_path, [timed], ckpt_path=whole[0] / "validation4.ckpt")
@@ -363,15 +372,15 @@ def test_time_intervals_and_metrics_write_such_checkpoints(whole, tmp_path):
 
 
 def test_another_accumulation_is_refused_within_a_step(whole, tmp_path):
-    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches: resume with 3, or"
+    refused = r"accumulate_grad_batches=2, but the checkpoint was written after 1 of 3 batches; set it to 3, or"
     with pytest.raises(ValueError, match=refused):
         run(whole[0], ckpt_path=whole[0] / "validation4.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)
     _, numbers = run(whole[0], ckpt_path=whole[0] / "end6.ckpt", accumulate_grad_batches=2, enable_checkpointing=False)
-    assert list(numbers.losses) == [7, 8, 9, 10]  # two steps of two batches, after two of three
+    assert list(numbers.losses) == [7, 8, 9, 10]  # two steps of two batches, after two steps of three
 
 
 def test_a_schedule_of_accumulations_resumes_within_its_epoch(tmp_path):
-    """Lightning asks the scheduler at an epoch's start alone; epochs end with a step whatever they accumulate."""
+    """Lightning reads the schedule only at the start of an epoch; epochs end with a step for any accumulation."""
     options = dict(accumulate_grad_batches=1, max_steps=-1, max_epochs=2, enable_checkpointing=False)
     end, numbers = run(tmp_path, [GradientAccumulationScheduler({0: 2, 1: 3}), Save(tmp_path)], **options)
     total = len(numbers.losses)
@@ -405,7 +414,7 @@ def test_a_step_is_dropped_where_the_epoch_begins_anew(recwarn):
 
 
 def unequal(folder, processes=1, strategy="auto", accumulate=1, batch_size=8, **changes):
-    """A configuration of a run on answers of unequal lengths."""
+    """Write a configuration of a run on answers of unequal lengths."""
     folder.mkdir()
     data = {"class_path": "hybridmem.data.TaskDataModule"}
     data["init_args"] = {"task": f"{__name__}.Lengths", "num_train": 40, "num_val": 4, "batch_size": batch_size}
@@ -419,7 +428,7 @@ def unequal(folder, processes=1, strategy="auto", accumulate=1, batch_size=8, **
     quick = {"max_steps": 4, "enable_progress_bar": False, "val_check_interval": 3}
     share = {"devices": processes, "strategy": strategy, "accumulate_grad_batches": accumulate, "callbacks": keepers}
     settings = {f"trainer__{name}": value for name, value in {**quick, **share, **changes}.items()}
-    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}}  # Adam would magnify rounding
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "momentum": 0.9}}  # Adam would amplify rounding
     return write_config(folder, data=data, model__init_args__optimizer=sgd, **settings)
 
 
@@ -427,13 +436,13 @@ def unequal(folder, processes=1, strategy="auto", accumulate=1, batch_size=8, **
     ("strategy", "precision", "rounding"), [("ddp", "64-true", 1e-6), (SHARDED, "32-true", 1e-5)], ids=["DDP", "FSDP2"]
 )
 def test_processes_with_unequal_tokens(tmp_path, monkeypatch, strategy, precision, rounding):
-    """Two that accumulate take the steps of one that does not; a checkpoint within a step serves two, and one."""
+    """Two accumulating ranks take the steps of a single rank; a checkpoint within a step resumes on two or one."""
     one, two, again, alone = (tmp_path / name for name in ("one", "two", "again", "alone"))
     accumulating = partial(unequal, accumulate=2, precision=precision)
     hybridmem(monkeypatch, "fit", "--config", unequal(one, precision=precision))
     fit_several(2, "--config", accumulating(two, 2, strategy, batch_size=2))
     assert logged(two, "train/loss") == pytest.approx(logged(one, "train/loss"), rel=1e-6)
-    written = two / "run" / "val1.ckpt"  # after the third batch, the first one of the second step
+    written = two / "run" / "val1.ckpt"  # after the third batch, which is the first of the second step
     fit_several(2, "--config", accumulating(again, 2, strategy, batch_size=2), "--ckpt_path", written)
     if strategy is SHARDED:
         consolidate(written, tmp_path / "whole.ckpt")

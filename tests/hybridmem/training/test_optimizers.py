@@ -1,4 +1,4 @@
-"""Which parameters decay, and two optimisers that act as one."""
+"""Weight decay by parameter, and two optimisers combined into one."""
 
 from copy import deepcopy
 from functools import partial
@@ -61,7 +61,7 @@ def test_every_parameter_is_in_one_group():
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # as a scheduler does
+        group["lr"] = 0.0  # like a scheduler
     before = [p.clone() for p in model.parameters()]
     train(model, optimizer, 1)
     for a, b in zip(model.parameters(), before, strict=True):

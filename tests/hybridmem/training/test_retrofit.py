@@ -22,7 +22,7 @@ SPECIAL = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny Llama with the byte tokenizer."""
+    """Write a tiny Llama with the byte tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     base_model("llama tied", dtype=torch.float32, vocab_size=259, **SPECIAL).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 
 
 def config(folder, base, **changes):
-    """A run of a few steps with two kinds of data."""
+    """Write a configuration of a few steps on two kinds of data."""
     path = write_config(folder)
     settings = yaml.safe_load(path.read_text())
     text = settings["data"]["init_args"]
@@ -46,10 +46,13 @@ def config(folder, base, **changes):
     settings["model"] = {
         "class_path": "hybridmem.training.RetrofitModule",
         "init_args": {
-            "base": str(base), "attention_window": 8, "num_sink_tokens": 2, "optimizer": optimizer,
+            "base": str(base),
+            "attention_window": 8,
+            "num_sink_tokens": 2,
+            "optimizer": optimizer,
             "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 2}},
         },
-    }  # fmt: skip
+    }
     settings["data"] = {"class_path": "hybridmem.data.MixedDataModule", "init_args": {"parts": parts}}
     for key, value in changes.items():
         place = settings
@@ -137,7 +140,7 @@ def test_kl_after_regression(base, tmp_path, monkeypatch, lora):
 
 @torch.no_grad()
 def kl_beyond(checkpoint, base, folder):
-    """KL to the base model on the texts that were trained on."""
+    """Return the KL divergence from the base model on the training texts."""
     model, other = load_policy(str(checkpoint)).eval(), AutoModelForCausalLM.from_pretrained(base)
     texts = [(folder / "text" / f"{n}.txt").read_bytes()[:32] for n in range(12)]
     ids = torch.tensor([list(text) for text in texts])
@@ -231,12 +234,12 @@ def test_a_converted_folder_keeps_its_window(base, tmp_path):
         (dict(model__init_args__head_sources="full"), "leave no memory to train"),
         (dict(model__init_args__frozen=["*"]), "frozen=['*'] leave no memory to train"),
         (dict(model__init_args__attention_window=40), "sequence_length=32 must exceed attention_window + num_sink"),
-        (dict(model__init_args__lora={"r": 2}), "stage=regression trains no weights of the base model"),
-        (dict(model__init_args__base="nowhere"), "model=nowhere is no folder"),
-        (dict(model__init_args__memory={"memory_width": 2}), "memory_width is no setting of HybridMemConfig's"),
+        (dict(model__init_args__lora={"r": 2}), "stage=regression freezes the base model"),
+        (dict(model__init_args__base="nowhere"), "model=nowhere is not a folder"),
+        (dict(model__init_args__memory={"memory_width": 2}), "memory_width is not a memory setting of HybridMemConfig"),
         (dict(model__init_args__memory={"memory_depth": 0}), "memory_depth=0 must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line(base, tmp_path, monkeypatch, capsys, changes, message):
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", config(tmp_path, base, **changes))
@@ -253,7 +256,7 @@ def test_another_tokenizer_and_too_little_memory(base, tmp_path, monkeypatch, ca
     other.add_tokens(["word"])
     other.save_pretrained(tmp_path / "other")
     for tokenizer, free, message in (
-        (tmp_path / "other", None, "is not that of base="),
+        (tmp_path / "other", None, "differs from the tokenizer of base="),
         (base, 1000, "stage=regression needs 0.0 GB of memory in addition to the model"),
     ):
         settings["data"]["init_args"]["tokenizer"] = str(tokenizer)
@@ -267,9 +270,7 @@ def test_another_tokenizer_and_too_little_memory(base, tmp_path, monkeypatch, ca
 def test_another_models_checkpoint(base, tmp_path, monkeypatch, capsys):
     path = config(tmp_path, base)
     hybridmem(monkeypatch, "fit", "--config", path)
+    changes = ["--model.init_args.attention_window", 9, "--trainer.max_steps", 8]
     with pytest.raises(SystemExit):
-        hybridmem(
-            monkeypatch, "fit", "--config", path, "--ckpt_path", ckpt(tmp_path, 6),
-            "--model.init_args.attention_window", 9, "--trainer.max_steps", 8,
-        )  # fmt: skip
+        hybridmem(monkeypatch, "fit", "--config", path, "--ckpt_path", ckpt(tmp_path, 6), *changes)
     assert "attention_window=8 (here 9)" in capsys.readouterr().err

@@ -21,7 +21,7 @@ MIXED = [["memory", "full"], ["none", "memory"]]
 
 
 def model_and_batch(sources="memory", dtype=torch.float64):
-    """A converted model whose memories matter, and a batch of rows of one document."""
+    """Return a converted model with large memory weights, and a batch with one document per row."""
     model = convert(base_model(dtype=dtype), attention_window=WINDOW, num_sink_tokens=SINKS)
     model.requires_grad_(False)
     add_memories(model, sources)
@@ -125,7 +125,7 @@ def test_the_teacher_is_the_base_model():
     model, batch = model_and_batch()
     hidden = read(model, batch, every_source(model, "full"))
     wanted = base_model().model(batch["input_ids"]).last_hidden_state
-    torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)  # transformers' norms are float32
+    torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)  # transformers' norms use float32
     assert model.config.head_sources == [["memory"] * 2] * 2
 
 

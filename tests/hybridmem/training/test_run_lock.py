@@ -1,4 +1,4 @@
-"""Which locks are respected, and which are taken over."""
+"""Run locks: active locks are respected, and stale locks are taken over."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def lock(tmp_path):
 
 @pytest.fixture
 def other(lock):
-    """Another process that holds the lock."""
+    """Start another process that holds the lock."""
     lock.parent.mkdir(exist_ok=True)
     process = subprocess.Popen([sys.executable, "-c", HOLDS, str(lock)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -35,7 +35,7 @@ def other(lock):
 
 
 def leave(lock, **changes):
-    """Write the lock of a process that differs from this one's parent, which runs, as `changes` say."""
+    """Write the lock of this process's parent, which is running, with some fields changed."""
     parent = replace(run_lock._this_process(), pid=os.getppid(), started=run_lock._start_time(os.getppid()))
     lock.write_text(json.dumps(asdict(parent) | changes))
 
@@ -47,7 +47,7 @@ def test_a_live_process_keeps_its_lock_until_it_is_killed(lock, other):
     other.kill()
     while run_lock._start_time(other.pid):
         time.sleep(0.01)
-    with hold(lock):  # of a process that nobody has waited for yet
+    with hold(lock):  # held by a zombie process
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert not lock.exists()
 
@@ -68,7 +68,7 @@ def test_one_process_cannot_hold_a_lock_twice(lock):
         pass
 
 
-def test_what_was_acquired_before_a_refusal_is_released(lock, other, tmp_path):
+def test_locks_acquired_before_a_refusal_are_released(lock, other, tmp_path):
     with pytest.raises(LockedError):
         hold(tmp_path / "free.lock", lock).__enter__()
     assert not (tmp_path / "free.lock").exists()
@@ -165,7 +165,7 @@ class TestFit:
         assert stopped.value.code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"default_root_dir={tmp_path / 'run'} is in use by another run (process {other.pid} on " in error
-        assert f"wait for its end, stop it (kill {other.pid}), or choose another folder" in error
+        assert f"wait until it ends, stop it (kill {other.pid}), or choose another folder" in error
 
     def test_others_read_in_the_folder_of_a_run(self, tmp_path, lock, monkeypatch):
         config = write_config(tmp_path, trainer__max_steps=3)

@@ -1,4 +1,4 @@
-"""Learning rates at the points that matter."""
+"""Learning rate schedules at their characteristic points."""
 
 import pytest
 import torch

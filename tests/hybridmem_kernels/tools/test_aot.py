@@ -1,4 +1,4 @@
-"""Kernels are built without a GPU; in a process of their own, for those of the suite are under the interpreter."""
+"""Ahead-of-time builds without a GPU, in a separate process, because the suite's kernels are interpreted."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_registers_spills_and_tensor_cores_are_seen(tmp_path):
-    (tmp_path / "measured.py").write_text(MEASURED)  # Triton reads a kernel's source
+    (tmp_path / "measured.py").write_text(MEASURED)  # Triton needs the source file of a kernel
     done = run(str(tmp_path / "measured.py"))
     assert done.returncode == 0, done.stderr
 
@@ -64,7 +64,7 @@ def test_registers_spills_and_tensor_cores_are_seen(tmp_path):
     ],
 )
 def test_kernels_stay_within_the_committed_table(target, match):
-    """Some of them, of the operators and targets in turn; `python -m hybridmem_kernels.tools.aot` builds all."""
+    """The test builds a sample of operators and targets; `python -m hybridmem_kernels.tools.aot` builds them all."""
     options = ["--dtypes", "bf16", "--configs", "configs/pretrain/170m.yaml", "--jobs", "1"]
     done = run("-m", "hybridmem_kernels.tools.aot", "--targets", target, "--match", match, *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,4 +75,4 @@ def test_kernels_stay_within_the_committed_table(target, match):
 def test_asking_for_no_kernel_is_an_error():
     done = run("-m", "hybridmem_kernels.tools.aot", "--match", "no such kernel")
     assert done.returncode == 2
-    assert "no kernel is asked for" in done.stderr
+    assert "no kernel is selected" in done.stderr

@@ -1,4 +1,4 @@
-"""What scripts/check_gpu does, as far as it can be done without a GPU: its comparisons, in Triton's interpreter."""
+"""The comparisons of scripts/check_gpu without a GPU, in Triton's interpreter."""
 
 import os
 import subprocess
@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 SHORT = {f"{case.operator}, {case.name}": case for case in cases(20, shrink=3)}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, of infinities that are masked
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from masked infinities in the interpreter
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, list(TOLERANCES)[n % len(TOLERANCES)]) for n, name in enumerate(SHORT)]
 )
@@ -35,7 +36,7 @@ def test_operators_pass(name, dtype):
     ],
     ids=["outputs", "gradients", "not a number"],
 )
-def test_what_is_wrong_does_not_pass(wrong, error):
+def test_wrong_results_fail(wrong, error):
     case = SHORT["memory_scan, plain"]
 
     def run(given, backend):
@@ -60,12 +61,12 @@ def test_calls_are_timed_for_either_backend(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [speed.operator for speed in speeds]
 
 
-def test_without_a_gpu_it_says_so_and_fails(tmp_path):
+def test_it_fails_with_a_message_without_a_gpu(tmp_path):
     command = [sys.executable, "-m", "hybridmem_kernels.tools.gpu_check", "--output", tmp_path / "result.json"]
     hidden = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert done.returncode == 1
-    assert done.stderr.startswith("no GPU here")
+    assert done.stderr.startswith("no GPU found")
     assert not (tmp_path / "result.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""What counts as too much, and the committed table."""
+"""Limits of kernel resources, and the committed table."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ def changed(**changes: int) -> Row:
     return replace(GOOD, resources=replace(GOOD.resources, **changes))
 
 
-def test_what_is_as_committed_is_no_problem():
+def test_resources_as_committed_pass():
     assert problems([GOOD], COMMITTED) == []
     assert problems([changed(registers=64, shared=0, tensor_core=16)], COMMITTED) == []
 
@@ -22,8 +22,8 @@ def test_what_is_as_committed_is_no_problem():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (changed(spills=8), "sm80 scan: spills 8 bytes of registers a thread"),
-        (changed(shared=163 * 1024 + 1), "sm80 scan: needs 166913 bytes of shared memory, 166912 are there"),
+        (changed(spills=8), "sm80 scan: spills 8 bytes of registers per thread"),
+        (changed(shared=163 * 1024 + 1), "sm80 scan: needs 166913 bytes of shared memory, but 166912 are available"),
         (changed(tensor_core=0), "sm80 scan: multiplies matrices without tensor cores"),
     ],
     ids=["spill", "shared memory", "no tensor cores"],

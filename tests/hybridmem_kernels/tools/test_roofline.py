@@ -1,4 +1,4 @@
-"""The model of costs against a count: of products in the interpreter, of launches and bytes by hand."""
+"""The cost model, compared with products counted in the interpreter, and launches and bytes counted by hand."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from ..inputs import scan_inputs
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "kernels.md"
-# Imported by the process below alone: recording needs kernels that are not under the interpreter.
+# Only the process below imports it, because recording needs kernels outside the interpreter.
 SHAPES = "Shapes(batch=1, heads=2, time=128, dim=32, chunk=32, widths=(32, 64, 32), window=64)"
 
 
@@ -31,7 +31,7 @@ def python(code: str, *arguments: str) -> str:
 
 @pytest.fixture
 def counted(monkeypatch) -> Counter:
-    """Operations of the products of every kernel that runs."""
+    """Count the operations of all matrix products of every kernel that runs."""
     counts, running = Counter(), []
     launch, product = GridExecutor.__call__, InterpreterBuilder.create_dot
 
@@ -67,12 +67,12 @@ def call(operator: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("operator", ["memory_scan", "memory_mlp_scan", "attention_divergence"])
 def test_operations_are_those_of_the_kernels(operator, counted):
-    """Tiles do up to twice what is needed, where they stick out or repeat products that cost little."""
+    """Tiles do up to twice the necessary work, in partial tiles and repeated cheap products."""
     call(operator)
     code = f"from hybridmem_kernels.tools.roofline import *; print({operator}_operations({SHAPES}))"
     needed = eval(python(code))
     assert {name for name, count in counted.items() if count} == set(needed)
-    twice = 2 if operator == "memory_scan" else 1  # its backward prepares the chunks once more
+    twice = 2 if operator == "memory_scan" else 1  # its backward pass prepares the chunks again
     for name, operations in needed.items():
         runs = twice if name == "chunk_kernel" else 2 if name == "log_sums_kernel" else 1
         assert operations * runs <= counted[name] <= 2.1 * operations * runs, name

@@ -1,4 +1,4 @@
-"""Documents of the local tasks: a line that repeats itself."""
+"""Documents of the local tasks, each a repeated line."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Every policy is a proper distribution, equals its definition, and carries gradients to what it depends on."""
+"""Distributions are normalised, equal their definitions and have gradients with respect to all their inputs."""
 
 import pytest
 import torch
@@ -36,9 +36,9 @@ def test_rows_are_distributions_over_earlier_tokens(variant, target):
     rows = distribution(found, target, 20)
     total = torch.ones(20, dtype=rows.dtype)
     if target != "allocation":
-        total[0] = 0  # nothing stands before the first token
+        total[0] = 0  # the first token has no earlier tokens
     if (variant, target) == ("mac", "attention"):
-        total[:: found.segments[0].q.shape[2]] = 0  # nor in a segment before its first one
+        total[:: found.segments[0].q.shape[2]] = 0  # neither has a segment's first token
     torch.testing.assert_close(rows.sum(-1), total.expand(2, -1))
     assert (rows >= 0).all()
     if target != "allocation":
@@ -46,12 +46,12 @@ def test_rows_are_distributions_over_earlier_tokens(variant, target):
 
 
 def test_memory_implied_attention_is_the_read_out_taken_apart():
-    """Each write's part of the read-out, -D theta (q·k) delta, adds up to it; its norm is the distribution."""
+    """The writes' contributions −D theta (q·k) delta sum to the read; their norms are the distribution."""
     _, found = record("lmm", time=17)
     q, k, v, alpha, eta, theta = (x.double() for x in found.memory)
     batch, heads, time, dim = q.shape
     weight, momentum = torch.zeros(2, batch, heads, dim, dim).double()
-    parts = torch.zeros(batch, heads, time, time, dim).double()  # of write j in the weights' answer, by token
+    parts = torch.zeros(batch, heads, time, time, dim).double()  # contribution of write j to each token's read
     left_w, left_s = torch.zeros(2, batch, heads, time).double()
     errors = []
     for t in range(time):
@@ -76,7 +76,7 @@ def test_memory_reaches_the_gates_queries_and_keys():
     model, found = record("lmm", memory_step="damped")
     memory(found, 12).square().sum().backward()
     layer = model.model.layers[1].mixer.memory
-    alpha, theta, eta = layer.gate_proj.weight.grad.chunk(3)  # certified momentum has a parameter of its own
+    alpha, theta, eta = layer.gate_proj.weight.grad.chunk(3)  # certified momentum has a separate parameter
     queries, keys, _ = layer.qkv_proj.weight.grad.chunk(3)
     for grad in (alpha, theta, eta, queries, keys):
         assert grad.abs().max() > 0

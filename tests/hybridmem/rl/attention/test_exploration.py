@@ -1,11 +1,11 @@
-"""A check with a known answer: a gate that was spoilt finds its way back by reward alone."""
+"""Recovery of a corrupted gate by reward alone, a problem with a known solution."""
 
 import torch
 from torch import Tensor
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.rl import AttentionRecorder, AttentionRL, group_advantages
-from hybridmem.rl.attention.exploration import draw_noise, explored
+from hybridmem.rl.attention.exploration import Exploration, draw_noise, explored
 from hybridmem.rl.rollouts.prompts import PromptBatch
 from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
@@ -14,7 +14,7 @@ KEYS, VALUES, PAIRS, GENERATIONS = 8, 8, 4, 16
 
 
 def questions(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows of key, value, key, value, …, key asked for; and the value. The pair lies beyond a window of 2."""
+    """Return rows of key, value, …, asked key, and their answers; the pair lies beyond a window of 2."""
     keys = torch.stack([torch.randperm(KEYS, generator=generator)[:PAIRS] for _ in range(count)])
     values = torch.randint(KEYS, KEYS + VALUES, (count, PAIRS), generator=generator)
     asked = torch.randint(PAIRS - 1, (count, 1), generator=generator)
@@ -23,7 +23,7 @@ def questions(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def trained_model(generator: torch.Generator) -> HybridMemForCausalLM:
-    """A layer that answers from its memory, because its window cannot."""
+    """Train a layer to answer from its memory, because its window is too short."""
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
     memory = dict(memory_heads=1, memory_head_dim=32, memory_chunk_size=16, num_persistent_tokens=0)
@@ -41,7 +41,7 @@ def trained_model(generator: torch.Generator) -> HybridMemForCausalLM:
 
 @torch.no_grad()
 def accuracy(model: HybridMemForCausalLM) -> float:
-    """Of the likeliest answer, on questions of their own."""
+    """Return the accuracy of greedy answers on new questions."""
     rows, answers = questions(512, torch.Generator().manual_seed(99))
     return float((model(rows, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1) == answers).float().mean())
 
@@ -53,7 +53,7 @@ def test_a_spoilt_gate_recovers_by_reward_alone():
     assert accuracy(model) > 0.98
     with torch.no_grad():
         gate.weight.zero_()
-        gate.bias.fill_(4.0)  # the window gets 98 % of every token's mix
+        gate.bias.fill_(4.0)  # gives the window 98 % of every token's mixture
     assert accuracy(model) < 0.3
 
     model.requires_grad_(False)
@@ -64,9 +64,10 @@ def test_a_spoilt_gate_recovers_by_reward_alone():
         rows, answers = questions(16, generator)
         prompts = PromptBatch(rows, None)
         noise = draw_noise(model, "allocation", [0], 1.0, 16, GENERATIONS, rows.shape[1] + 1, generator)
+        own_prompts = [Exploration("allocation", {})]
         with explored(model, "allocation", noise), AttentionRecorder(model) as recorder:
             one_token = Sampling(max_completion_length=1)
-            completions = sample(model, prompts, GENERATIONS, one_token, [], 0, generator, prefill_once=False)
+            completions = sample(model, prompts, GENERATIONS, one_token, [], 0, generator, own_prompts)
             completion_logps(model, prompts.repeat(GENERATIONS), completions, 1.0)
         used = {n: record.detach() for n, record in recorder.records.items()}
         rewards = (completions.ids[:, 0] == answers.repeat_interleave(GENERATIONS)).float()

@@ -1,4 +1,4 @@
-"""What is recorded gives the attention that eager attention shows, and the model is left as it was."""
+"""Records reproduce eager attention maps, and recording leaves the model unchanged."""
 
 import pytest
 import torch
@@ -11,9 +11,15 @@ from tests.hybridmem.data.vision_models import vision_model
 from tests.hybridmem.models import tiny_model, tokens
 
 SHAPE = dict(
-    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-    num_key_value_heads=2, max_position_embeddings=128,
-)  # fmt: skip
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=8,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
 
 
 def neox():
@@ -37,7 +43,7 @@ def other_model(name):
 
 
 def expected(weights, queries):
-    """RAL's policy out of attention maps (batch, heads, time, time): mean over heads, self left out, renormalised."""
+    """Compute RAL's policy from attention maps: mean over heads, without the query's own token, renormalised."""
     rows = weights.double().mean(1).tril(-1)
     return (rows / rows.sum(-1, keepdim=True).clamp(min=1e-12))[:, -queries:]
 
@@ -87,7 +93,7 @@ def test_heads_that_read_everything(windows, cached):
     for found, weights in zip(seen, maps if windows is None else [], strict=windows is None):
         torch.testing.assert_close(found[:, :, -40:].double(), expected(weights, 12), rtol=0, atol=1e-5)
     if windows is not None:
-        assert (seen[0] > 0).sum(-1).max() <= 4  # a window without the token itself
+        assert (seen[0] > 0).sum(-1).max() <= 4  # a window minus the query's own token
 
 
 @torch.no_grad()
@@ -95,7 +101,7 @@ def test_heads_of_other_sources_are_refused():
     model = tiny_model(variant="mah", head_sources=[["full", "none"], ["full", "full"]])
     with AttentionRecorder(model, [1]):
         model(tokens())
-    with AttentionRecorder(model, [0]), pytest.raises(ValueError, match="heads that do not read everything"):
+    with AttentionRecorder(model, [0]), pytest.raises(ValueError, match="heads with a source other than full"):
         model(tokens())
 
 
@@ -136,7 +142,7 @@ def test_mac_attends_within_its_segment():
 @torch.no_grad()
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("earlier", [1, 5, 6, 7, 12, 15])
-def test_mac_says_the_same_of_the_last_tokens_where_the_first_were_read_before(earlier, target):
+def test_mac_records_equal_with_a_cache_of_the_first_tokens(earlier, target):
     model, ids = tiny_model(variant="mac"), tokens(time=20)
     queries = 20 - earlier
     with AttentionRecorder(model) as recorder:
@@ -146,7 +152,7 @@ def test_mac_says_the_same_of_the_last_tokens_where_the_first_were_read_before(e
         model(ids[:, :earlier], past_key_values=cache, use_cache=True)
         model(ids[:, earlier:], past_key_values=cache, use_cache=True)
         found = distribution(recorder.records[1], target, queries)
-    unread = whole.shape[-1] - found.shape[-1]  # the segments before the one that the earlier pass left open
+    unread = whole.shape[-1] - found.shape[-1]  # segments before the one that an earlier pass left open
     assert unread == (earlier // 6 * 6 if target == "attention" else 0)
     torch.testing.assert_close(found, whole[..., unread:], rtol=0, atol=1e-10)
     assert not whole[..., :unread].any()
@@ -177,19 +183,19 @@ def test_a_pass_with_a_cache_holds_every_key(name):
         torch.testing.assert_close(attention(recorder.records[1], 4), whole, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_says_so():
+def test_unsupported_models_and_inputs_raise():
     model = tiny_model(variant="mag")
-    with pytest.raises(ValueError, match="must name different ones of the model's 2 layers"):
+    with pytest.raises(ValueError, match="must be different indices into the model's 2 layers"):
         AttentionRecorder(model, [2])
-    with pytest.raises(ValueError, match="no causal attention modules"):
+    with pytest.raises(ValueError, match="no module has is_causal and layer_idx"):
         AttentionRecorder(torch.nn.Linear(1, 1))
     mac, ids = tiny_model(variant="mac"), tokens(time=9)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    with pytest.raises(ValueError, match="give prompts of one length"), AttentionRecorder(mac):
+    with pytest.raises(ValueError, match="use prompts of equal length"), AttentionRecorder(mac):
         mac(ids, attention_mask=mask)
     documents = torch.arange(9).expand(2, -1) // 4
-    with pytest.raises(ValueError, match="a document each"), AttentionRecorder(mac):
+    with pytest.raises(ValueError, match="one document each"), AttentionRecorder(mac):
         mac(ids, document_ids=documents)
     other = other_model("llama")
     other.set_attn_implementation("eager")

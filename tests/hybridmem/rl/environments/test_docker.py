@@ -1,4 +1,4 @@
-"""Containers, with a stand-in for Docker that keeps a folder for each and writes its calls down."""
+"""Docker environment, with a fake docker command that uses one folder per container and logs its calls."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ import pytest
 from hybridmem.rl.environments.docker import Container, ContainerError
 from hybridmem.rl.environments.tools import act, tools_of
 
-# `exec` runs in the container's folder what it is given; `run` makes the folder, `rm` takes it away.
+# `run` creates the container's folder, `exec` runs a command in it, and `rm` deletes it.
 DOCKER = """#!{python} -IS
 import os, shutil, subprocess, sys
 home, arguments = {home!r}, sys.argv[1:]
@@ -35,7 +35,7 @@ EXAMPLE = {"image": "repository:1", "test_command": "test $(sh area.sh 2 3) = 6"
 
 @pytest.fixture
 def docker(tmp_path, monkeypatch) -> Path:
-    """The stand-in's home."""
+    """Install the fake docker command and return its folder."""
     for folder in ("bin", "containers", "image"):
         (tmp_path / folder).mkdir()
     (tmp_path / "image" / "area.sh").write_text("# area of a rectangle\necho $(($1 + $2))\n")
@@ -77,7 +77,7 @@ def test_a_repository_is_read_changed_tested_and_judged(container, docker):
     assert containers(docker) == []
 
 
-def test_what_is_wrong_earns_nothing(container, docker):
+def test_failed_tests_earn_nothing(container, docker):
     say(container, "submit")
     assert container.get_reward() == 0
     assert containers(docker) == []
@@ -105,8 +105,8 @@ def test_a_patch_that_does_not_fit_earns_nothing(docker):
     assert container.get_reward() == 0
 
 
-def test_what_takes_too_long_is_ended(container):
-    assert say(container, "bash sleep 60") == "\n(its time was over)"
+def test_slow_commands_time_out(container):
+    assert say(container, "bash sleep 60") == "\n(timed out)"
 
 
 def test_long_output_is_cut(container):
@@ -120,11 +120,11 @@ def test_long_output_is_cut(container):
     [
         ("open none.sh", "No such file"),
         ("edit none.sh 1 x", "No such file"),
-        ("edit area.sh 3 x", "lines 1 to 2, and none is 3"),
-        ("edit area.sh 0 x", "lines 1 to 2, and none is 0"),
+        ("edit area.sh 3 x", "lines 1 to 2, but line is 3"),
+        ("edit area.sh 0 x", "lines 1 to 2, but line is 0"),
     ],
 )
-def test_mistakes_are_told(container, turn, said):
+def test_mistakes_are_reported(container, turn, said):
     assert said in say(container, turn)
 
 
@@ -140,13 +140,13 @@ def test_the_container_is_removed_with_its_environment_and_before_the_next_one(d
 
 
 def test_an_image_that_is_not_there_is_named(docker):
-    with pytest.raises(ContainerError, match="image='missing' cannot be started: Unable to find image"):
+    with pytest.raises(ContainerError, match="cannot start image='missing': Unable to find image"):
         Container().reset(image="missing", test_command="true")
 
 
-def test_without_docker_the_error_says_so(monkeypatch, tmp_path):
+def test_a_missing_docker_command_raises(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ContainerError, match="need the docker command, and it is not on PATH"):
+    with pytest.raises(ContainerError, match="the docker command is not on PATH"):
         Container()
 
 

@@ -1,4 +1,4 @@
-"""Calls are read as they are written, and what goes wrong in a tool is said, counted, and ends nothing."""
+"""Tool calls in both formats; errors of tools are reported and counted and never raise."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from hybridmem.rl.environments.tools import Call, CallError, act, parse_calls, t
 
 
 class Counter:
-    """Counts, by TRL's conventions."""
+    """Counting environment with TRL's interface."""
 
     def __init__(self):
         self.count = 0
@@ -41,7 +41,7 @@ def counter():
 
 def test_tools_are_the_public_methods(counter):
     assert set(tools_of(counter)) == {"add", "name", "later", "fail"}
-    with pytest.raises(ValueError, match="Bare has no method reset"):
+    with pytest.raises(ValueError, match="Bare lacks a method reset"):
         tools_of(type("Bare", (), {})())
     with pytest.raises(ValueError, match="has no tool"):
         tools_of(type("Silent", (), {"reset": lambda self: None})())
@@ -82,7 +82,7 @@ def test_calls_are_read(counter, turn, call_format, calls):
         ('<tool_call>{"name": "_hidden"}</tool_call>', "json", "there is no tool '_hidden'"),
     ],
 )
-def test_calls_that_cannot_be_made_are_told(counter, turn, call_format, message):
+def test_invalid_calls_are_reported(counter, turn, call_format, message):
     with pytest.raises(CallError) as error:
         parse_calls(turn, tools_of(counter), call_format)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Advantages are relative to a group; equal rewards have none, exactly."""
+"""Group-relative advantages, which are exactly 0 for equal rewards."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_equal_rewards_have_no_advantage(value, num_generations, groups, scale, 
 
 
 @given(rewards=st.lists(st.sampled_from([0.1, 0.3, 0.7, 1.1]), min_size=5, max_size=5), scale=st.sampled_from(SCALES))
-def test_a_group_without_signal_has_none_next_to_one_with(rewards, scale):
+def test_groups_without_signal_have_zero_advantages(rewards, scale):
     both = torch.tensor([*rewards, *[0.7] * 5])
     advantages = group_advantages(both, 5, scale)
     assert (advantages[5:] == 0).all()
@@ -34,7 +34,7 @@ def test_a_group_without_signal_has_none_next_to_one_with(rewards, scale):
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1.1, 1e-3])
-def test_adam_stands_still_without_signal(value):
+def test_adam_does_not_move_without_signal(value):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""AttentionRL is advantage times divergence, has no gradient where nothing moved, and refuses what cannot be."""
+"""AttentionRL: advantage times divergence, no gradient at the rollout's policy, and errors for invalid settings."""
 
 import math
 
@@ -17,7 +17,7 @@ MASK = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
 
 
 def two_policies(variant="mag", layers=(-1,)):
-    """Records of a model and of what it was before its weights moved."""
+    """Return the records of a model and of its earlier weights."""
     records = []
     for seed in (0, 1):
         model = tiny_model(variant=variant, seed=0)
@@ -34,7 +34,7 @@ def two_policies(variant="mag", layers=(-1,)):
 
 
 def naive(p, q, kind):
-    """The definitions, row by row."""
+    """Compute the loss by its definition, row by row."""
     total = []
     for row, old in zip(p.flatten(0, 1), q.flatten(0, 1), strict=True):
         middle = (row + old) / 2
@@ -81,7 +81,7 @@ def test_nothing_pulls_where_nothing_moved(target):
 
 @pytest.mark.parametrize("target", ["attention", "allocation", "memory"])
 def test_exploration_pulls_from_the_first_step_on(target):
-    """What a response tried is approached where it was rewarded."""
+    """Attention moves towards the noisy pattern of a rewarded response."""
     model, ids = tiny_model(variant="mag"), tokens(time=16)
     noise = draw_noise(model, target, [1], 1.0, 1, 2, 16, torch.Generator().manual_seed(0))
     noise = {n: eps.double() for n, eps in noise.items()}
@@ -101,11 +101,11 @@ def test_exploration_pulls_from_the_first_step_on(target):
     slope = sum(parameter.grad.square().sum() for parameter in moved)
     with torch.no_grad():
         for parameter in moved:
-            parameter -= 0.1 * first / slope * parameter.grad  # a tenth of the way, were the loss a straight line
+            parameter -= 0.1 * first / slope * parameter.grad  # a tenth of the way for a linear loss
     assert loss_now() < 0.95 * first
 
 
-def test_padding_and_what_is_not_generated_do_not_count():
+def test_padding_and_prompt_tokens_are_ignored():
     _, now, before = two_policies()
     objective = AttentionRL()
     loss, _ = objective.compute_loss(now, before, ADVANTAGES, MASK)

@@ -1,4 +1,4 @@
-"""Critique-GRPO's pieces against hand-worked numbers."""
+"""Critique-GRPO, compared with values computed by hand."""
 
 import math
 
@@ -12,14 +12,14 @@ CRITIC = IndicativeCritic()
 
 
 def test_advantages_are_over_the_union():
-    """Three that failed and a refinement that is right: mean ¼. A group of three with one right: mean ⅓."""
+    """Three failures and a right refinement have mean ¼; a group of three with one right response has mean ⅓."""
     rewards = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     advantages = CritiqueGRPO(critic=CRITIC).advantages(rewards, torch.tensor([4, 3]), 3)
     assert advantages.tolist() == pytest.approx([-0.25, -0.25, -0.25, 0.75, 2 / 3, -1 / 3, -1 / 3])
 
 
 def test_the_released_code_divides_by_the_deviation():
-    """Deviation of (1, 0, 0) with n − 1: √⅓."""
+    """The standard deviation of (1, 0, 0) with n − 1 is √⅓."""
     advantages = CritiqueGRPOReleased(critic=CRITIC).advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3]), 2)
     scale = math.sqrt(1 / 3) + 1e-4
     assert advantages.tolist() == pytest.approx([2 / 3 / scale, -1 / 3 / scale, -1 / 3 / scale], rel=1e-5)
@@ -38,7 +38,7 @@ def test_shaping_and_where_its_gradient_peaks():
 def test_loss_of_initial_and_refined_tokens():
     """One initial response (r = 1.5, 1) with A = −1, one refinement (π = 0.1, 0.4) with A = 2; γ = 0.1.
 
-    The first loses −min(−1.5, −1.2) and 1; the second −2 · ½ and −2 · 0.8.
+    The token losses are −min(−1.5, −1.2) and 1 for the first response, and −2 · ½ and −2 · 0.8 for the second.
     """
     old = torch.log(torch.tensor([[0.2, 0.2], [0.7, 0.7]], dtype=torch.float64))
     logps = torch.log(torch.tensor([[0.3, 0.2], [0.1, 0.4]], dtype=torch.float64)).requires_grad_()
@@ -52,7 +52,7 @@ def test_loss_of_initial_and_refined_tokens():
     # d(r A) = r A; d(ρ A) = ρ (1 − ρ) A
     expected = [[1.5, 1.0], [-2 * 0.25, -2 * 0.16]]
     assert [pytest.approx([g / 10 for g in row]) for row in expected] == logps.grad.tolist()
-    # π / π_old = 1/7 and 4/7 would be clipped; what is shaped is not.
+    # π / π_old = 1/7 and 4/7 would be clipped, but shaped tokens are not.
     assert all(value == 0 for value in metrics.values())
 
 
@@ -99,11 +99,11 @@ def test_which_groups_are_refined():
         ({"refine_groups": "some"}, "refine_groups must be one of failed, all"),
         ({"join": "add"}, "join must be one of union, replace"),
         ({"scale_rewards": "batch"}, "scale_rewards must be one of none, group"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be token"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' does not apply"),
         ({"dynamic_sampling": True}, "dynamic_sampling"),
-        ({"template": "{critique}"}, "must name"),
+        ({"template": "{critique}"}, "must contain"),
         ({"template": "{prompt}{critique}{answer}"}, "no other"),
-        ({"template": "{prompt}{critique}{"}, "no format string"),
+        ({"template": "{prompt}{critique}{"}, "not a valid format string"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

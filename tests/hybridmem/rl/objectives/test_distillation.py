@@ -1,4 +1,4 @@
-"""A student that looks and speaks like its teacher loses nothing; another one comes nearer to it."""
+"""Distillation: zero loss for a student equal to its teacher, and convergence of a different one."""
 
 import math
 from itertools import product
@@ -21,18 +21,24 @@ LENGTH = 5
 
 
 def llama(seed=0, **changes):
-    """A small Llama in float64, with weights that matter."""
+    """Return a small Llama in float64 with large weights."""
     torch.manual_seed(seed)
     shape = dict(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
-        initializer_range=0.3, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
     return LlamaForCausalLM(LlamaConfig(**shape | changes)).double().eval()
 
 
 STUDENTS = {
     "llama": llama,
-    "mag": lambda: tiny_model(variant="mag", attention_window=32),  # as far as the teacher sees
+    "mag": lambda: tiny_model(variant="mag", attention_window=32),  # the teacher's reach
     "swa": lambda: tiny_model(variant="swa"),
 }
 
@@ -42,7 +48,7 @@ def other_teacher():
 
 
 def responses():
-    """Two prompts, one of them shorter, and responses to them, the second of which ends early."""
+    """Return two prompts of different lengths, and responses of which the second ends early."""
     generator = torch.Generator().manual_seed(2)
     prompts = pad_prompts(
         [torch.randint(0, 37, (n,), generator=generator).tolist() for n in (12, 8)], 0, torch.device("cpu")
@@ -60,7 +66,7 @@ def observe(model, layer=-1):
 
 
 def distil(student, teacher, **settings):
-    """Loss and metrics of a student beside a teacher."""
+    """Return the loss and metrics of a student and a teacher."""
     objective = AttentionDistillation(teacher="x", **settings)
     with torch.no_grad():
         taught = observe(teacher, objective.teacher_layer)
@@ -125,7 +131,7 @@ TEACHERS = {"llama": other_teacher, "swa": lambda: tiny_model(variant="swa", att
     ("model", "target"), [*product(STUDENTS, ["attention"]), ("mag", "unified"), ("swa", "unified")]
 )
 def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
-    """A group shares its prompt, of which a window's cache keeps less than full attention's."""
+    """Groups share the prefill of their prompt, although a window's cache keeps fewer keys than full attention's."""
     student, other = STUDENTS[model](), TEACHERS[teacher]()
     prompts, completions = responses()
     pairs = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])]
@@ -146,7 +152,7 @@ def test_prompts_that_are_read_once_teach_the_same(model, target, teacher):
         torch.testing.assert_close(each, alone)
 
 
-def test_the_logits_are_those_that_the_tokens_were_drawn_from():
+def test_observed_logits_are_those_of_the_generated_tokens():
     model, (prompts, completions) = llama(), responses()
     with observed(model, -1) as seen:
         logps, _ = completion_logps(model, prompts, completions, 1.0)
@@ -155,7 +161,7 @@ def test_the_logits_are_those_that_the_tokens_were_drawn_from():
     assert not model._forward_hooks
 
 
-def test_what_stands_behind_a_response_does_not_count():
+def test_tokens_after_a_response_are_ignored():
     student, teacher, mask = observe(llama()), observe(other_teacher()), responses()[1].mask
     objective = AttentionDistillation(teacher="x")
     expected, _ = objective.compute_loss(student, teacher, mask)
@@ -222,7 +228,7 @@ def test_attention_jsd_is_bounded():
     [
         (dict(mu=-1.0), "mu=-1.0 must be 0 or a positive number"),
         (dict(gamma=math.inf), "gamma=inf must be 0 or a positive number"),
-        (dict(mu=0.0, gamma=0.0), "nothing would be learnt"),
+        (dict(mu=0.0, gamma=0.0), "turn distillation off"),
         (dict(beta=1.5), "beta=1.5 must be between 0"),
         (dict(temperature=0.0), "temperature=0.0 must be a positive number"),
         (dict(target="allocation"), "target must be one of attention, memory, unified, not 'allocation'"),
@@ -236,12 +242,12 @@ def test_settings_that_cannot_work(settings, message):
 @pytest.mark.parametrize(
     ("settings", "teacher", "message"),
     [
-        ({}, lambda: llama(vocab_size=38), "vocab_size of 38 and the student of 37"),
-        (dict(student_layer=2), other_teacher, "student_layer=2 is not there: the model has 2 layers"),
-        (dict(teacher_layer=-4), other_teacher, "teacher_layer=-4 is not there: the model has 3 layers"),
-        ({}, lambda: tiny_model(variant="lmm"), "teacher_layer=-1 is of variant lmm, which has no attention"),
-        (dict(target="memory"), other_teacher, "target='memory': student_layer=-1 has no memory"),
-        ({}, lambda: tiny_model(variant="mac"), "teacher_layer=-1 is of variant mac, which attends within its segm"),
+        ({}, lambda: llama(vocab_size=38), "vocab_size=38, but the student has 37"),
+        (dict(student_layer=2), other_teacher, "student_layer=2 is out of range for a model of 2 layers"),
+        (dict(teacher_layer=-4), other_teacher, "teacher_layer=-4 is out of range for a model of 3 layers"),
+        ({}, lambda: tiny_model(variant="lmm"), "teacher_layer=-1 has variant lmm, which has no attention"),
+        (dict(target="memory"), other_teacher, "target='memory' needs a memory, which student_layer=-1 lacks"),
+        ({}, lambda: tiny_model(variant="mac"), "teacher_layer=-1 has variant mac, which attends within its segm"),
     ],
 )
 def test_models_that_cannot_be_compared(settings, teacher, message):
@@ -254,5 +260,5 @@ def test_ids_must_mean_the_same_to_both():
     objective, other = AttentionDistillation(teacher="x"), byte_tokenizer()
     objective.check_tokenizers(byte_tokenizer(), other)
     other.add_tokens(["word"])
-    with pytest.raises(ValueError, match=r"teacher='x' has another tokenizer than the data: 1 ids .* is 259"):
+    with pytest.raises(ValueError, match=r"teacher='x' differs from the data's in 1 ids, the first being 259"):
         objective.check_tokenizers(byte_tokenizer(), other)

@@ -1,4 +1,4 @@
-"""Refinements join the groups that failed and are learned behind the original prompt; a failing critic ends nothing."""
+"""Refinements join failed groups and are learned after the original prompt; failing critics stop nothing."""
 
 import logging
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ CRITIC = {"class_path": "hybridmem.rl.IndicativeCritic"}
 
 
 def critique(critic=CRITIC, name="CritiqueGRPO", **settings):
-    """The objective as a configuration has it."""
+    """Return the objective with the given settings."""
     return {"class_path": f"hybridmem.rl.{name}", "init_args": {"critic": critic, **settings}}
 
 
 def completions(*rows: list[int]) -> Completions:
-    """Responses of these tokens, padded with 9."""
+    """Return responses of these tokens, padded with 9."""
     length = max(map(len, rows))
     mask = torch.tensor([[n < len(row) for n in range(length)] for row in rows])
     ids = torch.tensor([[*row, *[9] * (length - len(row))] for row in rows])
@@ -61,7 +61,7 @@ def test_joined(join):
 
 
 def worker(answers, rewards):
-    """The parts of a rollout worker that a refinement needs; it notes the prompts and metrics that it is given."""
+    """Return the parts of a rollout worker that refinement needs, with a record of prompts and metrics."""
     asked: list[str] = []
     logs: dict[str, Any] = {}
 
@@ -72,12 +72,14 @@ def worker(answers, rewards):
         return Prompt([len(asked)])
 
     return SimpleNamespace(
-        num_generations=2, asked=asked, logs=logs,
+        num_generations=2,
+        asked=asked,
+        logs=logs,
         measure=lambda name, value, weight=1: logs.__setitem__(name, value),
         policy=SimpleNamespace(data=SimpleNamespace(prompt=prompt, pad_id=9)),
         answer_refinements=lambda *_: answers,
         reward=lambda examples, _: ([], SimpleNamespace(total=torch.tensor(rewards))),
-    )  # fmt: skip
+    )
 
 
 def test_only_groups_that_failed_are_refined():
@@ -109,7 +111,7 @@ def test_no_critique_and_no_room_are_no_refinement(caplog):
     assert fake.logs["critique/unrefined"] == 4
     assert fake.logs["critique/sampled"] == 0
     assert "max_prompt_length=40" in caplog.text
-    with pytest.raises(ValueError, match="gave 1 critiques for 4 responses"):
+    with pytest.raises(ValueError, match="returned 1 critiques for 4 responses"):
         CritiqueGRPO(critic=lambda **_: [None]).refine(rollout, examples, [""] * 4, fake)
 
 
@@ -124,15 +126,15 @@ def test_the_released_code_replaces_the_first_response_of_every_group():
 
 
 class Hard(Letters):
-    """Only two letters before c are right."""
+    """Task with a rare success: both letters must precede c."""
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 or 0."""
+        """Return 1 or 0."""
         return [float(len(text) == 2 and max(text) < "c") for text in completions]
 
 
 def down(prompts, **columns):
-    """A critic that never answers."""
+    """Return no critique for any response."""
     return [None] * len(prompts)
 
 
@@ -155,7 +157,7 @@ def test_trains(objectives, changes, tmp_path, monkeypatch):
     assert logged(tmp_path, "critique/refined_groups")
 
 
-def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch):
+def test_refinements_are_scored_after_the_original_prompt(tmp_path, monkeypatch):
     scored, sampled = [], []
 
     def score(self, batch, times, families, original=Learner._score):
@@ -168,10 +170,12 @@ def test_refinements_are_scored_behind_the_original_prompt(tmp_path, monkeypatch
 
     monkeypatch.setattr(Learner, "_score", score)
     monkeypatch.setattr(Policy, "answer", answer)
-    objective = critique(correct_reward=2.0)  # all fail
+    objective = critique(correct_reward=2.0)  # all responses fail
     config = write_config(tmp_path, model__init_args__objectives=[objective], trainer__max_steps=2)
     hybridmem(monkeypatch, "fit", "--config", config)
-    assert set(scored) == {(4, 2 * (4 + 1), 4 + 1)}  # two prompts of four letters, four responses and a refinement each
+    assert set(scored) == {
+        (4, 2 * (4 + 1), 4 + 1)
+    }  # two prompts of four letters, with four responses and one refinement each
     assert max(sampled) > 40
 
 
@@ -180,4 +184,4 @@ def test_exploration_is_refused(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, model__init_args__objectives=[critique(), explored])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "exploration does not go with CritiqueGRPO" in capsys.readouterr().err
+    assert "exploration is incompatible with CritiqueGRPO" in capsys.readouterr().err

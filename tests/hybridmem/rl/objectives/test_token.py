@@ -1,7 +1,6 @@
-"""Losses, advantages and their gradients against hand-worked numbers.
+"""Losses, advantages and gradients of token objectives, compared with values computed by hand.
 
-Two responses, of three tokens and of two, with advantages 1 and −1. The policy's probability of each token over the
-rollout's, r:
+Two responses, of three and two tokens, have advantages 1 and −1 and these importance ratios r:
 
     A = +1:  1.0  1.5  0.5
     A = −1:  1.5  0.5
@@ -13,7 +12,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from hybridmem.rl import (  # fmt: skip
+from hybridmem.rl import (
     CISPO,
     DAPO,
     GRPO,
@@ -33,7 +32,7 @@ OLD = torch.full_like(RATIO, math.log(0.25))
 
 
 def loss_of(objective, ratio=RATIO, advantages=ADVANTAGES, mask=MASK, ref=None, **denominators):
-    """Loss, metrics as numbers, and the gradient with respect to the policy's log-probabilities."""
+    """Return the loss, the metrics as numbers, and the gradient with respect to the policy's log-probabilities."""
     old = OLD[: len(ratio)]
     logps = (old + ratio.log()).requires_grad_()
     ref_logps = None if ref is None else old + ref.log()
@@ -42,8 +41,8 @@ def loss_of(objective, ratio=RATIO, advantages=ADVANTAGES, mask=MASK, ref=None, 
     return loss.item(), {name: value.item() for name, value in metrics.items()}, logps.grad
 
 
-# With ε = 0.2 the first response's tokens lose −1, −min(1.5, 1.2) and −min(0.5, 0.8), in sum −2.7;
-# the second's −min(−1.5, −1.2) and −min(−0.5, −0.8), in sum 2.3.
+# With ε = 0.2, the first response's token losses are −1, −min(1.5, 1.2) and −min(0.5, 0.8), with sum −2.7;
+# the second's are −min(−1.5, −1.2) and −min(−0.5, −0.8), with sum 2.3.
 @pytest.mark.parametrize(
     ("loss_type", "denominators", "expected"),
     [
@@ -54,17 +53,17 @@ def loss_of(objective, ratio=RATIO, advantages=ADVANTAGES, mask=MASK, ref=None, 
         ("dr_grpo", {"max_completion_length": 4}, (-2.7 + 2.3) / (2 * 4)),
     ],
 )
-def test_clipped_loss_and_what_it_is_divided_by(loss_type, denominators, expected):
+def test_clipped_loss_and_its_denominator(loss_type, denominators, expected):
     loss, metrics, _ = loss_of(GRPO(loss_type=loss_type, beta=0.0), **denominators)
     assert loss == pytest.approx(expected)
-    # 1.5 is clipped at A > 0 and 0.5 at A < 0: one token of five each.
+    # 1.5 is clipped at A > 0 and 0.5 at A < 0: one of five tokens each.
     assert metrics == pytest.approx(
         {"clip_ratio/low_mean": 0.2, "clip_ratio/high_mean": 0.2, "clip_ratio/region_mean": 0.4}
     )
 
 
 def test_clipped_tokens_have_no_gradient():
-    """Others have −r A over the number of tokens, as d r / d log π = r."""
+    """All other tokens have gradient −r A over the number of tokens, because d r / d log π = r."""
     _, _, gradient = loss_of(GRPO(loss_type="bnpo", beta=0.0))
     assert (gradient * 5).tolist() == [pytest.approx([-1.0, 0.0, -0.5]), pytest.approx([1.5, 0.0, 0.0])]
 
@@ -77,8 +76,8 @@ def test_clip_higher():
     assert gradient[0, 1].item() == pytest.approx(-1.5 / 5)
 
 
-def test_delta_bounds_what_clipping_leaves_open():
-    """At A < 0 a large ratio is not clipped; delta bounds its loss and stops its gradient."""
+def test_delta_bounds_unclipped_ratios():
+    """Clipping ignores large ratios at A < 0; delta bounds their loss and stops their gradient."""
     loss, _, gradient = loss_of(GRPO(loss_type="bnpo", beta=0.0, delta=1.3))
     assert loss == pytest.approx((-2.7 + 1.3 + 0.8) / 5)
     assert gradient[1].tolist() == [0, 0, 0]
@@ -95,18 +94,18 @@ def test_a_sequence_has_one_ratio():
 
 
 def test_cispo_bounds_the_weight_and_keeps_every_gradient():
-    """Gradients −min(r, 1.25) A, also at 1.5, whose token GRPO would silence."""
+    """The gradients are −min(r, 1.25) A, also at r = 1.5, where GRPO has none."""
     loss, metrics, gradient = loss_of(CISPO(epsilon_high=1.25), num_items=10)
     assert (gradient * 10).tolist() == [pytest.approx([-1.0, -1.25, -0.5]), pytest.approx([1.25, 0.5, 0.0])]
     logps = [math.log(0.25 * r) for r in (1.0, 1.5, 0.5, 1.5, 0.5)]
     weights = [-1.0, -1.25, -0.5, 1.25, 0.5]
     assert loss == pytest.approx(sum(w * logp for w, logp in zip(weights, logps, strict=True)) / 10)
-    assert metrics == {"cispo_clip_ratio": 0.2}  # as in TRL, only where the advantage is positive
+    assert metrics == {"cispo_clip_ratio": 0.2}  # as in TRL, only for positive advantages
 
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_kl_and_its_gradient(corrected):
-    """With q = π_ref/π: k3 = q − ln q − 1, gradient 1 − q; times r, the gradient becomes that of the KL, −r ln q."""
+    """With q = π_ref/π, k3 = q − ln q − 1 has gradient 1 − q; multiplied by r, it has the KL's gradient −r ln q."""
     objective = GRPO(loss_type="bnpo", beta=0.5, use_bias_correction_kl=corrected)
     ref = torch.tensor([[2.0, 1.5, 1.0], [0.5, 1.0, 7.0]], dtype=torch.float64)
     loss, metrics, gradient = loss_of(objective, advantages=torch.zeros_like(ADVANTAGES), ref=ref)
@@ -128,8 +127,8 @@ def test_kl_is_measured_without_weight():
 
 
 @pytest.mark.parametrize("objective", [GRPO(), DrGRPO(), DAPO(), GSPO(), CISPO(beta=0.1), GRPO(loss_type="bnpo")])
-def test_what_is_masked_does_not_matter(objective):
-    """Not even if it is NaN; responses without a token count as 0, never as 0 / 0."""
+def test_masked_values_are_ignored(objective):
+    """This holds even for NaN; responses without tokens count as 0, never as 0 / 0."""
     denominators = {"num_items": 5, "max_completion_length": 4}
     ref = RATIO + 0.1
     loss, metrics, gradient = loss_of(objective, ref=ref, **denominators)
@@ -149,14 +148,14 @@ def test_what_is_masked_does_not_matter(objective):
 def test_a_response_without_tokens_counts_in_the_mean():
     mask = MASK & torch.tensor([[True], [False]])
     assert loss_of(GRPO(beta=0.0), mask=mask)[0] == pytest.approx((-2.7 / 3 + 0) / 2)
-    # It has no ratio that could be clipped.
+    # The response has no ratio that could be clipped.
     assert loss_of(GSPO(epsilon=0.05, epsilon_high=0.05), mask=mask)[1]["clip_ratio/region_mean"] == 0
 
 
 @pytest.mark.parametrize(
     ("objective", "whole", "each"),
     [
-        (DAPO(), {"num_items": 5}, {"num_items": 5 / 2}),  # 5 tokens in 2 calls are 2.5 a call
+        (DAPO(), {"num_items": 5}, {"num_items": 5 / 2}),  # 5 tokens in 2 calls are 2.5 per call
         (CISPO(), {"num_items": 5}, {"num_items": 5 / 2}),
         (DrGRPO(), {"max_completion_length": 4}, {"max_completion_length": 4}),
         (GSPO(), {}, {}),
@@ -176,8 +175,8 @@ def test_truncated_responses_carry_no_loss_where_they_are_masked():
     assert masked.tolist() == [[False] * 3, [True, True, False]]
 
 
-# The groups' means are 3/4 and 2, their deviations (of n − 1) √((3 · (1/4)² + (3/4)²) / 3) = 1/2 and 0. The mean of
-# all is 11/8 and their squares sum to 19, so their deviation is √((19 − 8 · (11/8)²) / 7) = √(31/8 / 7).
+# The groups have means 3/4 and 2 and standard deviations (with n − 1) √((3 · (1/4)² + (3/4)²) / 3) = 1/2 and 0. All
+# rewards have mean 11/8 and sum of squares 19, so their standard deviation is √((19 − 8 · (11/8)²) / 7) = √(31/8 / 7).
 REWARDS = torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0], dtype=torch.float64)
 CENTRED = torch.tensor([0.25, 0.25, -0.75, 0.25, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 
@@ -195,9 +194,9 @@ def test_groups_with_signal():
 
 @pytest.mark.parametrize("function", [group_advantages, groups_with_signal])
 def test_groups_must_be_whole_and_of_more_than_one(function):
-    with pytest.raises(ValueError, match="num_generations=1: a group of one has no advantage"):
+    with pytest.raises(ValueError, match="num_generations=1 gives every response an advantage of 0"):
         function(REWARDS, 1)
-    with pytest.raises(ValueError, match="8 rewards are not whole groups of num_generations=3"):
+    with pytest.raises(ValueError, match="8 rewards cannot be split into groups of num_generations=3"):
         function(REWARDS, 3)
 
 
@@ -213,7 +212,7 @@ def test_unknown_scale():
         (GRPO, {"epsilon": math.nan}, "epsilon=nan must be above 0"),
         (DAPO, {"epsilon_high": -0.1}, "epsilon_high=-0.1 must be above 0"),
         (GRPO, {"delta": 1.2}, r"delta=1.2 must be above 1 \+ epsilon_high = 1.2"),
-        (GRPO, {"beta": -0.1}, "beta=-0.1 must be 0, for no reference model, or a positive number"),
+        (GRPO, {"beta": -0.1}, "must be 0 .no reference model. or a positive number"),
         (GRPO, {"beta": math.inf}, "beta=inf"),
         (CISPO, {"epsilon_high": 0.28}, "epsilon_high=0.28 must be above 1"),
         (GRPO, {"loss_type": "cispo"}, "loss_type='cispo' is unknown; choose one of grpo, bnpo, dapo, dr_grpo"),
@@ -229,14 +228,14 @@ def test_settings_that_cannot_work(algorithm, settings, message):
 @pytest.mark.parametrize(
     ("objective", "missing"), [(GRPO(), "ref_logps"), (DAPO(), "num_items"), (DrGRPO(), "max_completion_length")]
 )
-def test_what_an_algorithm_needs_is_asked_for(objective, missing):
+def test_missing_arguments_of_an_algorithm_raise(objective, missing):
     with pytest.raises(ValueError, match=f"pass {missing}"):
         loss_of(objective)
 
 
 @pytest.mark.parametrize("algorithm", [GRPO, DrGRPO, DAPO, GSPO, CISPO])
 def test_chosen_by_class_path(algorithm):
-    """Each with its own defaults, another's beta notwithstanding."""
+    """Every objective has its own defaults, regardless of another's beta."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--objective", type=TokenObjective)
@@ -257,7 +256,7 @@ def test_groups_that_always_or_never_succeed_are_left_out():
     assert not SWEDapo(max_solve_rate=0.5).kept(rewards, 2).any()
 
 
-def test_what_was_not_solved_is_rejected():
+def test_unsolved_trajectories_are_rejected():
     objective = RejectionFineTune()
     assert objective.kept(torch.tensor([0.0, 1.0, 0.9])).tolist() == [False, True, False]
     logps, mask = torch.tensor([[-1.0, -2.0], [-4.0, -8.0]]), torch.tensor([[True, False], [True, True]])
@@ -268,7 +267,7 @@ def test_what_was_not_solved_is_rejected():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(dynamic_sampling=True), "samples no group again"),
+        (dict(dynamic_sampling=True), "not supported by SWEDapo"),
         (dict(free_turns=-1), "free_turns=-1"),
         (dict(min_solve_rate=0.5, max_solve_rate=0.5), "must be below max_solve_rate"),
     ],

@@ -1,4 +1,4 @@
-"""What critics say, and a model behind an endpoint that does not."""
+"""Critics, and endpoints that fail to answer."""
 
 import logging
 
@@ -28,7 +28,7 @@ def test_ground_truth():
         "1 ?a=",
         "The response is right. The right answer is 2.",
     ]
-    with pytest.raises(ValueError, match="wrong names label"):
+    with pytest.raises(ValueError, match="wrong has unknown fields label"):
         GroundTruthCritic(wrong="{label}")(**ASKED)
 
 

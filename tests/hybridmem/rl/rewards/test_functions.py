@@ -1,4 +1,4 @@
-"""Reward functions alone and in sum, sync and async, and what is said when one of them is wrong."""
+"""Reward functions, sync and async, their weighted sum, and errors for faulty functions."""
 
 import asyncio
 import math
@@ -38,7 +38,7 @@ def score(*functions, weights=None, **columns):
     return RewardSum(functions, weights)(PROMPTS, COMPLETIONS, IDS, **columns)
 
 
-def test_the_weighted_sum_leaves_out_what_does_not_apply():
+def test_the_weighted_sum_skips_functions_that_do_not_apply():
     rewards = score(accuracy, length, weights=[2.0, -0.5], answer=ANSWERS)
     torch.testing.assert_close(
         rewards.per_function, torch.tensor([[1.0, 1.0], [0.0, 1.0], [math.nan, 2.0]]), equal_nan=True
@@ -53,7 +53,7 @@ def test_metrics_have_trl_names():
         {
             "reward": (2 + 1 + 2) / 3,
             "reward_std": (1 / 3) ** 0.5,  # (2 · (1/3)² + (2/3)²) / 2
-            "rewards/accuracy/mean": 1 / 2,  # of the two that it applies to
+            "rewards/accuracy/mean": 1 / 2,  # of the two samples to which it applies
             "rewards/accuracy/std": 0.5**0.5,  # (2 · (1/2)²) / 1
             "rewards/length/mean": 4 / 3,
             "rewards/length/std": (1 / 3) ** 0.5,
@@ -61,14 +61,14 @@ def test_metrics_have_trl_names():
     )
 
 
-def test_metrics_leave_out_what_no_sample_has():
+def test_metrics_omit_functions_without_samples():
     summed = RewardSum([accuracy, length])
     metrics = summed.metrics(summed(PROMPTS[2:], COMPLETIONS[2:], IDS[2:], answer=[None]))
     assert {name: value.item() for name, value in metrics.items()} == {"reward": 2.0, "rewards/length/mean": 2.0}
 
 
 def test_async_functions_run_side_by_side():
-    """Each waits for the other: one after the other they would never end."""
+    """Each function waits for the other, so sequential calls would deadlock."""
     met = threading.Barrier(2, timeout=5)
 
     async def first(prompts, **kwargs):
@@ -88,7 +88,7 @@ def test_functions_keep_their_columns_whichever_is_async():
 
 
 def test_works_where_a_loop_is_running():
-    """As in a notebook."""
+    """This is the situation in a notebook."""
 
     async def main():
         return score(length)
@@ -145,7 +145,7 @@ def gives_one(**kwargs):
     ],
 )
 def test_a_function_that_fails_is_named(function, problem):
-    message = rf"reward function '{function.__name__}' failed on the samples that begin with the prompt '1\+1=': "
+    message = rf"reward function '{function.__name__}' failed on the batch with the first prompt '1\+1=': "
     with pytest.raises(RuntimeError, match=message + problem) as raised:
         score(length, function)
     assert type(raised.value.__cause__).__name__ == problem.split(":")[0]
@@ -161,7 +161,7 @@ def test_rewards_must_be_finite(wrong):
     def odd(prompts, **kwargs):
         return [0.0, wrong, None]
 
-    with pytest.raises(ValueError, match=r"'odd' gave (nan|-?inf) for the prompt '2\+2='"):
+    with pytest.raises(ValueError, match=r"'odd' returned (nan|-?inf) for the prompt '2\+2='"):
         score(odd, length)
 
 
@@ -169,14 +169,16 @@ def test_one_reward_for_each_sample():
     def short(**kwargs):
         return [1.0]
 
-    with pytest.raises(ValueError, match="reward function 'short' gave 1 rewards for 3 samples"):
+    with pytest.raises(ValueError, match="reward function 'short' returned 1 rewards for 3 samples"):
         score(short)
 
 
 def test_a_sample_that_no_function_applies_to():
-    with pytest.raises(ValueError, match="no reward for the prompt 'say hi': accuracy all gave None"):
+    with pytest.raises(ValueError, match="no reward for the prompt 'say hi', because accuracy all returned None"):
         score(accuracy, answer=ANSWERS)
-    with pytest.raises(ValueError, match=r"let one of them give a number .* such as 0, or add one to reward_funcs"):
+    with pytest.raises(
+        ValueError, match=r"return a number such as 0 from one of them, or add a function to reward_funcs"
+    ):
         score(accuracy, lambda prompts, **_: [None] * len(prompts), answer=ANSWERS)
 
 
@@ -184,7 +186,7 @@ def test_a_sample_that_no_function_applies_to():
     ("functions", "weights", "message"),
     [
         ([], None, "reward_funcs is empty"),
-        ([accuracy, accuracy], None, "two of accuracy, accuracy have one name"),
+        ([accuracy, accuracy], None, "contains a name twice .accuracy, accuracy."),
         ([accuracy], [1.0, 2.0], r"reward_weights has 2 weights for 1 reward functions \(accuracy\)"),
         ([accuracy], [math.nan], r"reward_weights=\[nan\] must be finite"),
     ],
@@ -196,24 +198,26 @@ def test_a_sum_that_cannot_work(functions, weights, message):
 
 def test_columns_are_checked_before_training():
     RewardSum([accuracy, length, Constant(1.0), OverlongPenalty(8, 2)]).check_columns(["prompt", "answer", "level"])
-    with pytest.raises(ValueError, match=r"'accuracy' does not fit the dataset: missing a required argument: 'answer'"):
+    with pytest.raises(
+        ValueError, match=r"'accuracy' does not match the dataset: missing a required argument: 'answer'"
+    ):
         RewardSum([length, accuracy]).check_columns(["prompt", "question"])
     check_columns(partial(accuracy, answer=["4"]), ["prompt"])
 
 
 def test_functions_must_take_every_column():
-    """As in TRL, where all are passed."""
+    """TRL also passes all columns."""
 
     def strict(prompts, completions, completion_ids, answer):
         return [0.0] * len(prompts)
 
     check_columns(strict, ["prompt", "completion", "completion_ids", "answer"])
-    with pytest.raises(ValueError, match=r"an unexpected keyword argument 'level'. .* or the function \*\*kwargs"):
+    with pytest.raises(ValueError, match=r"an unexpected keyword argument 'level'. .* or \*\*kwargs to the function"):
         check_columns(strict, ["prompt", "answer", "level"])
 
 
 def test_overlong_penalty():
-    """With 10 tokens at most and 4 of them a cache: 0 to 6 tokens, −1/4 at 7, −1 from 10 on."""
+    """With max_completion_length 10 and cache_length 4, the reward is 0 to 6 tokens, −1/4 at 7 and −1 from 10 on."""
     penalty = OverlongPenalty(max_completion_length=10, cache_length=4)
     lengths = [0, 6, 7, 8, 10, 12]
     assert penalty(completion_ids=[[0] * n for n in lengths]) == [0, 0, -0.25, -0.5, -1, -1]
@@ -222,7 +226,7 @@ def test_overlong_penalty():
 
 @pytest.mark.parametrize("cache_length", [0, 11])
 def test_the_cache_is_part_of_the_completion(cache_length):
-    with pytest.raises(ValueError, match=f"cache_length={cache_length} must be from 1 to max_completion_length=10"):
+    with pytest.raises(ValueError, match=f"cache_length={cache_length} must be between 1 and max_completion_length=10"):
         OverlongPenalty(10, cache_length)
 
 
@@ -231,5 +235,5 @@ def test_format_reward():
     good = "<think>1\n2</think><answer>3</answer>"
     messages = [{"role": "assistant", "content": "well"}, {"role": "assistant", "content": good}]
     assert think(completions=[good, good + "!", "<think></think>", messages]) == [1, 0, 0, 1]
-    with pytest.raises(ValueError, match=r"pattern='\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern='\(' is not a valid regular expression"):
         FormatReward("(")

@@ -1,4 +1,4 @@
-"""An endpoint that is down, slow, refuses or returns rubbish."""
+"""Endpoints that are down or slow, refuse requests or return garbage."""
 
 import time
 
@@ -46,7 +46,7 @@ def test_a_refusal_is_final():
 
 
 def test_a_redirect_is_not_followed():
-    """The key in the headers is for one host alone."""
+    """The API key in the headers must not reach another host."""
     with (
         serving(lambda *_: as_json("taken")) as (elsewhere, stolen),
         serving(lambda *_: (302, b""), headers={"Location": elsewhere}) as (url, requests),
@@ -58,7 +58,7 @@ def test_a_redirect_is_not_followed():
 
 
 def test_an_answer_that_trickles_in_is_given_up():
-    """Each wait is short, all of them are not."""
+    """Each wait is short, but their sum exceeds the timeout."""
 
     def trickle():
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Rec-R1's reward: what a query finds, what none gets, and what happens when the retriever fails."""
+"""Rec-R1's reward for queries, malformed responses and retriever failures."""
 
 import logging
 
@@ -95,7 +95,7 @@ def half(queries, k):
         (lambda queries, k: [["a"], [None]], [0, 0], 2),
     ],
 )
-def test_failures_are_counted_and_get_what_the_format_gets(retriever, expected, failures, caplog):
+def test_failures_are_counted_and_get_failed_reward(retriever, expected, failures, caplog):
     with caplog.at_level(logging.WARNING):
         rewards, function = reward("good", "bad", retriever=retriever)
     assert rewards == pytest.approx(expected)
@@ -106,7 +106,7 @@ def test_failures_are_counted_and_get_what_the_format_gets(retriever, expected, 
         reward("good", "bad", retriever=retriever, raise_failures=True)
 
 
-def test_failures_are_logged_beside_the_rewards():
+def test_failures_are_logged_with_the_rewards():
     function = RankingReward("ndcg", 2, down, think=False)
     rewards = RewardSum([function])
     prompts = ["p", "q"]

@@ -1,4 +1,4 @@
-"""BM25 finds what shares rare words; a retriever over HTTP that fails costs its own queries alone."""
+"""BM25, and HTTP retrievers, whose failures affect only their own queries."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def write(path, *records):
     return path
 
 
-def test_finds_what_shares_words():
+def test_finds_documents_with_common_words():
     find = BM25.of(DOCUMENTS)
     assert find(["USB ports", "lamp", "nothing of it", ""], 10) == [["hub", "cable"], ["lamp"], [], []]
     assert find(["usb"], 1) == [["cable"]]
@@ -42,9 +42,9 @@ def test_reads_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"id": 1, "text": "a b"}', '{"id": "1", "text": "c"}'], ":2 has the id '1' of an earlier"),
+        (['{"id": 1, "text": "a b"}', '{"id": "1", "text": "c"}'], ":2 repeats the id '1' of an earlier"),
         (['{"text": "a"}'], "id_column='id'"),
-        (["[1]"], "is no JSON object but list"),
+        (["[1]"], "is of type list, not a JSON object"),
         (["{"], ":1 is not JSON"),
         (['{"id": 1, "text": "--"}'], r"d\.jsonl.*: no document has a word in text_columns=\[.text.\]"),
     ],

@@ -1,4 +1,4 @@
-"""Trajectories: what the sampler read piece by piece is what the training path reads at once."""
+"""Multi-turn sampling, compared with a single forward pass over the trajectory."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ENDS, PAD, TIMES = [7, 11], 0, 3
 
 
 def answer(number, turn):
-    """Something of its own for every trajectory and turn; at times nothing, an end, or a complaint."""
+    """Return a different reply for every trajectory and turn, sometimes empty, final or a failure."""
     seed = 31 * number + sum(turn) + len(turn)
     return Reply([(seed + n) % 37 for n in range(seed % 5)], failed=seed % 3 == 0, ended=seed % 7 == 0)
 
@@ -23,9 +23,7 @@ def act(model, respond=answer, max_turns=4, length=30, prompts=PROMPTS):
     batch = pad_prompts(prompts, PAD, torch.device("cpu"))
     sampling = Sampling(max_completion_length=length, temperature=0.8)
     generator = torch.Generator().manual_seed(0)
-    return batch.repeat(TIMES), sample_turns(
-        model, batch, TIMES, sampling, max_turns, respond, ENDS, PAD, generator
-    )  # fmt: skip
+    return batch.repeat(TIMES), sample_turns(model, batch, TIMES, sampling, max_turns, respond, ENDS, PAD, generator)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mag", "mac", "mal", "lmm", "swa"])
@@ -67,7 +65,7 @@ def test_turns_and_observations_stand_in_the_order_that_they_came():
             place += len(reply.tokens)
 
 
-def test_what_needs_more_turns_or_tokens_is_truncated():
+def test_trajectories_beyond_the_limits_are_truncated():
     never = lambda number, turn: Reply([], failed=False, ended=False)  # noqa: E731
     _, found = act(model_of("mag"), never, max_turns=1, length=200)
     assert found.completions.truncated.all()
@@ -78,10 +76,10 @@ def test_what_needs_more_turns_or_tokens_is_truncated():
     at_once = lambda number, turn: Reply([1, 2], failed=False, ended=True)  # noqa: E731
     _, found = act(model_of("mag"), at_once, length=200)
     assert not found.completions.truncated.any()
-    assert found.completions.mask.sum(1).max() == found.completions.ids.shape[1]  # the last answer is not read
+    assert found.completions.mask.sum(1).max() == found.completions.ids.shape[1]  # the last observation is not read
 
 
-def test_what_everyone_is_told_is_read_at_once():
+def test_common_observation_tokens_are_read_in_one_call():
     model, calls = model_of("mag"), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     turn = lambda number, turn: Reply([5] * 20, failed=False, ended=False)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Non-finite logits end a rollout with the layer that they come from."""
+"""Non-finite logits raise an error with the layer that causes them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ PROMPTS = pad_prompts([[1, 2, 3], [4]], 0, torch.device("cpu"))
 def test_a_row_without_a_distribution_is_refused(spoilt, temperature):
     logits = torch.zeros(3, 5)
     logits[1, 2] = spoilt
-    with pytest.raises(NonFiniteLogits, match="not finite"):
+    with pytest.raises(NonFiniteLogits, match="non-finite"):
         draw(logits, Sampling(max_completion_length=1, temperature=temperature), None)
     with pytest.raises(NonFiniteLogits):
         draw(torch.full((1, 5), -torch.inf), Sampling(max_completion_length=1, temperature=temperature), None)

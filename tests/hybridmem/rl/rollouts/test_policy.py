@@ -1,4 +1,4 @@
-"""A policy has no dropout in reinforcement learning, wherever it is configured."""
+"""Dropout is disabled in reinforcement learning, however it is configured."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHAPE = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_lay
 
 
 def policies():
-    """Models whose dropout is an attribute, a module, or an adapter's."""
+    """Return models with dropout as an attribute, as a module, or in an adapter."""
     llama = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=16, n_layer=2, n_head=2))
     plain = LlamaForCausalLM(LlamaConfig(**SHAPE))

@@ -1,4 +1,4 @@
-"""Rollouts sample what the model says, and the training path agrees with them."""
+"""Rollouts sample from the model's distribution, and scoring reproduces their log-probabilities."""
 
 from itertools import product
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hybridmem.data.vision import vision_prompt
-from hybridmem.rl.attention.exploration import cut_noise, draw_noise, explored
+from hybridmem.rl.attention.exploration import Exploration, cut_noise, draw_noise, explored
 from hybridmem.rl.attention.recorder import AttentionRecorder
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.objectives.attention import AttentionRL
@@ -52,7 +52,7 @@ def test_the_training_path_gives_the_samplers_log_probabilities(kind):
 def test_reading_a_prompt_once_or_for_every_response_is_the_same(kind):
     model = model_of(kind)
     _, once = roll_out(model, PROMPTS)
-    _, each = roll_out(model, PROMPTS, prefill_once=False)
+    _, each = roll_out(model, PROMPTS, actions=[Exploration("allocation", {})])
     assert torch.equal(once.ids, each.ids)
 
 
@@ -71,10 +71,10 @@ def test_responses_learn_the_same_from_one_reading_of_their_prompt(kind, prompts
     repeated, completions = roll_out(model, prompts)
     mask, weight = completions.mask, torch.linspace(-1, 1, completions.ids.numel()).view_as(completions.ids)
     found = []
-    for times in (1, 4, torch.tensor([3, 1] + [4] * (len(prompts) - 1))):  # a step may hold parts of a group
+    for times in (1, 4, torch.tensor([3, 1] + [4] * (len(prompts) - 1))):  # a step may contain part of a group
         logps, entropy = completion_logps(model, repeated, completions, SAMPLING.temperature, times)
         found.append((logps[mask], entropy[mask], gradients(model, (logps * weight * mask).sum())))
-    tolerance = 1e-5 if kind == "llama" else 1e-10  # whose norms are in float32 whatever the model is in
+    tolerance = 1e-5 if kind == "llama" else 1e-10  # Llama's norms are always float32
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found[2], found[0], rtol=tolerance, atol=tolerance)
 
@@ -105,7 +105,7 @@ def test_attention_learns_the_same_from_one_reading_of_a_prompt(kind, target, po
     noise = cut_noise(draw_noise(model, target, [1], sigma, 3, 4, time + 2, generator), time) if sigma else None
     found = []
     for times in (1, 4, torch.tensor([3, 1, 4, 4])):
-        of_rollout = 1 if sigma else times  # the rollout's policy reads under noise
+        of_rollout = 1 if sigma else times  # the sampling policy attends with noise
         with torch.no_grad(), AttentionRecorder(before, times=of_rollout) as recorder:
             completion_logps(before, prompts, completions, 1.0, of_rollout)
             old = recorder.records
@@ -167,9 +167,9 @@ def test_exploration_in_the_rollout_and_in_the_training_path_is_the_same(kind, t
     noise = draw_noise(model, target, [0, 1], 2.0, 2, 4, 17, torch.Generator().manual_seed(0))
     for eps in noise.values():
         torch.testing.assert_close(eps[0::2], -eps[1::2])
-    with explored(model, target, noise):
-        completions = sample(model, prompts, 4, SAMPLING, [7], 0, torch.Generator().manual_seed(1), prefill_once=False)
-        logps, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)
+    actions = [Exploration(target, noise)]
+    completions = sample(model, prompts, 4, SAMPLING, [7], 0, torch.Generator().manual_seed(1), actions)
+    logps, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature, 4, actions)
     mask = completions.mask
     torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)
     plain, _ = completion_logps(model, prompts.repeat(4), completions, SAMPLING.temperature)
@@ -201,10 +201,10 @@ def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
     torch.testing.assert_close(attention(maps, 10), found, rtol=0, atol=1e-5)
 
 
-def test_exploration_that_is_not_defined_says_so():
-    with pytest.raises(ValueError, match="not defined in a layer of mac"):
+def test_undefined_exploration_raises():
+    with pytest.raises(ValueError, match="a layer of mac supports no exploration"):
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
-    with pytest.raises(ValueError, match="not defined in a layer of swa"):
+    with pytest.raises(ValueError, match="a layer of swa supports no exploration"):
         draw_noise(model_of("swa"), "allocation", [1], 1.0, 1, 2, 9, torch.Generator())
 
 

@@ -1,4 +1,4 @@
-"""A policy whose responses a server samples; the server here is the policy's own model behind vLLM's interface."""
+"""Rollouts on a server, which is the policy's own model with vLLM's interface."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SAMPLING = Sampling(max_completion_length=3)
 
 
 class Server:
-    """What vLLM answers, and which adapters it has."""
+    """Fake vLLM server with its loaded adapters."""
 
     def __init__(self, base: Path):
         self.base, self.adapters = base, {}
@@ -41,40 +41,44 @@ class Server:
         return as_json({"choices": [self.choice(row, found) for row in reversed(range(body["n"]))]})
 
     def choice(self, row, found):
-        """A response as vLLM words it."""
+        """Format a response like vLLM."""
         mask, cut = found.mask[row], bool(found.truncated[row])
         logps = {"token_logprobs": found.sampled_logps[row][mask].tolist()}
         reason = "length" if cut else "stop"
         return {"index": row, "token_ids": found.ids[row][mask].tolist(), "logprobs": logps, "finish_reason": reason}
 
 
-def test_a_policy_learns_from_what_a_server_samples(tmp_path, monkeypatch):
+def test_a_policy_learns_from_a_servers_samples(tmp_path, monkeypatch):
     server = Server(tmp_path / "policy")
     with serving(server) as (url, requests):
         rollouts = {"url": url, "model": "base", "folder": str(tmp_path / "adapters")}
         config = write_config(tmp_path, "llama", model__init_args__lora=LORA, model__init_args__rollouts=rollouts)
         hybridmem(monkeypatch, "fit", "--config", config)
-    # The server had each step's weights: the trainer, which has them too, finds the same log-probabilities.
+    # The server had each step's weights, so the trainer computes the same log-probabilities.
     assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
     assert len(logged(tmp_path, "reward")) == 3
     assert len(server.adapters) == len(list((tmp_path / "adapters").iterdir())) == 1
     asked = [request["body"] for request in requests if "prompt" in request["body"]]
-    assert len(asked) == len({body["seed"] for body in asked}) == 6  # two prompts a rollout, none sampled alike
+    assert len(asked) == len({body["seed"] for body in asked}) == 6  # two prompts per rollout, all with different seeds
 
 
 @pytest.mark.parametrize(
     ("model", "changes", "rollouts", "message"),
     [
-        ("ours", {"lora": LORA}, {}, "vLLM serves no HybridMem model"),
-        ("llama", {}, {}, "sync=lora does not go with lora=None"),
-        ("llama", {"lora": LORA, "objectives": [TOKENS, {**ATTENTION, "init_args": {"exploration": 0.5}}]}, {},
-         "a server knows nothing of AttentionRL's exploration"),
-        ("llama", {"lora": LORA}, {"folder": None}, "set folder to a path that the server can read"),
-        ("llama", {"lora": LORA}, {"url": "http://127.0.0.1:1/v1"}, "must have no path"),
+        ("ours", {"lora": LORA}, {}, "vLLM cannot serve HybridMem models"),
+        ("llama", {}, {}, "sync=lora cannot be combined with lora=None"),
+        (
+            "llama",
+            {"lora": LORA, "objectives": [TOKENS, {**ATTENTION, "init_args": {"exploration": 0.5}}]},
+            {},
+            "a server does not support AttentionRL's exploration",
+        ),
+        ("llama", {"lora": LORA}, {"folder": None}, "set folder to a path that the server reads"),
+        ("llama", {"lora": LORA}, {"url": "http://127.0.0.1:1/v1"}, "contains a path"),
         ("llama", {"lora": LORA}, {"sync": "disk"}, "sync"),
     ],
-)  # fmt: skip
-def test_what_a_server_cannot_do_is_refused(tmp_path, monkeypatch, capsys, model, changes, rollouts, message):
+)
+def test_unsupported_runs_on_a_server_raise(tmp_path, monkeypatch, capsys, model, changes, rollouts, message):
     settings = {"url": "http://127.0.0.1:1", "model": "base", "folder": str(tmp_path), **rollouts}
     settings = {name: value for name, value in settings.items() if value is not None}
     arguments = {f"model__init_args__{name}": value for name, value in changes.items()}
@@ -88,10 +92,10 @@ def test_what_a_server_cannot_do_is_refused(tmp_path, monkeypatch, capsys, model
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ([{"index": 0, "text": "a"}], "it must be a vLLM server that knows return_token_ids"),
+        ([{"index": 0, "text": "a"}], "use a version of vLLM that supports return_token_ids"),
         (
             [{"index": 0, "token_ids": [], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}],
-            "without a token",
+            "or an empty response",
         ),
         (
             [{"index": 0, "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}] * 2,

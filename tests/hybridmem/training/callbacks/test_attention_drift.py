@@ -1,4 +1,4 @@
-"""Drift is nought before training, grows with it, and looking changes nothing."""
+"""Attention drift is 0 before training and grows during it; measuring leaves no trace."""
 
 import pytest
 import torch
@@ -45,16 +45,15 @@ def test_it_measures_how_far_attention_has_moved(model, tmp_path, monkeypatch):
     assert all(torch.equal(watched[name], alone[name]) for name in watched)
 
 
-def test_a_policy_that_stands_still_has_not_moved(tmp_path, monkeypatch):
+def test_an_unchanged_policy_has_no_drift(tmp_path, monkeypatch):
     still = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}}
-    hybridmem(monkeypatch, "fit", "--config", write_config(
-        tmp_path, trainer__callbacks=[DRIFT], model__init_args__optimizer=still
-    ))  # fmt: skip
+    config = write_config(tmp_path, trainer__callbacks=[DRIFT], model__init_args__optimizer=still)
+    hybridmem(monkeypatch, "fit", "--config", config)
     assert drift(tmp_path, "divergence_from_start") == [0.0]
 
 
 def test_settings_that_cannot_work():
     with pytest.raises(ValueError, match="num_prompts must be at least 1"):
         AttentionDrift(num_prompts=0)
-    with pytest.raises(ValueError, match="window=4 goes with a target that looks at tokens"):
+    with pytest.raises(ValueError, match="window=4 needs a target over tokens, not allocation"):
         AttentionDrift(target="allocation", window=4)

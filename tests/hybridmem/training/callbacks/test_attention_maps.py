@@ -1,4 +1,4 @@
-"""Pictures show the distributions, with the text on their axes where there is room."""
+"""Attention maps as images, labelled with the text if there is room."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_a_run_draws_before_and_during_training(tmp_path, monkeypatch):
     assert all(torch.equal(watched[name], alone[name]) for name in watched)
 
 
-def test_maps_are_what_the_layer_has():
+def test_maps_show_the_layers_distributions():
     found = record(variant="mag")
     maps = attention_maps(found, 6)
     assert list(maps) == ["attention", "memory"]
@@ -69,7 +69,7 @@ def test_the_picture_holds_the_distribution_and_the_text():
 @pytest.mark.parametrize(
     ("variant", "ways"), [("mag", ["memory", "window"]), ("mac", ["persistent", "memory", "window"])]
 )
-def test_the_ways_to_look_stand_below_those_that_there_are(variant, ways):
+def test_allocations_are_drawn_below_the_maps(variant, ways):
     found = record(variant=variant)
     expected = allocation(found, 6)[0]
     torch.testing.assert_close(shares(found, 6), expected)

@@ -1,4 +1,4 @@
-"""The guard measures what it says, acts when it should, and goes on after a stop as if there had been none."""
+"""The collapse guard: its measurements, its actions, and exact resumption after it stopped a run."""
 
 import math
 import re
@@ -23,7 +23,7 @@ BONUS = {**ATTENTION, "init_args": {"entropy_bonus": 0.01}}
 
 
 def guarded(folder, guard=None, model="ours", objective=ATTENTION, **changes):
-    """A run with checkpoints every 2 steps and, unless `guard` is None, a guard that looks as often."""
+    """Run training with checkpoints and, unless `guard` is None, guard measurements every 2 steps."""
     settings = {"every_n_steps": 2, "num_prompts": 2, **(guard or {})}
     callbacks = [{"class_path": "hybridmem.training.CollapseGuard", "init_args": settings}, CHECKPOINTS]
     changes["trainer__callbacks"] = callbacks[guard is None :]
@@ -31,7 +31,7 @@ def guarded(folder, guard=None, model="ours", objective=ATTENTION, **changes):
 
 
 def scripted(monkeypatch, spans):
-    """Looks that find these spans, one every 2 steps."""
+    """Replace measurements by these spans, one every 2 steps."""
 
     def measure(_, module):
         return {"effective_span": float(spans[module.trainer.global_step // 2])}
@@ -61,9 +61,9 @@ def test_attention_without_queries_and_gates_without_weights_are_even():
         gate.bias.zero_()
     values = CollapseGuard(num_prompts=1).measure(module)
     assert values["allocation_entropy"] == pytest.approx(math.log(2))
-    assert values["diversity"] == pytest.approx(0, abs=1e-6)  # all look alike, whatever they wrote
+    assert values["diversity"] == pytest.approx(0, abs=1e-6)  # all responses attend alike, whatever their text
     assert values["distinct_patterns"] == 1
-    # Prompts of 4 tokens, a window of 7: the response's tokens have 4, 5, 6, 6, 6 earlier ones in sight.
+    # With prompts of 4 tokens and a window of 7, the response's tokens see 4, 5, 6, 6, 6 earlier tokens.
     assert values["effective_span"] == pytest.approx((4 + 5 + 6 + 6 + 6) / 5, rel=1e-5)
 
 
@@ -94,18 +94,20 @@ def test_a_warning_for_each_crossing(tmp_path, monkeypatch):
         hybridmem(monkeypatch, "fit", "--config", config)
     messages = [str(warning.message) for warning in caught if "collapse at step" in str(warning.message)]
     assert [int(re.findall(r"step (\d+)", message)[0]) for message in messages] == [4, 16]
-    assert messages[1].startswith("collapse at step 16, effective_span 1.5 below 2.0 for 2 looks or more")
+    assert messages[1].startswith("collapse at step 16, effective_span 1.5 below 2.0 for 2 probes or more")
 
 
 def test_the_bonus_rises_to_its_maximum_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
     scripted(monkeypatch, [3, 1, 1, 1, 1, 1, 1])
     guard = dict(action="raise_bonus", min_effective_span=2, patience=1, bonus_factor=3, max_bonus=0.2)
     config = guarded(tmp_path, guard, "llama", objective=BONUS, trainer__max_steps=10)
-    with pytest.warns(UserWarning, match=r"max_bonus=0\.2 already"):
+    with pytest.warns(UserWarning, match=r"already at max_bonus=0\.2"):
         hybridmem(monkeypatch, "fit", "--config", config)
     assert logged(tmp_path, "collapse/entropy_bonus") == pytest.approx([0.03, 0.09, 0.2, 0.2, 0.2])
     resumed = ("--ckpt_path", tmp_path / "run" / "step=4.ckpt", "--trainer.default_root_dir", tmp_path / "again")
-    with pytest.warns(UserWarning, match=r"raised to 0\.2"):  # at step 6: no look at the start
+    with pytest.warns(
+        UserWarning, match=r"raised entropy_bonus to 0\.2"
+    ):  # at step 6, because the start is not measured
         hybridmem(monkeypatch, "fit", "--config", config, *resumed)
     whole, again = weights(tmp_path / "run" / "step=10.ckpt"), weights(tmp_path / "again" / "step=10.ckpt")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -120,13 +122,13 @@ def test_a_stop_keeps_the_checkpoint_from_before(tmp_path, monkeypatch):
     guard = dict(action="stop", min_effective_span=2, patience=2)
     config = guarded(tmp_path, guard, trainer__max_steps=12)
     kept = tmp_path / "run" / "last_good.ckpt"
-    with pytest.warns(UserWarning, match=f"collapse at step 10, .*{re.escape(str(kept))}, of step 6"):
+    with pytest.warns(UserWarning, match=f"collapse at step 10, .*{re.escape(str(kept))}, from step 6"):
         hybridmem(monkeypatch, "fit", "--config", config)
     assert torch.load(kept, weights_only=True)["global_step"] == 6
     assert not (tmp_path / "run" / "step=12.ckpt").exists()
-    # From there on as if nothing had stopped it; a collapse still names the checkpoint it came from.
+    # The resumed run equals an uninterrupted one; a later collapse still names the original checkpoint.
     again = ("--ckpt_path", kept, "--trainer.default_root_dir", tmp_path / "again")
-    with pytest.warns(UserWarning, match=f"{re.escape(str(kept))}, of step 6"):
+    with pytest.warns(UserWarning, match=f"{re.escape(str(kept))}, from step 6"):
         hybridmem(monkeypatch, "fit", "--config", config, *again)
     first, second = weights(tmp_path / "run" / "step=10.ckpt"), weights(tmp_path / "again" / "step=10.ckpt")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -137,13 +139,13 @@ def test_a_stop_keeps_the_checkpoint_from_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("guard", "model", "message"),
     [
-        (dict(action="stop", min_effective_span=99), "ours", "min_effective_span=99.0: the policy starts at"),
-        (dict(min_allocation_entropy=0.1), "swa", "none of layers=[-1] is of variant mag or mac"),
+        (dict(action="stop", min_effective_span=99), "ours", "min_effective_span=99.0 is above the initial policy's"),
+        (dict(min_allocation_entropy=0.1), "swa", "needs a layer of variant mag or mac, and layers=[-1] has none"),
         (dict(action="raise_bonus", min_diversity=0.1), "ours", "an entropy_bonus above 0"),
         (dict(), "lmm", "has no attention; choose target='memory'"),
     ],
 )
-def test_what_the_policy_cannot_follow_stops_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
+def test_unsuitable_policies_stop_before_training(tmp_path, monkeypatch, capsys, guard, model, message):
     objective = {**ATTENTION, "init_args": {"target": "memory"}} if model == "lmm" else ATTENTION
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", guarded(tmp_path, guard, model, objective))
@@ -156,9 +158,9 @@ def test_what_the_policy_cannot_follow_stops_before_training(tmp_path, monkeypat
     [
         (dict(target="allocation"), "choose one of attention, memory, unified"),
         (dict(patience=0), "patience=0"),
-        (dict(min_effective_span=1.0), "min_effective_span=1.0 must lie between 1 and inf"),
-        (dict(min_diversity=0.7), "min_diversity=0.7 must lie between 0 and 0.6931"),
-        (dict(action="stop"), "has nothing to act on"),
+        (dict(min_effective_span=1.0), "min_effective_span=1.0 must be between 1 and inf"),
+        (dict(min_diversity=0.7), "min_diversity=0.7 must be between 0 and 0.6931"),
+        (dict(action="stop"), "action='stop' needs a threshold"),
         (dict(bonus_factor=1.0), "bonus_factor=1.0 must be above 1"),
         (dict(pattern_threshold=0.7), "pattern_threshold=0.7 must be at least 0 and below ln 2"),
     ],

@@ -1,4 +1,4 @@
-"""Completions are shown as they were, whatever they hold, and kept."""
+"""Completions of any content are logged unchanged and kept."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_a_run_writes_tables_and_lines(tmp_path, monkeypatch):
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, trainer__callbacks=[TABLE]))
     lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows] == [4] * 8  # two prompts, four completions each
+    assert [row["step"] for row in rows] == [4] * 8  # two prompts with four completions each
     assert len({row["prompt"] for row in rows}) == 2
     for row in rows:
         assert row["reward"] == sum(letter < "m" for letter in row["completion"]) / 2

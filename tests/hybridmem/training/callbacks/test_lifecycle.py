@@ -1,4 +1,4 @@
-"""A run that a signal stops saves all it has, and goes on as if nothing had happened."""
+"""Runs stopped by a signal save their full state, and resume as if uninterrupted."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 class Signal(L.Callback):
-    """Sends a signal to its process after some batches, and notes in a file when validation begins."""
+    """Callback that signals its own process after some batches, and logs the start of validations in a file."""
 
     def __init__(self, batch: int, notes: str | None = None):
         self.batch, self.notes = batch, notes
@@ -31,7 +31,7 @@ class Signal(L.Callback):
 
 
 def stopped(monkeypatch, *arguments):
-    """Run `hybridmem fit` until the signal stops it."""
+    """Run `hybridmem fit` until a signal stops it."""
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", *arguments)
     assert stopped.value.code == 128 + signal.SIGINT
@@ -56,7 +56,7 @@ def interrupted(folder, accumulate, batch):
 
 @pytest.mark.parametrize("batch", [2, 3, 4, 5])
 def test_pretraining_stops_after_any_batch(uninterrupted, tmp_path, monkeypatch, batch):
-    """Within an accumulation too; no validation is missed or repeated, and what is logged keeps its step."""
+    """This includes stops within an accumulation; validations are neither lost nor repeated, and steps are kept."""
     accumulate, whole = uninterrupted
     config = interrupted(tmp_path, accumulate, batch)
     stopped(monkeypatch, "--config", config)
@@ -70,7 +70,7 @@ def test_pretraining_stops_after_any_batch(uninterrupted, tmp_path, monkeypatch,
 
 
 def no_reward(completions, **columns):
-    """Rewards without a signal: dynamic sampling never finds a group to learn from."""
+    """Return equal rewards, so that dynamic sampling never finds a group to learn from."""
     return [0.0] * len(completions)
 
 

@@ -1,4 +1,4 @@
-"""What is logged about memory and attention is what happened, and the look leaves no trace."""
+"""Logged memory and attention metrics are correct, and the probe leaves no trace."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.hybridmem.models import KINDS, tiny_model, tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reports_what_the_variant_has(kind):
+def test_reports_the_variants_parts(kind):
     model = tiny_model(torch.float32, **KINDS[kind]).train()
     seen = observe(model, tokens(batch=1, time=30))
     has_memory = model.config.has_memory

@@ -1,4 +1,4 @@
-"""The guard against numbers that are none, in pretraining and in reinforcement learning."""
+"""The guard against NaN and inf, in pretraining and in reinforcement learning."""
 
 import lightning as L
 import pytest
@@ -16,7 +16,7 @@ CHECKPOINTS = {
 
 
 class Spoil(L.Callback):
-    """Makes a parameter's gradient, or a layer's output, no number in the batch of one optimiser step."""
+    """Callback that makes a gradient or a layer's output NaN in one optimiser step."""
 
     def __init__(self, step: int, output: str | None = None, gradient: str | None = None):
         self.step, self.output, self.gradient = step, output, gradient
@@ -77,7 +77,7 @@ def test_patience_has_an_end(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path, trainer__callbacks=[guard(action="skip", patience=2), *spoiling, CHECKPOINTS])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
-    assert "optimiser step 4, after 2 skipped ones" in capsys.readouterr().err
+    assert "optimiser step 4, after 2 skipped steps" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_work():

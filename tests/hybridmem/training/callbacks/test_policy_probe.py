@@ -1,4 +1,4 @@
-"""A look answers as the policy does, records what it attends to then, and leaves no trace."""
+"""Probes sample like the policy, record its attention, and leave no trace."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -22,7 +22,7 @@ from tests.hybridmem.training.policy.test_module import Letters
 
 
 def policy(variant="mag", task=None, **changes):
-    """A policy as it stands between two steps, without a run around it."""
+    """Return a policy between two steps, without a run."""
     module = PolicyModule("x", [GRPO()])
     module.model = tiny_model(torch.float32, vocab_size=259, variant=variant, **changes).train()
     module.data = TaskDataModule(task or Letters(), mode="prompts")

@@ -1,4 +1,4 @@
-"""What a mask does not name stays as it was, to the bit, in both kinds of training; and masks that do not fit."""
+"""Weights outside a mask stay bit-identical in both kinds of training, and unsuitable masks raise errors."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def masked(path):
 
 
 def write_mask(path, state, share=0.3):
-    """A mask of a share of the entries, and of none in the first tensor."""
+    """Write a random mask of a share of the entries, empty in the first tensor."""
     torch.manual_seed(1)
     masks = {name: torch.rand(tensor.shape) < share for name, tensor in state.items()}
     first = next(iter(masks))
@@ -51,7 +51,7 @@ def assert_trained_within(masks, before, after):
 
 
 def start_of(folder, monkeypatch, kind):
-    """The weights that a run starts with: what a run without learning ends with, or the policy's folder."""
+    """Return a run's initial weights, from a run without learning or from the policy's folder."""
     if kind == "reward":
         by_reward(folder)
         return HybridMemForCausalLM.from_pretrained(folder / "policy").state_dict()
@@ -63,7 +63,7 @@ def start_of(folder, monkeypatch, kind):
 
 
 def entries_with_momentum(checkpoint):
-    """How many entries AdamW has had a gradient of."""
+    """Return the number of entries for which AdamW has seen a gradient."""
     (optimizer,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
     return sum(state["exp_avg"].count_nonzero().item() for state in optimizer["state"].values())
 
@@ -84,7 +84,7 @@ def test_only_the_subnetwork_moves_and_resuming_is_exact(tmp_path, monkeypatch, 
     hybridmem(monkeypatch, "fit", "--config", whole)
     ended = weights(tmp_path / "whole" / "run" / "step=6.ckpt")
     assert_trained_within(masks, start, ended)
-    if not changes:  # what is held counts for nothing in the gradient's norm either
+    if not changes:  # frozen entries do not count in the gradient norm either
         named = sum(mask.sum().item() for mask in masks.values())
         assert 0 < entries_with_momentum(tmp_path / "whole" / "run" / "step=6.ckpt") <= named
 
@@ -107,7 +107,7 @@ def test_a_mask_of_everything_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_the_mask_of_a_run_trains_the_next_one(tmp_path, monkeypatch, capsys):
-    """From one run's checkpoints over the command to a masked run, which stays within what the first one updated."""
+    """A mask computed from one run's checkpoints restricts another run to the entries that the first one updated."""
     hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path / "full", "reward", None))
     full = tmp_path / "full"
     hybridmem(monkeypatch, "export", "--ckpt_path", full / "run" / "step=6.ckpt", "--output", full / "trained")
@@ -138,10 +138,10 @@ def nothing(masks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_names, "is of another model: it lacks"),
-        (other_shapes, "is of another model: model.embed_tokens.weight is [1], here [259, 16]"),
-        (numbers, "in F32: a mask is bool"),
-        (nothing, "names no weight: nothing would be trained"),
+        (other_names, "belongs to another model: the mask lacks"),
+        (other_shapes, "belongs to another model: model.embed_tokens.weight has shape [1] there and [259, 16] here"),
+        (numbers, "has dtype F32 for"),
+        (nothing, "selects no weight, so nothing would be trained"),
         (None, "does not exist: give a Hugging Face folder or a safetensors file"),
     ],
 )

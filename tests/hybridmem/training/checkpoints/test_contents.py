@@ -1,4 +1,4 @@
-"""What an exported folder says of where it was made: nothing."""
+"""Exported folders reveal nothing about the machine that wrote them."""
 
 import getpass
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_no_path_and_no_user_name(tmp_path, kind):
         else LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape, num_key_value_heads=2))
     )
     model.save_pretrained(tmp_path / "start")
-    loaded = load_policy(str(tmp_path / "start"))  # remembers where it came from
+    loaded = load_policy(str(tmp_path / "start"))  # stores the folder it was loaded from
     checkpoint = {
         "hybridmem_config" if kind == "ours" else "transformers_config": loaded.config.to_dict(),
         "state_dict": {f"model.{name}": weight for name, weight in loaded.state_dict().items()},
@@ -62,8 +62,11 @@ def test_training_starts_from_another_models_weights_with_another_window(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(intermediate_size=20), r"init_from: .* is another model: model.layers.0.*there and .* here"),
-        (dict(num_hidden_layers=1), r"init_from: .* is another model: model.layers.1.* is .* there and absent here"),
+        (dict(intermediate_size=20), r"init_from: .* is another model: model.layers.0.* differs \(.* there, .* here\)"),
+        (
+            dict(num_hidden_layers=1),
+            r"init_from: .* is another model: model.layers.1.* differs \(.* there, absent here\)",
+        ),
     ],
 )
 def test_weights_of_another_shape_are_refused_by_name(tmp_path, changes, message):
@@ -74,7 +77,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path, changes, message
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A folder that holds an adapter of PEFT and a tokenizer, but no model."""
+    """Write a folder with a PEFT adapter and a tokenizer, but no model."""
     shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=330)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
     model.save_pretrained(tmp_path / "base")
@@ -111,7 +114,7 @@ def test_the_remedy_for_an_adapter_works(adapter, tmp_path):
     assert isinstance(load_policy(str(tmp_path / "merged")), LlamaForCausalLM)
 
 
-def test_an_adapter_that_says_nothing_of_its_model(tmp_path):
+def test_an_adapter_without_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{broken")
     with pytest.raises(ValueError, match="is a PEFT adapter, not a model"):
         load_policy(str(tmp_path))
@@ -124,8 +127,8 @@ def test_an_adapter_of_the_hub_is_called_by_its_name(adapter, monkeypatch):
         load_policy("someone/adapter")
 
 
-def test_a_folder_that_is_no_checkpoint_is_told_from_one_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=rf"ckpt_path={tmp_path} is a folder without a checkpoint: give a \.ckpt file"):
+def test_missing_and_unsuitable_folders_are_distinguished(tmp_path):
+    with pytest.raises(ValueError, match=rf"ckpt_path={tmp_path} is not a checkpoint folder; give a \.ckpt file"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         export(tmp_path / "absent", tmp_path / "out")

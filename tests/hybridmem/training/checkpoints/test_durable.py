@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, checked, the one before kept, and nothing in them is run."""
+"""Atomic, checksummed checkpoints that keep their predecessor and never execute code."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ def steps(folder):
     return {file.name: read_checkpoint(file)["step"] for file in folder.iterdir()}
 
 
-def test_what_is_replaced_or_removed_last_is_kept(tmp_path):
+def test_the_last_replaced_or_removed_file_is_kept(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "deep" / "last.ckpt")
     folder = tmp_path / "deep"
     assert steps(folder) == {"last.ckpt": 1}
@@ -35,7 +35,7 @@ def test_what_is_replaced_or_removed_last_is_kept(tmp_path):
 
 
 def test_an_old_file_does_not_take_the_place_of_a_newer_one(tmp_path):
-    """An interruption long ago is no state to go back to."""
+    """The leftover of an old interruption must not replace a newer file."""
     FILES.save_checkpoint(checkpoint(1), tmp_path / "interrupted.ckpt")
     os.utime(tmp_path / "interrupted.ckpt", (1, 1))
     for step in (2, 3):
@@ -44,7 +44,7 @@ def test_an_old_file_does_not_take_the_place_of_a_newer_one(tmp_path):
     assert steps(tmp_path) == {"last.ckpt": 3, "interrupted.ckpt": 4, "previous.ckpt": 2}
 
 
-def test_a_stopped_run_goes_on_from_the_newer_of_two(tmp_path):
+def test_a_stopped_run_resumes_from_the_newer_of_two(tmp_path):
     assert to_go_on_from(tmp_path) is None
     for name, time in (("step=9.ckpt", 9), ("interrupted.ckpt", 2)):
         (tmp_path / name).touch()
@@ -67,7 +67,7 @@ def test_without_hard_links_it_is_kept_too(tmp_path, monkeypatch):
 
 
 def test_no_flipped_bit_passes(tmp_path):
-    """Not even in the archive's directory, where torch takes one bit for an empty record."""
+    """This includes the archive's directory, where torch reads one flipped bit as an empty record."""
     file = tmp_path / "last.ckpt"
     FILES.save_checkpoint({"weight": torch.randn(8)}, file)
     data = file.read_bytes()
@@ -79,7 +79,7 @@ def test_no_flipped_bit_passes(tmp_path):
             assert torch.equal(read_checkpoint(file)["weight"], expected)
         except ValueError:
             continue
-        assert place > len(data) - 60  # the digest itself
+        assert place > len(data) - 60  # in the digest itself
 
 
 def test_a_file_of_another_writer_is_compared_with_its_records(tmp_path):
@@ -89,7 +89,7 @@ def test_a_file_of_another_writer_is_compared_with_its_records(tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
-    assert torch.load(file, weights_only=True)["step"] == 1  # torch alone takes it
+    assert torch.load(file, weights_only=True)["step"] == 1  # torch alone accepts it
     with pytest.raises(ValueError, match=r"its record .* does not match its checksum"):
         read_checkpoint(file)
 
@@ -101,18 +101,18 @@ def test_a_broken_file_is_refused_with_a_good_one_named(tmp_path, damage):
     last = tmp_path / "last.ckpt"
     data = bytearray(last.read_bytes())
     if damage == "flipped":
-        data[len(data) // 2] ^= 4  # in the weights: torch alone would take it
+        data[len(data) // 2] ^= 4  # in the weights, where torch alone would accept it
     last.write_bytes({"flipped": data, "truncated": data[: len(data) // 2], "emptied": b""}[damage])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read") as refused:
         FILES.load_checkpoint(last)
-    assert f"go on with --ckpt_path {tmp_path / 'previous.ckpt'}" in str(refused.value)
+    assert f"resume with --ckpt_path {tmp_path / 'previous.ckpt'}" in str(refused.value)
     (tmp_path / "previous.ckpt").unlink()
     with pytest.raises(ValueError, match="cannot be read") as refused:
         FILES.load_checkpoint(last)
-    assert "go on with" not in str(refused.value)
+    assert "resume with" not in str(refused.value)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -126,10 +126,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert steps(tmp_path) == {"last.ckpt": 1}
 
 
-def test_a_missing_file_names_what_is_there(tmp_path):
+def test_a_missing_file_error_names_the_newest_good_one(tmp_path):
     FILES.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     with pytest.raises(
-        FileNotFoundError, match=r"other\.ckpt does not exist; the newest good one there is .*last\.ckpt"
+        FileNotFoundError, match=r"other\.ckpt does not exist; the newest intact checkpoint there is .*last\.ckpt"
     ):
         FILES.load_checkpoint(tmp_path / "other.ckpt")
     assert newest_good(tmp_path, but=tmp_path / "last.ckpt") is None

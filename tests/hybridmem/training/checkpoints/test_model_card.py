@@ -1,4 +1,4 @@
-"""What an exported folder says about itself."""
+"""Model cards of exported folders."""
 
 import re
 from pathlib import Path
@@ -19,26 +19,33 @@ def facts(data=None, **metrics):
     return training_facts(data, metrics, "GRPO and AttentionRL")
 
 
-def test_the_card_says_data_steps_metrics_and_licence():
+def test_the_card_lists_data_steps_metrics_and_licence():
     data = TaskDataModule(Recall(), tokenizer="bytes", num_train=123)
     shown = facts(data, **{"val/accuracy": torch.tensor(0.123456), "train/tokens_per_second": torch.tensor(7.0)})
-    card = model_card(HybridMemConfig(layer_types=["swa", "mac"], num_hidden_layers=2),
-                      {"facts": shown, "global_step": 40}, "mit")  # fmt: skip
+    card = model_card(
+        HybridMemConfig(layer_types=["swa", "mac"], num_hidden_layers=2), {"facts": shown, "global_step": 40}, "mit"
+    )
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "mit"
     assert header["pipeline_tag"] == "text-generation"
     assert {"hybridmem", "swa", "mac"} == set(header["tags"])
-    for row in ("data | Recall", "num_train | 123", "method | GRPO and AttentionRL", "optimiser steps | 40",
-                "val/accuracy | 0.1235", "layer_types | swa, mac"):  # fmt: skip
+    for row in (
+        "data | Recall",
+        "num_train | 123",
+        "method | GRPO and AttentionRL",
+        "optimiser steps | 40",
+        "val/accuracy | 0.1235",
+        "layer_types | swa, mac",
+    ):
         assert f"| {row} |" in card
     assert "tokens_per_second" not in card
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_facts_are_omitted():
     card = model_card(HybridMemConfig(), {})
     assert "license" not in yaml.safe_load(card.split("---")[1])
-    assert "The checkpoint does not say what it was trained on." in card
-    assert "None was logged." in card
+    assert "The checkpoint does not record its training data." in card
+    assert "No metrics were logged." in card
     assert "not stated" in card
     assert "None |" not in card
 

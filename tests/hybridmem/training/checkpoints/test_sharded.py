@@ -1,4 +1,4 @@
-"""Folders of shards: a flipped byte or a missing file is found, and nothing in them is run."""
+"""Sharded checkpoints detect flipped bytes and missing files and never execute code."""
 
 import pickle
 import shutil
@@ -15,7 +15,7 @@ FILES = ["__0_0.distcp", ".metadata", "meta.pt"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a sharded run of one process writes."""
+    """Write the checkpoint of a sharded run with one process."""
     place = tmp_path / "step=3.ckpt"
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         torch.distributed.checkpoint.save({"a": torch.randn(300), "n": 1}, checkpoint_id=place, no_dist=True)
@@ -44,15 +44,15 @@ def test_a_file_that_changed_or_went_is_found(folder, name):
     seal(folder, 0)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    with pytest.raises(ValueError, match=f"its file {name} does not match its checksum"):
+    with pytest.raises(ValueError, match=f"file {name} does not match its checksum"):
         check_shards(folder)
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"its file {name} does not match its checksum"):
+    with pytest.raises(ValueError, match=f"file {name} does not match its checksum"):
         check_shards(folder)
 
 
-def test_what_a_folder_replaces_is_kept(folder):
-    """Whether that is a folder, or a file of a run that was not sharded."""
+def test_the_replaced_checkpoint_is_kept(folder):
+    """This applies to folders, and to files of runs without sharding."""
     place, previous = folder.with_name("last.ckpt"), folder.with_name("previous.ckpt")
     place.write_text("first")
     for expected in ("file", "folder", "folder"):
@@ -80,6 +80,6 @@ def test_processes_share_the_work(folder):
 def test_nothing_in_a_description_is_run(folder, tmp_path):
     mark = tmp_path / "ran"
     (folder / ".metadata").write_bytes(pickle.dumps(Touch(mark)))
-    with pytest.raises(ValueError, match="which would be run"):
+    with pytest.raises(ValueError, match="which unpickling would execute"):
         check_shards(folder)
     assert not mark.exists()

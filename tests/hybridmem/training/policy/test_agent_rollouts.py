@@ -1,4 +1,4 @@
-"""A policy acts in an environment from the command line: it is taught, tries, and is rewarded at the end."""
+"""Training in environments from the command line: supervised warm-up, multi-turn rollouts and a final reward."""
 
 from typing import Any
 
@@ -18,23 +18,23 @@ SUPERVISED = {"class_path": "hybridmem.rl.SFT"}
 
 
 class Doors:
-    """Behind one of two doors is the way out; the other one says so."""
+    """Environment with two doors, one of which leads out; the other one answers no."""
 
     def reset(self, answer: str, **columns: Any) -> str | None:
-        """Begin anew."""
+        """Start an episode."""
         self.answer, self.found, self.done = answer, False, False
         return None
 
     def get_reward(self) -> float:
-        """1 outside."""
+        """Return 1 after the right door was opened, else 0."""
         return float(self.found)
 
     def a(self) -> str:
-        """The first door."""
+        """Open the first door."""
         return self._open("a")
 
     def b(self) -> str:
-        """The second door."""
+        """Open the second door."""
         return self._open("b")
 
     def _open(self, door: str) -> str:
@@ -43,33 +43,33 @@ class Doors:
 
 
 class TwoDoors:
-    """Try a, then b."""
+    """Task whose solution is to try a, then b."""
 
     environment = Doors
 
     @property
     def max_completion_length(self) -> int:
-        """A few turns."""
+        """Return room for a few turns."""
         return 20
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """Which door it is cannot be known."""
+        """Return an example whose prompt does not reveal the right door."""
         right = "ab"[index % 2]
         turns = [("a", "no"), ("b", "")] if right == "b" else [("a", "")]
         return {"prompt": "door", "answer": right, "turns": turns}
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """The environment has its own."""
+        """Raise an error, because the environment provides the reward."""
         raise AssertionError("not asked")
 
 
 class Moody(Doors):
-    """Begins as it likes."""
+    """Environment with a different first observation in every episode."""
 
     begun = 0
 
     def reset(self, answer: str, **columns: Any) -> str | None:
-        """Another text each time."""
+        """Return a different text each time."""
         Moody.begun += 1
         super().reset(answer)
         return f", attempt {Moody.begun}"
@@ -82,7 +82,7 @@ def acting(folder, **changes):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A checkpoint of a policy that knows the demonstrations."""
+    """Train a policy on the demonstrations and return its checkpoint."""
     folder = tmp_path_factory.mktemp("taught")
     settings = dict(model__init_args__objectives=[SUPERVISED], trainer__max_steps=150, trainer__val_check_interval=150)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -122,16 +122,16 @@ def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):
     [
         (dict(call_format="xml"), "call_format must be"),
         (dict(max_turns=0), "max_turns must be at least 1"),
-        (dict(environment_factory=f"{__name__}.Moody"), "one example begin with 2 different texts"),
-        (dict(environment_factory="pathlib.Path"), "has no method reset"),
-        (dict(objectives=[REJECTION, SWE]), "RejectionFineTune learns from what was solved alone"),
+        (dict(environment_factory=f"{__name__}.Moody"), "returned 2 different texts for one example"),
+        (dict(environment_factory="pathlib.Path"), "lacks a method reset"),
+        (dict(objectives=[REJECTION, SWE]), "RejectionFineTune learns from solved trajectories only"),
         (
             dict(objectives=[{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"exploration": 1.0}}]),
-            "AttentionRL's exploration does not go with an environment",
+            "AttentionRL's exploration supports single turns only",
         ),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(tmp_path, monkeypatch, capsys, changes, message):
+def test_impossible_settings_give_one_line_errors(tmp_path, monkeypatch, capsys, changes, message):
     changes = {"objectives": [SWE], **changes}
     config = acting(tmp_path, **{f"model__init_args__{name}": value for name, value in changes.items()})
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Objectives that cannot be combined are refused; an objective of the user's own needs no registration."""
+"""Errors for objectives that cannot be combined, and custom objectives without registration."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,35 +12,40 @@ from hybridmem.rl import DAPO, GRPO, SFT, AttentionRL, Objective
 from hybridmem.training.policy.checks import by_family, check_settings
 
 SETTINGS = dict(
-    num_generations=4, num_iterations=2, steps_per_generation=1, max_turns=1, call_format="plain",
-    max_observation_length=1, max_empty_rollouts=1,
-)  # fmt: skip
+    num_generations=4,
+    num_iterations=2,
+    steps_per_generation=1,
+    max_turns=1,
+    call_format="plain",
+    max_observation_length=1,
+    max_empty_rollouts=1,
+)
 
 
 @dataclass(frozen=True)
 class Mine(Objective):
-    """The mean log-probability: an objective without a family of its own."""
+    """Custom objective without an explicit family: the mean log-probability."""
 
     def loss(self, policy, batch, scores, old, temperature) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Return minus the mean."""
+        """Return the negative mean log-probability."""
         return -scores.logps.mean(), {"mean": scores.logps.mean().detach()}
 
 
 @dataclass(frozen=True)
 class Given(Mine):
-    """Learns from given answers, and goes with others."""
+    """Objective that learns from given answers and can be combined with others."""
 
     samples: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class Refining(Mine):
-    """Adds responses."""
+    """Objective that adds responses."""
 
     refines: ClassVar[bool] = True
 
 
-def test_the_family_is_the_class_unless_it_says_otherwise():
+def test_the_family_defaults_to_the_class_name():
     assert list(by_family([Mine(), GRPO()])) == ["Mine", "TokenObjective"]
 
 
@@ -48,8 +53,8 @@ def test_the_family_is_the_class_unless_it_says_otherwise():
     ("objectives", "message"),
     [
         ([], "objectives is empty"),
-        ([GRPO(), DAPO()], "objectives names 2 of TokenObjective; keep one"),
-        ([GRPO(), SFT()], "SFT learns from answers and samples none: remove it, or the others"),
+        ([GRPO(), DAPO()], "objectives has 2 of family TokenObjective; keep one"),
+        ([GRPO(), SFT()], "SFT learns from given answers and samples no responses: remove it, or the others"),
         ([GRPO(), Given()], "some learn from given answers and others from samples"),
     ],
 )
@@ -61,8 +66,8 @@ def test_combinations_that_cannot_work(objectives, message):
 @pytest.mark.parametrize(
     ("objectives", "message"),
     [
-        ([DAPO(), AttentionRL(exploration=1.0)], "exploration does not go with dynamic_sampling"),
-        ([Refining(), AttentionRL(exploration=1.0)], "exploration does not go with Refining"),
+        ([DAPO(), AttentionRL(exploration=1.0)], "exploration is incompatible with dynamic_sampling"),
+        ([Refining(), AttentionRL(exploration=1.0)], "exploration is incompatible with Refining"),
         ([Refining(), DAPO()], "dynamic_sampling drops the groups that Refining refines"),
     ],
 )
@@ -77,3 +82,5 @@ def test_traits_have_defaults():
     assert Mine().normaliser == "tokens"
     assert not Mine().explores
     assert Mine().trains_head
+    assert Mine().trains_model
+    assert Mine().reads_scores

@@ -1,4 +1,4 @@
-"""Dynamic sampling keeps groups with signal, checkpoints them, and ends if there never is one."""
+"""Dynamic sampling keeps groups with signal, checkpoints them, and stops if none is found."""
 
 import warnings
 from typing import Any
@@ -19,7 +19,7 @@ DAPO = [{"class_path": "hybridmem.rl.DAPO"}]
 
 
 def rollout(*groups: list[float]) -> Rollout:
-    """Groups with these rewards; the first token of a response is its place."""
+    """Return groups with these rewards; a response's first token is its index."""
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float32)
     count = len(rewards)
     ids = torch.arange(count)[:, None].repeat(1, 2)
@@ -48,7 +48,7 @@ def test_waiting_groups_go_through_a_checkpoint(tmp_path):
     assert first.prompts == second.prompts
     for one, other in zip(first.completions, second.completions, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(ValueError, match="num_generations=3, but groups of 2"):
+    with pytest.raises(ValueError, match="waiting groups of 2 responses; resume with num_generations=2"):
         GroupBuffer(3, 0).load_state_dict(torch.load(tmp_path / "state", weights_only=True))
 
 
@@ -60,44 +60,46 @@ def test_a_warning_then_an_end(endless):
         warnings.simplefilter("error")
         for rewards in (equal, equal, different, equal, equal):
             watch.look(rewards)
-    with pytest.warns(UserWarning, match=r"3 rollouts in a row judge gave .* same reward \(0.5, 1\)"):
+    with pytest.warns(UserWarning, match=r"3 consecutive rollouts, judge gave .* same reward \(0.5, 1\)"):
         watch.look(equal)
     for _ in range(26):
         watch.look(equal)
     if endless:
-        with pytest.raises(StoppedError, match="in 30 rollouts in a row judge"):
+        with pytest.raises(StoppedError, match="in 30 consecutive rollouts, judge"):
             watch.look(equal)
     else:
         watch.look(equal)
 
 
 class Tenth(Letters):
-    """All responses earn the same, which has no exact mean."""
+    """Task with equal rewards whose floating-point mean is inexact."""
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """A tenth."""
+        """Return a tenth."""
         return [0.1] * len(completions)
 
 
 class Rare(Letters):
-    """Few groups have a signal."""
+    """Task in which few groups have a signal."""
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """1 for one first letter in eleven."""
+        """Return 1 for one of eleven first letters."""
         return [float(bool(text) and ord(text[0]) % 11 == 0) for text in completions]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_dynamic_sampling_without_signal_ends(tmp_path, monkeypatch, capsys):
     config = write_config(
-        tmp_path, data__init_args__task=f"{__name__}.Tenth", model__init_args__objectives=DAPO,
+        tmp_path,
+        data__init_args__task=f"{__name__}.Tenth",
+        model__init_args__objectives=DAPO,
         model__init_args__max_empty_rollouts=1,
-    )  # fmt: skip
+    )
     with pytest.raises(SystemExit) as stopped:
         hybridmem(monkeypatch, "fit", "--config", config)
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert "in 10 rollouts in a row reward gave all responses of each group the same reward (0.1)" in said
+    assert "in 10 consecutive rollouts, reward gave all responses of each group the same reward (0.1)" in said
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -105,9 +107,11 @@ def test_dynamic_sampling_without_signal_ends(tmp_path, monkeypatch, capsys):
 def test_no_weight_moves_without_signal(scale, tmp_path, monkeypatch):
     objective = {"class_path": "hybridmem.rl.GRPO", "init_args": {"beta": 0.0, "scale_rewards": scale}}
     config = write_config(
-        tmp_path, data__init_args__task=f"{__name__}.Tenth", model__init_args__objectives=[objective],
+        tmp_path,
+        data__init_args__task=f"{__name__}.Tenth",
+        model__init_args__objectives=[objective],
         model__init_args__optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0}},
-    )  # fmt: skip
+    )
     hybridmem(monkeypatch, "fit", "--config", config)
     first, last = weights(tmp_path / "run" / "step=2.ckpt"), weights(tmp_path / "run" / "step=6.ckpt")
     assert set(logged(tmp_path, "grad_norm")) == {0.0}
@@ -121,20 +125,22 @@ def test_a_checkpoint_of_a_validation_resumes_with_the_waiting_groups(tmp_path, 
         "init_args": {"filename": "val{step}", "save_top_k": -1, "monitor": "val/reward"},
     }
     settings = dict(
-        data__init_args__task=f"{__name__}.Rare", data__init_args__batch_size=4, trainer__max_steps=8,
-        trainer__val_check_interval=3, model__init_args__objectives=DAPO, model__init_args__num_generations=2,
+        data__init_args__task=f"{__name__}.Rare",
+        data__init_args__batch_size=4,
+        trainer__max_steps=8,
+        trainer__val_check_interval=3,
+        model__init_args__objectives=DAPO,
+        model__init_args__num_generations=2,
         model__init_args__num_iterations=1,
-    )  # fmt: skip
+    )
     config = write_config(tmp_path, trainer__callbacks=[save], **settings)
     hybridmem(monkeypatch, "fit", "--config", config)
     saved = sorted((tmp_path / "run").glob("val*.ckpt"))
     waiting = [len(torch.load(path, weights_only=True)["rollouts"]["waiting"]) for path in saved]
     assert any(waiting)
     place = saved[[count > 0 for count in waiting].index(True)]
-    hybridmem(
-        monkeypatch, "fit", "--config", config, "--ckpt_path", str(place), "--trainer.default_root_dir",
-        str(tmp_path / "again"),
-    )  # fmt: skip
+    options = ["--ckpt_path", str(place), "--trainer.default_root_dir", str(tmp_path / "again")]
+    hybridmem(monkeypatch, "fit", "--config", config, *options)
     latest = max(saved, key=lambda path: path.stat().st_mtime)
     assert latest != place
     again = weights(tmp_path / "again" / latest.name)

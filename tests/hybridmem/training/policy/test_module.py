@@ -1,4 +1,4 @@
-"""Reinforcement learning from the command line: it learns, resumes exactly, and says what is wrong."""
+"""Reinforcement learning from the command line: learning, exact resumption and error messages."""
 
 import json
 from functools import partial
@@ -25,32 +25,32 @@ TOKENS = {"class_path": "hybridmem.rl.GRPO", "init_args": {"beta": 0.0}}
 
 
 class Letters:
-    """Answer with a letter a: a reward that a model finds out in a few steps."""
+    """Task that rewards letters near the start of the alphabet, learnable in a few steps."""
 
     @property
     def max_completion_length(self) -> int:
-        """Two letters."""
+        """Return room for two letters."""
         return 2
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """A prompt of a few letters."""
+        """Return a prompt of a few letters."""
         return {"prompt": "bcde"[index % 4] * 4, "answer": "a"}
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """The share of letters before m."""
+        """Return the share of letters before m."""
         return [sum(letter < "m" for letter in text) / 2 for text in completions]
 
 
 class Silent(Letters):
-    """No response is better than another."""
+    """Task without differences in reward."""
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """Nothing."""
+        """Return zero rewards."""
         return [0.0] * len(completions)
 
 
 def distillation(folder, vocab_size=259, tokenizer=None, **settings):
-    """An objective with a teacher of other heads and depth, written below `folder`."""
+    """Return a distillation objective with a teacher of different heads and depth, saved in `folder`."""
     torch.manual_seed(1)
     shape = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
     teacher = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **shape, initializer_range=0.3))
@@ -61,12 +61,12 @@ def distillation(folder, vocab_size=259, tokenizer=None, **settings):
 
 
 def distilling(teacher, **settings):
-    """An objective with a teacher."""
+    """Return a distillation objective with a teacher."""
     return {"class_path": "hybridmem.rl.AttentionDistillation", "init_args": {"teacher": str(teacher), **settings}}
 
 
 def write_config(folder, model="ours", **changes):
-    """A configuration of a few optimiser steps below `folder`."""
+    """Write a configuration of a few optimiser steps to `folder`."""
     torch.manual_seed(0)
     if model == "llama":
         shape = dict(vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -77,9 +77,15 @@ def write_config(folder, model="ours", **changes):
     config = {
         "seed_everything": 0,
         "trainer": {
-            "accelerator": "cpu", "max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0, "log_every_n_steps": 1, "default_root_dir": str(folder / "run"),
-            "enable_model_summary": False, "enable_progress_bar": False,
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(folder / "run"),
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
             "callbacks": [
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -102,7 +108,7 @@ def write_config(folder, model="ours", **changes):
             "class_path": "hybridmem.data.TaskDataModule",
             "init_args": {"task": f"{__name__}.Letters", "mode": "prompts", "batch_size": 2, "num_val": 4},
         },
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         *path, last = key.split("__")
         part = config
@@ -134,7 +140,7 @@ def test_answers_and_rewards_train_on_the_same_terms(tmp_path, monkeypatch, obje
     assert spent["flops"] > 0
     if objectives == [SUPERVISED]:
         assert accuracy[-1] == 1
-        assert spent["tokens"] == 60 * 2 * (4 + 2)  # two prompts of four letters, a letter and an end each
+        assert spent["tokens"] == 60 * 2 * (4 + 2)  # two prompts of four letters, with one letter and EOS each
 
 
 def test_supervised_loss_is_that_of_pretraining(tmp_path, monkeypatch):
@@ -154,10 +160,20 @@ def test_supervised_loss_is_that_of_pretraining(tmp_path, monkeypatch):
 def test_a_run_trains_and_logs(tmp_path, monkeypatch, model):
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, model))
     for name in (
-        "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio",
-        "entropy", "grad_norm", "loss", "attention/divergence", "attention/effective_span", "val/reward",
-        "val/accuracy", "val/pass@1",
-    ):  # fmt: skip
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "entropy",
+        "grad_norm",
+        "loss",
+        "attention/divergence",
+        "attention/effective_span",
+        "val/reward",
+        "val/accuracy",
+        "val/pass@1",
+    ):
         assert logged(tmp_path, name), name
     assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
 
@@ -170,7 +186,7 @@ def test_the_reward_rises(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("objectives", ["both", "explored"])
-def test_resuming_goes_on_as_if_never_stopped(tmp_path, monkeypatch, objectives):
+def test_resumed_runs_equal_uninterrupted_ones(tmp_path, monkeypatch, objectives):
     changes = {}
     if objectives == "explored":
         explored = {**ATTENTION, "init_args": {"exploration": 0.5, "positions": "predicting"}}
@@ -218,14 +234,14 @@ def test_a_reference_model_bounds_the_divergence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model__init_args__num_generations=1), "a group of one has no advantage"),
-        (dict(model__init_args__num_iterations=1), "its gradient would be zero"),
+        (dict(model__init_args__num_generations=1), "num_generations=1 gives every response an advantage of 0"),
+        (dict(model__init_args__num_iterations=1), "AttentionRL's gradient is zero"),
         (dict(model__init_args__objectives=[]), "objectives is empty"),
         (dict(data__init_args__mode="supervised"), "set data.init_args.mode to prompts"),
-        (dict(trainer__max_steps=-1), "trainer.max_steps must be given"),
+        (dict(trainer__max_steps=-1), "trainer.max_steps=-1 must be at least 1"),
         (dict(model__init_args__model="/no/such/folder"), "/no/such/folder"),
         (dict(model__init_args__model="a: b"), "model: Repo id must use alphanumeric chars"),
-        (dict(model__init_args__lora={}), "lora={} are no settings of PEFT's LoraConfig: Please specify"),
+        (dict(model__init_args__lora={}), "lora={} is not accepted by PEFT's LoraConfig: Please specify"),
     ],
 )
 def test_settings_that_cannot_work_stop_before_training(tmp_path, monkeypatch, capsys, changes, message):
@@ -238,7 +254,7 @@ def test_settings_that_cannot_work_stop_before_training(tmp_path, monkeypatch, c
 def test_one_step_is_enough_for_exploration_and_tokens():
     PolicyModule("x", [AttentionRL(exploration=0.5)], num_iterations=1)
     PolicyModule("x", [GRPO()], num_iterations=1)
-    with pytest.raises(ValueError, match="exploration does not go with dynamic_sampling"):
+    with pytest.raises(ValueError, match="exploration is incompatible with dynamic_sampling"):
         PolicyModule("x", [DAPO(), AttentionRL(exploration=0.5)])
 
 
@@ -249,14 +265,18 @@ def test_a_fast_dev_run_is_no_shorter_than_the_warm_up(tmp_path, monkeypatch, ca
 
 
 def test_distillation_needs_neither_rewards_nor_groups(tmp_path, monkeypatch):
-    """A student learns to look as sharply as its teacher; what it answers earns nothing."""
+    """A student learns its teacher's sharp attention without any reward."""
     changes = dict(
         model__init_args__objectives=[distilling(tmp_path / "teacher", mu=0.0, gamma=1.0)],
-        model__init_args__optimizer__init_args__lr=0.003, model__init_args__max_completion_length=6,
-        model__init_args__num_generations=1, model__init_args__num_iterations=4,
-        data__init_args__task=f"{__name__}.Silent", data__init_args__batch_size=32,
-        trainer__max_steps=40, trainer__val_check_interval=10,
-    )  # fmt: skip
+        model__init_args__optimizer__init_args__lr=0.003,
+        model__init_args__max_completion_length=6,
+        model__init_args__num_generations=1,
+        model__init_args__num_iterations=4,
+        data__init_args__task=f"{__name__}.Silent",
+        data__init_args__batch_size=32,
+        trainer__max_steps=40,
+        trainer__val_check_interval=10,
+    )
     config = write_config(tmp_path, "llama", **changes)
     teacher = LlamaForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():
@@ -268,12 +288,12 @@ def test_distillation_needs_neither_rewards_nor_groups(tmp_path, monkeypatch):
     divergence = logged(tmp_path, "distillation/attention_divergence")
     assert divergence[-1] < 0.75 * divergence[0]
     state = weights(tmp_path / "run" / "step=40.ckpt")
-    assert state.keys() == {f"model.{name}" for name in teacher.state_dict()}  # the student's alone
+    assert state.keys() == {f"model.{name}" for name in teacher.state_dict()}  # only the student's weights
 
 
 @pytest.mark.parametrize("model", ["ours", "llama"])
-def test_distillation_beside_other_objectives(tmp_path, monkeypatch, model):
-    """In several steps a pass; with LoRA on a model of another family."""
+def test_distillation_with_other_objectives(tmp_path, monkeypatch, model):
+    """Distillation in several steps per pass, and with LoRA on a model of another family."""
     changes: dict[str, Any] = dict(
         model__init_args__objectives=[TOKENS, ATTENTION, distillation(tmp_path)],
         model__init_args__steps_per_generation=2,
@@ -292,7 +312,7 @@ def test_a_checkpoint_teaches(tmp_path, monkeypatch):
     objectives = [distilling(tmp_path / "first" / "run" / "step=2.ckpt")]
     config = write_config(tmp_path, **short, model__init_args__objectives=objectives)
     hybridmem(monkeypatch, "fit", "--config", config)
-    assert logged(tmp_path, "distillation/gkd")[0] < 0.01  # it was the same model two steps ago
+    assert logged(tmp_path, "distillation/gkd")[0] < 0.01  # student and teacher were equal two steps ago
 
 
 def other_tokenizer():
@@ -304,11 +324,11 @@ def other_tokenizer():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "has another tokenizer than the data"),
-        (lambda folder: distillation(folder, vocab_size=300), "a vocab_size of 300 and the student of 259"),
-        (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is not there"),
-        (lambda folder: distilling("/no/such/folder"), "teacher='/no/such/folder' cannot be loaded"),
-        (lambda folder: distilling("/no/such.ckpt"), "teacher='/no/such.ckpt' cannot be loaded"),
+        (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "differs from the data's in"),
+        (lambda folder: distillation(folder, vocab_size=300), "vocab_size=300, but the student has 259"),
+        (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is out of range"),
+        (lambda folder: distilling("/no/such/folder"), "cannot load teacher='/no/such/folder'"),
+        (lambda folder: distilling("/no/such.ckpt"), "cannot load teacher='/no/such.ckpt'"),
         (lambda folder: distilling("x", beta=2.0), "beta=2.0 must be between 0"),
     ],
 )
@@ -323,17 +343,17 @@ def test_teachers_that_cannot_teach_stop_before_training(tmp_path, monkeypatch, 
 def test_a_group_of_one_is_enough_for_distillation_alone():
     distil = AttentionDistillation(teacher="x")
     PolicyModule("x", [distil], num_generations=1)
-    with pytest.raises(ValueError, match="a group of one has no advantage"):
+    with pytest.raises(ValueError, match="num_generations=1 gives every response an advantage of 0"):
         PolicyModule("x", [distil, GRPO()], num_generations=1)
-    with pytest.raises(ValueError, match="objectives names 2 of AttentionDistillation"):
+    with pytest.raises(ValueError, match="objectives has 2 of family AttentionDistillation"):
         PolicyModule("x", [distil, distil])
 
 
 class Generous(Letters):
-    """Every response earns 99."""
+    """Task that rewards every response with 99."""
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """A lot."""
+        """Return 99 for every response."""
         return [99.0] * len(completions)
 
 
@@ -373,3 +393,18 @@ def test_a_checkpoint_is_validated_with_other_groups(tmp_path, monkeypatch):
     hybridmem(
         monkeypatch, "validate", "--config", config, "--ckpt_path", str(path), "--model.init_args.num_generations", "8"
     )
+
+
+def test_a_policy_is_tested_on_a_task(tmp_path, monkeypatch):
+    task = {
+        "class_path": "hybridmem.tasks.Ruler",
+        "init_args": {"num_tokens": 300, "subtasks": ["single", "variables"]},
+    }
+    watched = [{"class_path": "hybridmem.training.AccuracyBy", "init_args": {"column": "subtask"}}]
+    config = write_config(
+        tmp_path, data__init_args__task=task, trainer__callbacks=watched, model__init_args__max_completion_length=4
+    )
+    hybridmem(monkeypatch, "test", "--config", config)
+    assert logged(tmp_path, "test/reward") == [0.0]
+    assert logged(tmp_path, "test/accuracy_at/subtask=single") == [0.0]
+    assert logged(tmp_path, "test/accuracy_at/subtask=variables") == [0.0]

@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same losses, checkpoints that go on in either, and an end when one dies."""
+"""Several processes train like one: equal losses, interchangeable checkpoints, and termination if one dies."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ LOOKS = {**test_policy.ATTENTION, "init_args": {"exploration": 0.5, "positions":
 
 
 def pretraining(folder, processes=1, strategy="auto", **changes):
-    """A configuration with a batch of four rows over all processes, and its memory carried from row to row."""
+    """Write a pretraining configuration with four rows per step over all ranks and a carried memory."""
     folder.mkdir()
     share = {"trainer__devices": processes, "data__init_args__batch_size": 4 // processes}
     quick = {"trainer__max_steps": 4, "trainer__val_check_interval": 4, "trainer__enable_progress_bar": False}
@@ -41,7 +41,7 @@ def pretraining(folder, processes=1, strategy="auto", **changes):
 
 
 def policy(folder, processes=1, strategy="auto", **changes):
-    """The same of reinforcement learning, with four prompts."""
+    """Write a reinforcement learning configuration with four prompts per step."""
     folder.mkdir()
     share = {"trainer__devices": processes, "data__init_args__batch_size": 4 // processes}
     share |= {"trainer__max_steps": 4, "trainer__val_check_interval": 2}
@@ -49,7 +49,7 @@ def policy(folder, processes=1, strategy="auto", **changes):
 
 
 def same_losses(*runs, names):
-    """Check that runs logged the same, step by step."""
+    """Check that runs logged equal losses in every step."""
     first, *others = runs
     for name in names:
         expected = logged(first, name)
@@ -59,7 +59,7 @@ def same_losses(*runs, names):
 
 
 def test_pretraining_and_its_checkpoints(tmp_path, monkeypatch):
-    """One process, two, and two that share the weights; each goes on from a checkpoint of another."""
+    """One process, two, and two with sharded weights; each resumes from a checkpoint of another."""
     one, ddp, sharded = (tmp_path / name for name in ("one", "ddp", "sharded"))
     hybridmem(monkeypatch, "fit", "--config", pretraining(one))
     fit(2, "--config", pretraining(ddp, 2, "ddp"))
@@ -85,7 +85,7 @@ def test_pretraining_and_its_checkpoints(tmp_path, monkeypatch):
     [("ddp", [DAPO]), ("ddp", [test_policy.TOKENS, LOOKS]), (SHARDED, [WIDE, test_policy.ATTENTION])],
 )
 def test_reinforcement_learning(tmp_path, monkeypatch, strategy, objectives):
-    """Groups are dealt to processes, answered as one process would answer them, and rewarded together."""
+    """Ranks share the groups, sample the responses that one process would sample, and gather rewards."""
     changes = {"model__init_args__objectives": deepcopy(objectives)}
     one, two = tmp_path / "one", tmp_path / "two"
     hybridmem(monkeypatch, "fit", "--config", policy(one, **changes))
@@ -94,7 +94,7 @@ def test_reinforcement_learning(tmp_path, monkeypatch, strategy, objectives):
 
 
 def test_groups_that_were_refined_in_one_process_alone(tmp_path, monkeypatch):
-    """Processes with unequally many responses take the same steps, and weigh each response alike."""
+    """Ranks with different numbers of responses take the same steps and weight all responses equally."""
     refined = {"critic": {"class_path": "hybridmem.rl.IndicativeCritic"}, "correct_reward": 0.9}
     objective = {"class_path": "hybridmem.rl.CritiqueGRPO", "init_args": refined}
     changes = {"model__init_args__objectives": [objective], "model__init_args__steps_per_generation": 1}
@@ -106,7 +106,7 @@ def test_groups_that_were_refined_in_one_process_alone(tmp_path, monkeypatch):
 
 
 def endless(folder, first_checkpoint, number):
-    """Two processes of a run that does not end, the second one of which gets a signal after a few steps."""
+    """Start two processes of an endless run; the second one gets a signal after a few steps."""
     config = pretraining(folder, 2, "ddp")
     work = command(
         2, "fit", "--config", config, "--trainer.max_steps", 100_000, "--trainer.val_check_interval", 100_000
@@ -143,17 +143,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 
 class Unknown(DDPStrategy):
-    """A strategy that nobody has tried."""
+    """Unsupported strategy."""
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": {"class_path": f"{__name__}.Unknown"}}, "Unknown is not supported: choose auto, ddp"),
+        ({"strategy": {"class_path": f"{__name__}.Unknown"}}, "Unknown is not supported; choose auto, ddp"),
         ({"ckpt_path": "sharded"}, "hybridmem consolidate --ckpt_path"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, changes, message):
+def test_unsupported_strategies_raise(tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sharded").mkdir()
     torch.save({}, tmp_path / "sharded" / "meta.pt")
@@ -163,7 +163,7 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, changes, mes
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_what_shards_cannot_do_is_refused():
+def test_unsupported_settings_of_sharded_runs_raise():
     module = PretrainModule(tiny_config(), matrix_optimizer=torch.optim.Muon)
     module._device_mesh = {}  # as the strategy sets it
     with pytest.raises(ValueError, match="set it to null, or trainer"):

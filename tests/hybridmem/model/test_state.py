@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from hybridmem.model.keys import key_buffer
-from hybridmem.model.state import map_state
+from hybridmem.model.state import key_buffer, map_state
 
 
 def rows(count, heads=3, dim=4):

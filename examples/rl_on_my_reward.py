@@ -1,0 +1,60 @@
+"""Train a model by a reward of your own, on its tokens and on its attention.
+
+    python examples/train_on_files.py
+    python examples/rl_on_my_reward.py --model runs/examples/text
+
+The model completes a line of Python; the reward is 1 if the line parses.
+"""
+
+import ast
+from functools import partial
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+
+from hybridmem.data import TaskDataModule
+from hybridmem.rl import GRPO, AttentionRL
+from hybridmem.training import PolicyModule, WarmupCosine
+
+PROMPTS = ("def ", "import ", "class ", "if ")
+
+
+class Lines:
+    max_completion_length = 24
+
+    def example(self, split, index):
+        return {"prompt": PROMPTS[index % len(PROMPTS)], "answer": ""}
+
+    def reward(self, prompts, completions, **columns):
+        return [float(parses(p + text.split("\n")[0])) for p, text in zip(prompts, completions, strict=True)]
+
+
+def parses(line: str) -> bool:
+    try:
+        ast.parse(line + " pass" if line.endswith(":") else line)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: str = "runs/examples/rl"):
+    L.seed_everything(0)
+    module = PolicyModule(
+        model,
+        objectives=[GRPO(beta=0.0), AttentionRL(weight=1.0)],
+        num_generations=group,
+        steps_per_generation=2,
+        optimizer=partial(torch.optim.AdamW, lr=3e-4),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=1),
+    )
+    data = TaskDataModule(Lines(), mode="prompts", batch_size=batch, num_val=len(PROMPTS), tokenizer=model)
+    trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.validate(module, data)
+    trainer.fit(module, data)
+    trainer.validate(module, data)
+    module.model.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

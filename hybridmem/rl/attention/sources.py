@@ -1,0 +1,205 @@
+"""Units that read beyond a window, or not: KV heads of any causal LM, and the gates of `mag`."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hybridmem.model.mixers import GateMixer
+from hybridmem.model.modeling import HybridMemForCausalLM
+
+from .allocations import Share, Units
+from .recorder import decoder_layers
+
+IMPLEMENTATION = "hybridmem_allocated"
+SOURCES = ("none", "memory")
+OPEN_GATE = 30.0  # a logit at which mag's gate takes the window alone: sigmoid(30) is 1 in float32
+
+AttentionMaskInterface.register(
+    IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+)
+
+
+class HeadUnits:
+    """KV heads of the `mah` layers of a HybridMem model, which read `full` or another source.
+
+    Args:
+        model: a HybridMem model.
+        source: the other source, `none` or `memory`.
+
+    Raises:
+        ValueError: a layer without the memory that `source` names.
+    """
+
+    def __init__(self, model: HybridMemForCausalLM, source: str):
+        config = model.config
+        assert config.layer_types is not None
+        self.layers = [number for number, name in enumerate(config.layer_types) if name == "mah"]
+        self.num_heads, self.num_layers = config.num_key_value_heads, config.num_hidden_layers
+        self.window_and_sinks = (config.attention_window, config.num_sink_tokens)
+        for number in self.layers:
+            if source == "memory" and decoder_layers(model)[number].mixer.memory is None:
+                raise ValueError(
+                    f"source=memory, but layer {number} has no memory: convert the model with --head_source memory and "
+                    "fit it (configs/retrofit), or set source to none"
+                )
+        self.sources = [[source] * self.num_heads if number in self.layers else [] for number in range(self.num_layers)]
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]]:
+        """Return the source of every KV head."""
+        rows = dict(zip(self.layers, opened.tolist(), strict=True))
+        return [
+            ["full" if reads else source for reads, source in zip(rows.get(number, ()), sources, strict=True)]
+            for number, sources in enumerate(self.sources)
+        ]
+
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
+        """Return a context in which heads mix `full` with the other source."""
+        if share is None:
+            return model.head_sources(self.sources, full_share=1.0)
+        spread = share.new_ones(len(share), self.num_layers, self.num_heads)
+        spread[:, self.layers] = share
+        return model.head_sources(self.sources, full_share=spread)
+
+
+class GateUnits:
+    """Heads of `mag` layers: as trained, or restricted to the window by their gate.
+
+    Args:
+        model: a HybridMem model.
+    """
+
+    def __init__(self, model: HybridMemForCausalLM):
+        layers = decoder_layers(model)
+        self.layers = [number for number, layer in enumerate(layers) if isinstance(layer.mixer, GateMixer)]
+        self.num_heads = model.config.num_attention_heads
+        self.window_and_sinks = (model.config.attention_window, 0)
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> None:
+        """Return None: gates are not KV heads."""
+
+    @contextmanager
+    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
+        """Run with gates mixed with a gate that takes the window alone."""
+        if share is None:
+            yield
+            return
+        layers = decoder_layers(model)
+        with ExitStack() as stack:
+            for place, number in enumerate(self.layers):
+                gate = layers[number].mixer.allocation_gate
+                stack.callback(gate.register_forward_hook(_narrowed(share[:, place])).remove)
+            yield
+
+
+def _narrowed(share: Float[Tensor, "rows heads"]) -> Any:
+    def mix(_: nn.Module, __: tuple[Any, ...], logits: Tensor) -> Tensor:
+        window = 1 - share.to(logits.dtype)[:, None] * torch.sigmoid(-logits)  # sigmoid(-x) = 1 - sigmoid(x)
+        return torch.logit(window, eps=torch.finfo(logits.dtype).eps)
+
+    return mix
+
+
+class AttentionUnits:
+    """KV heads of any causal LM of transformers, which read everything, or a window and the first tokens.
+
+    Args:
+        model: a causal LM.
+        window: tokens that a token sees, itself included.
+        sinks: first tokens that every later token sees.
+
+    Raises:
+        ValueError: attention with a sliding window of its own.
+    """
+
+    def __init__(self, model: nn.Module, window: int, sinks: int):
+        modules = decoder_layers(model)
+        if any(getattr(module, "sliding_window", None) for module in modules):
+            raise ValueError(
+                f"{type(model).__name__} has a sliding window of its own: run `hybridmem convert` on it first"
+            )
+        self.window, self.sinks = window, sinks
+        self.layers = list(range(len(modules)))
+        config: Any = modules[0].config
+        self.num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.window_and_sinks = (window, sinks)
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]]:
+        """Return the source of every KV head."""
+        return [["full" if reads else "none" for reads in layer] for layer in opened.tolist()]
+
+    @contextmanager
+    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
+        """Run with an attention function that mixes full and windowed attention head by head."""
+        if share is None:
+            yield
+            return
+        place = {module: number for number, module in enumerate(decoder_layers(model))}
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+        ) -> tuple[Tensor, None]:
+            full, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            near = attention_mask & near_keys(attention_mask, self.window, self.sinks)
+            local, _ = sdpa_attention_forward(module, query, key, value, near, **options)
+            own = share[:, place[module]].repeat_interleave(query.shape[1] // self.num_heads, dim=1)
+            return torch.lerp(local, full, own[:, None, :, None].to(full.dtype)), None
+
+        before = model.config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend
+        try:
+            model.set_attn_implementation(IMPLEMENTATION)
+            yield
+        finally:
+            model.set_attn_implementation(before)
+            del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
+
+
+def near_keys(
+    mask: Bool[Tensor, "rows 1 queries keys"], window: int, sinks: int
+) -> Bool[Tensor, "rows 1 queries keys"]:
+    """Return the keys in each query's window and the row's first tokens; padding stands on the left.
+
+    Args:
+        mask: the keys that each query sees; the last query is that of the last key.
+        window: keys that a query sees, its own included.
+        sinks: the row's first tokens, which every query sees.
+    """
+    queries, keys = mask.shape[2:]
+    key = torch.arange(keys, device=mask.device)
+    query = key[keys - queries :, None]
+    first = mask[:, :, -1:].int().argmax(-1, keepdim=True)
+    return (query - key < window) | (key < first + sinks)
+
+
+def find_units(model: Any, source: str, window: int | None, sinks: int | None) -> Units:
+    """Return the units of a model, after setting its window and sinks where they are given.
+
+    Raises:
+        ValueError: a model without units, a source that it lacks, or a window that it has not been given.
+    """
+    if not isinstance(model, HybridMemForCausalLM):
+        if source != "none":
+            raise ValueError(f"source={source}, but {type(model).__name__} has no memory: convert it, or set none")
+        if window is None:
+            raise ValueError(f"attention_window is not set, and {type(model).__name__} has none: give the tokens")
+        return AttentionUnits(model, window, 4 if sinks is None else sinks)
+    config = model.config
+    if "mah" in (config.layer_types or ()):
+        config.attention_window = config.attention_window if window is None else window
+        config.num_sink_tokens = config.num_sink_tokens if sinks is None else sinks
+        return HeadUnits(model, source)
+    if "mag" in (config.layer_types or ()):
+        if window is not None or sinks is not None:
+            raise ValueError("attention_window and num_sink_tokens are for converted models: remove them for mag")
+        return GateUnits(model)
+    raise ValueError(
+        f"layers of {', '.join(sorted(set(config.layer_types or ())))} have no units to allocate: use mag, or a model "
+        "of `hybridmem convert`"
+    )

@@ -1,0 +1,271 @@
+"""Learns allocations of SmolLM2's heads, and measures accuracy against the share of closed heads.
+
+    python scripts/results_allocation.py train --model runs/smollm2 --controls reward --sources none --seeds 0
+    python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/regression/step=300.ckpt
+    python scripts/results_allocation.py figures
+
+`train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
+runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
+so that an interrupted command can be repeated. `figures` draws the curve and the map of heads.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hybridmem.data.task_module import chat_tokens
+from hybridmem.metrics.interval import mean_interval
+from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
+from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
+from hybridmem.tasks import Facts
+from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
+from hybridmem.training.checkpoints.durable import to_go_on_from
+from hybridmem.training.checkpoints.loading import load_checkpoint
+
+ROOT = Path("runs/results_allocation")
+CONFIG = Path("configs/rl/allocation.yaml")
+DATA = Path("docs/data/allocation.json")
+FIGURE = Path("docs/results/allocation.png")
+MAP = Path("docs/results/allocation_map.png")
+BLOCK, WINDOW, SINKS = 16, 64, 4
+CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
+ALLOCATION = "model.init_args.objectives"
+CONTROLS: dict[str, dict[str, Any]] = {  # the objective's settings
+    "reward": {},
+    "reward, allocated": {"prefill": "allocated"},
+}
+UNTRAINED = ("random", "last layers")
+COLOURS = {"reward": "#c8553d", "both": "#1f6f8b", "memory": "#e0a458", "random": "#999999"}
+
+
+class Cell(NamedTuple):
+    """One point: an order of heads, a source of the closed ones, and the share that is closed."""
+
+    control: str
+    source: str
+    closed: float
+    seed: int
+    tokens: int
+    window: int
+
+    @property
+    def trains(self) -> bool:
+        """True if the order of heads was learned."""
+        return self.control not in UNTRAINED and 0 < self.closed < 1
+
+
+def train(model: str, control: str, source: str, seed: int, steps: int, tokenizer: str) -> None:
+    """Train a control with a seed, resuming an interrupted run."""
+    folder = run_folder(control, source, seed)
+    if (folder / f"step={steps}.ckpt").exists():
+        return
+    started = to_go_on_from(folder)
+    resume = [] if started is None else ["--ckpt_path", str(started)]
+    settings = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS, **CONTROLS[control]}
+    objectives = json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "hybridmem", "fit", "--config", str(CONFIG), f"--{ALLOCATION}={objectives}"),
+        *("--model.init_args.model", model, "--data.init_args.tokenizer", tokenizer, *resume),
+        *("--seed_everything", str(seed), "--data.init_args.seed", str(seed), "--model.init_args.seed", str(seed)),
+        *("--trainer.max_steps", str(steps), "--trainer.default_root_dir", str(folder)),
+    ]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_folder(control: str, source: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return ROOT / f"{control.replace(', ', '-').replace(' ', '_')}-{source}" / str(seed)
+
+
+def order_of_heads(cell: Cell, trained_with: str, steps: int, shape: tuple[int, int]) -> Tensor:
+    """Return the heads in the order in which a budget opens them."""
+    count = shape[0] * shape[1]
+    if cell.control == "random":
+        return torch.randperm(count, generator=torch.Generator().manual_seed(cell.seed))
+    if cell.control == "last layers":
+        return torch.arange(count).flip(0)
+    path = run_folder(cell.control, trained_with, cell.seed) / f"step={steps}.ckpt"
+    logits = load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"]
+    return logits.flatten().argsort(descending=True, stable=True)
+
+
+def sources(cell: Cell, order: Tensor, shape: tuple[int, int]) -> list[list[str]]:
+    """Return the sources of all heads."""
+    opened = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+    opened[order[: round((1 - cell.closed) * len(order))]] = True
+    return [["full" if head else cell.source for head in layer] for layer in opened.view(shape).tolist()]
+
+
+def answer_block(
+    model: HybridMemForCausalLM, tokenizer: Any, task: Facts, chosen: list[list[str]], first: int
+) -> list[bool]:
+    """Answer a block of held-out prompts greedily, with all tokens read under the allocation."""
+    examples = [task.example("val", first + n) for n in range(BLOCK)]
+    prompts = [Prompt(chat_tokens(tokenizer, example["prompt"])) for example in examples]
+    with evaluating(model), model.head_sources(chosen):
+        batch = batch_prompts(prompts, tokenizer.eos_token_id, torch.device("cpu"))
+        sampling = Sampling(max_completion_length=16, temperature=0.0)
+        answers = sample(model, batch, 1, sampling, [tokenizer.eos_token_id], tokenizer.eos_token_id)
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(answers.ids, answers.mask, strict=True)
+    ]
+    right = task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
+    return [value == 1 for value in right]
+
+
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Yield the cells to measure: both ends first, then the arms by seed and share."""
+    tokens, window = options.tokens, options.window
+    yield Cell("full", "none", 0.0, 0, tokens, window)
+    yield Cell("none", "none", 1.0, 0, tokens, window)
+    if options.memory:
+        yield Cell("memory", "memory", 1.0, 0, tokens, window)
+    for seed in map(int, options.seeds.split(",")):
+        for closed in map(float, options.closed.split(",")):
+            for control in options.controls.split(","):
+                for source in options.sources.split(","):
+                    if source == "none" or options.memory:
+                        yield Cell(control, source, closed, seed, tokens, window)
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> None:
+    """Answer prompts until every cell has the requested number."""
+    model = load_policy(options.memory or options.model)
+    tokenizer = tokenizer_of_policy(options.model)
+    model.config.attention_window, model.config.num_sink_tokens = options.window, SINKS
+    for name, parameter in model.named_parameters():
+        if ".memory." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    task = Facts(length=CHARACTERS[options.tokens], num_facts=4)
+    for cell in cells(options):
+        row = find_row(cell, options.trained_with)
+        if len(row["right"]) >= options.prompts:
+            continue
+        order = order_of_heads(cell, options.trained_with, options.steps, shape) if cell.closed not in (0, 1) else None
+        chosen = sources(cell, torch.arange(shape[0] * shape[1]) if order is None else order, shape)
+        while len(row["right"]) < options.prompts:
+            row["right"] += answer_block(model, tokenizer, task, chosen, len(row["right"]))
+            row["accuracy"] = sum(row["right"]) / len(row["right"])
+            put_row(row)
+            print({name: value for name, value in row.items() if name != "right"}, len(row["right"]), flush=True)
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the values that identify a row."""
+    return tuple(row.get(name) for name in ("trained_with", "task", *Cell._fields))
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return the rows measured so far."""
+    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
+
+
+def find_row(cell: Cell, trained_with: str) -> dict[str, Any]:
+    """Return a cell's row, empty if nothing was measured."""
+    estimator = "sampled" if cell.trains else None
+    wanted = cell._asdict() | {"task": "facts", "estimator": estimator, "accuracy": None, "right": []}
+    wanted |= {"trained_with": trained_with if cell.trains else None}
+    return next((row for row in rows() if key(row) == key(wanted)), wanted)
+
+
+def put_row(row: dict[str, Any]) -> None:
+    """Write a row, replacing any row with the same key."""
+    kept = [other for other in rows() if key(other) != key(row)]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    DATA.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(each) for each in sorted([*kept, row], key=lambda each: str(key(each))))
+    DATA.write_text(f'{{"machine": {json.dumps(machine)}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def curve(control: str, source: str, tokens: int, window: int) -> dict[float, tuple[float, float]]:
+    """Return mean accuracy and half the interval over seeds, by the share closed."""
+    found: dict[float, list[float]] = {}
+    for row in rows():
+        ends = row["closed"] in (0, 1)
+        alike = (row["control"] == control and row["source"] == source) or (
+            ends and (row["closed"] == 0 or row["source"] == source)
+        )
+        if alike and row["tokens"] == tokens and row["window"] == window:
+            found.setdefault(row["closed"], []).append(row["accuracy"])
+    return {closed: mean_interval(values) for closed, values in sorted(found.items())}
+
+
+def figures(options: argparse.Namespace) -> None:
+    """Draw accuracy against the share of closed heads, and print the table."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=160)
+    axes = figure.subplots()
+    arms = {
+        "reward and memory": ("reward", "memory", COLOURS["both"]),
+        "reward alone": ("reward", "none", COLOURS["reward"]),
+        "random heads": ("random", "none", COLOURS["random"]),
+    }
+    print("| closed | " + " | ".join(arms) + " |\n|" + "---|" * (len(arms) + 1))
+    curves = {
+        name: curve(control, source, options.tokens, options.window) for name, (control, source, _) in arms.items()
+    }
+    for closed in sorted({share for points in curves.values() for share in points}):
+        cells_ = [points.get(closed) for points in curves.values()]
+        print(f"| {closed:.0%} | " + " | ".join("" if c is None else f"{c[0]:.0%}" for c in cells_) + " |")
+    for name, points in curves.items():
+        shares, colour = [100 * share for share in points], arms[name][2]
+        means = [100 * mean for mean, _ in points.values()]
+        axes.plot(shares, means, "o-", label=name, color=colour)
+    axes.set(xlabel="KV heads that read only a window of 64 tokens (%)", ylabel="answers right (%)", ylim=(-3, 103))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE)
+
+
+def main() -> None:
+    """Train, measure or draw, as requested."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "measure", "figures"):
+        command = commands.add_parser(name)
+        command.add_argument(
+            "--tokens", type=int, default=400, choices=CHARACTERS, help="approximate length of a prompt"
+        )
+        command.add_argument("--window", type=int, default=WINDOW)
+        if name == "figures":
+            continue
+        command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
+        command.add_argument("--controls", default="reward")
+        command.add_argument("--sources", default="none,memory")
+        command.add_argument("--seeds", default="0,1,2")
+        command.add_argument("--steps", type=int, default=150, help="rollouts")
+        if name == "measure":
+            command.add_argument("--memory", help="checkpoint of a retrofit, for the source memory")
+            command.add_argument("--trained_with", default="none", help="source of the runs of `train` to measure")
+            command.add_argument("--closed", default="0.9,0.8,0.95,0.5")
+            command.add_argument("--prompts", type=int, default=128)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if options.command == "train":
+        for seed in map(int, options.seeds.split(",")):
+            for control in options.controls.split(","):
+                for source in options.sources.split(","):
+                    train(options.model, control, source, seed, options.steps, options.model)
+    elif options.command == "measure":
+        measure(options)
+    else:
+        figures(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Allocations by reward from the command line: the model stays frozen, φ moves, runs resume exactly."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from hybridmem import HybridMemForCausalLM
+from hybridmem.convert import convert
+from hybridmem.training.checkpoints.contents import load_policy
+from hybridmem.training.checkpoints.loading import load_checkpoint
+from tests.hybridmem.training.policy.test_module import ATTENTION, TOKENS, write_config
+from tests.hybridmem.training.runs import hybridmem, logged
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def allocation(**settings):
+    return {"class_path": "hybridmem.rl.AllocationRL", "init_args": {"attention_window": 4, **settings}}
+
+
+def config_of(folder, kind="converted", objectives=None, **changes):
+    """A configuration for a converted model, or another."""
+    settings = {"model__init_args__num_iterations": 1, "model__init_args__objectives": objectives or [allocation()]}
+    file = write_config(folder, "llama" if kind in ("llama", "converted") else kind, **settings | changes)
+    if kind == "converted":
+        model = LlamaForCausalLM.from_pretrained(folder / "policy")
+        convert(model, attention_window=8, num_sink_tokens=1).save_pretrained(folder / "policy")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["converted", "llama", "mag"])
+def test_a_frozen_model_learns_an_allocation(tmp_path, monkeypatch, kind):
+    objectives = [allocation(attention_window=None if kind == "mag" else 4)]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, kind, objectives))
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    assert all(torch.equal(checkpoint[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert (checkpoint["learned.Allocation.logits"] - 1.3863).abs().max() > 0.01
+    assert checkpoint["learned.Allocation.num_rollouts"] == 6
+    for name in ("allocation/closed", "allocation/price", "allocation/cost", "reward", "val/accuracy"):
+        assert logged(tmp_path, name), name
+    assert not logged(tmp_path, "entropy")  # no pass over the responses
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        [allocation(budget=0.5, prefill="allocated")],
+        [TOKENS, allocation(source="none")],
+        [TOKENS, allocation(estimator="mixed")],
+    ],
+    ids=["budget", "tokens", "mixed"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, objectives):
+    config = config_of(tmp_path, objectives=objectives)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    whole = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    again = ("--trainer.default_root_dir", str(tmp_path / "again"))
+    hybridmem(monkeypatch, "fit", "--config", config, *again, "--ckpt_path", str(tmp_path / "run" / "step=2.ckpt"))
+    resumed = load_checkpoint(str(tmp_path / "again" / "step=6.ckpt"))["state_dict"]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_tokens_and_allocation_train_together(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[TOKENS, ATTENTION, allocation()], model__init_args__num_iterations=2)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    weights = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = HybridMemForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    assert any(not torch.equal(weights[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
+
+
+def test_frozen_weights_in_bfloat16(tmp_path, monkeypatch):
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path), "--model.init_args.dtype", "bfloat16")
+    weights = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    assert weights["model.model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert weights["learned.Allocation.logits"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changes", "message"),
+    [
+        ([allocation(budget=0.1)], {}, "opens none of 4 units: give at least 0.25"),
+        ([allocation(budget=1.5)], {}, "budget=1.5 must lie between 0 and 1"),
+        ([allocation(unit="token")], {}, "unit"),
+        ([allocation()], {"num_generations": 2}, "sample 3 or more"),
+        ([allocation(source="memory")], {}, "has no memory"),
+        ([allocation(estimator="mixed")], {}, "add GRPO"),
+        ([TOKENS, allocation()], {"dtype": "bfloat16"}, "for weights that are not trained"),
+        (
+            [{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"exploration": 1.0}}, allocation()],
+            {},
+            "exploration: 0",
+        ),
+        ([{"class_path": "hybridmem.rl.DAPO"}, allocation()], {}, "is incompatible with dynamic_sampling"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, monkeypatch, capsys, objectives, changes, message):
+    options = [item for name, value in changes.items() for item in (f"--model.init_args.{name}", str(value))]
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=objectives), *options)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "run" / "step=2.ckpt").exists()
+
+
+def test_a_model_that_earns_nothing_stops_with_a_reason(tmp_path, monkeypatch, capsys):
+    task = {"data__init_args__task": "tests.hybridmem.training.policy.test_module.Silent", "trainer__max_steps": 12}
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, **task))
+    assert "full attention, which earned nothing in 10 rollouts" in capsys.readouterr().err
+
+
+def test_validation_answers_by_the_fixed_allocation(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[allocation(budget=0.5)])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    last = logged(tmp_path, "val/reward")[-1]
+    settings = yaml.safe_load(config.read_text())
+    found = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    opened = torch.zeros(4, dtype=torch.bool)
+    opened[found.flatten().argsort(descending=True, stable=True)[:2]] = True
+    model = HybridMemForCausalLM.from_pretrained(tmp_path / "policy", attention_window=4)
+    model.set_head_sources([["full" if head else "none" for head in layer] for layer in opened.view(2, 2).tolist()])
+    model.save_pretrained(tmp_path / "fixed")
+    settings["model"]["init_args"] |= {"model": str(tmp_path / "fixed"), "objectives": [TOKENS]}
+    (tmp_path / "fixed.yaml").write_text(json.dumps(settings))
+    hybridmem(monkeypatch, "validate", "--config", tmp_path / "fixed.yaml")
+    assert abs(logged(tmp_path, "val/reward")[-1] - last) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["converted", "llama"])
+def test_an_exported_folder_reads_by_the_learned_allocation(tmp_path, monkeypatch, kind):
+    config = config_of(tmp_path, kind, [allocation(budget=0.5, num_sink_tokens=2)])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", tmp_path / "exported")
+    model = HybridMemForCausalLM.from_pretrained(tmp_path / "exported")
+    found = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    opened = [source == "full" for layer in model.config.head_sources for source in layer]
+    assert sum(opened) == 2
+    assert min(found.flatten()[torch.tensor(opened)]) >= max(found.flatten()[~torch.tensor(opened)])
+    assert (model.config.attention_window, model.config.num_sink_tokens) == (4, 2)
+
+
+@pytest.mark.parametrize("objective", ["AllocationSFT", "AllocationDistillation"])
+@pytest.mark.parametrize("kind", ["converted", "llama", "mag"])
+def test_supervised_gates_leave_the_model_frozen(tmp_path, monkeypatch, objective, kind):
+    settings = {"l1_price": 1.0, "budget": 0.5, "attention_window": None if kind == "mag" else 2}
+    objectives = [{"class_path": f"hybridmem.rl.{objective}", "init_args": settings}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, kind, objectives))
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    assert all(torch.equal(checkpoint[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert (checkpoint["learned.Allocation.logits"] < 1.3).all()  # the price closes every unit
+    assert logged(tmp_path, "allocation/closed")[-1] > logged(tmp_path, "allocation/closed")[0]
+    assert logged(tmp_path, "val/accuracy")
+
+
+def test_distillation_is_zero_while_every_unit_is_open(tmp_path, monkeypatch):
+    objective = {"class_path": "hybridmem.rl.AllocationDistillation", "init_args": {"l1_price": 0.0}}
+    objective["init_args"] |= {"attention_window": 64, "initial": 0.5}  # no text is longer than the window
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=[objective], trainer__max_steps=2))
+    assert max(logged(tmp_path, "loss")) < 1e-10
+
+
+def test_maps_are_drawn_during_training(tmp_path, monkeypatch):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps", "init_args": {"every_n_steps": 3}}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, trainer__callbacks=maps))
+    assert sorted(path.name for path in (tmp_path / "run" / "allocation_maps").iterdir()) == [
+        "step_3.png",
+        "step_6.png",
+    ]
+
+
+def test_maps_without_an_allocation_are_refused(tmp_path, monkeypatch, capsys):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps"}]
+    config = config_of(tmp_path, objectives=[TOKENS], trainer__callbacks=maps)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert "add AllocationRL to objectives" in capsys.readouterr().err
