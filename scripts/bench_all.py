@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_decode import decoder, make_models
 from bench_measure import in_turn, ratio
 from bench_memory import BATCH, divergence_step, layer_step, our_model, products_of, scan_step
 from torch import nn
 from transformers import DynamicCache
 
+from hybridmem.compare.environment import processor
 from hybridmem.training.allocator import keep_freed_memory
 from hybridmem.training.denormals import flush_denormals
 
@@ -76,6 +78,33 @@ def decoding() -> Pair:
     return step(16_000), step(500)
 
 
+def decoding_memory(batch: int) -> Pair:
+    """Return the decoding of a token by a mag model, and by a swa model."""
+    mag, swa = (decoder(our_model(variant).eval(), batch, 300) for variant in ("mag", "swa"))
+    return mag, swa
+
+
+def decoding_beside_llama() -> Pair:
+    """Return the decoding of a token by a converted Llama, and by the Llama."""
+    models = make_models(["Llama", "converted Llama"])
+    return decoder(models["converted Llama"], 1, 300), decoder(models["Llama"], 1, 300)
+
+
+def precisions() -> Pair:
+    """Return a training step in bfloat16, and in float32."""
+    model, ids = our_model("mag"), torch.randint(0, 256, (1, 512))
+
+    def step(bfloat16: bool) -> Callable[[], object]:
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+
+        return run
+
+    return step(True), step(False)
+
+
 RATIOS: dict[str, Callable[[], Pair]] = {
     "memory_scan / its products": lambda: scan(1),
     "memory_mlp_scan / its products": lambda: scan(2),
@@ -83,6 +112,10 @@ RATIOS: dict[str, Callable[[], Pair]] = {
     "attention_divergence / attention layer": divergence,
     "mag model / swa model": models,
     "decoding at 16,000 / at 500": decoding,
+    "decoding, mag / swa": lambda: decoding_memory(1),
+    "decoding 64 rows, mag / swa": lambda: decoding_memory(64),
+    "decoding, converted Llama / Llama": decoding_beside_llama,
+    "mag model, bfloat16 / float32": precisions,
 }
 
 
@@ -107,14 +140,16 @@ def main() -> None:
     keep_freed_memory()
     flush_denormals()
     torch.set_num_threads(arguments.threads)
-    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    committed = json.loads(COMMITTED.read_text())
+    print(f"on {processor()}; the committed ratios on {committed['processor']}")
     ratios = {}
     for name, make in RATIOS.items():
         torch.manual_seed(0)
         ratios[name] = measure(make(), arguments.rounds)
-        print(line(name, ratios[name], committed.get(name)), flush=True)
+        print(line(name, ratios[name], committed["ratios"].get(name)), flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(ratios, indent=1) + "\n")
+        text = json.dumps({"processor": processor(), "ratios": ratios}, indent=1)
+        arguments.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

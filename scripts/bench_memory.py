@@ -28,16 +28,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from hybridmem import HybridMemConfig, HybridMemForCausalLM
+from hybridmem.compare.environment import processor
 from hybridmem.model.attention import ShortRangeAttention
 from hybridmem.model.memory import NeuralMemory
 from hybridmem.model.sequence import TokenSequence, rotary_angles
 from hybridmem.training.allocator import keep_freed_memory
+from hybridmem.training.denormals import flush_denormals
 from hybridmem_kernels import attention_divergence, memory_mlp_scan, memory_scan
 
 BATCH, WIDTH, HEADS, DIM, CHUNK, LENGTHS = 4, 256, 4, 64, 64, (1024, 4096)
 CASES = ((1, 1), (2, 1), (2, 4))  # memory depth and expansion; titans-pytorch's default is 4, hybridmem's is 1
+ROW_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 ALLOCATORS = ("kept", "glibc")
+PRECISIONS = ("float32", "bfloat16")
+DENORMALS = ("flushed", "kept")
 Row = dict[str, Any]
+
+_precision = "float32"
 
 
 def import_titans() -> Any:
@@ -68,16 +75,23 @@ def their_layer(depth: int, expansion: int) -> nn.Module:
     return titans.NeuralMemory(dim=WIDTH, dim_head=DIM, heads=HEADS, chunk_size=CHUNK, model=model)
 
 
-def layer_step(side: str, depth: int, expansion: int, length: int) -> Callable[[], None]:
+def computing() -> torch.autocast:
+    """Return the context of forward passes in the precision that `start` set."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=_precision == "bfloat16")
+
+
+def layer_step(side: str, depth: int, expansion: int, length: int, batch: int = BATCH) -> Callable[[], None]:
     """Return the forward and backward pass of one layer, including projections and the input's gradient."""
     layer: nn.Module = our_layer(depth, expansion) if side == "ours" else their_layer(depth, expansion)
-    x, grad = torch.randn(BATCH, length, WIDTH, requires_grad=True), torch.randn(BATCH, length, WIDTH)
+    x, grad = torch.randn(batch, length, WIDTH, requires_grad=True), torch.randn(batch, length, WIDTH)
     more = (None, TokenSequence()) if side == "ours" else ()
 
     def step() -> None:
         layer.zero_grad()
         x.grad = None
-        layer(x, *more)[0].backward(grad)
+        with computing():
+            out = layer(x, *more)[0]
+        out.backward(grad.to(out.dtype))
 
     return step
 
@@ -110,6 +124,24 @@ def bench_layer(rounds: int, run: Callable[..., Any]) -> list[Row]:
             row |= {"our_mb": ours, "their_mb": theirs, "share_of_their_mb": round(ours / theirs, 2)}
             rows.append({"depth": depth, "expansion": expansion, "time": length, **row})
             say("layer", rows[-1])
+    return rows
+
+
+def length_speed(depth: int, rounds: int) -> Row:
+    """Measure microseconds per token of our layer, forward and backward, by the length of a row."""
+    steps = {str(length): layer_step("ours", depth, 1, length, batch=1) for length in ROW_LENGTHS}
+    seconds = in_turn(steps, rounds)
+    per_token = {length: round(min(of) / int(length) * 1e6, 2) for length, of in seconds.items()}
+    spread = max(per_token.values()) / min(per_token.values()) - 1
+    return {"depth": depth, "us_per_token": per_token, "spread": round(spread, 3)}
+
+
+def bench_lengths(rounds: int, run: Callable[..., Any]) -> list[Row]:
+    """Compare the cost per token of rows of different lengths."""
+    rows = []
+    for depth in (1, 2, 4):
+        rows.append(run(length_speed, depth, rounds))
+        say("lengths", rows[-1])
     return rows
 
 
@@ -233,7 +265,8 @@ def model_speed(length: int, rounds: int) -> Row:
     def step(model: nn.Module, options: dict[str, Any]) -> Callable[[], None]:
         def run() -> None:
             model.zero_grad()
-            out = model(ids, **options)
+            with computing():
+                out = model(ids, **options)
             (out if isinstance(out, Tensor) else out.loss).backward()
 
         return run
@@ -335,6 +368,7 @@ def bench_divergence(rounds: int, run: Callable[..., Any]) -> list[Row]:
 
 SECTIONS = {
     "layer": bench_layer,
+    "lengths": bench_lengths,
     "products": bench_products,
     "model": bench_model,
     "decode": bench_decode,
@@ -347,9 +381,13 @@ def say(section: str, row: Row) -> None:
     print(f"{section}: {json.dumps(row)}", file=sys.stderr, flush=True)
 
 
-def start(allocator: str, threads: int) -> None:
+def start(allocator: str, threads: int, precision: str, denormals: str) -> None:
     """Set up a process."""
+    global _precision
     warnings.filterwarnings("ignore")  # titans-pytorch warns about flex attention
+    _precision = precision
+    if denormals == "flushed":
+        flush_denormals()
     if allocator == "kept":
         keep_freed_memory()
     torch.set_num_threads(threads)
@@ -363,15 +401,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocator", choices=ALLOCATORS, default="kept")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: by autocast")
+    parser.add_argument("--denormals", choices=DENORMALS, default="flushed")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    options = (arguments.allocator, arguments.threads, arguments.precision, arguments.denormals)
 
     def run(measure: Callable[..., Any], *what: Any) -> Any:
-        with multiprocessing.get_context("spawn").Pool(1, start, (arguments.allocator, arguments.threads)) as pool:
+        with multiprocessing.get_context("spawn").Pool(1, start, options) as pool:
             return pool.apply(measure, what)
 
     results = {section: SECTIONS[section](arguments.rounds, run) for section in arguments.sections}
-    settings = dict(threads=arguments.threads, rounds=arguments.rounds, allocator=arguments.allocator)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("sections", "output")}
+    settings["processor"] = processor()
     text = json.dumps({"settings": settings, **results}, indent=1)
     print(text)
     if arguments.output:
