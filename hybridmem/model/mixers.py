@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridmem_kernels import MemoryMLPState, MemoryState
 from hybridmem_kernels.blocks import even_blocks, split_blocks
@@ -221,10 +223,12 @@ class ContextMixer(nn.Module):
         return mixed, state, self._join_weights(segments, weights)
 
     def _decodes_alike(self, state: SegmentStates) -> bool:
-        """Return whether every row is at the same token of its segment, and all columns hold tokens."""
+        """Return whether all rows are at the same token of their segment, and only plain sdpa sees their columns."""
         whole = isinstance(state.segment, SegmentBuffer) or known_true(state.segment.valid.all())
         alike = whole and known_true((state.filled == state.filled[0]).all())
-        return alike and self.attention.config._attn_implementation == "sdpa"
+        # A function in the place of sdpa, such as a recorder, expects [persistent, recalled, tokens].
+        plain = ALL_ATTENTION_FUNCTIONS.get("sdpa") is sdpa_attention_forward
+        return alike and plain and self.attention.config._attn_implementation == "sdpa"
 
     def _decode(self, x: Hidden, state: SegmentStates, sequence: TokenSequence) -> tuple[Hidden, SegmentStates]:
         """Mix one token, the same one of its segment in every row."""

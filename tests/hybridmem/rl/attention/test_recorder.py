@@ -141,7 +141,7 @@ def test_mac_attends_within_its_segment():
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("earlier", [1, 5, 6, 7, 12, 15])
+@pytest.mark.parametrize("earlier", [1, 5, 6, 7, 12, 15, 19])
 def test_mac_records_equal_with_a_cache_of_the_first_tokens(earlier, target):
     model, ids = tiny_model(variant="mac"), tokens(time=20)
     queries = 20 - earlier
