@@ -92,12 +92,14 @@ def mamba2_config() -> Mamba2Config:
 def decoder(model: nn.Module, batch: int, prompt: int, compiled: bool = False) -> Callable[[], object]:
     """Return a function that decodes a token after a prompt, once more with each call."""
     cache = DynamicCache(config=model.config)
-    name = "cache_params" if isinstance(model, Mamba2ForCausalLM) else "past_key_values"
+    is_mamba = isinstance(model, Mamba2ForCausalLM)  # its cache cannot be repeated, and does not grow with the prompt
+    name = "cache_params" if is_mamba else "past_key_values"
     step = torch.compile(model, dynamic=True) if compiled else model
     tokens = torch.randint(0, VOCABULARY, (batch, 1))
     with torch.no_grad():
-        model(torch.randint(0, VOCABULARY, (1, prompt)), **{name: cache}, use_cache=True)
-        if batch > 1:
+        shape = (batch, 16) if is_mamba else (1, prompt)
+        model(torch.randint(0, VOCABULARY, shape), **{name: cache}, use_cache=True)
+        if batch > 1 and not is_mamba:
             cache.batch_repeat_interleave(batch)
 
     @torch.no_grad()

@@ -249,6 +249,7 @@ class HybridMemModel(HybridMemPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HybridMemLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm_layer(config, config.hidden_size)
+        self.has_attention = any(layer.variant != "lmm" for layer in self.layers)
         self.gradient_checkpointing = False
         self.head_choice: HeadChoice | None = None
         self.pretrained_rope = None if config.rope_parameters is None else inverse_frequencies(config)
@@ -349,8 +350,12 @@ class HybridMemModel(HybridMemPreTrainedModel):
         angles = self._angles(position_ids, past, inputs_embeds)
         return TokenSequence(*angles, documents, mask, fresh_rows, compaction, last, past, self.head_choice)
 
-    def _angles(self, position_ids: Tensor | None, past: int, inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of the rotary embedding at every token."""
+    def _angles(
+        self, position_ids: Tensor | None, past: int, inputs_embeds: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return cosine and sine of the rotary embedding at every token; None if no layer has attention."""
+        if not self.has_attention:
+            return None, None
         if position_ids is None:
             position_ids = past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         config, dtype = self.config, inputs_embeds.dtype
