@@ -191,3 +191,15 @@ def test_single_tokens_advance_a_state_in_place_only_where_they_may(in_place):
     for expected, got, start, old in zip(end, state, first, before, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         assert torch.equal(start, got if in_place else old)
+
+
+@torch.no_grad()
+def test_autocast_leaves_a_single_token_in_float32():
+    inputs = scan_inputs(time=1, given_state=True)
+    tensors = {name: x.float() for name, x in inputs.tensors.items()}
+    state = MemoryState(*(x.float() for x in inputs.state))
+    expected = memory_scan(**tensors, state=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = memory_scan(**tensors, state=state)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(got[1], expected[1], strict=True))

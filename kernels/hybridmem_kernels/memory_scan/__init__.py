@@ -1,5 +1,7 @@
 """Linear memory with surprise, momentum and forgetting, exact at any chunk size."""
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -72,5 +74,7 @@ def memory_scan(
         return memory_scan_triton(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)
     tensors = (q, k, v, alpha, eta, theta, *state)
     if q.shape[2] == 1 and mask is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return memory_step(q, k, v, alpha, eta, theta, state, in_place and all(map(may_overwrite, state)))
+        rounds = torch.is_autocast_enabled(q.device.type)  # entering the context takes as long as half a step
+        with torch.autocast(q.device.type, enabled=False) if rounds else nullcontext():
+            return memory_step(q, k, v, alpha, eta, theta, state, in_place and all(map(may_overwrite, state)))
     return memory_scan_chunked(q, k, v, alpha, eta, theta, state, document_ids, mask, chunk_size)
