@@ -68,3 +68,13 @@ def test_the_committed_ratios_are_those_that_are_measured(bench):
     committed = json.loads(report.COMMITTED.read_text())
     assert committed["processor"]
     assert list(committed["ratios"]) == list(report.RATIOS)
+
+
+def test_a_decoder_takes_a_token_of_every_row_with_each_call(bench):
+    decode = bench("bench_decode")
+    (model,) = decode.make_models(["swa"]).values()
+    step = decode.decoder(model, batch=2, prompt=5)
+    first, second = (step() for _ in range(2))
+    assert second.logits.shape == (2, 1, decode.VOCABULARY)
+    assert second.past_key_values.get_seq_length() == 7
+    assert not torch.equal(first.logits, second.logits)
