@@ -18,6 +18,8 @@ from hybridmem.training.errors import named
 
 from .checks import check_acting, check_frozen
 
+PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
+
 
 def prepare_policy(
     name: str,
@@ -70,11 +72,12 @@ def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if not own:
             raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
-        shapes = {name: list(value.shape) for name, value in own.items()}
-        expected = {name: list(value.shape) for name, value in module.state_dict().items()}
-        if shapes != expected:
-            raise ValueError(f"{path} was trained with other units: {shapes['logits']}, here {expected['logits']}")
-        module.load_state_dict(own)
+        start = {name: value for name, value in own.items() if name in PARAMETERS}
+        for name, value in start.items():
+            here = list(getattr(module, name).shape)
+            if here != list(value.shape):
+                raise ValueError(f"{path} was trained with other units: {name} is {list(value.shape)}, here {here}")
+        module.load_state_dict(start, strict=False)  # counters begin anew
 
 
 def reward_functions(
