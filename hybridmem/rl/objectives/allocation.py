@@ -53,6 +53,7 @@ class Gates:
         lr: learning rate of φ.
         budget: share of units that stay open when the allocation is fixed; None keeps those with a probability of
             at least a half.
+        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`.
 
     Raises:
         ValueError: a setting that cannot work.
@@ -67,6 +68,7 @@ class Gates:
     initial: float = 0.8
     lr: float = 0.2
     budget: float | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         one_of(SOURCES, source=self.source)

@@ -78,6 +78,7 @@ class Objective(ABC):
     compares_with_rollout: ClassVar[bool] = False  # its loss needs an observation of the sampling policy
     choice: ClassVar[str] = "exploration"  # names the action in messages
     chooses_in_environments: ClassVar[bool] = False  # `act` supports environments
+    init_from: str | None = None  # checkpoint from which its own parameters start
     dynamic_sampling: bool = False  # replaces groups whose rewards are all equal
 
     def __init_subclass__(cls, **options: Any) -> None:

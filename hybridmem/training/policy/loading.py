@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -12,9 +13,12 @@ from hybridmem.rl.objectives.objective import Objective
 from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
 from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, lower_precision, with_adapters
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.errors import named
 
 from .checks import check_acting, check_frozen
+
+PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
 
 
 def prepare_policy(
@@ -43,6 +47,8 @@ def prepare_policy(
     policy = Policy(model, data, adapted=lora is not None, sharded=device_mesh is not None)
     for objective in objectives.values():
         objective.prepare(policy, load)
+        if objective.init_from is not None:
+            _start_from(policy.learned[objective.family], objective.init_from, objective.family)
     frozen = not any(objective.trains_model for objective in objectives.values())
     model.requires_grad_(not frozen)
     if dtype is not None:
@@ -56,6 +62,22 @@ def prepare_policy(
         for whole in (policy.model, *policy.frozen.values()):
             shard(whole, device_mesh)
     return policy
+
+
+def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
+    """Load an objective's own parameters from the checkpoint of another run."""
+    with named("init_from"):
+        weights = load_checkpoint(path)["state_dict"]
+        prefix = f"learned.{family}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not own:
+            raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
+        start = {name: value for name, value in own.items() if name in PARAMETERS}
+        for name, value in start.items():
+            here = list(getattr(module, name).shape)
+            if here != list(value.shape):
+                raise ValueError(f"{path} was trained with other units: {name} is {list(value.shape)}, here {here}")
+        module.load_state_dict(start, strict=False)  # counters begin anew
 
 
 def reward_functions(

@@ -180,3 +180,21 @@ def test_maps_without_an_allocation_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
     assert "add AllocationRL to objectives" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_runs_allocation(tmp_path, monkeypatch, capsys):
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path))
+    first = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    start = str(tmp_path / "run" / "step=6.ckpt")
+    refined = config_of(
+        tmp_path,
+        objectives=[allocation(prefill="allocated", init_from=start, lr=1e-6)],
+        trainer__default_root_dir=str(tmp_path / "refined"),
+    )
+    hybridmem(monkeypatch, "fit", "--config", refined)
+    second = load_checkpoint(str(tmp_path / "refined" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+    other = config_of(tmp_path, "mag", [allocation(init_from=start, attention_window=None)])
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
+    assert "was trained with other units" in capsys.readouterr().err
