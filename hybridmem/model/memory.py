@@ -252,12 +252,12 @@ def memory_gates(
     if not config.memory_momentum:
         eta = torch.zeros_like(write)
     elif eta_logit is not None:
-        eta = torch.sigmoid(eta_logit.to(write.dtype))[:, None]
+        eta = torch.sigmoid(eta_logit.to(write.dtype))[:, None].expand_as(write)
     else:
         eta = rest[0]
     theta = write * write_bound(config.memory_step, eta)
     # A deep memory has no certificate: all layers move at once, so the step is divided among them.
-    return alpha, eta.expand_as(write), theta if config.memory_depth == 1 else theta / config.memory_depth
+    return alpha, eta, theta if config.memory_depth == 1 else theta / config.memory_depth
 
 
 def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
