@@ -59,7 +59,8 @@ def names_in_text() -> dict[str, Any]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hybridmem.training.allocator.keep_freed_memory", lambda: None)  # affects the whole process
+    for setting in ("allocator.keep_freed_memory", "denormals.flush_denormals"):  # they affect the whole process
+        monkeypatch.setattr(f"hybridmem.training.{setting}", lambda: None)
     if page.name == "README.md":  # written by the page's commands
         tiny_model(torch.float32, vocab_size=259).save_pretrained("my_model")
         byte_tokenizer().save_pretrained("my_model")
