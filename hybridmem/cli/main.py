@@ -37,6 +37,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from .compare import compare
 from .consolidate import consolidate
 from .convert import convert
+from .eval import evaluate
 from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
@@ -49,6 +50,7 @@ COMMANDS = {
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
+    "eval": evaluate,
     "subnetwork": subnetwork,
     "compare": compare,
     "report": report,
@@ -83,6 +85,7 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   export       export a checkpoint as a Hugging Face folder
   consolidate  merge a sharded run's checkpoint into one file, for any strategy
   generate     generate text with an exported model
+  eval         evaluate a causal LM on long contexts: table, heat map, JSON
   subnetwork   compare the weights of two or three exported models
   compare      run a grid of architectures and controls, from warm-ups to a report
   report       rewrite a grid's report, or compare two grids

@@ -13,6 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hybridmem.evaluate.harness import HarnessTask
+from hybridmem.evaluate.lm_eval_tasks import documents
+from hybridmem.evaluate.reader import Reader
 from tests.hybridmem.models import FOLDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # many warnings of lm-eval itself
@@ -81,3 +84,37 @@ def test_from_the_command_line(exported, evaluated, tmp_path):
     for task, metric in zip(NAMES, ("acc", "bits_per_byte", "exact_match"), strict=True):
         expected = evaluated("mag")["results"][task][f"{metric},none"]
         assert results[task][f"{metric},none"] == pytest.approx(expected, rel=1e-5), task
+
+
+def test_documents_are_as_long_as_asked(exported):
+    folder = str(exported("mag"))
+    rows = documents.ruler(["single", "variables"], pretrained=folder, max_seq_lengths=[512, 1024], num_samples=2)[
+        "test"
+    ]
+    assert [row["length"] for row in rows] == [512, 512, 1024, 1024]
+    for row in rows:
+        assert len(f"{row['input']}\n{row['prefix']}".encode()) == row["length"]
+        assert all(text in row["input"] for text in row["outputs"])
+    with pytest.raises(ValueError, match="max_seq_lengths=500 is no metric of this task"):
+        documents.ruler(pretrained=folder, max_seq_lengths=[500])
+    with pytest.raises(ValueError, match="metadata names no tokenizer"):
+        documents.facts(max_seq_lengths=[512])
+
+
+@pytest.mark.parametrize("task", ["facts", "needle", "loss_by_position"])
+def test_tasks_of_hybridmem_eval(exported, task):
+    folder = str(exported("mag"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    cell = HarnessTask(f"hybridmem_{task}", 1024, folder, 2, 0).measure(Reader(model, tokenizer, 512, [258]))
+    if task == "loss_by_position":
+        assert 7 < cell["score"] < 10  # an untrained model of bytes
+    else:
+        assert cell["score"] == 0
+        assert set(cell["results"][f"hybridmem_{task}"]) == {"1024"}
+
+
+def test_tasks_that_cannot_be_loaded(exported):
+    with pytest.raises(ValueError, match="lm-eval has no task 'no_such'"):
+        HarnessTask("no_such", 1024, str(exported("mag")), 2, 0)
+    with pytest.raises(ValueError, match="tasks=lm_eval/babilong_qa1: its data cannot be loaded"):
+        HarnessTask("babilong_qa1", 1024, str(exported("mag")), 2, 0)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Material:
 
     @cached_property
     def words(self) -> list[str]:
-        """Lower-case words of four to eight letters, sorted; from as many training files as ENOUGH_WORDS takes.
+        """Return sorted lower-case words of four to eight letters, from enough training files for ENOUGH_WORDS.
 
         Raises:
             ValueError: fewer words than puzzles need.
@@ -65,6 +65,13 @@ class Material:
                 f"need {FEWEST_WORDS}: give more text"
             )
         return sorted(found)
+
+
+@lru_cache(maxsize=4)
+def materials(path: str | None, pattern: str, val_fraction: float, seed: int) -> dict[Split, Material]:
+    """Return the material of both splits, read once for all tasks of the same files."""
+    paragraphs = Paragraphs(path, pattern, val_fraction, seed)
+    return {"train": Material(paragraphs, "train"), "val": Material(paragraphs, "val")}
 
 
 def scatter(text: str, statements: Sequence[str], depths: np.ndarray) -> str:

@@ -14,13 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from hybridmem.checks import at_least, between_0_and_1, one_of
-from hybridmem.tasks.facts import Paragraphs
 from hybridmem.tasks.task import END_OF_ANSWER, Split, example_generator
 
 from .counting import NUM_COMMON, WORDS_ASKED, common_words, frequent_words
 from .fit import NoCutError, TooShortError, fit
 from .needles import needle_among_needles, needles
-from .puzzle import FEWEST_WORDS, Material, Puzzle
+from .puzzle import FEWEST_WORDS, Material, Puzzle, materials
 from .scoring import string_match_all, string_match_part
 from .variables import variable_tracking
 
@@ -116,11 +115,7 @@ class Ruler:
         self.num_keys, self.num_values, self.num_queries = num_keys, num_values, num_queries
         self.num_chains, self.num_hops = num_chains, num_hops
         self.score = string_match_all if scoring == "all" else string_match_part
-        paragraphs = Paragraphs(path, pattern, val_fraction, seed)
-        self.material: dict[Split, Material] = {
-            "train": Material(paragraphs, "train"),
-            "val": Material(paragraphs, "val"),
-        }
+        self.material = materials(path, pattern, val_fraction, seed)
         self.count: Callable[[str], int] = count_bytes
 
     def measure_with(self, count: Callable[[str], int]) -> None:
@@ -137,7 +132,7 @@ class Ruler:
                 raise ValueError(self._too_short(subtask, least))
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "subtask"}."""
+        """Return {"prompt", "answer", "subtask"}."""
         rng = example_generator(self.seed, split, index)
         subtask = self.subtasks[index % len(self.subtasks)]
         puzzle = self.puzzle(subtask, self.material[split], rng)
@@ -165,12 +160,17 @@ class Ruler:
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest answer in a sentence and its end, if each byte is a token."""
+        """Return the tokens of the longest answer in a sentence, EOS included, with one token per byte."""
         items: dict[Subtask, int] = {
-            "single": 2, "multi_key": 2, "among_needles": 2, "multi_value": 1 + self.num_values,
-            "multi_query": 2 * self.num_queries, "variables": 2 + self.num_hops, "common_words": NUM_COMMON,
+            "single": 2,
+            "multi_key": 2,
+            "among_needles": 2,
+            "multi_value": 1 + self.num_values,
+            "multi_query": 2 * self.num_queries,
+            "variables": 2 + self.num_hops,
+            "common_words": NUM_COMMON,
             "frequent_words": WORDS_ASKED,
-        }  # fmt: skip
+        }
         return SENTENCE + ITEM * max(items[subtask] for subtask in self.subtasks) + END_OF_ANSWER
 
     def puzzle(self, subtask: Subtask, material: Material, rng: np.random.Generator) -> Puzzle:

@@ -1,0 +1,1 @@
+"""Evaluation of causal LMs on long contexts."""

@@ -1,0 +1,156 @@
+"""A causal LM that reads texts in chunks through its cache, with the time and the bytes that this takes."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from hybridmem.data.task_module import prompt_tokens
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Cost of reading a text.
+
+    Args:
+        tokens: of the text.
+        seconds: to read it.
+        state_bytes: of the cache at its end.
+        growth: bytes by which the cache grew with each token of the text's second half.
+    """
+
+    tokens: int
+    seconds: float
+    state_bytes: int
+    growth: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer, with the cost of reading the prompt and the seconds of each new token."""
+
+    text: str
+    usage: Usage
+    seconds_per_token: float
+
+
+class Reader:
+    """Reads `chunk_size` tokens at a time, so that a model with a state of constant size reads texts of any length.
+
+    Args:
+        model: a causal LM of transformers, in evaluation mode.
+        tokenizer: the model's.
+        chunk_size: tokens of a forward pass.
+        end_ids: tokens that end an answer.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, chunk_size: int, end_ids: list[int]):
+        self.model, self.tokenizer, self.chunk_size, self.end_ids = model, tokenizer, chunk_size, end_ids
+        self.chat = tokenizer.chat_template is not None
+
+    def prompt(self, text: str) -> list[int]:
+        """Return a prompt's tokens, in the chat template if the tokenizer has one."""
+        return prompt_tokens(self.tokenizer, self.chat, text)
+
+    def count(self, text: str) -> int:
+        """Return the number of a prompt's tokens."""
+        return len(self.prompt(text))
+
+    @torch.inference_mode()
+    def answer(self, prompt: list[int], max_new_tokens: int) -> Answer:
+        """Read a prompt and answer it greedily, up to an end token or `max_new_tokens`."""
+        watch, cache = Stopwatch(self.model.device), self._new_cache()
+        *_, (_, logits, usage) = self._read(torch.tensor(prompt), cache, watch)
+        written: list[int] = []
+        while True:
+            token = int(logits[-1].argmax())
+            if token in self.end_ids:
+                break
+            written.append(token)
+            if len(written) == max_new_tokens:
+                break
+            logits = self._forward(torch.tensor([token]), cache, keep=1)
+        seconds = watch.seconds() - usage.seconds
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return Answer(text, usage, seconds / max(1, len(written)))
+
+    @torch.inference_mode()
+    def predict(
+        self, input_ids: Int64[Tensor, " time"], shift_labels: Int64[Tensor, " time"]
+    ) -> tuple[Float[Tensor, " predicted"], Bool[Tensor, " predicted"], Usage]:
+        """Return, for every label, its negative log-likelihood in nats and whether it is the most likely token."""
+        nats, hits, usages = [], [], []
+        watch = Stopwatch(self.model.device)
+        for start, logits, usage in self._read(input_ids, self._new_cache(), watch, shift_labels):
+            usages.append(usage)
+            labels = shift_labels[start : usage.tokens].to(logits.device)
+            predicted = labels != IGNORED
+            if bool(predicted.any()):
+                chosen = logits[predicted].float()
+                nats.append(F.cross_entropy(chosen, labels[predicted], reduction="none").cpu())
+                hits.append((chosen.argmax(-1) == labels[predicted]).cpu())
+        return torch.cat(nats), torch.cat(hits), usages[-1]
+
+    def _read(
+        self, ids: Tensor, cache: DynamicCache, watch: "Stopwatch", labels: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Usage]]:
+        """Yield each chunk's start, its logits (the last one alone where no label needs more) and the usage so far."""
+        sizes = []  # tokens read, bytes of the cache
+        chunk_size = min(self.chunk_size, (len(ids) + 1) // 2)  # two chunks at least, to see the cache grow
+        for start in range(0, len(ids), chunk_size):
+            chunk = ids[start : start + chunk_size]
+            needed = labels is not None and bool((labels[start : start + chunk_size] != IGNORED).any())
+            logits = self._forward(chunk, cache, keep=0 if needed else 1)
+            sizes.append((start + len(chunk), state_bytes(cache)))
+            yield start, logits, Usage(sizes[-1][0], watch.seconds(), sizes[-1][1], _growth(sizes))
+
+    def _forward(self, ids: Tensor, cache: DynamicCache, keep: int) -> Tensor:
+        ids = ids[None].to(self.model.device)
+        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
+
+
+class Stopwatch:
+    """Seconds since its start, when the device has done its work."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.started = device, time.perf_counter()
+
+    def seconds(self) -> float:
+        """Wait for the device; return the seconds so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.started
+
+
+def state_bytes(cache: Any) -> int:
+    """Return the bytes of all tensors in a cache of any model.
+
+    Raises:
+        ValueError: the model keeps nothing there, so it cannot read in chunks.
+    """
+    tensors = {id(leaf): leaf for layer in cache.layers for leaf in _tensors(layer)}
+    if not tensors:
+        raise ValueError("model keeps no state in a DynamicCache of transformers, so it cannot read in chunks")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor)]
+
+
+def _growth(sizes: list[tuple[int, int]]) -> float:
+    tokens, size = sizes[-1]
+    earlier, smaller = sizes[(len(sizes) - 1) // 2]
+    return (size - smaller) / (tokens - earlier) if tokens > earlier else size / tokens
