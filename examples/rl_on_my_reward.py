@@ -3,7 +3,7 @@
     python examples/train_on_files.py
     python examples/rl_on_my_reward.py --model runs/examples/text
 
-The model completes a line of Python; the reward is 1 if the line parses.
+The model completes a line of Python. A line that ends in time earns a half, and one that parses a half.
 """
 
 import ast
@@ -17,17 +17,16 @@ from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO, AttentionRL
 from hybridmem.training import PolicyModule, WarmupCosine
 
-PROMPTS = ("def ", "import ", "class ", "if ")
-
 
 class Lines:
-    max_completion_length = 24
+    max_completion_length = 24  # bytes
 
     def example(self, split, index):
-        return {"prompt": PROMPTS[index % len(PROMPTS)], "answer": ""}
+        return {"prompt": ("def ", "import ", "class ", "if ")[index % 4], "answer": ""}
 
     def reward(self, prompts, completions, **columns):
-        return [float(parses(p + text.split("\n")[0])) for p, text in zip(prompts, completions, strict=True)]
+        pairs = zip(prompts, completions, strict=True)
+        return [("\n" in text) / 2 + parses(prompt + text.split("\n")[0]) / 2 for prompt, text in pairs]
 
 
 def parses(line: str) -> bool:
@@ -48,7 +47,7 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
         optimizer=partial(torch.optim.AdamW, lr=3e-4),
         lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )
-    data = TaskDataModule(Lines(), mode="prompts", batch_size=batch, num_val=len(PROMPTS), tokenizer=model)
+    data = TaskDataModule(Lines(), mode="prompts", batch_size=batch, num_val=4, tokenizer=model)
     trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.validate(module, data)
     trainer.fit(module, data)

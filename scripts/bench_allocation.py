@@ -76,7 +76,7 @@ def measure(model: str, allocation: Allocation, tokens: int, piece: int, threads
     clock = time.process_time if threads == 1 else time.perf_counter
     loaded = build(model, allocation)
     ids = torch.randint(0, loaded.config.vocab_size, (1, tokens + DECODED), generator=torch.Generator().manual_seed(0))
-    loaded(ids[:, :64])  # work that is done once does not count
+    loaded(ids[:, :64])  # warm-up, not measured
     weights, cache = resident_megabytes(), DynamicCache(config=loaded.config)
     began = clock()
     for part in ids[:, :tokens].split(piece, dim=1):
@@ -118,12 +118,12 @@ def read_rows(output: Path, settings: Settings) -> list[Row]:
         return []
     held = json.loads(output.read_text())
     if held["settings"] != vars(settings):
-        raise ValueError(f"output={output} holds rows of other settings, {held['settings']}: name another file")
+        raise ValueError(f"output={output} holds rows with other settings, {held['settings']}; choose another file")
     return held["rows"]
 
 
 def write_rows(output: Path, settings: Settings, rows: list[Row]) -> None:
-    """Write settings, and a row a line."""
+    """Write the settings, and one row per line."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     output.write_text(f'{{\n "settings": {json.dumps(vars(settings))},\n "rows": [\n{lines}\n ]\n}}\n')
@@ -147,7 +147,7 @@ def print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing, and print the table."""
+    """Measure the missing rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a Hugging Face folder or name")
     parser.add_argument("--allocations", nargs="*", type=Path, default=[], help="files of head sources")

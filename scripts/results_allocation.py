@@ -1,12 +1,12 @@
-"""Learn allocations of SmolLM2's heads and measure accuracy against the share of closed heads.
+"""Learns allocations of SmolLM2's heads, and measures accuracy against the share of closed heads.
 
-    python scripts/results_allocation.py train --model runs/smollm2 --controls reward --sources none --seeds 0
-    python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/regression/step=300.ckpt
+    python scripts/results_allocation.py train --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
+    python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
     python scripts/results_allocation.py figures
 
-`train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; a run that stopped goes
-on, a finished one is not run again. `measure` answers held-out prompts in blocks and adds each block to a row of the
-output, so that the same command goes on where it stopped. `figures` draws the curve and the map of heads.
+`train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
+runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
+so that an interrupted command can be repeated. `figures` draws the curve and the map of heads.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
 from hybridmem.tasks import Facts
+from hybridmem.training.callbacks.allocation_maps import draw_allocation
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
 from hybridmem.training.checkpoints.durable import to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint
@@ -39,14 +40,11 @@ DATA = Path("docs/data/allocation.json")
 FIGURE = Path("docs/results/allocation.png")
 MAP = Path("docs/results/allocation_map.png")
 BLOCK, WINDOW, SINKS = 16, 64, 4
-CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # of a prompt of about so many tokens
-ALLOCATION = "model.init_args.objectives"
-CONTROLS: dict[str, dict[str, Any]] = {  # the objective's settings
-    "reward": {},
-    "reward, allocated": {"prefill": "allocated"},
-}
+CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
+OBJECTIVES = "model.init_args.objectives"
+REFINED = "reward, refined"  # begins with the control reward
+STEPS = {"reward": 150, REFINED: 70}  # rollouts
 UNTRAINED = ("random", "last layers")
-COLOURS = {"reward": "#c8553d", "both": "#1f6f8b", "memory": "#e0a458", "random": "#999999"}
 
 
 class Cell(NamedTuple):
@@ -65,38 +63,50 @@ class Cell(NamedTuple):
         return self.control not in UNTRAINED and 0 < self.closed < 1
 
 
-def train(model: str, control: str, source: str, seed: int, steps: int, tokenizer: str) -> None:
-    """Run a control with a seed, or go on with it."""
+def train(control: str, source: str, seed: int, model: str, tokenizer: str) -> None:
+    """Run a control with a seed, or go on with it.
+
+    `reward` reads prompts in full, which is cheap, and trains without a memory: its order of heads serves both sources.
+    `reward, refined` begins there and reads everything by the allocation, in prompts of half the length.
+    """
     folder = run_folder(control, source, seed)
-    if (folder / f"step={steps}.ckpt").exists():
+    if checkpoint_of(control, source, seed).exists():
         return
+    settings: dict[str, Any] = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS}
+    options = {"model.init_args.model": model, "data.init_args.tokenizer": tokenizer}
+    if control == REFINED:
+        start = checkpoint_of("reward", "none", seed)
+        settings |= {"prefill": "allocated", "lr": 0.1, "init_from": str(start)}
+        options |= {"model.init_args.num_generations": "12", "data.init_args.task.init_args.length": "800"}
+    options |= {name: str(seed) for name in ("seed_everything", "data.init_args.seed", "model.init_args.seed")}
+    options |= {"trainer.max_steps": str(STEPS[control]), "trainer.default_root_dir": str(folder)}
+    options |= {OBJECTIVES: json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])}
     started = to_go_on_from(folder)
-    resume = [] if started is None else ["--ckpt_path", str(started)]
-    settings = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS, **CONTROLS[control]}
-    objectives = json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])
+    options |= {} if started is None else {"ckpt_path": str(started)}
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "hybridmem", "fit", "--config", str(CONFIG), f"--{ALLOCATION}={objectives}"),
-        *("--model.init_args.model", model, "--data.init_args.tokenizer", tokenizer, *resume),
-        *("--seed_everything", str(seed), "--data.init_args.seed", str(seed), "--model.init_args.seed", str(seed)),
-        *("--trainer.max_steps", str(steps), "--trainer.default_root_dir", str(folder)),
-    ]
+    given = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "hybridmem", "fit", "--config", str(CONFIG), *given]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run_folder(control: str, source: str, seed: int) -> Path:
     """Return the folder of a run."""
-    return ROOT / f"{control.replace(', ', '-').replace(' ', '_')}-{source}" / str(seed)
+    return ROOT / f"{control.replace(', ', '-')}-{source}" / str(seed)
 
 
-def order_of_heads(cell: Cell, trained_with: str, steps: int, shape: tuple[int, int]) -> Tensor:
+def checkpoint_of(control: str, source: str, seed: int) -> Path:
+    """Return the last checkpoint of a run."""
+    return run_folder(control, source, seed) / f"step={STEPS[control]}.ckpt"
+
+
+def order_of_heads(cell: Cell, shape: tuple[int, int]) -> Tensor:
     """Return the heads in the order in which a budget opens them."""
     count = shape[0] * shape[1]
     if cell.control == "random":
         return torch.randperm(count, generator=torch.Generator().manual_seed(cell.seed))
     if cell.control == "last layers":
         return torch.arange(count).flip(0)
-    path = run_folder(cell.control, trained_with, cell.seed) / f"step={steps}.ckpt"
+    path = checkpoint_of(cell.control, cell.source if cell.control == REFINED else "none", cell.seed)
     logits = load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"]
     return logits.flatten().argsort(descending=True, stable=True)
 
@@ -111,7 +121,7 @@ def sources(cell: Cell, order: Tensor, shape: tuple[int, int]) -> list[list[str]
 def answer_block(
     model: HybridMemForCausalLM, tokenizer: Any, task: Facts, chosen: list[list[str]], first: int
 ) -> list[bool]:
-    """Answer a block of held-out prompts greedily, everything read by the allocation."""
+    """Answer a block of held-out prompts greedily, with all tokens read under the allocation."""
     examples = [task.example("val", first + n) for n in range(BLOCK)]
     prompts = [Prompt(chat_tokens(tokenizer, example["prompt"])) for example in examples]
     with evaluating(model), model.head_sources(chosen):
@@ -135,7 +145,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         yield Cell("memory", "memory", 1.0, 0, tokens, window)
     for seed in map(int, options.seeds.split(",")):
         for closed in map(float, options.closed.split(",")):
-            for control in options.controls.split(","):
+            for control in options.controls.split(";"):
                 for source in options.sources.split(","):
                     if source == "none" or options.memory:
                         yield Cell(control, source, closed, seed, tokens, window)
@@ -143,7 +153,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> None:
-    """Answer prompts until every cell has as many as asked for."""
+    """Answer prompts until every cell has the requested number."""
     model = load_policy(options.memory or options.model)
     tokenizer = tokenizer_of_policy(options.model)
     model.config.attention_window, model.config.num_sink_tokens = options.window, SINKS
@@ -153,11 +163,11 @@ def measure(options: argparse.Namespace) -> None:
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
     task = Facts(length=CHARACTERS[options.tokens], num_facts=4)
     for cell in cells(options):
-        row = find_row(cell, options.trained_with)
+        row = find_row(cell)
         if len(row["right"]) >= options.prompts:
             continue
-        order = order_of_heads(cell, options.trained_with, options.steps, shape) if cell.closed not in (0, 1) else None
-        chosen = sources(cell, torch.arange(shape[0] * shape[1]) if order is None else order, shape)
+        order = order_of_heads(cell, shape) if 0 < cell.closed < 1 else torch.arange(shape[0] * shape[1])
+        chosen = sources(cell, order, shape)
         while len(row["right"]) < options.prompts:
             row["right"] += answer_block(model, tokenizer, task, chosen, len(row["right"]))
             row["accuracy"] = sum(row["right"]) / len(row["right"])
@@ -166,8 +176,8 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that tell rows apart."""
-    return tuple(row.get(name) for name in ("trained_with", "task", *Cell._fields))
+    """Return the values that identify a row."""
+    return tuple(row.get(name) for name in ("task", *Cell._fields))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -175,16 +185,15 @@ def rows() -> list[dict[str, Any]]:
     return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
 
 
-def find_row(cell: Cell, trained_with: str) -> dict[str, Any]:
+def find_row(cell: Cell) -> dict[str, Any]:
     """Return a cell's row, empty if nothing was measured."""
     estimator = "sampled" if cell.trains else None
     wanted = cell._asdict() | {"task": "facts", "estimator": estimator, "accuracy": None, "right": []}
-    wanted |= {"trained_with": trained_with if cell.trains else None}
     return next((row for row in rows() if key(row) == key(wanted)), wanted)
 
 
 def put_row(row: dict[str, Any]) -> None:
-    """Write a row in place of the one with the same key."""
+    """Write a row, replacing any row with the same key."""
     kept = [other for other in rows() if key(other) != key(row)]
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     DATA.parent.mkdir(parents=True, exist_ok=True)
@@ -192,73 +201,92 @@ def put_row(row: dict[str, Any]) -> None:
     DATA.write_text(f'{{"machine": {json.dumps(machine)}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
-def curve(control: str, source: str, tokens: int, window: int) -> dict[float, tuple[float, float]]:
-    """Return mean accuracy and half the interval over seeds, by the share closed."""
+def curve(control: str, source: str, tokens: int, window: int) -> dict[float, list[float]]:
+    """Return the accuracy of each seed by the share closed, both ends included."""
     found: dict[float, list[float]] = {}
     for row in rows():
-        ends = row["closed"] in (0, 1)
-        alike = (row["control"] == control and row["source"] == source) or (
-            ends and (row["closed"] == 0 or row["source"] == source)
-        )
-        if alike and row["tokens"] == tokens and row["window"] == window:
+        end = row["closed"] == 0 or (row["closed"] == 1 and row["source"] == source)
+        alike = row["control"] == control and row["source"] == source
+        if (alike or end) and row["tokens"] == tokens and row["window"] == window:
             found.setdefault(row["closed"], []).append(row["accuracy"])
-    return {closed: mean_interval(values) for closed, values in sorted(found.items())}
+    return dict(sorted(found.items()))
+
+
+ARMS = {  # label: control, source of closed heads, colour
+    "reward and memory": (REFINED, "memory", "#1f6f8b"),
+    "reward alone": (REFINED, "none", "#c8553d"),
+    "surrogate and memory": ("reward", "memory", "#7fb3c4"),
+    "surrogate alone": ("reward", "none", "#e3a79a"),
+    "random heads": ("random", "none", "#999999"),
+}
 
 
 def figures(options: argparse.Namespace) -> None:
-    """Draw accuracy against the share of closed heads, and print the table."""
+    """Draw accuracy against the share of closed heads and the map of heads, and print the table."""
+    curves = {name: curve(*arm[:2], options.tokens, options.window) for name, arm in ARMS.items()}
+    curves = {name: points for name, points in curves.items() if len(points) > 2}
+    print("| closed | " + " | ".join(curves) + " |\n|" + " --- |" * (len(curves) + 1))
+    for closed in sorted({share for points in curves.values() for share in points}):
+        print(f"| {closed:.0%} | " + " | ".join(_shown(points.get(closed)) for points in curves.values()) + " |")
     figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=160)
     axes = figure.subplots()
-    arms = {
-        "reward and memory": ("reward", "memory", COLOURS["both"]),
-        "reward alone": ("reward", "none", COLOURS["reward"]),
-        "random heads": ("random", "none", COLOURS["random"]),
-    }
-    print("| closed | " + " | ".join(arms) + " |\n|" + "---|" * (len(arms) + 1))
-    curves = {
-        name: curve(control, source, options.tokens, options.window) for name, (control, source, _) in arms.items()
-    }
-    for closed in sorted({share for points in curves.values() for share in points}):
-        cells_ = [points.get(closed) for points in curves.values()]
-        print(f"| {closed:.0%} | " + " | ".join("" if c is None else f"{c[0]:.0%}" for c in cells_) + " |")
     for name, points in curves.items():
-        shares, colour = [100 * share for share in points], arms[name][2]
-        means = [100 * mean for mean, _ in points.values()]
-        axes.plot(shares, means, "o-", label=name, color=colour)
-    axes.set(xlabel="KV heads that read only a window of 64 tokens (%)", ylabel="answers right (%)", ylim=(-3, 103))
+        means = [100 * sum(values) / len(values) for values in points.values()]
+        style = "--" if name.startswith("surrogate") else "-"
+        axes.plot([100 * share for share in points], means, "o" + style, label=name, color=ARMS[name][2])
+    axes.set(xlabel=f"KV heads that read a window of {options.window} tokens (%)", ylabel="answers right (%)")
+    axes.set_ylim(-3, 103)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE)
+    _draw_map()
+
+
+def _shown(values: list[float] | None) -> str:
+    """Return the mean of seeds, with half its 95 % interval."""
+    if not values:
+        return ""
+    mean, half = mean_interval(values)
+    return f"{mean:.0%}" if half is None else f"{mean:.0%} ± {half:.0%}"
+
+
+def _draw_map() -> None:
+    """Draw the probability of each head, averaged over the finished runs of the refined arms."""
+    paths = list(ROOT.glob(f"reward-refined-*/*/step={STEPS[REFINED]}.ckpt"))
+    if paths:
+        logits = [load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"] for path in paths]
+        draw_allocation(torch.stack(logits).sigmoid().mean(0)).savefig(MAP)
 
 
 def main() -> None:
-    """Read the command line."""
+    """Train, measure or draw, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("train", "measure", "figures"):
         command = commands.add_parser(name)
-        command.add_argument("--tokens", type=int, default=400, choices=CHARACTERS, help="of a prompt, about")
+        command.add_argument(
+            "--tokens", type=int, default=400, choices=CHARACTERS, help="approximate length of a prompt"
+        )
         command.add_argument("--window", type=int, default=WINDOW)
         if name == "figures":
             continue
         command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
-        command.add_argument("--controls", default="reward")
+        command.add_argument("--memory", help="a retrofitted model: a folder or checkpoint, for the source memory")
+        command.add_argument("--controls", default=f"reward;{REFINED}", help="separated by semicolons")
         command.add_argument("--sources", default="none,memory")
         command.add_argument("--seeds", default="0,1,2")
-        command.add_argument("--steps", type=int, default=150, help="rollouts")
         if name == "measure":
-            command.add_argument("--memory", help="checkpoint of a retrofit, for the source memory")
-            command.add_argument("--trained_with", default="none", help="source of the runs of `train` to measure")
             command.add_argument("--closed", default="0.9,0.8,0.95,0.5")
             command.add_argument("--prompts", type=int, default=128)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.command == "train":
         for seed in map(int, options.seeds.split(",")):
-            for control in options.controls.split(","):
-                for source in options.sources.split(","):
-                    train(options.model, control, source, seed, options.steps, options.model)
+            for control in options.controls.split(";"):
+                for source in ["none"] if control == "reward" else options.sources.split(","):
+                    model = options.model if source == "none" else options.memory
+                    train(control, source, seed, model, options.model)
     elif options.command == "measure":
         measure(options)
     else:

@@ -55,17 +55,24 @@ def table_at(rows: Rows) -> Table:
     return table if rows else []
 
 
-def format_table(task: dict[str, Any]) -> Table:
-    """Return a table of the last metrics of FormatWatch and CollapseGuard, as means over seeds, or an empty one."""
-    columns = ["val/pass@1", "val/pass@2", "val/pass@8", "val/maj@8"]
+def format_tables(task: dict[str, Any]) -> list[Table]:
+    """Return tables of formats and of samples if FormatWatch logged formats, otherwise none."""
     shares = sorted({n for cell in task["cells"] for n in cell.get("last", ()) if n.startswith("val/format/share/")})
-    columns = [*shares, "val/format/entropy", *columns, "collapse/diversity", "collapse/distinct_patterns"]
-    table = [["model", "control", "seeds", *(name.split("/", 1)[1] for name in columns)]]
+    if not shares:
+        return []
+    formats = [*shares, "val/format/entropy", "collapse/diversity", "collapse/distinct_patterns"]
+    return [last_table(task, formats), last_table(task, ["val/pass@1", "val/pass@2", "val/pass@8", "val/maj@8"])]
+
+
+def last_table(task: dict[str, Any], columns: list[str]) -> Table:
+    """Return a table of the last value of each metric, as means over seeds."""
+    titles = [name.removeprefix("val/").removeprefix("format/").removeprefix("collapse/") for name in columns]
+    table = [["model", "control", "seeds", *titles]]
     for row in task["summary"]:
         cells = [cell["last"] for cell in finished_cells(task, row)]
         figures = [_mean([cell[name] for cell in cells if name in cell]) for name in columns]
         table.append([row["architecture"], row["label"], str(len(cells)), *figures])
-    return table if shares else []
+    return table
 
 
 def main() -> None:
@@ -77,7 +84,7 @@ def main() -> None:
         rows = [row for row in task["summary"] if "score" in row]
         if not rows:
             continue  # no finished runs
-        tables = [table for table in (main_table(task, rows), table_at(rows), format_table(task)) if table]
+        tables = [table for table in (main_table(task, rows), table_at(rows), *format_tables(task)) if table]
         write_tables(f"{arguments.results.parent.name}/{name}", tables)
 
 

@@ -207,20 +207,14 @@ def write() -> None:
     """Write the JSON file, and the table in docs/results/pretraining.md."""
     results = collect()
     Path("docs/data/pretrain.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = [["model", "parameters", "steps", "s/step", "bits per byte", "first 64", "64-255", "256-1023", "1024-4095"]]
+    totals = [["model", "parameters", "steps", "s/step", "bits per byte"]]
+    positions = [["model", "first 64", "64-255", "256-1023", "1024-4095"]]
     for name, row in results.items():
         ranges = [mean_and_half(values) for key, values in row.items() if key.startswith("bits_per_byte_at/")]
-        table.append(
-            [
-                name,
-                f"{row['parameters'] / 1e3:.0f}k",
-                str(row["steps"]),
-                f"{row['seconds_per_step']:.2f}",
-                mean_and_half(row["bits_per_byte"]),
-                *ranges,
-            ]
-        )
-    write_tables("pretraining", [table])
+        size, seconds = f"{row['parameters'] / 1e3:.0f}k", f"{row['seconds_per_step']:.2f}"
+        totals.append([name, size, str(row["steps"]), seconds, mean_and_half(row["bits_per_byte"])])
+        positions.append([name, *ranges])
+    write_tables("pretraining", [totals, positions])
 
 
 def main() -> None:

@@ -76,4 +76,4 @@ def test_old_python_is_named(tmp_path):
         env={"PATH": str(tmp_path)},
     )
     assert out.returncode != 0
-    assert "Python 3.11 or newer is needed (found: Python 3.9.2)" in out.stderr
+    assert "Python 3.11 or newer is required (found: Python 3.9.2)" in out.stderr

@@ -19,7 +19,7 @@ def convert(
     """Convert a pretrained Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model to a HybridMem folder.
 
     Args:
-        model: Hugging Face folder or name; with an allocation it may be converted already.
+        model: Hugging Face folder or name; an already converted model is accepted with an allocation.
         output: folder to write, which must be empty or absent.
         attention_window: window in tokens of heads without full attention. None: the allocation's, or 256.
         num_sink_tokens: number of sink tokens at the start of a document that these heads also see. None: the

@@ -22,7 +22,7 @@ def export(ckpt_path: Path, output: Path, license: str | None = None, allocation
         ckpt_path: checkpoint of `hybridmem fit`; its averaged weights (EMA) are exported if it has any.
         output: folder to write.
         license: licence of the weights for the model card, a hub identifier such as apache-2.0.
-        allocation: file of head sources to fix; by default the allocation that the checkpoint learned, if any.
+        allocation: file of head sources to apply. None: the allocation that the checkpoint learned, if any.
     """
     output.mkdir(parents=True, exist_ok=True)  # fails before the long computation if the folder is not writable
     checkpoint = load_checkpoint(ckpt_path)
@@ -46,13 +46,13 @@ def export(ckpt_path: Path, output: Path, license: str | None = None, allocation
 
 
 def _allocation_of(checkpoint: dict[str, Any]) -> Allocation | None:
-    """Return the allocation that training fixed, as `Allocation.to_dict` describes it."""
+    """Return the allocation in a checkpoint, or None if training learned none."""
     values = checkpoint.get("allocation")
     return None if values is None else Allocation.from_dict(values)
 
 
 def _with_sources(model: Any, allocation: Allocation) -> HybridMemForCausalLM:
-    """Fix the sources of a model's heads; a model of transformers is converted."""
+    """Fix the sources of a model's heads, converting a transformers model first."""
     if not isinstance(model, HybridMemForCausalLM):
         return convert(model, allocation=allocation)
     allocate(model, allocation)

@@ -14,15 +14,15 @@ from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig
 
 @dataclass(frozen=True)
 class Allocation:
-    """Sources of a model's KV heads, and the window of the heads that do not read everything.
+    """Sources of a model's KV heads, and the window of heads other than `full`.
 
     Args:
         model: the base model's name.
-        attention_window: tokens that heads see which do not read everything.
-        num_sink_tokens: first tokens of a document that these heads see too.
-        head_sources: for each layer a list of `full`, `memory` or `none` for its KV heads, empty where it is not mah.
+        attention_window: number of tokens visible to heads other than `full`.
+        num_sink_tokens: first tokens of a document that these heads see as well.
+        head_sources: for each layer, a list of `full`, `memory` or `none` for its KV heads; empty for other variants.
         trained: provenance: objective, task, prompts, seed, command.
-        path: the file that it was loaded from, for messages.
+        path: the file it was loaded from, for error messages.
     """
 
     model: str
@@ -34,17 +34,17 @@ class Allocation:
 
     @property
     def closed(self) -> float:
-        """Share of KV heads that do not read everything."""
+        """Return the share of KV heads other than `full`."""
         sources = list(chain.from_iterable(self.head_sources))
         return 1 - sources.count("full") / len(sources)
 
     @classmethod
     def load(cls, path: str | Path) -> "Allocation":
-        """Read a file.
+        """Load an allocation from a file.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not an allocation; the message names the file and the entry.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not an allocation; the message names the file and the entry.
         """
         path = Path(path)
         if not path.is_file():
@@ -57,7 +57,7 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, values: Any, path: Path | None = None) -> "Allocation":
-        """Return the allocation that `to_dict` describes.
+        """Create an allocation from the result of `to_dict`.
 
         Raises:
             ValueError: an entry is missing, unknown or of the wrong type, or `closed` contradicts the sources.
@@ -88,26 +88,26 @@ class Allocation:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the file holds them."""
+        """Return the allocation as plain values, with the entries of its file."""
         values = {name: value for name, value in asdict(self).items() if name not in ("trained", "path")}
         return values | {"closed": round(self.closed, 4), "trained": self.trained}
 
     def save(self, path: str | Path) -> None:
-        """Write a file, one layer a line."""
+        """Write the allocation to a file, with one line per layer."""
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.head_sources)
         entries = {name: json.dumps(value) for name, value in self.to_dict().items()}
         entries["head_sources"] = f"[\n{rows}\n ]"
         Path(path).write_text("{\n" + ",\n".join(f' "{name}": {text}' for name, text in entries.items()) + "\n}\n")
 
     def check(self, config: PreTrainedConfig, memories: Collection[int] = ()) -> None:
-        """Check that a model can be given these sources.
+        """Check that the allocation fits a model.
 
         Args:
-            config: the model's.
-            memories: numbers of the layers that hold a memory.
+            config: the model's configuration.
+            memories: indices of layers with a memory.
 
         Raises:
-            ValueError: another shape than the model's, a memory that the model lacks, or memories that were fitted to
+            ValueError: the shape differs from the model's, the model lacks a memory, or its memories were fitted to
                 another window.
         """
         place, expected = _place(self.path), kv_heads(config)
@@ -134,12 +134,12 @@ class Allocation:
 
     @property
     def reads_memory(self) -> bool:
-        """True if a head reads a memory."""
+        """Return True if a head reads a memory."""
         return any("memory" in row for row in self.head_sources)
 
 
 def kv_heads(config: PreTrainedConfig) -> list[int]:
-    """Return each layer's number of KV heads that can have a source; 0 for layers of a HybridMem model but mah."""
+    """Return each layer's number of KV heads with a source; 0 for layers of a HybridMem model other than `mah`."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     ours = isinstance(config, HybridMemConfig)
     return [0 if ours and config.layer_type(layer) != "mah" else heads for layer in range(config.num_hidden_layers)]
@@ -162,6 +162,6 @@ def _check_sources(layers: list[Any], place: str) -> None:
 
 
 def _shape(heads: list[int]) -> str:
-    """Spell a shape, in layers and KV heads."""
+    """Describe a shape in layers and KV heads."""
     sizes = sorted(set(heads))
     return f"{len(heads)} layers of {' or '.join(map(str, sizes))} KV heads"

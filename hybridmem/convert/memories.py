@@ -69,11 +69,11 @@ def add_memories(model: HybridMemForCausalLM, head_sources: Sources, settings: d
 
 
 def allocate(model: HybridMemForCausalLM, allocation: Allocation) -> None:
-    """Fix the sources of a converted model's heads, and drop the memories that none of them reads.
+    """Set the sources of a converted model's heads permanently, and remove unused memories.
 
     Args:
         model: a converted model.
-        allocation: the sources, and the window of the heads that do not read everything.
+        allocation: the sources, and the window of heads other than `full`.
 
     Raises:
         ValueError: as in `Allocation.check`.

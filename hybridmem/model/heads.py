@@ -230,7 +230,7 @@ class HeadMixer(nn.Module):
         """Attend to every key."""
         q, documents = self._queries(tokens.q, heads), sequence.document_ids
         keys, values = pick(tokens.k, heads), pick(tokens.v, heads)
-        if state.full is None and len(heads) < self.kv_heads:  # as views they would keep the other heads' keys alive
+        if state.full is None and len(heads) < self.kv_heads:  # a view would keep the keys of other heads alive
             keys, values = keys.clone(), values.clone()
         if state.full is not None:
             before = state.full

@@ -153,7 +153,7 @@ class HybridMemPreTrainedModel(PreTrainedModel):
             full_share: for each row (or for all rows, if it has one row) the share of `full` in a head's output; the
                 rest comes from the head's source. 1 and 0 select, numbers in between mix. Caches then hold all keys as
                 well as the other source's state, so that a head may change its share from call to call. The number 1.0
-                stands for a share of 1 everywhere and skips the other source's output.
+                means a share of 1 everywhere and skips the other source's output.
 
         Raises:
             ValueError: `sources` or `full_share` has the wrong shape.

@@ -3,6 +3,7 @@
 from .attention.recorder import AttentionRecorder
 from .objectives.advantages import group_advantages, groups_with_signal
 from .objectives.allocation import AllocationRL
+from .objectives.allocation_supervised import AllocationDistillation, AllocationSFT
 from .objectives.attention import AttentionRL
 from .objectives.critique import CritiqueGRPO, CritiqueGRPOReleased
 from .objectives.distillation import AttentionDistillation
@@ -21,7 +22,9 @@ __all__ = [
     "GRPO",
     "GSPO",
     "SFT",
+    "AllocationDistillation",
     "AllocationRL",
+    "AllocationSFT",
     "AttentionDistillation",
     "AttentionRL",
     "AttentionRecorder",

@@ -21,3 +21,12 @@ def named(setting: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
         raise ValueError(f"{setting}: {error}") from error
+
+
+@contextmanager
+def stopping_at(kind: type[Exception]) -> Iterator[None]:
+    """Raise exceptions of a class as a StoppedError with the same message."""
+    try:
+        yield
+    except kind as error:
+        raise StoppedError(str(error)) from error

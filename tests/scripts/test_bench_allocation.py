@@ -47,8 +47,11 @@ def test_every_model_is_measured_at_every_length(bench, options, tmp_path, capsy
     assert heads == pytest.approx({"full": 4, "50% none": 2, "learned": 1}, rel=0.1)
     assert all(row["decode_ms_per_token"] > 0 < row["prefill_ms_per_token"] for row in rows(tmp_path))
     assert {row["model"]: row["closed"] for row in rows(tmp_path)} == {
-        "full": 0, "50% none": 0.5, "50% memory": 0.5, "learned": 0.75,
-    }  # fmt: skip
+        "full": 0,
+        "50% none": 0.5,
+        "50% memory": 0.5,
+        "learned": 0.75,
+    }
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 9
     assert table[1].split()[:2] == ["64", "full"]
@@ -67,7 +70,7 @@ def test_a_second_run_measures_missing_cells_alone(bench, options, tmp_path, mon
     bench.main([*options, "--closed", "0.5", "0.75", "--sources", "none", "--lengths", "64", "96"])
     assert measured == [(0.75, 64), (0.0, 96), (0.5, 96), (0.75, 96), (0.75, 96)]
     assert rows(tmp_path)[: len(before)] == before
-    with pytest.raises(ValueError, match="holds rows of other settings"):
+    with pytest.raises(ValueError, match="holds rows with other settings"):
         bench.main([*options, "--window", "9"])
 
 

@@ -1,4 +1,4 @@
-"""Actions: choices that objectives make for every response, besides its tokens."""
+"""Actions: an objective's choices for every response, apart from its tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,12 +16,12 @@ class Action(Protocol):
 
     @property
     def prefill_once(self) -> bool:
-        """True if all responses read their prompt alike, so that one reading serves them all."""
+        """Return True if a group's responses can share one prefill of their prompt."""
         ...
 
     @property
     def in_passes(self) -> bool:
-        """True if the passes that score responses run with the choice, too."""
+        """Return True if the passes that score responses also run with this action."""
         ...
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
@@ -32,11 +32,11 @@ class Action(Protocol):
         ...
 
     def cut(self, time: int) -> "Action":
-        """Return the choice for the first `time` tokens."""
+        """Return the action on the first `time` tokens."""
         ...
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Action":
-        """Return the choice of some responses."""
+        """Return the action on the selected responses."""
         ...
 
 
@@ -50,5 +50,5 @@ def reading(actions: Sequence[Action], model: Any, part: Part) -> Iterator[None]
 
 
 def prefilled_once(actions: Sequence[Action]) -> bool:
-    """Return True if one reading of a prompt serves all its responses."""
+    """Return True if the responses to a prompt can share one prefill."""
     return all(action.prefill_once for action in actions)

@@ -1,20 +1,46 @@
-"""Allocations: which units of a model read beyond their window, and the policy that draws them."""
+"""Allocations, which open some units of a model beyond their window, and the policy that draws them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .action import Part
-from .sources import Units
 
 MAX_LOGIT = 4.0  # keeps every probability within [0.018, 0.982], so that no unit stops exploring
 
 Logits = Float[Tensor, "layers heads"]
+Share = Float[Tensor, "rows layers heads"]
+
+
+@runtime_checkable
+class Units(Protocol):
+    """The units of a model that can be allocated."""
+
+    layers: list[int]  # their numbers
+    num_heads: int  # units of each layer
+
+    @property
+    def window_and_sinks(self) -> tuple[int, int]:
+        """Return the tokens of a closed unit's window, and the first tokens that it sees."""
+        ...
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]] | None:
+        """Return the source of every KV head of the model, or None if units are not KV heads."""
+        ...
+
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
+        """Return a context in which a unit reads beyond the window by its share: 1 does, 0 does not, others mix.
+
+        Args:
+            model: the model, inside PEFT or not.
+            share: of each row, or of all rows if it has one; None: every unit reads beyond the window.
+        """
+        ...
 
 
 class AllocationPolicy(nn.Module):
@@ -29,6 +55,7 @@ class AllocationPolicy(nn.Module):
     price: Tensor
     full_reward: Tensor
     num_rollouts: Tensor
+    num_collapsed: Tensor
 
     def __init__(self, num_layers: int, num_heads: int, per_layer: bool, initial: float):
         super().__init__()
@@ -38,6 +65,7 @@ class AllocationPolicy(nn.Module):
         self.register_buffer("price", torch.zeros((), dtype=torch.float64))  # λ
         self.register_buffer("full_reward", torch.zeros((), dtype=torch.float64))  # sum over rollouts
         self.register_buffer("num_rollouts", torch.zeros((), dtype=torch.long))
+        self.register_buffer("num_collapsed", torch.zeros((), dtype=torch.long))  # in a row, far below the floor
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AllocationPolicy":
         """Keep float32 and float64 when a precision plugin converts the module."""
@@ -49,7 +77,7 @@ class AllocationPolicy(nn.Module):
 
     @property
     def probabilities(self) -> Logits:
-        """The probability of each unit to be open."""
+        """Return each unit's probability to be open."""
         return torch.sigmoid(self.logits)
 
     def draw(self, num_generations: int, generator: torch.Generator) -> Bool[Tensor, "responses layers heads"]:
@@ -83,7 +111,7 @@ class AllocationPolicy(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep every unit exploring."""
+        """Clamp φ, so that every unit keeps exploring."""
         self.logits.clamp_(-MAX_LOGIT, MAX_LOGIT)
 
 
@@ -109,17 +137,17 @@ class Allocation:
 
     @property
     def prefill_once(self) -> bool:
-        """One reading of a prompt serves all responses if it does not follow the allocation."""
+        """Return True if prompts are prefilled independently of the allocation."""
         return self.prefill == "full"
 
     @property
     def in_passes(self) -> bool:
-        """The policy's tokens are scored as they were sampled."""
+        """Return True, because responses are scored under the allocation that sampled them."""
         return True
 
     @property
     def costs(self) -> Float[Tensor, " rows"]:
-        """The share of units that are open."""
+        """Return the share of open units."""
         return self.opened.float().mean((1, 2))
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
@@ -147,16 +175,16 @@ class SoftAllocation:
 
     @property
     def prefill_once(self) -> bool:
-        """All responses read alike, but prompts are read with gradients."""
+        """Return False, because prompts are read with gradients."""
         return False
 
     @property
     def in_passes(self) -> bool:
-        """The gradient comes from the passes."""
+        """Return True, because φ gets its gradient from the scoring passes."""
         return True
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
-        """Return a context in which the model mixes by today's probabilities."""
+        """Return a context in which the model mixes by the current probabilities."""
         return self.units.applied(model, self.policy.spread(self.policy.probabilities[None]))
 
     def cut(self, time: int) -> "SoftAllocation":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybridmem.model.mixers import GateMixer
 from hybridmem.model.modeling import HybridMemForCausalLM
 
+from .allocations import Share, Units
 from .recorder import decoder_layers
 
 IMPLEMENTATION = "hybridmem_allocated"
@@ -23,25 +24,6 @@ OPEN_GATE = 30.0  # a logit at which mag's gate takes the window alone: sigmoid(
 AttentionMaskInterface.register(
     IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 )
-
-Share = Float[Tensor, "rows layers heads"]
-
-
-@runtime_checkable
-class Units(Protocol):
-    """The units of a model that can be allocated."""
-
-    layers: list[int]  # their numbers
-    num_heads: int  # units of each layer
-
-    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context in which a unit reads beyond the window by its share: 1 does, 0 does not, others mix.
-
-        Args:
-            model: the model, inside PEFT or not.
-            share: of each row, or of all rows if it has one; None: every unit reads beyond the window.
-        """
-        ...
 
 
 class HeadUnits:
@@ -60,6 +42,7 @@ class HeadUnits:
         assert config.layer_types is not None
         self.layers = [number for number, name in enumerate(config.layer_types) if name == "mah"]
         self.num_heads, self.num_layers = config.num_key_value_heads, config.num_hidden_layers
+        self.window_and_sinks = (config.attention_window, config.num_sink_tokens)
         for number in self.layers:
             if source == "memory" and decoder_layers(model)[number].mixer.memory is None:
                 raise ValueError(
@@ -67,6 +50,14 @@ class HeadUnits:
                     "fit it (configs/retrofit), or set source to none"
                 )
         self.sources = [[source] * self.num_heads if number in self.layers else [] for number in range(self.num_layers)]
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]]:
+        """Return the source of every KV head."""
+        rows = dict(zip(self.layers, opened.tolist(), strict=True))
+        return [
+            ["full" if reads else source for reads, source in zip(rows.get(number, ()), sources, strict=True)]
+            for number, sources in enumerate(self.sources)
+        ]
 
     def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
         """Return a context in which heads mix `full` with the other source."""
@@ -88,6 +79,10 @@ class GateUnits:
         layers = decoder_layers(model)
         self.layers = [number for number, layer in enumerate(layers) if isinstance(layer.mixer, GateMixer)]
         self.num_heads = model.config.num_attention_heads
+        self.window_and_sinks = (model.config.attention_window, 0)
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> None:
+        """Return None: gates are not KV heads."""
 
     @contextmanager
     def applied(self, model: Any, share: Share | None) -> Iterator[None]:
@@ -133,6 +128,11 @@ class AttentionUnits:
         self.layers = list(range(len(modules)))
         config: Any = modules[0].config
         self.num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.window_and_sinks = (window, sinks)
+
+    def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> list[list[str]]:
+        """Return the source of every KV head."""
+        return [["full" if reads else "none" for reads in layer] for layer in opened.tolist()]
 
     @contextmanager
     def applied(self, model: Any, share: Share | None) -> Iterator[None]:

@@ -7,6 +7,7 @@ L      = − mean_i min(r_i A_i, clip(r_i) A_i)     r_i = π_φ(a_i) / π_old(a_
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridmem.checks import at_least, one_of
+from hybridmem.convert.allocation import Allocation as AllocationFile
 from hybridmem.distributed import all_gather_object
 from hybridmem.rl.attention.action import Action
 from hybridmem.rl.attention.allocations import (
@@ -35,21 +37,23 @@ UNITS = ("head", "layer")
 PREFILLS = ("full", "allocated")
 ESTIMATORS = ("sampled", "mixed")
 MAX_LOG_RATIO = 20.0  # nats; exp overflows at 89
+COLLAPSED = 30  # rollouts far below the floor at no price
 PATIENCE = 10  # rollouts in which full attention has to earn something
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Settings that every way to learn an allocation shares.
+    """Settings shared by all objectives that learn an allocation.
 
     Args:
-        source: what a closed unit reads beyond its window, `none` or `memory`.
+        source: the source of a closed unit beyond its window, `none` or `memory`.
         unit: `head` (a KV head; a head of mag's gate) or `layer`.
         attention_window, num_sink_tokens: a converted model's window and first tokens; None keeps the model's.
         initial: probability of an open unit at the start.
         lr: learning rate of φ.
         budget: share of units that stay open when the allocation is fixed; None keeps those with a probability of
             at least a half.
+        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`.
 
     Raises:
         ValueError: a setting that cannot work.
@@ -64,6 +68,7 @@ class Gates:
     initial: float = 0.8
     lr: float = 0.2
     budget: float | None = None
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         one_of(SOURCES, source=self.source)
@@ -106,12 +111,27 @@ class Gates:
         return [{"params": [self.gates(policy).logits], "lr": self.lr, "weight_decay": 0.0}]
 
     def fixed(self, policy: Policy) -> Allocation:
-        """Return the allocation that today's φ fixes: the likeliest units, as many as the budget allows."""
+        """Return the allocation of the current φ: the likeliest units within the budget."""
         gates = self.gates(policy)
         count = gates.logits.numel()
         probable = int((gates.probabilities >= 0.5).sum())
         opened = gates.ranked(probable if self.budget is None else round(self.budget * count))
         return shared(opened, gates, self.find_units(base_model(policy)))
+
+    def as_file(self, policy: Policy, objective: str) -> dict[str, Any]:
+        """Return today's allocation as the entry of a checkpoint; none for gates, which no file describes.
+
+        Args:
+            policy: the policy.
+            objective: provenance, the name of the objective.
+        """
+        fixed, config = self.fixed(policy), base_model(policy).config
+        sources = fixed.units.sources_of(fixed.policy.spread(fixed.opened.float())[0] > 0.5)
+        if sources is None:
+            return {}
+        window, sinks = fixed.units.window_and_sinks
+        trained = {"objective": objective, "rollouts": int(fixed.policy.num_rollouts)}
+        return {"allocation": AllocationFile(Path(config.name_or_path).name, window, sinks, sources, trained).to_dict()}
 
 
 def base_model(policy: Policy) -> Any:
@@ -169,32 +189,32 @@ class AllocationRL(Gates, Objective):
 
     @property
     def explores(self) -> bool:
-        """Responses are sampled under allocations."""
+        """Return True: responses are sampled under allocations."""
         return True
 
     @property
     def splits_reading(self) -> bool:
-        """Prompts that are read in full come first."""
+        """Return True if `sampled` prefills prompts with all units open."""
         return self.estimator == "sampled" and self.prefill == "full"
 
     @property
     def trains_model(self) -> bool:
-        """Only φ gets a gradient from `sampled`; in `mixed` it comes through the model, whose weights may rest."""
+        """Return False: `sampled` trains φ only, and `mixed` reaches φ through a model that may be frozen."""
         return False
 
     @property
     def trains_head(self) -> bool:
-        """The model's head gets no gradient."""
+        """Return False: the LM head gets no gradient."""
         return False
 
     @property
     def reads_scores(self) -> bool:
-        """The likelihood of an allocation needs no pass of the model."""
+        """Return False: the likelihood of an allocation needs no pass of the model."""
         return False
 
     @property
     def normaliser(self) -> Normaliser:
-        """The loss is a mean over allocations, one a response."""
+        """Return `responses`, because the loss is a mean over one allocation per response."""
         return "responses"
 
     def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
@@ -233,6 +253,10 @@ class AllocationRL(Gates, Objective):
         with torch.no_grad():
             return Allocation(gates, units, opened, self.prefill, gates.log_likelihood(opened))
 
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return the allocation of KV heads that would be fixed now, for `hybridmem export`."""
+        return self.as_file(policy, type(self).__name__)
+
     def settle(self, policy: Policy) -> Allocation:
         """Return the allocation that would be fixed now."""
         return self.fixed(policy)
@@ -266,6 +290,7 @@ class AllocationRL(Gates, Objective):
             full_reward = _global_mean(rewards[~drawn])
             self._watch_reference(gates, full_reward)
             slack = _global_mean(rewards[drawn]) - self.min_reward * full_reward
+            self._watch_collapse(gates, _global_mean(rewards[drawn]), full_reward)
         gates.price.add_(self.dual_lr * slack).clamp_(min=0)
 
     def _watch_reference(self, gates: AllocationPolicy, full_reward: float) -> None:
@@ -275,6 +300,16 @@ class AllocationRL(Gates, Objective):
             raise ObjectiveError(
                 f"min_reward={self.min_reward} is relative to full attention, which earned nothing in {PATIENCE} "
                 "rollouts: choose easier prompts or another model, or set a budget"
+            )
+
+    def _watch_collapse(self, gates: AllocationPolicy, reward: float, full_reward: float) -> None:
+        """Stop a run that stays below half its floor although open units cost nothing."""
+        below = bool(gates.price == 0) and reward < self.min_reward * full_reward / 2
+        gates.num_collapsed.fill_(int(gates.num_collapsed) + 1 if below else 0)
+        if gates.num_collapsed == COLLAPSED:
+            raise ObjectiveError(
+                f"the allocation collapsed: for {COLLAPSED} rollouts its reward was below half of min_reward="
+                f"{self.min_reward} at a price of 0; resume from an earlier checkpoint with a smaller lr or dual_lr"
             )
 
     def loss(

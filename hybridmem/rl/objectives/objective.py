@@ -78,6 +78,7 @@ class Objective(ABC):
     compares_with_rollout: ClassVar[bool] = False  # its loss needs an observation of the sampling policy
     choice: ClassVar[str] = "exploration"  # names the action in messages
     chooses_in_environments: ClassVar[bool] = False  # `act` supports environments
+    init_from: str | None = None  # checkpoint from which its own parameters start
     dynamic_sampling: bool = False  # replaces groups whose rewards are all equal
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -92,7 +93,7 @@ class Objective(ABC):
 
     @property
     def splits_reading(self) -> bool:
-        """Whether passes read prompts and responses in two parts, so that records hold the responses' queries alone."""
+        """Return True if passes read prompt and response separately, so records hold only responses' queries."""
         return False
 
     @property
@@ -205,6 +206,10 @@ class Objective(ABC):
             old: the sampling policy's scores of the responses.
             temperature: the sampling temperature.
         """
+
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return entries for checkpoints, as plain values that an export can use."""
+        return {}
 
     def settle(self, policy: Policy) -> Action | None:
         """Return the choice that held-out prompts are answered with, or None; its one row serves all responses."""

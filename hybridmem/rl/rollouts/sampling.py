@@ -141,14 +141,19 @@ def read(
     model: Any, new: PromptBatch, cache: DynamicCache | None, logits_to_keep: int = 1
 ) -> Float[Tensor, "rows kept vocab"]:
     """Return the logits at the last of some new tokens; the attention mask may also cover the cached tokens."""
+    caching, tokens = cache is not None, inputs_of(model, new)
+    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
+
+
+def inputs_of(model: Any, new: PromptBatch) -> dict[str, Tensor]:
+    """Return the model's keyword arguments for some new tokens, their mask and positions included."""
     tokens = _as_input(model, new)
     if new.attention_mask is not None:
         tokens["attention_mask"] = new.attention_mask.long()
         tokens["position_ids"] = positions(new.attention_mask)[:, -new.input_ids.shape[1] :]
     if new.position_ids is not None:
         tokens["position_ids"] = new.position_ids
-    caching = cache is not None
-    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
+    return tokens
 
 
 def _as_input(model: Any, rows: PromptBatch) -> dict[str, Tensor]:

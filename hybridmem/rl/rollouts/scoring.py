@@ -12,7 +12,7 @@ from hybridmem.rl.attention.action import Action, prefilled_once, reading
 
 from .completions import Completions
 from .prompts import PromptBatch, Times
-from .sampling import read
+from .sampling import inputs_of, read
 
 
 def first_rows(times: int | Times, rows: int) -> Int[Tensor, " prompts"]:
@@ -84,3 +84,13 @@ def _behind_shared_prompts(
     with reading(actions, model, "response"):  # the last token, too: its attention may be recorded
         logits = read(model, prompts.followed_by(completions.ids).last(length), cache, logits_to_keep=length)
     return torch.cat((behind_prompt.repeat_interleave(repeats, dim=0), logits[:, :-1]), dim=1)
+
+
+def last_hidden_states(
+    model: Any, prompts: PromptBatch, completions: Completions
+) -> Float[Tensor, "responses length hidden"]:
+    """Return the base model's last hidden states at the positions that predict the generated tokens."""
+    length = completions.ids.shape[1]
+    rows = prompts.followed_by(completions.ids)
+    inputs = inputs_of(model, rows)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state[:, -length - 1 : -1]

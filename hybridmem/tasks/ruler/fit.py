@@ -16,7 +16,7 @@ STEPS = 12  # characters around the place that bisection finds
 
 
 class TooShortError(ValueError):
-    """The shortest prompt needs more tokens: at least `least`."""
+    """Error for a prompt that needs at least `least` tokens."""
 
     def __init__(self, least: int):
         super().__init__(f"the shortest prompt has {least} tokens")
@@ -24,7 +24,7 @@ class TooShortError(ValueError):
 
 
 class NoCutError(ValueError):
-    """No cut of the filling gives the number of tokens."""
+    """Error for a filling that no cut brings to the number of tokens."""
 
 
 def fit(parts: Parts, filling: str, num_tokens: int, count: Count) -> str:

@@ -49,7 +49,7 @@ class Material:
 
     @cached_property
     def words(self) -> list[str]:
-        """Lower-case words of four to eight letters, sorted; from as many training files as ENOUGH_WORDS takes.
+        """Return sorted lower-case words of four to eight letters, from enough training files for ENOUGH_WORDS.
 
         Raises:
             ValueError: fewer words than puzzles need.

@@ -132,7 +132,7 @@ class Ruler:
                 raise ValueError(self._too_short(subtask, least))
 
     def example(self, split: Split, index: int) -> dict[str, Any]:
-        """{"prompt", "answer", "subtask"}."""
+        """Return {"prompt", "answer", "subtask"}."""
         rng = example_generator(self.seed, split, index)
         subtask = self.subtasks[index % len(self.subtasks)]
         puzzle = self.puzzle(subtask, self.material[split], rng)
@@ -160,12 +160,17 @@ class Ruler:
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest answer in a sentence and its end, if each byte is a token."""
+        """Return the tokens of the longest answer in a sentence, EOS included, with one token per byte."""
         items: dict[Subtask, int] = {
-            "single": 2, "multi_key": 2, "among_needles": 2, "multi_value": 1 + self.num_values,
-            "multi_query": 2 * self.num_queries, "variables": 2 + self.num_hops, "common_words": NUM_COMMON,
+            "single": 2,
+            "multi_key": 2,
+            "among_needles": 2,
+            "multi_value": 1 + self.num_values,
+            "multi_query": 2 * self.num_queries,
+            "variables": 2 + self.num_hops,
+            "common_words": NUM_COMMON,
             "frequent_words": WORDS_ASKED,
-        }  # fmt: skip
+        }
         return SENTENCE + ITEM * max(items[subtask] for subtask in self.subtasks) + END_OF_ANSWER
 
     def puzzle(self, subtask: Subtask, material: Material, rng: np.random.Generator) -> Puzzle:

@@ -84,7 +84,7 @@ def _check_sampling(objectives: dict[str, Objective]) -> None:
 
 
 def explorations(objectives: dict[str, Objective]) -> list[str]:
-    """Return the names of the objectives' explorations and allocations, which only works if the trainer samples."""
+    """Return the names of the objectives' explorations and allocations, which require sampling by the trainer."""
     return [f"{type(o).__name__}'s {o.choice}" for o in objectives.values() if o.explores]
 
 
@@ -116,7 +116,7 @@ def check_frozen(dtype: str, frozen: bool) -> None:
     """Raise a ValueError if weights that are trained would be stored in a lower precision."""
     if not frozen:
         raise ValueError(
-            f"dtype={dtype} is for weights that are not trained: set lora, or trainer.precision to bf16-mixed instead"
+            f"dtype={dtype} is only for weights that are not trained; set lora, or trainer.precision to bf16-mixed"
         )
 
 

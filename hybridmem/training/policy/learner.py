@@ -118,8 +118,16 @@ class Learner:
                     return
                 prompts, answers = self.policy.demonstrate([examples[row] for row in rows.tolist()])
                 batch = self._demonstrated(prompts, answers)
-                logps, entropy = completion_logps(self.policy.model, prompts, answers, temperature=1.0)
-                scores = Scores(logps, entropy, {})
+                batch.actions = {
+                    family: action
+                    for family, objective in self.objectives.items()
+                    if (action := objective.act(self.policy, 1, 0, [])) is not None
+                }
+                scores = Scores(answers.sampled_logps, answers.sampled_logps, {})
+                if self.reads_scores:
+                    actions = list(batch.actions.values())
+                    logps, entropy = completion_logps(self.policy.model, prompts, answers, 1.0, actions=actions)
+                    scores = Scores(logps, entropy, {})
                 self._take_step(self._loss(batch, scores, scores))
 
     def _take_step(self, loss: Float[Tensor, ""]) -> None:

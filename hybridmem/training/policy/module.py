@@ -5,33 +5,28 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from transformers import PreTrainedTokenizerBase
 
 from hybridmem.data.trainer_state import is_training
-from hybridmem.distributed import Meter, shard
+from hybridmem.distributed import Meter
 from hybridmem.model.modeling import HybridMemForCausalLM
-from hybridmem.rl.environments.tools import tools_of
 from hybridmem.rl.objectives.objective import Objective, ObjectiveError
 from hybridmem.rl.rewards.functions import RewardSum
-from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
-from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, lower_precision, with_adapters
+from hybridmem.rl.rollouts.agent_rollouts import Environments
+from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
-from hybridmem.training.checkpoints.contents import load_policy, name_optimizer_states, tokenizer_of_policy
+from hybridmem.training.checkpoints.contents import name_optimizer_states
 from hybridmem.training.checkpoints.model_card import training_facts
-from hybridmem.training.errors import StoppedError, named
+from hybridmem.training.errors import named, stopping_at
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
 from hybridmem.training.optimizers import OptimizerFactory, decay_groups
 from hybridmem.training.schedules import SchedulerFactory, WarmupCosine, scheduled_steps
 
 from .checks import (
     by_family,
-    check_acting,
     check_answers,
     check_end,
-    check_frozen,
     check_prompts,
     check_settings,
     check_strategy,
@@ -39,6 +34,7 @@ from .checks import (
 )
 from .group_buffer import GroupBuffer, SignalWatch
 from .learner import Learner, OptimizerStep
+from .loading import prepare_policy, reward_functions
 from .rollout_worker import LocalSampler, RolloutWorker
 from .validation import Answered, validate
 
@@ -158,27 +154,25 @@ class PolicyModule(L.LightningModule):
             factory, self.max_turns, self.call_format, self.max_observation_length
         )
         example = self.data.task.example("val", 0)
-        self.rewards = RewardSum(self._reward_functions(example), self.reward_weights)
+        functions = reward_functions(self.reward_funcs, self.data, self.environments, self.objectives, example)
+        self.rewards = RewardSum(functions, self.reward_weights)
         self.rewards.check_columns([*example, *([] if self.environments is None else ["environments"])])
         check_answers(self.objectives, example)
         length = self.max_completion_length or self.data.task.max_completion_length
         self.sampling = Sampling(max_completion_length=length, **self.draw)
 
-    def _reward_functions(self, example: Example) -> list[Callable]:
-        """Return the environment's reward and reward_funcs, or else the task's own reward."""
-        if self.environments is None:
-            return self.reward_funcs or [self.data.task.reward]
-        check_acting(self.objectives)
-        environment = self.environments.factory()
-        tools_of(environment)
-        begin(self.data, example, [environment, self.environments.factory()])
-        own = [environment_reward] if hasattr(environment, "get_reward") else []
-        return [*own, *(self.reward_funcs or [])] or [self.data.task.reward]
-
     def configure_model(self) -> None:
         """Load the policy once, and connect it to the data of this run."""
         if self.model is None:
-            self.policy = self._load_policy()
+            self.policy = prepare_policy(
+                self.model_name,
+                self.data,
+                self.objectives,
+                self.lora,
+                self.dtype_name,
+                self.attn_implementation,
+                self.device_mesh,
+            )
             self.model = self.policy.model
             self.learned = torch.nn.ModuleDict(self.policy.learned)
         self.policy.data = self.data
@@ -201,33 +195,6 @@ class PolicyModule(L.LightningModule):
         self.signal = SignalWatch(
             self.max_empty_rollouts, self.num_generations, self.rewards.names, self.dynamic_sampling
         )
-
-    def _load_policy(self) -> Policy:
-        """Load the policy and the objectives' frozen models."""
-        with named("model"):
-            model = load_policy(self.model_name)
-        model.set_attn_implementation(self.attn_implementation)
-        policy = Policy(model, self.data, adapted=self.lora is not None, sharded=self.device_mesh is not None)
-        for objective in self.objectives.values():
-            objective.prepare(policy, self._load_frozen)
-        frozen = not any(objective.trains_model for objective in self.objectives.values())
-        model.requires_grad_(not frozen)
-        if self.dtype_name is not None:
-            check_frozen(self.dtype_name, frozen or self.lora is not None)
-            lower_precision(model, self.dtype_name)
-        if self.lora is not None:
-            policy.model = with_adapters(model, self.lora)
-        if disable_dropout(policy.model):
-            rank_zero_info("dropout is off, so that responses are scored by the policy that sampled them")
-        if self.device_mesh is not None:
-            for whole in (policy.model, *policy.frozen.values()):
-                shard(whole, self.device_mesh)
-        return policy
-
-    def _load_frozen(self, name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
-        model = load_policy(name)
-        model.set_attn_implementation(self.attn_implementation)
-        return model, tokenizer_of_policy(name)
 
     def check_data(self, data: Any) -> None:
         """Raise a ValueError if the policy cannot train on this data."""
@@ -262,11 +229,8 @@ class PolicyModule(L.LightningModule):
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
         """Roll out and learn, or learn from the given answers if no objective samples."""
         self.has_started = True
-        with stopping_at_non_finite_logits(self.trainer):
-            try:
-                self._learn_from(batch)
-            except ObjectiveError as error:
-                raise StoppedError(str(error)) from error
+        with stopping_at_non_finite_logits(self.trainer), stopping_at(ObjectiveError):
+            self._learn_from(batch)
         for name, value in self.meter.pop_means().items():
             self.log(name, value, prog_bar=name in SHOWN)
 
@@ -332,6 +296,8 @@ class PolicyModule(L.LightningModule):
         checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
         if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
+        for objective in self.objectives.values():
+            checkpoint.update(objective.artefacts(self.policy))
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 

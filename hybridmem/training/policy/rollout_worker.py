@@ -102,7 +102,7 @@ class RolloutWorker:
 
     @property
     def settled(self) -> list[Action]:
-        """The choices that held-out prompts are answered with."""
+        """Settled choices of the objectives, under which held-out prompts are answered."""
         found = (objective.settle(self.policy) for objective in self.objectives.values())
         return [action for action in found if action is not None]
 

@@ -71,12 +71,10 @@ BROKEN = {
     "attention_window=0 must be at least 1": dict(attention_window=0),
     "num_sink_tokens=-1 must be at least 0": dict(num_sink_tokens=-1),
     "head_sources must hold a list of sources for each layer": dict(head_sources=["full", "none"]),
-    "head_sources[1][0]='some' is unknown: choose one of full, memory, none": dict(
-        head_sources=[["full"], ["some"]]
-    ),
+    "head_sources[1][0]='some' is unknown: choose one of full, memory, none": dict(head_sources=[["full"], ["some"]]),
     "closed=0.9 but 2 of 4 heads are not full: correct closed or head_sources": dict(closed=0.9),
     "closed='half' but 2 of 4": dict(closed="half"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", BROKEN)
@@ -169,7 +167,7 @@ REFUSED = {
         sources=MEMORY
     ),
     "attention_window=300 is longer than the model's context of 256 tokens": dict(attention_window=300),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -205,6 +203,26 @@ def test_settings_that_exclude_each_other(tmp_path):
         convert(convert(base))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.json", "does not exist: name a JSON file"),
+        ("other.json", "names 1 layers of 1 KV heads but the model"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(name, message, tmp_path, monkeypatch, capsys):
+    base_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    allocation([["none"]]).save(tmp_path / "other.json")
+    capsys.readouterr()  # saving shows its progress
+    command = ["convert", "--model", tmp_path / "base", "--output", tmp_path / "out", "--allocation", tmp_path / name]
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, *map(str, command))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"allocation={tmp_path / name} {message}" in line
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_the_cache_grows_with_open_heads_alone():
     base, sizes = base_model(dtype=torch.float32), {}
@@ -218,8 +236,10 @@ def test_the_cache_grows_with_open_heads_alone():
             sizes[name].append(state_bytes(cache))
     key_and_value = 2 * base.config.head_dim * 4
     assert {name: after - before for name, (before, after) in sizes.items()} == {
-        "full": 4 * 100 * key_and_value, "one": 100 * key_and_value, "none": 0,
-    }  # fmt: skip
+        "full": 4 * 100 * key_and_value,
+        "one": 100 * key_and_value,
+        "none": 0,
+    }
     assert sizes["none"][0] == 4 * (WINDOW + SINKS) * key_and_value
 
 

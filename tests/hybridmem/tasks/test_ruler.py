@@ -15,8 +15,11 @@ from hybridmem.tasks.ruler.ruler import expected
 from tests.hybridmem.data.helpers import byte_level_bpe, gapped_tokenizer, sentencepiece_bpe
 
 TOKENIZERS = {
-    "bytes": byte_tokenizer, "bpe": byte_level_bpe, "sentencepiece": sentencepiece_bpe, "gapped": gapped_tokenizer
-}  # fmt: skip
+    "bytes": byte_tokenizer,
+    "bpe": byte_level_bpe,
+    "sentencepiece": sentencepiece_bpe,
+    "gapped": gapped_tokenizer,
+}
 TEMPLATE = "<|end|>user: {{ messages[0]['content'] }}\nmodel:"
 
 

@@ -95,7 +95,7 @@ def test_frozen_weights_in_bfloat16(tmp_path, monkeypatch):
             {},
             "exploration: 0",
         ),
-        ([{"class_path": "hybridmem.rl.DAPO"}, allocation()], {}, "does not go with dynamic_sampling"),
+        ([{"class_path": "hybridmem.rl.DAPO"}, allocation()], {}, "is incompatible with dynamic_sampling"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, monkeypatch, capsys, objectives, changes, message):
@@ -129,3 +129,72 @@ def test_validation_answers_by_the_fixed_allocation(tmp_path, monkeypatch):
     (tmp_path / "fixed.yaml").write_text(json.dumps(settings))
     hybridmem(monkeypatch, "validate", "--config", tmp_path / "fixed.yaml")
     assert abs(logged(tmp_path, "val/reward")[-1] - last) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["converted", "llama"])
+def test_an_exported_folder_reads_by_the_learned_allocation(tmp_path, monkeypatch, kind):
+    config = config_of(tmp_path, kind, [allocation(budget=0.5, num_sink_tokens=2)])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=6.ckpt", "--output", tmp_path / "exported")
+    model = HybridMemForCausalLM.from_pretrained(tmp_path / "exported")
+    found = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    opened = [source == "full" for layer in model.config.head_sources for source in layer]
+    assert sum(opened) == 2
+    assert min(found.flatten()[torch.tensor(opened)]) >= max(found.flatten()[~torch.tensor(opened)])
+    assert (model.config.attention_window, model.config.num_sink_tokens) == (4, 2)
+
+
+@pytest.mark.parametrize("objective", ["AllocationSFT", "AllocationDistillation"])
+@pytest.mark.parametrize("kind", ["converted", "llama", "mag"])
+def test_supervised_gates_leave_the_model_frozen(tmp_path, monkeypatch, objective, kind):
+    settings = {"l1_price": 1.0, "budget": 0.5, "attention_window": None if kind == "mag" else 2}
+    objectives = [{"class_path": f"hybridmem.rl.{objective}", "init_args": settings}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, kind, objectives))
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    assert all(torch.equal(checkpoint[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert (checkpoint["learned.Allocation.logits"] < 1.3).all()  # the price closes every unit
+    assert logged(tmp_path, "allocation/closed")[-1] > logged(tmp_path, "allocation/closed")[0]
+    assert logged(tmp_path, "val/accuracy")
+
+
+def test_distillation_is_zero_while_every_unit_is_open(tmp_path, monkeypatch):
+    objective = {"class_path": "hybridmem.rl.AllocationDistillation", "init_args": {"l1_price": 0.0}}
+    objective["init_args"] |= {"attention_window": 64, "initial": 0.5}  # no text is longer than the window
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=[objective], trainer__max_steps=2))
+    assert max(logged(tmp_path, "loss")) < 1e-10
+
+
+def test_maps_are_drawn_during_training(tmp_path, monkeypatch):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps", "init_args": {"every_n_steps": 3}}]
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, trainer__callbacks=maps))
+    assert sorted(path.name for path in (tmp_path / "run" / "allocation_maps").iterdir()) == [
+        "step_3.png",
+        "step_6.png",
+    ]
+
+
+def test_maps_without_an_allocation_are_refused(tmp_path, monkeypatch, capsys):
+    maps = [{"class_path": "hybridmem.training.AllocationMaps"}]
+    config = config_of(tmp_path, objectives=[TOKENS], trainer__callbacks=maps)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert "add AllocationRL to objectives" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_runs_allocation(tmp_path, monkeypatch, capsys):
+    hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path))
+    first = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    start = str(tmp_path / "run" / "step=6.ckpt")
+    refined = config_of(
+        tmp_path,
+        objectives=[allocation(prefill="allocated", init_from=start, lr=1e-6)],
+        trainer__default_root_dir=str(tmp_path / "refined"),
+    )
+    hybridmem(monkeypatch, "fit", "--config", refined)
+    second = load_checkpoint(str(tmp_path / "refined" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+    other = config_of(tmp_path, "mag", [allocation(init_from=start, attention_window=None)])
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
+    assert "was trained with other units" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""Supervised ways to learn an allocation, as controls of AllocationRL: answers, or full attention as a teacher.
+
+Both mix full attention and a closed unit's reading by σ(φ), with a price on the sum of σ(φ).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hybridmem.rl.attention.action import Action
+from hybridmem.rl.attention.allocations import Allocation, SoftAllocation
+from hybridmem.rl.rollouts.experience import Experience, Scores
+from hybridmem.rl.rollouts.policy import Policy
+from hybridmem.rl.rollouts.scoring import last_hidden_states
+
+from .allocation import Gates, base_model
+from .objective import LossAndMetrics, ModelLoader, Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftGates(Gates, Objective):
+    """Gates that learn from given answers through a mix; the model stays frozen.
+
+    Args:
+        l1_price: price of the sum of σ(φ).
+    """
+
+    samples: ClassVar[bool] = False
+    prefix: ClassVar[str] = "allocation/"
+    alone: ClassVar[str | None] = "learns from given answers and leaves the model frozen"
+
+    l1_price: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.l1_price < math.inf:
+            raise ValueError(f"l1_price={self.l1_price} must be 0 or a positive number")
+
+    @property
+    def trains_model(self) -> bool:
+        """Return False: only φ is trained."""
+        return False
+
+    @property
+    def trains_head(self) -> bool:
+        """Return False: the LM head is frozen."""
+        return False
+
+    def prepare(self, policy: Policy, load: ModelLoader) -> None:
+        """Add φ."""
+        self.add_gates(policy)
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """Return φ with its learning rate."""
+        return self.groups(policy)
+
+    def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
+        """Return the mix under which answers are read."""
+        return SoftAllocation(self.gates(policy), self.find_units(base_model(policy)))
+
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return the allocation of KV heads that would be fixed now, for `hybridmem export`."""
+        return self.as_file(policy, type(self).__name__)
+
+    def settle(self, policy: Policy) -> Allocation:
+        """Return the allocation that would be fixed now."""
+        return self.fixed(policy)
+
+    def priced(self, policy: Policy, loss: Float[Tensor, ""]) -> LossAndMetrics:
+        """Return a loss with the price of open units, and its metrics."""
+        gates = self.gates(policy)
+        gates.clamp()
+        probabilities = gates.probabilities
+        return loss + self.l1_price * probabilities.sum(), {"closed": 1 - probabilities.detach().mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationSFT(SoftGates):
+    """Cross-entropy of the answers' tokens through a mix."""
+
+    def loss(
+        self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
+    ) -> LossAndMetrics:
+        """Return the mean negative log-probability of the answers' tokens, with the price."""
+        return self.priced(policy, -(scores.logps * batch.mask).sum() / batch.mask.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationDistillation(SoftGates):
+    """Distance from full attention's last hidden states at the answers' tokens (DuoAttention, arXiv 2410.10819)."""
+
+    l1_price: float = 0.05
+
+    @property
+    def reads_scores(self) -> bool:
+        """Return False: the loss reads hidden states."""
+        return False
+
+    def loss(
+        self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
+    ) -> LossAndMetrics:
+        """Return the mean squared distance of the hidden states over the answers' tokens, with the price."""
+        action = batch.actions[self.family]
+        with action.applied(policy.model):
+            mixed = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
+        with torch.no_grad():
+            full = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
+        distance = (mixed - full).float().square().mean(-1)
+        return self.priced(policy, (distance * batch.mask).sum() / batch.mask.sum())

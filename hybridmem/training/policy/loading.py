@@ -1,0 +1,102 @@
+"""The policy and the reward functions of a run, from its settings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from hybridmem.distributed import shard
+from hybridmem.rl.environments.tools import tools_of
+from hybridmem.rl.objectives.objective import Objective
+from hybridmem.rl.rollouts.agent_rollouts import Environments, begin, environment_reward
+from hybridmem.rl.rollouts.policy import Example, Policy, disable_dropout, lower_precision, with_adapters
+from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
+from hybridmem.training.checkpoints.loading import load_checkpoint
+from hybridmem.training.errors import named
+
+from .checks import check_acting, check_frozen
+
+PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
+
+
+def prepare_policy(
+    name: str,
+    data: Any,
+    objectives: dict[str, Objective],
+    lora: dict[str, Any] | None,
+    dtype: str | None,
+    attn_implementation: str,
+    device_mesh: Any,
+) -> Policy:
+    """Load the policy and the objectives' frozen models; freeze, convert, adapt and shard them.
+
+    Raises:
+        ValueError: The model cannot be loaded, or an objective cannot use it.
+    """
+
+    def load(name: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+        model = load_policy(name)
+        model.set_attn_implementation(attn_implementation)
+        return model, tokenizer_of_policy(name)
+
+    with named("model"):
+        model = load_policy(name)
+    model.set_attn_implementation(attn_implementation)
+    policy = Policy(model, data, adapted=lora is not None, sharded=device_mesh is not None)
+    for objective in objectives.values():
+        objective.prepare(policy, load)
+        if objective.init_from is not None:
+            _start_from(policy.learned[objective.family], objective.init_from, objective.family)
+    frozen = not any(objective.trains_model for objective in objectives.values())
+    model.requires_grad_(not frozen)
+    if dtype is not None:
+        check_frozen(dtype, frozen or lora is not None)
+        lower_precision(model, dtype)
+    if lora is not None:
+        policy.model = with_adapters(model, lora)
+    if disable_dropout(policy.model):
+        rank_zero_info("dropout is off, so that responses are scored by the policy that sampled them")
+    if device_mesh is not None:
+        for whole in (policy.model, *policy.frozen.values()):
+            shard(whole, device_mesh)
+    return policy
+
+
+def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
+    """Load an objective's own parameters from the checkpoint of another run."""
+    with named("init_from"):
+        weights = load_checkpoint(path)["state_dict"]
+        prefix = f"learned.{family}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not own:
+            raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
+        start = {name: value for name, value in own.items() if name in PARAMETERS}
+        for name, value in start.items():
+            here = list(getattr(module, name).shape)
+            if here != list(value.shape):
+                raise ValueError(f"{path} was trained with other units: {name} is {list(value.shape)}, here {here}")
+        module.load_state_dict(start, strict=False)  # counters begin anew
+
+
+def reward_functions(
+    given: list[Callable] | None,
+    data: Any,
+    environments: Environments | None,
+    objectives: dict[str, Objective],
+    example: Example,
+) -> list[Callable]:
+    """Return the environment's reward and the given functions, or else the task's own reward.
+
+    Raises:
+        ValueError: An objective or an environment does not support this run.
+    """
+    if environments is None:
+        return given or [data.task.reward]
+    check_acting(objectives)
+    environment = environments.factory()
+    tools_of(environment)
+    begin(data, example, [environment, environments.factory()])
+    own = [environment_reward] if hasattr(environment, "get_reward") else []
+    return [*own, *(given or [])] or [data.task.reward]
