@@ -41,16 +41,16 @@ class Guessing:
         return [0.0] * len(completions)  # the environment's get_reward is added
 
 
-def main(warm_up: int = 150, steps: int = 40, games: int = 16, width: int = 64, folder: str = "runs/examples/games"):
+def main(warm_up: int = 150, steps: int = 40, games: int = 16, tokens: int = 128, folder: str = "runs/examples/games"):
     L.seed_everything(0)
-    config = HybridMemConfig(num_hidden_layers=2, hidden_size=width, intermediate_size=2 * width, attention_window=32)
+    config = HybridMemConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, attention_window=32)
     training = dict(optimizer=partial(torch.optim.AdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     trainer = partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0)
     start, data = PretrainModule(config, **training), TaskDataModule(Guessing(), num_val=games)
     trainer(max_steps=warm_up).fit(start, data)
     start.model.save_pretrained(folder)
 
-    agent = PolicyModule(folder, objectives=[GRPO(beta=0.0)], max_turns=8, **training)
+    agent = PolicyModule(folder, [GRPO(beta=0.0)], max_turns=8, max_completion_length=tokens, **training)
     data = TaskDataModule(Guessing(), mode="prompts", batch_size=games, num_val=games)
     trainer(max_steps=steps).fit(agent, data)
     trainer().validate(agent, data)

@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 
 from .cells import ANY_LENGTH, LOSS, Cells
 
+BITS = 8  # of a byte without compression
+LUMINANCE = np.array([0.3, 0.59, 0.11])
+
 
 def draw_heat_map(cells: Cells, rows: list[str], lengths: list[int], title: str, path: Path) -> None:
     """Draw accuracies above, and bits per byte below where they were measured."""
@@ -27,8 +30,8 @@ def _draw(axes: Axes, cells: Cells, rows: list[str], lengths: list[int], label: 
     found = [[cells.get(row, length) for length in lengths] for row in rows]
     scores = np.array([[np.nan if cell is None else cell["score"] for cell in row] for row in found], dtype=float)
     shares = label == "accuracy"
-    limits = dict(vmin=0, vmax=1, cmap="viridis") if shares else dict(cmap="viridis_r")
-    axes.imshow(scores, aspect="auto", **limits)
+    most, colors = (1, "viridis") if shares else (BITS, "viridis_r")
+    image = axes.imshow(scores, aspect="auto", vmin=0, vmax=most, cmap=colors)
     axes.set_xticks(range(len(lengths)), [name_of_length(length) for length in lengths])
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(label, fontsize=9, loc="left")
@@ -36,7 +39,8 @@ def _draw(axes: Axes, cells: Cells, rows: list[str], lengths: list[int], label: 
     for (y, x), score in np.ndenumerate(scores):
         if not np.isnan(score):
             text = f"{100 * score:.0f} %" if shares else f"{score:.2f}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if score > 0.6 else "white")
+            color = "black" if np.dot(image.to_rgba(score)[:3], LUMINANCE) > 0.5 else "white"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 
 
 def name_of_length(length: int) -> str:

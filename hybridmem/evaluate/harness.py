@@ -1,6 +1,7 @@
 """Tasks of lm-eval on a reader's model: lm-eval's own by name, and this package's without a download."""
 
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from .cells import ANY_LENGTH, Cell
 from .reader import Reader
 
 OWN_TASKS = Path(__file__).with_name("lm_eval_tasks")
-PREFIX = "lm_eval/"
+PREFIX, OWN_PREFIX = "lm_eval/", "hybridmem_"
 ROOM = 1024  # tokens for an answer, and for what a chat template adds
 WITHOUT_LENGTH = ("longbench",)
 WORDED_LENGTH = ("babilong",)  # named by their length, such as 4k
@@ -47,7 +48,9 @@ class HarnessTask:
         lengths: Any = f"{length >> 10}k" if name.startswith(WORDED_LENGTH) else [length]
         metadata = {"pretrained": model, "max_seq_lengths": lengths, "num_samples": num_samples, "seed": seed}
         with quiet("lm_eval"):
-            self.manager = TaskManager(include_path=str(OWN_TASKS), metadata=metadata)
+            found = folders(name, Path(inspect.getfile(TaskManager)).parent)
+            paths = [str(folder) for folder in found]
+            self.manager = TaskManager(include_path=paths, include_defaults=not found, metadata=metadata)
             if name not in self.manager.all_tasks:
                 raise ValueError(f"tasks: lm-eval has no task {name!r}; see lm_eval --tasks list")
             try:
@@ -78,6 +81,18 @@ class HarnessTask:
         whole = results.get(self.name)
         score = next(iter(whole.values())) if whole else sum(first) / len(first)
         return {"score": score, "seconds": seconds / self.num_samples, "results": results}
+
+
+def folders(name: str, shipped: Path) -> list[Path]:
+    """Return the folders that can hold a task by its name; none: all that lm-eval ships, which takes long to read.
+
+    Args:
+        name: of the task.
+        shipped: lm-eval's folder of tasks.
+    """
+    if name.startswith(OWN_PREFIX):
+        return [OWN_TASKS]
+    return [folder for folder in sorted(shipped.iterdir()) if folder.is_dir() and name.startswith(folder.name)]
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -113,8 +113,12 @@ def test_tasks_of_hybridmem_eval(exported, task):
         assert set(cell["results"][f"hybridmem_{task}"]) == {"1024"}
 
 
-def test_tasks_that_cannot_be_loaded(exported):
-    with pytest.raises(ValueError, match="lm-eval has no task 'no_such'"):
-        HarnessTask("no_such", 1024, str(exported("mag")), 2, 0)
-    with pytest.raises(ValueError, match="tasks=lm_eval/babilong_qa1: its data cannot be loaded"):
+def test_tasks_that_cannot_be_loaded(exported, monkeypatch):
+    def without_hub(*_: object, **__: object) -> None:
+        raise ConnectionError("no hub")
+
+    monkeypatch.setattr("datasets.load_dataset", without_hub)
+    with pytest.raises(ValueError, match="lm-eval has no task 'hybridmem_no_such'"):
+        HarnessTask("hybridmem_no_such", 1024, str(exported("mag")), 2, 0)
+    with pytest.raises(ValueError, match="tasks=lm_eval/babilong_qa1: its data cannot be loaded \\(no hub\\)"):
         HarnessTask("babilong_qa1", 1024, str(exported("mag")), 2, 0)
