@@ -134,7 +134,7 @@ def memory_scan_case(
         given = dict(given)
         state = MemoryState(*(given.pop(part) for part in MemoryState._fields)) if everything else None
         here = {row: x.to(given["q"].device) for row, x in rows.items()}
-        out, state = memory_scan(**given, state=state, chunk_size=chunk_size, backend=backend, **here)
+        out, state = memory_scan(**given, state=state, chunk_size=chunk_size, backend=backend, in_place=False, **here)
         return [_valid(out, here), *state]
 
     return Case("memory_scan", name, tensors, ("q", "k", "v"), run)
