@@ -245,6 +245,7 @@ class AllocationRL(Gates, Objective):
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
         """Draw an allocation for every response, except references, which read everything."""
         gates, units = self.gates(policy), self.find_units(base_model(policy))
+        gates.clamp()  # before the draw, or the loss would clamp φ and find ratios other than 1
         if self.estimator == "mixed":
             return SoftAllocation(gates, units)
         opened = by_group(gates, num_generations, generators)
