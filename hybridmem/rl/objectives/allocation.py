@@ -219,7 +219,7 @@ class AllocationRL(Gates, Objective):
 
     def check_run(self, steps_per_rollout: int, num_generations: int) -> None:
         """Raise a ValueError if a group holds fewer than two allocations beside its reference."""
-        if self.budget is None and num_generations < 3:
+        if self.estimator == "sampled" and self.budget is None and num_generations < 3:
             raise ValueError(
                 f"num_generations={num_generations}: one response of each group is full attention's, and one alone has "
                 "no advantage; sample 3 or more, or set a budget"
