@@ -104,10 +104,10 @@ class AllocationDistillation(SoftGates):
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
         """Return the mean squared distance of the hidden states over the answers' tokens, with the price."""
-        action = batch.actions[self.family]
+        action: Any = batch.actions[self.family]
         with action.applied(policy.model):
             mixed = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
-        with torch.no_grad():
+        with torch.no_grad(), action.units.applied(policy.model, None):
             full = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
         distance = (mixed - full).float().square().mean(-1)
         return self.priced(policy, (distance * batch.mask).sum() / batch.mask.sum())
