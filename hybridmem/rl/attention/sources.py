@@ -60,7 +60,11 @@ class HeadUnits:
         ]
 
     def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context in which heads mix `full` with the other source."""
+        """Return a context in which heads mix `full` with the other source.
+
+        The model takes the units' window and sinks, which a reference model copied earlier may lack.
+        """
+        model.config.attention_window, model.config.num_sink_tokens = self.window_and_sinks
         if share is None:
             return model.head_sources(self.sources, full_share=1.0)
         spread = share.new_ones(len(share), self.num_layers, self.num_heads)

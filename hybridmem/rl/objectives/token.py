@@ -167,10 +167,12 @@ class TokenObjective(Objective):
 
     @torch.no_grad()
     def review(self, policy: Policy, experience: Experience, temperature: float) -> None:
-        """Score the rollout under the reference model."""
+        """Score the rollout under the reference model, with the actions under which the policy is scored."""
         if not self.beta:
             return
-        read = experience.prompts, experience.completions, temperature, policy.shared_times(experience.times)
+        actions = [action for action in experience.actions.values() if action.in_passes]
+        times = policy.shared_times(experience.times)
+        read = experience.prompts, experience.completions, temperature, times, actions
         if policy.adapted:
             with policy.model.disable_adapter():
                 experience.ref_logps = completion_logps(policy.model, *read)[0]

@@ -1,0 +1,86 @@
+"""Allocations as objectives: ratios, the reference of a KL penalty, and the teacher of a distillation."""
+
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from hybridmem.convert import convert
+from hybridmem.rl.objectives.allocation import AllocationRL
+from hybridmem.rl.objectives.allocation_supervised import AllocationDistillation
+from hybridmem.rl.objectives.token import GRPO
+from hybridmem.rl.rollouts.completions import Completions
+from hybridmem.rl.rollouts.experience import Experience, Scores
+from hybridmem.rl.rollouts.policy import Policy, with_adapters
+from hybridmem.rl.rollouts.prompts import pad_prompts
+from hybridmem.rl.rollouts.scoring import completion_logps
+from tests.hybridmem.rl.attention.test_sources import PROMPTS, llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
+NOTHING = Scores(torch.zeros(4, 3), torch.zeros(4, 3), {})
+
+
+def experience(actions, rewards=(1.0, 0.0, 0.5, 0.0)):
+    """Two prompts with two responses each, as far as objectives read them."""
+    ids = torch.randint(8, 37, (4, 3), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    completions = Completions(ids, mask, ~mask[:, 0], torch.zeros(4, 3))
+    prompts = pad_prompts(PROMPTS, 0, torch.device("cpu")).repeat(2)
+    zeros, rows = torch.zeros(4), torch.tensor([0, 0, 1, 1])
+    given = torch.tensor(rewards)
+    return Experience(prompts, rows, completions, given, zeros, mask, mask.sum().double(), 3, actions=actions)
+
+
+def generators():
+    """A generator for each prompt."""
+    return [torch.Generator().manual_seed(n) for n in range(2)]
+
+
+def test_ratios_are_one_after_a_step_beyond_the_clamp():
+    policy = Policy(convert(llama(), attention_window=4).eval(), MagicMock())
+    objective = AllocationRL(budget=0.5)
+    objective.prepare(policy, MagicMock())
+    gates = objective.gates(policy)
+    with torch.no_grad():
+        gates.logits.copy_(torch.tensor([[4.3, -4.3], [0.5, -0.5]]))
+    action = objective.act(policy, 2, 0, generators())
+    batch = experience({"Allocation": action})
+    objective.review(policy, batch, 1.0)
+    objective.loss(policy, batch, NOTHING, NOTHING, 1.0)
+    torch.testing.assert_close(gates.log_likelihood(action.opened), action.old_logps, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["converted", "llama"])
+def test_a_reference_model_reads_by_the_allocation(kind, adapted):
+    model = convert(llama(), attention_window=8, num_sink_tokens=1).eval() if kind == "converted" else llama()
+    policy, penalty = Policy(model, MagicMock(), adapted), GRPO(beta=0.1)
+    objective = AllocationRL(budget=0.5, initial=0.3, attention_window=3, num_sink_tokens=0)
+    penalty.prepare(policy, MagicMock())
+    objective.prepare(policy, MagicMock())
+    if adapted:
+        policy.model = with_adapters(model, {"target_modules": ["q_proj"]}).eval()
+    action = objective.act(policy, 2, 0, generators())
+    batch = experience({"Allocation": action})
+    penalty.review(policy, batch, 1.0)
+    read = batch.prompts, batch.completions, 1.0, 2
+    torch.testing.assert_close(batch.ref_logps, completion_logps(policy.model, *read, [action])[0], rtol=0, atol=1e-5)
+    assert (batch.ref_logps - completion_logps(policy.model, *read)[0]).abs().max() > 1e-3
+
+
+def test_the_teacher_of_a_distillation_reads_everything():
+    losses = []
+    for source in ("memory", "full"):
+        model = convert(llama(), attention_window=3, num_sink_tokens=0, head_source="memory").eval()
+        model.set_head_sources([[source] * 2] * 2)
+        policy, objective = Policy(model, MagicMock()), AllocationDistillation(source="none")
+        objective.prepare(policy, MagicMock())
+        batch = experience({"Allocation": objective.act(policy, 2, 0, generators())})
+        losses.append(objective.loss(policy, batch, NOTHING, NOTHING, 1.0)[0])
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
+
+
+def test_a_mix_needs_no_reference_response():
+    AllocationRL(estimator="mixed").check_run(1, 2)
+    with pytest.raises(ValueError, match="sample 3 or more"):
+        AllocationRL().check_run(1, 2)
