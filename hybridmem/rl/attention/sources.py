@@ -19,7 +19,6 @@ from .recorder import decoder_layers
 
 IMPLEMENTATION = "hybridmem_allocated"
 SOURCES = ("none", "memory")
-OPEN_GATE = 30.0  # a logit at which mag's gate takes the window alone: sigmoid(30) is 1 in float32
 
 AttentionMaskInterface.register(
     IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -104,8 +103,9 @@ class GateUnits:
 
 def _narrowed(share: Float[Tensor, "rows heads"]) -> Any:
     def mix(_: nn.Module, __: tuple[Any, ...], logits: Tensor) -> Tensor:
-        window = 1 - share.to(logits.dtype)[:, None] * torch.sigmoid(-logits)  # sigmoid(-x) = 1 - sigmoid(x)
-        return torch.logit(window, eps=torch.finfo(logits.dtype).eps)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        window = 1 - share.to(wide)[:, None] * torch.sigmoid(-wide)  # sigmoid(-x) = 1 - sigmoid(x)
+        return torch.logit(window, eps=torch.finfo(wide.dtype).eps).to(logits.dtype)
 
     return mix
 
