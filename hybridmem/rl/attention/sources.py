@@ -196,9 +196,16 @@ def find_units(model: Any, source: str, window: int | None, sinks: int | None) -
         return AttentionUnits(model, window, 4 if sinks is None else sinks)
     config = model.config
     if "mah" in (config.layer_types or ()):
-        config.attention_window = config.attention_window if window is None else window
-        config.num_sink_tokens = config.num_sink_tokens if sinks is None else sinks
-        return HeadUnits(model, source)
+        fitted = config.attention_window, config.num_sink_tokens
+        wanted = tuple(old if new is None else new for old, new in zip(fitted, (window, sinks), strict=True))
+        config.attention_window, config.num_sink_tokens = wanted
+        units = HeadUnits(model, source)
+        if source == "memory" and wanted != fitted:
+            raise ValueError(
+                f"attention_window={wanted[0]} and num_sink_tokens={wanted[1]}, but the model's memories were fitted "
+                f"to {fitted[0]} and {fitted[1]}: remove both settings, or fit the memories again"
+            )
+        return units
     if "mag" in (config.layer_types or ()):
         if window is not None or sinks is not None:
             raise ValueError("attention_window and num_sink_tokens are for converted models: remove them for mag")
