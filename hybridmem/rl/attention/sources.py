@@ -147,9 +147,13 @@ class AttentionUnits:
         place = {module: number for number, module in enumerate(decoder_layers(model))}
 
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
         ) -> tuple[Tensor, None]:
-            full, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+            whole = ALL_ATTENTION_FUNCTIONS["sdpa"]  # by name, so that a recorder outside the context sees the call
+            full, _ = whole(module, query, key, value, attention_mask, **options)
+            if module not in place:  # an image encoder's
+                return full, None
+            assert attention_mask is not None
             near = attention_mask & near_keys(attention_mask, self.window, self.sinks)
             local, _ = sdpa_attention_forward(module, query, key, value, near, **options)
             own = share[:, place[module]].repeat_interleave(query.shape[1] // self.num_heads, dim=1)

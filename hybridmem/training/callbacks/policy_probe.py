@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hybridmem.rl.attention.action import reading
 from hybridmem.rl.attention.recorder import AttentionRecorder, LayerRecord
 from hybridmem.rl.rollouts.agent_rollouts import act_out
 from hybridmem.rl.rollouts.completions import Completions
@@ -78,8 +79,8 @@ def record_answers(
             prompts = policy.prompt_batch([policy.data.prompt(example)])
             completions = policy.answer(prompts, num_generations, sampling, generator, actions)
         prompts = prompts.repeat(num_generations)
-        with AttentionRecorder(policy.model, layers) as recorder:
-            completion_logps(policy.model, prompts, completions, sampling.temperature, actions=actions)
+        with reading(actions, policy.model, "response"), AttentionRecorder(policy.model, layers) as recorder:
+            completion_logps(policy.model, prompts, completions, sampling.temperature)
     length = completions.ids.shape[1]
     records = {n: _last_queries(record, length) for n, record in recorder.records.items()}
     return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)

@@ -1,5 +1,6 @@
 """Units that read beyond their window: KV heads of converted and other models, and mag's gates."""
 
+from contextlib import ExitStack
 from unittest.mock import MagicMock
 
 import pytest
@@ -8,12 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridmem.convert import convert
 from hybridmem.rl.attention.allocations import AllocationPolicy, shared
-from hybridmem.rl.attention.sources import AttentionUnits, GateUnits, HeadUnits, find_units, near_keys
+from hybridmem.rl.attention.recorder import AttentionRecorder
+from hybridmem.rl.attention.sources import AttentionUnits, GateUnits, HeadUnits, _narrowed, find_units, near_keys
 from hybridmem.rl.objectives.allocation import AllocationRL
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.prompts import pad_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
+from tests.hybridmem.data.vision_models import vision_model
 from tests.hybridmem.models import tiny_model, tokens
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1, 8, 2, 8, 1, 8]]
@@ -120,3 +123,47 @@ def test_everything_read_by_the_allocation_is_a_model_with_fixed_sources():
 def test_units_that_a_model_lacks(model, source, window, message):
     with pytest.raises(ValueError, match=message):
         find_units(model(), source, window, None)
+
+
+def test_memories_fitted_to_another_window_are_refused():
+    model = convert(llama(), attention_window=4, num_sink_tokens=1, head_source="memory")
+    assert find_units(model, "memory", 4, 1).window_and_sinks == (4, 1)
+    with pytest.raises(ValueError, match="fitted to 4 and 1"):
+        find_units(model, "memory", 5, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outside", [False, True])
+def test_attention_is_recorded_inside_and_outside_an_allocation(outside):
+    model, rows = llama(), tokens(2, 24)
+    with AttentionRecorder(model, [0]) as recorder:
+        model(rows, use_cache=False)
+    wanted = recorder.records[0].attention
+    allocated, recorder = AttentionUnits(model, 5, 2).applied(model, SHARE), AttentionRecorder(model, [0])
+    with ExitStack() as stack:
+        for context in (recorder, allocated) if outside else (allocated, recorder):
+            stack.enter_context(context)
+        model(rows, use_cache=False)
+    torch.testing.assert_close(recorder.records[0].attention.q, wanted.q)
+    torch.testing.assert_close(recorder.records[0].attention.k, wanted.k)
+
+
+@torch.no_grad()
+def test_the_image_encoder_of_a_vision_model_is_no_unit():
+    model = vision_model().eval()
+    image, grid = torch.rand(16, 3 * 2 * 14 * 14), torch.tensor([[1, 4, 4]])
+    ids = torch.tensor([[1, 2, *[model.config.image_token_id] * 4, 3, 4, 5, 6]])
+    inputs = dict(input_ids=ids, pixel_values=image, image_grid_thw=grid)
+    units, whole = find_units(model, "none", 3, 0), model(**inputs).logits
+    with units.applied(model, torch.ones(1, 2, 2)):
+        torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=1e-5)
+    with units.applied(model, torch.zeros(1, 2, 2)):
+        assert (model(**inputs).logits - whole).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_closed_gates_take_the_window_alone_in_every_precision(dtype):
+    logits = torch.tensor([[[-4.0, 4.0, 0.0, 0.0]]], dtype=dtype)
+    mixed = _narrowed(torch.tensor([[1.0, 1.0, 1.0, 0.0]]))(torch.nn.Identity(), (), logits)
+    torch.testing.assert_close(mixed[..., :3], logits[..., :3], rtol=0, atol=1e-5)
+    assert float(torch.sigmoid(mixed[0, 0, 3])) > 1 - 1e-6
