@@ -5,7 +5,7 @@ a single process, nothing here communicates.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -64,6 +64,15 @@ def global_mean_weights(*counts: Tensor | int) -> list[Tensor]:
     total = mine.clone()
     dist.all_reduce(total)
     return list(mine * size / total.clamp(min=1))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over all ranks, for whole parameters next to a sharded model."""
+    _, size = rank_and_size()
+    for parameter in parameters:
+        if size > 1 and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size
 
 
 def dealt(parts: Sequence[Sequence[T]]) -> list[T]:

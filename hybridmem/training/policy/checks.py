@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from hybridmem.checks import at_least, one_of
 from hybridmem.rl.environments.tools import CALL_FORMATS
@@ -101,7 +101,7 @@ def check_acting(objectives: dict[str, Objective]) -> None:
 
 
 def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
-    """Raise a ValueError if DistributedDataParallel would wait for gradients that are never computed."""
+    """Raise a ValueError if gradients would be missing: DDP would wait for them, and sharded models lose them."""
     settings = getattr(strategy, "_ddp_kwargs", {})
     trained = [objective for objective in objectives.values() if objective.trains_model]
     trains_head = not trained or any(objective.trains_head for objective in trained)
@@ -109,6 +109,12 @@ def check_strategy(strategy: Any, objectives: dict[str, Objective]) -> None:
         raise ValueError(
             "trainer.strategy=ddp needs a gradient of every parameter, but attention objectives alone give the LM head "
             "none; set it to ddp_find_unused_parameters_true"
+        )
+    splitting = [objective for objective in objectives.values() if objective.splits_reading]
+    if isinstance(strategy, ModelParallelStrategy) and splitting and trained:
+        raise ValueError(
+            "prefill=full trains through a cache, whose gradients a sharded model loses: set prefill to allocated, or "
+            "trainer.strategy to ddp"
         )
 
 

@@ -1,6 +1,6 @@
 """Learner that takes optimiser steps on a rollout or on given answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,7 +9,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybridmem.distributed import Meter, all_gather_object, gather_groups, global_mean_weights, own_groups
+from hybridmem.distributed import (
+    Meter,
+    all_gather_object,
+    average_gradients,
+    gather_groups,
+    global_mean_weights,
+    own_groups,
+)
 from hybridmem.rl.attention.action import Action, prefilled_once, reading
 from hybridmem.rl.objectives.advantages import group_advantages
 from hybridmem.rl.objectives.objective import Objective
@@ -31,6 +38,7 @@ class OptimizerStep:
         max_grad_norm: gradients are clipped to this norm; None disables clipping.
         is_last: returns True once the run has taken all its optimiser steps.
         log: logs the gradient norm.
+        unsynchronised: parameters whose gradients neither DDP nor a sharded model averages over ranks.
     """
 
     def __init__(
@@ -42,14 +50,17 @@ class OptimizerStep:
         max_grad_norm: float | None,
         is_last: Callable[[], bool],
         log: Callable[[str, Tensor], None],
+        unsynchronised: Sequence[torch.nn.Parameter] = (),
     ):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.backward, self.max_grad_norm, self.is_last, self.log = backward, max_grad_norm, is_last, log
+        self.unsynchronised = unsynchronised
 
     def __call__(self, loss: Float[Tensor, ""]) -> None:
         """Take one optimiser step on a loss."""
         self.optimizer.zero_grad()
         self.backward(loss)
+        average_gradients(self.unsynchronised)
         if self.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             self.log("grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -214,6 +214,7 @@ class PolicyModule(L.LightningModule):
             self.max_grad_norm,
             lambda: self.trainer.global_step >= self.trainer.max_steps,
             self.log,
+            [] if self.device_mesh is None else list(self.learned.parameters()),
         )
         self.learner = Learner(
             self.worker.policy,

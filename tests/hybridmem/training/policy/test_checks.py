@@ -6,10 +6,11 @@ from typing import ClassVar
 import pytest
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from hybridmem.rl import DAPO, GRPO, SFT, AttentionRL, Objective
-from hybridmem.training.policy.checks import by_family, check_settings
+from hybridmem.rl import DAPO, GRPO, SFT, AllocationRL, AttentionRL, Objective
+from hybridmem.training.policy.checks import by_family, check_settings, check_strategy
 
 SETTINGS = dict(
     num_generations=4,
@@ -84,3 +85,11 @@ def test_traits_have_defaults():
     assert Mine().trains_head
     assert Mine().trains_model
     assert Mine().reads_scores
+
+
+def test_sharded_models_train_no_shared_prefill():
+    objectives = {"TokenObjective": GRPO(), "Allocation": AllocationRL()}
+    with pytest.raises(ValueError, match="set prefill to allocated"):
+        check_strategy(ModelParallelStrategy(), objectives)
+    check_strategy(ModelParallelStrategy(), {"Allocation": AllocationRL()})
+    check_strategy(ModelParallelStrategy(), objectives | {"Allocation": AllocationRL(prefill="allocated")})

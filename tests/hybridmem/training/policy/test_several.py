@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from hybridmem.cli.consolidate import consolidate
-from hybridmem.distributed import shard
+from hybridmem.distributed import average_gradients, shard
 from hybridmem.training import PretrainModule
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from tests.hybridmem.models import tiny_config, tiny_model
 from tests.hybridmem.training.runs import hybridmem, logged, write_config
-from tests.several import SECONDS, command, fit, start
+from tests.several import SECONDS, as_processes, command, fit, start
 
 from . import test_module as test_policy
 
@@ -91,6 +91,19 @@ def test_reinforcement_learning(tmp_path, monkeypatch, strategy, objectives):
     hybridmem(monkeypatch, "fit", "--config", policy(one, **changes))
     fit(2, "--config", policy(two, 2, strategy, **changes))
     same_losses(one, two, names=("loss", "reward", "reward_std", "completions/mean_length", "val/pass@1"))
+
+
+def averaged(rank):
+    """Return the gradient of a whole parameter after averaging."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, rank])
+    average_gradients([parameter, torch.nn.Parameter(torch.zeros(1))])
+    return parameter.grad
+
+
+def test_gradients_of_whole_parameters_are_averaged():
+    for found in as_processes(2, averaged):
+        assert found.tolist() == [1.0, 0.5]
 
 
 def test_groups_that_were_refined_in_one_process_alone(tmp_path, monkeypatch):
