@@ -126,6 +126,15 @@ def check_frozen(dtype: str, frozen: bool) -> None:
         )
 
 
+def check_adapters(frozen: bool) -> None:
+    """Raise a ValueError if no objective would train the adapters."""
+    if frozen:
+        raise ValueError(
+            "lora adds adapters, but no objective trains the model: add a token objective or AttentionRL, or set lora "
+            "to null"
+        )
+
+
 def check_answers(objectives: dict[str, Objective], example: dict[str, Any]) -> None:
     """Raise a ValueError if an objective needs answers and the task's examples have none."""
     for objective in objectives.values():

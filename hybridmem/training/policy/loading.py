@@ -16,7 +16,7 @@ from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_po
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.errors import named
 
-from .checks import check_acting, check_frozen
+from .checks import check_acting, check_adapters, check_frozen
 
 PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
 
@@ -55,6 +55,7 @@ def prepare_policy(
         check_frozen(dtype, frozen or lora is not None)
         lower_precision(model, dtype)
     if lora is not None:
+        check_adapters(frozen)
         policy.model = with_adapters(model, lora)
     if disable_dropout(policy.model):
         rank_zero_info("dropout is off, so that responses are scored by the policy that sampled them")

@@ -88,6 +88,7 @@ def test_frozen_weights_in_bfloat16(tmp_path, monkeypatch):
         ([allocation(unit="token")], {}, "unit"),
         ([allocation()], {"num_generations": 2}, "sample 3 or more"),
         ([allocation(source="memory")], {}, "has no memory"),
+        ([allocation()], {"lora": "{target_modules: [q_proj]}"}, "no objective trains the model"),
         ([allocation(estimator="mixed")], {}, "add GRPO"),
         ([TOKENS, allocation()], {"dtype": "bfloat16"}, "for weights that are not trained"),
         (
