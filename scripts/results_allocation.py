@@ -43,7 +43,7 @@ BLOCK, WINDOW, SINKS = 16, 64, 4
 CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
 OBJECTIVES = "model.init_args.objectives"
 REFINED = "reward, refined"  # begins with the control reward
-STEPS = {"reward": 150, REFINED: 70}  # rollouts
+STEPS = {"reward": 150, REFINED: 50}  # rollouts
 UNTRAINED = ("random", "last layers")
 
 
