@@ -65,8 +65,8 @@ class AllocationCurve(L.Callback):
     """Callback that logs `val/accuracy_at/closed=SHARE` for shares of closed units, and `test/…` in tests.
 
     Held-out prompts are answered greedily with the likeliest units open and the others closed, so that one training
-    gives the whole curve. Every prompt is read once for each share. `hybridmem validate` of a run without an
-    allocation, such as the start of a grid, logs nothing.
+    gives the whole curve. Every prompt is read once for each share, except for the share of validation itself.
+    `hybridmem validate` of a run without an allocation, such as the start of a grid, logs nothing.
 
     Args:
         closed: shares of closed units, from 0 (every unit reads everything) to 1.
@@ -108,8 +108,12 @@ class AllocationCurve(L.Callback):
         assert isinstance(answered, Answered)
         if objective is None:
             return
+        settled = objective.fixed(pl_module.policy).opened
         for share in self.closed:
             action = objective.likeliest(pl_module.policy, 1 - share)
+            if torch.equal(action.opened, settled):
+                self._right[share] += answered.greedy_right
+                continue
             with probing(trainer):
                 texts = answer_greedily(pl_module.worker, answered.examples, [action])
             judged = Answered(answered.examples, texts, []).judged(pl_module.data.task)

@@ -269,11 +269,11 @@ def test_closed_heads_read_the_memory_where_the_model_has_one(tmp_path):
         assert find_units(model, None, 4, 1).sources_of(closed) == [[source] * 2] * 2
 
 
-CURVE = {"class_path": "hybridmem.training.AllocationCurve", "init_args": {"closed": [0.0, 0.5, 1.0]}}
+CURVE = {"class_path": "hybridmem.training.AllocationCurve", "init_args": {"closed": [0.0, 0.5, 0.75, 1.0]}}
 
 
 def test_the_curve_answers_with_the_likeliest_units_of_each_share(tmp_path, monkeypatch):
-    """Its value at the budget's own share is the accuracy of validation, and units open in the order of φ."""
+    """Units open in the order of φ, and a run with the budget of another share validates with its accuracy."""
     objective = fixed(order="last_layers", attention_window=2, num_sink_tokens=0)
     config = config_of(tmp_path, objectives=[objective], trainer__callbacks=[CURVE])
     opened = []
@@ -287,14 +287,18 @@ def test_the_curve_answers_with_the_likeliest_units_of_each_share(tmp_path, monk
     monkeypatch.setattr(FixedAllocation, "likeliest", watched)
     monkeypatch.setattr(Letters, "is_right", lambda self, texts, answers: [text < "m" for text in texts], raising=False)
     hybridmem(monkeypatch, "validate", "--config", config)
-    curve = {share: logged(tmp_path, f"val/accuracy_at/closed={share}") for share in ("0", "0.5", "1")}
+    curve = {share: logged(tmp_path, f"val/accuracy_at/closed={share}") for share in ("0", "0.5", "0.75", "1")}
     assert curve["0.5"] == logged(tmp_path, "val/accuracy")
     assert all(0 <= value <= 1 for values in curve.values() for value in values)
     assert {tuple(row) for row in opened} == {
         (True, True, True, True),
         (False, False, True, True),
+        (False, False, False, True),
         (False, False, False, False),
     }
+    objective["init_args"]["budget"] = 0.25
+    hybridmem(monkeypatch, "validate", "--config", config_of(tmp_path, objectives=[objective]))
+    assert curve["0.75"] == logged(tmp_path, "val/accuracy")
 
 
 def test_the_curve_is_logged_during_training(tmp_path, monkeypatch):
