@@ -29,7 +29,7 @@ from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
 from hybridmem.tasks import Facts
-from hybridmem.training.callbacks.allocation_maps import draw_allocation
+from hybridmem.training.callbacks.allocation import draw_allocation
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
 from hybridmem.training.checkpoints.durable import to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint

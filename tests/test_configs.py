@@ -57,7 +57,7 @@ def test_parses(path, monkeypatch, capsys):
 def test_grids_parse(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     hybridmem(monkeypatch, "compare", "--config", path, "--output", tmp_path, "--list_runs", "true")
-    assert "warm-up seed 0" in capsys.readouterr().out
+    assert "start seed 0" in capsys.readouterr().out
 
 
 def tiny_run(path: Path, folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from hybridmem.metrics.interval import mean_interval
 
 from .grid import START
-from .results import metric_name
+from .results import by_value, columns_of, metric_name
 
 Rows = list[dict[str, Any]]
 Color = tuple[float, ...]
@@ -30,6 +30,7 @@ COLLAPSE = {
     "collapse/distinct_patterns": "attention patterns per group",
 }
 STEPS = "batches of prompts"
+CLOSED = "closed"  # the column of AllocationCurve, drawn on a numerical axis
 LEAST_RANGE = 0.1  # minimum range of an axis of shares
 
 
@@ -127,23 +128,27 @@ def _points(cell: dict[str, Any], metric: str, starts: dict[tuple[str, int], dic
 
 
 def by_column(rows: Rows, colors: Colors) -> Figure | None:
-    """Draw accuracy by a column of the examples, with a panel per architecture and a line per control."""
-    rows = [row for row in rows if row["accuracy_at"]]
-    if not rows:
+    """Draw accuracy by each column that was logged, with a panel per architecture and a line per control."""
+    panels = [
+        (column, architecture)
+        for column in columns_of(rows)
+        for architecture in dict.fromkeys(row["architecture"] for row in rows if by_value(row, column))
+    ]
+    if not panels:
         return None
-    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
-    figure, all_axes = _figure(len(architectures))
-    for axes, architecture in zip(all_axes, architectures, strict=True):
+    figure, all_axes = _figure(len(panels))
+    for axes, (column, architecture) in zip(all_axes, panels, strict=True):
         for row in rows:
-            if row["architecture"] != architecture:
+            found = by_value(row, column)
+            if row["architecture"] != architecture or not found:
                 continue
-            names = sorted(row["accuracy_at"], key=_value_of)
-            means = [row["accuracy_at"][name]["mean"] for name in names]
-            halves = [row["accuracy_at"][name]["half"] or 0.0 for name in names]
-            places = [str(_value_of(name)[1]) for name in names]
+            places = [float(value) for value in found] if column == CLOSED else list(found)
+            means = [score["mean"] for score in found.values()]
+            halves = [score["half"] or 0.0 for score in found.values()]
             label, color = row["label"], colors[row["label"]]
             axes.errorbar(places, means, halves, marker="o", capsize=2, color=color, label=label, markersize=4)
-        axes.set(title=architecture, xlabel=names[0].split("=")[0], ylabel="held-out accuracy", ylim=(0, 1))
+        name = "share of closed units" if column == CLOSED else column
+        axes.set(title=architecture, xlabel=name, ylabel="held-out accuracy", ylim=(0, 1))
     _legend(figure, all_axes)
     return figure
 
@@ -209,12 +214,6 @@ def _color(number: int) -> Color:
 def _first(rows: Rows, label: str, architectures: list[str]) -> int:
     """Return the index of the first architecture with this control, whose bar goes into the legend."""
     return min(architectures.index(row["architecture"]) for row in rows if row["label"] == label)
-
-
-def _value_of(name: str) -> tuple[float, str]:
-    """Return a sort key for the value in "column=value", with numbers in numerical order."""
-    value = name.split("=", 1)[1]
-    return (float(value) if value.replace(".", "", 1).isdigit() else 0.0, value)
 
 
 def _in_words(picture: str, name: str, rows: Rows) -> str:

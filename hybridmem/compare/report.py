@@ -9,7 +9,7 @@ from typing import Any
 
 from .answer import answer, percent
 from .figures import draw_all
-from .results import metric_name, of_prompts, runs_of
+from .results import by_value, columns_of, metric_name, of_prompts, runs_of
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; }
@@ -77,8 +77,8 @@ def _task(name: str, task: dict[str, Any], root: Path) -> str:
         _picture(title, path, words) for title, (path, words) in draw_all(task, root / "figures" / name).items()
     )
     return (
-        f"<h2>{_text(name)}</h2>{_grid(task)}{_problems(task)}{pictures}{_subnetworks(task)}{_maps(task, root)}"
-        f"{_compute(task)}"
+        f"<h2>{_text(name)}</h2>{_grid(task)}{_problems(task)}{pictures}{_by_column(task)}{_subnetworks(task)}"
+        f"{_maps(task, root)}{_compute(task)}"
     )
 
 
@@ -106,6 +106,21 @@ def _grid(task: dict[str, Any]) -> str:
         "answers sampled as in training.</p>"
     )
     return _table(["architecture", "control", name, "gain", "pass@1", "seeds"], rows) + note
+
+
+def _by_column(task: dict[str, Any]) -> str:
+    """Return a table of accuracy for each column by which it was logged."""
+    tables = ""
+    for column in columns_of(task["summary"]):
+        found = {(row["architecture"], row["label"]): by_value(row, column) for row in task["summary"]}
+        values = dict.fromkeys(value for scores in found.values() for value in scores)
+        rows = [
+            [architecture, label, *(percent(scores.get(value)) for value in values)]
+            for (architecture, label), scores in found.items()
+            if scores
+        ]
+        tables += f"<h3>Accuracy by {_text(column)}</h3>" + _table(["architecture", "control", *values], rows)
+    return tables
 
 
 def _problems(task: dict[str, Any]) -> str:

@@ -95,6 +95,24 @@ def finished_cells(task: dict[str, Any], row: dict[str, Any]) -> list[dict[str, 
     return [c for c in task["cells"] if (c["architecture"], c["label"]) == same and c["status"] == "finished"]
 
 
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the columns by which a summary's accuracy was logged, such as `closed` by AllocationCurve."""
+    return list(dict.fromkeys(name.split("=", 1)[0] for row in rows for name in row.get("accuracy_at", ())))
+
+
+def by_value(row: dict[str, Any], column: str) -> dict[str, dict[str, Any]]:
+    """Return the accuracy of a summary row by the values of a column, with numbers in numerical order."""
+    start = f"{column}="
+    logged = row.get("accuracy_at", {}).items()
+    found = {name.removeprefix(start): score for name, score in logged if name.startswith(start)}
+    return dict(sorted(found.items(), key=lambda pair: _order_of(pair[0])))
+
+
+def _order_of(value: str) -> tuple[float, str]:
+    """Return a sort key for a value of a column, with numbers in numerical order."""
+    return (float(value) if value.replace(".", "", 1).isdigit() else 0.0, value)
+
+
 def paired(before: list[dict[str, Any]], after: list[dict[str, Any]], metric: str) -> list[float]:
     """Return differences in a metric for each seed that finished in both."""
     earlier = {cell["seed"]: cell["last"][metric] for cell in before if cell["status"] == "finished"}
@@ -170,7 +188,7 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 
 def _accuracy_at(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the accuracy by a column of the examples that AccuracyBy logged."""
+    """Return the accuracy by values that AccuracyBy or AllocationCurve logged."""
     prefix = f"{ACCURACY}_at/"
     names = [name for name in cells[0]["last"] if name.startswith(prefix)]
     shared = [name for name in names if all(name in cell["last"] for cell in cells)]

@@ -114,7 +114,7 @@ def execute(
         code = process.wait()
         running.discard(process)
     if code == 0:
-        if run.is_trained:
+        if run.is_trained and run.warm_up is not None:
             write_changes(root / run.warm_up.folder, folder)
         (folder / FINISHED).touch()
     elif code in INTERRUPTED:
@@ -205,7 +205,7 @@ def _fail_with(run: Run, root: Path) -> None:
 
 def _settings(run: Run, task: Comparison, root: Path) -> dict[str, Any]:
     """Return all settings that determine a run's result, as plain JSON values."""
-    file = task.warm_up if run.is_warm_up else task.train
+    file = task.warm_up if run.is_warm_up and task.warm_up is not None else task.train
     options = {name: value for name, value in fit_options(run, task, root).items() if name != "config"}
     settings = {"options": options, "config": yaml.safe_load(file.read_text())}
     return json.loads(json.dumps(settings))

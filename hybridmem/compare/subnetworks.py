@@ -12,7 +12,7 @@ from .results import Results, finished_cells, interval
 
 
 def add_subnetworks(results: Results, root: Path) -> None:
-    """Add sparsity and subnetwork overlaps to every row of the summaries.
+    """Add sparsity and subnetwork overlaps to every row of the summaries with a warm-up.
 
     `overlap` is the mean share of each seed's subnetwork that all seeds change. `overlap_with` is the mean share of a
     row's subnetwork that another row's run with the same seed changes. Both include the share expected by chance.
@@ -20,8 +20,8 @@ def add_subnetworks(results: Results, root: Path) -> None:
     for task in results["tasks"].values():
         masks: dict[str, dict[str, dict[int, StoredWeights]]] = {}
         for row in task["summary"]:
-            cells = [cell for cell in finished_cells(task, row) if "compute" in cell]  # leaves out validation runs
-            folders = {cell["seed"]: root / cell["folder"] for cell in cells}
+            cells = {cell["seed"]: root / cell["folder"] for cell in finished_cells(task, row)}
+            folders = {seed: folder for seed, folder in cells.items() if (folder / CHANGES).exists()}
             if not folders:
                 continue
             changes = [json.loads((folder / CHANGES).read_text()) for folder in folders.values()]

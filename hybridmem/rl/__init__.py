@@ -3,6 +3,7 @@
 from .attention.recorder import AttentionRecorder
 from .objectives.advantages import group_advantages, groups_with_signal
 from .objectives.allocation import AllocationRL
+from .objectives.allocation_fixed import FixedAllocation
 from .objectives.allocation_supervised import AllocationDistillation, AllocationSFT
 from .objectives.attention import AttentionRL
 from .objectives.critique import CritiqueGRPO, CritiqueGRPOReleased
@@ -32,6 +33,7 @@ __all__ = [
     "CritiqueGRPOReleased",
     "DrGRPO",
     "EndpointCritic",
+    "FixedAllocation",
     "FormatReward",
     "GroundTruthCritic",
     "HTTPRetriever",

@@ -3,7 +3,7 @@
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
 
 from .callbacks.accuracy_by import AccuracyBy
-from .callbacks.allocation_maps import AllocationMaps
+from .callbacks.allocation import AllocationCurve, AllocationMaps
 from .callbacks.attention_drift import AttentionDrift
 from .callbacks.attention_maps import AttentionMaps
 from .callbacks.collapse import CollapseGuard
@@ -24,6 +24,7 @@ from .schedules import WarmupCosine, WarmupStableDecay
 
 __all__ = [
     "AccuracyBy",
+    "AllocationCurve",
     "AllocationMaps",
     "AttentionDrift",
     "AttentionMaps",

@@ -162,6 +162,8 @@ class Allocation:
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Allocation":
         """Return the allocation of some responses."""
+        if len(self.opened) == 1:
+            return self
         advantages = None if self.advantages is None else self.advantages[rows]
         return replace(self, opened=self.opened[rows], old_logps=self.old_logps[rows], advantages=advantages)
 

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hybridmem.model.heads import HeadMixer
 from hybridmem.model.mixers import GateMixer
 from hybridmem.model.modeling import HybridMemForCausalLM
 
@@ -186,14 +187,20 @@ def near_keys(
     return (query - key < window) | (key < first + sinks)
 
 
-def find_units(model: Any, source: str, window: int | None, sinks: int | None) -> Units:
+def find_units(model: Any, source: str | None, window: int | None, sinks: int | None) -> Units:
     """Return the units of a model, after setting its window and sinks where they are given.
+
+    Args:
+        model: the policy's model, without adapters around it.
+        source: source of a closed unit; None: `memory` if every layer has one, otherwise `none`.
+        window: tokens that a closed unit sees; None keeps the model's.
+        sinks: first tokens that it sees; None keeps the model's.
 
     Raises:
         ValueError: a model without units, a source that it lacks, or a window that it has not been given.
     """
     if not isinstance(model, HybridMemForCausalLM):
-        if source != "none":
+        if source == "memory":
             raise ValueError(f"source={source}, but {type(model).__name__} has no memory: convert it, or set none")
         if window is None:
             raise ValueError(f"attention_window is not set, and {type(model).__name__} has none: give the tokens")
@@ -203,6 +210,7 @@ def find_units(model: Any, source: str, window: int | None, sinks: int | None) -
         fitted = config.attention_window, config.num_sink_tokens
         wanted = tuple(old if new is None else new for old, new in zip(fitted, (window, sinks), strict=True))
         config.attention_window, config.num_sink_tokens = wanted
+        source = source or _own_source(model)
         units = HeadUnits(model, source)
         if source == "memory" and wanted != fitted:
             raise ValueError(
@@ -218,3 +226,9 @@ def find_units(model: Any, source: str, window: int | None, sinks: int | None) -
         f"layers of {', '.join(sorted(set(config.layer_types or ())))} have no units to allocate: use mag, or a model "
         "of `hybridmem convert`"
     )
+
+
+def _own_source(model: HybridMemForCausalLM) -> str:
+    """Return `memory` if every layer has one, otherwise `none`."""
+    mixers = [layer.mixer for layer in decoder_layers(model) if isinstance(layer.mixer, HeadMixer)]
+    return "memory" if all(mixer.memory is not None for mixer in mixers) else "none"

@@ -43,17 +43,15 @@ PATIENCE = 10  # rollouts in which full attention has to earn something
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Settings shared by all objectives that learn an allocation.
+    """Settings shared by all objectives that hold an allocation.
 
     Args:
-        source: the source of a closed unit beyond its window, `none` or `memory`.
+        source: the source of a closed unit beyond its window, `none` or `memory`; None: `memory` if every layer has
+            one, otherwise `none`.
         unit: `head` (a KV head; a head of mag's gate) or `layer`.
         attention_window, num_sink_tokens: a converted model's window and first tokens; None keeps the model's.
-        initial: probability of an open unit at the start.
-        lr: learning rate of φ.
         budget: share of units that stay open when the allocation is fixed; None keeps those with a probability of
             at least a half.
-        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`.
 
     Raises:
         ValueError: a setting that cannot work.
@@ -61,36 +59,33 @@ class Gates:
 
     family: ClassVar[str] = "Allocation"
 
-    source: str = "none"
+    source: str | None = "none"
     unit: str = "head"
     attention_window: int | None = None
     num_sink_tokens: int | None = None
-    initial: float = 0.8
-    lr: float = 0.2
     budget: float | None = None
-    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        one_of(SOURCES, source=self.source)
+        if self.source is not None:
+            one_of(SOURCES, source=self.source)
         one_of(UNITS, unit=self.unit)
         at_least(1, attention_window=self.attention_window)
         at_least(0, num_sink_tokens=self.num_sink_tokens)
-        least = 1 / (1 + math.exp(MAX_LOGIT))
-        if not least <= self.initial <= 1 - least:
-            raise ValueError(f"initial={self.initial} must lie between {least:.3f} and {1 - least:.3f}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr={self.lr} must be a positive number")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(f"budget={self.budget} must lie between 0 and 1: the share of units that stay open")
 
-    def add_gates(self, policy: Policy) -> None:
+    def add_gates(self, policy: Policy, initial: float) -> None:
         """Put the policy of allocations into `policy.learned`.
+
+        Args:
+            policy: the policy.
+            initial: probability of an open unit at the start.
 
         Raises:
             ValueError: a model without such units or source, or too few of them for the budget.
         """
         units = self.find_units(policy.model)
-        gates = AllocationPolicy(len(units.layers), units.num_heads, self.unit == "layer", self.initial)
+        gates = AllocationPolicy(len(units.layers), units.num_heads, self.unit == "layer", initial)
         if self.budget is not None and round(self.budget * gates.logits.numel()) == 0:
             count = gates.logits.numel()
             raise ValueError(f"budget={self.budget} opens none of {count} units: give at least {1 / count:.3g}")
@@ -106,16 +101,17 @@ class Gates:
         assert isinstance(gates, AllocationPolicy)
         return gates
 
-    def groups(self, policy: Policy) -> list[dict[str, Any]]:
-        """Return φ as an optimiser group."""
-        return [{"params": [self.gates(policy).logits], "lr": self.lr, "weight_decay": 0.0}]
-
     def fixed(self, policy: Policy) -> Allocation:
         """Return the allocation of the current φ: the likeliest units within the budget."""
+        if self.budget is not None:
+            return self.likeliest(policy, self.budget)
+        probabilities = self.gates(policy).probabilities
+        return self.likeliest(policy, float((probabilities >= 0.5).sum()) / probabilities.numel())
+
+    def likeliest(self, policy: Policy, share: float) -> Allocation:
+        """Return the allocation that opens a share of the units, the likeliest ones."""
         gates = self.gates(policy)
-        count = gates.logits.numel()
-        probable = int((gates.probabilities >= 0.5).sum())
-        opened = gates.ranked(probable if self.budget is None else round(self.budget * count))
+        opened = gates.ranked(round(share * gates.logits.numel()))
         return shared(opened, gates, self.find_units(base_model(policy)))
 
     def as_file(self, policy: Policy, objective: str) -> dict[str, Any]:
@@ -134,13 +130,43 @@ class Gates:
         return {"allocation": AllocationFile(Path(config.name_or_path).name, window, sinks, sources, trained).to_dict()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedGates(Gates):
+    """Settings shared by all objectives that learn an allocation.
+
+    Args:
+        initial: probability of an open unit at the start.
+        lr: learning rate of φ.
+        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`.
+
+    Raises:
+        ValueError: a setting that cannot work.
+    """
+
+    initial: float = 0.8
+    lr: float = 0.2
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = 1 / (1 + math.exp(MAX_LOGIT))
+        if not least <= self.initial <= 1 - least:
+            raise ValueError(f"initial={self.initial} must lie between {least:.3f} and {1 - least:.3f}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr} must be a positive number")
+
+    def groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """Return φ as an optimiser group."""
+        return [{"params": [self.gates(policy).logits], "lr": self.lr, "weight_decay": 0.0}]
+
+
 def base_model(policy: Policy) -> Any:
     """Return the policy's model without adapters around it."""
     return policy.model.get_base_model() if policy.adapted else policy.model
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocationRL(Gates, Objective):
+class AllocationRL(LearnedGates, Objective):
     """Learns from reward which units read beyond their window, under a price for each that does.
 
     A price λ makes open units costly. With a `budget` it rises while more units are open than that, and falls when
@@ -236,7 +262,7 @@ class AllocationRL(Gates, Objective):
         Raises:
             ValueError: the model lacks the units or their source.
         """
-        self.add_gates(policy)
+        self.add_gates(policy, self.initial)
 
     def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
         """Return φ with its learning rate."""

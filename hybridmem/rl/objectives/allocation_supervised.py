@@ -17,12 +17,12 @@ from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.scoring import last_hidden_states
 
-from .allocation import Gates, base_model
+from .allocation import LearnedGates, base_model
 from .objective import LossAndMetrics, ModelLoader, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftGates(Gates, Objective):
+class SoftGates(LearnedGates, Objective):
     """Gates that learn from given answers through a mix; the model stays frozen.
 
     Args:
@@ -52,7 +52,7 @@ class SoftGates(Gates, Objective):
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
         """Add φ."""
-        self.add_gates(policy)
+        self.add_gates(policy, self.initial)
 
     def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
         """Return φ with its learning rate."""

@@ -73,6 +73,7 @@ class Objective(ABC):
     prefix: ClassVar[str] = ""  # prepended to the names of its metrics
     learns_by_reward: ClassVar[bool] = False  # uses advantages
     samples: ClassVar[bool] = True  # learns from the policy's own responses instead of given answers
+    learns: ClassVar[bool] = True  # False: only fixes a choice, which `hybridmem validate` measures
     alone: ClassVar[str | None] = None  # the reason why it cannot be combined with other objectives
     refines: ClassVar[bool] = False  # overrides `refine`
     compares_with_rollout: ClassVar[bool] = False  # its loss needs an observation of the sampling policy

@@ -143,6 +143,18 @@ def check_answers(objectives: dict[str, Objective], example: dict[str, Any]) -> 
             raise ValueError(f"{name} learns from the column answer, which the task's examples lack; choose another")
 
 
+def check_learning(objectives: dict[str, Objective], frozen: bool, lora: dict[str, Any] | None) -> None:
+    """Raise a ValueError if no objective trains any parameter."""
+    names = " and ".join(type(objective).__name__ for objective in objectives.values())
+    learning = [objective for objective in objectives.values() if objective.learns]
+    if not learning:
+        raise ValueError(f"objectives: {names} learns nothing; add a token objective, or run hybridmem validate")
+    if frozen and lora is not None:
+        raise ValueError(f"frozen=true leaves the adapters of lora={lora} untrained; remove one of the two")
+    if frozen and all(objective.trains_model for objective in learning):
+        raise ValueError(f"frozen=true leaves {names} nothing to train; add AllocationRL, or set it to false")
+
+
 def check_prompts(data: Any, model: Any) -> None:
     """Raise a ValueError if the data has no prompts or the model cannot read them; `model` may still be None."""
     if data.hparams.get("mode") != "prompts":

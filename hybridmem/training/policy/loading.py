@@ -25,6 +25,7 @@ def prepare_policy(
     name: str,
     data: Any,
     objectives: dict[str, Objective],
+    frozen: bool,
     lora: dict[str, Any] | None,
     dtype: str | None,
     attn_implementation: str,
@@ -49,7 +50,7 @@ def prepare_policy(
         objective.prepare(policy, load)
         if objective.init_from is not None:
             _start_from(policy.learned[objective.family], objective.init_from, objective.family)
-    frozen = not any(objective.trains_model for objective in objectives.values())
+    frozen = frozen or not any(objective.trains_model for objective in objectives.values())
     model.requires_grad_(not frozen)
     if dtype is not None:
         check_frozen(dtype, frozen or lora is not None)

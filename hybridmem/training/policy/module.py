@@ -27,6 +27,7 @@ from .checks import (
     by_family,
     check_answers,
     check_end,
+    check_learning,
     check_prompts,
     check_settings,
     check_strategy,
@@ -74,6 +75,7 @@ class PolicyModule(L.LightningModule):
         optimizer: optimiser of the parameter groups; matrices decay, vectors and embeddings do not.
         lr_scheduler: learning-rate schedule over the optimiser steps of the run.
         max_grad_norm: gradients are clipped to this norm. None: no clipping.
+        frozen: train only the objectives' own parameters, such as a mixed allocation with a token objective.
         lora: settings of PEFT's LoraConfig. None: train all weights, or none if no objective trains the model.
         dtype: type of weights that are not trained, such as `bfloat16`. None: float32. Memories stay in float32.
         attn_implementation: `sdpa`, or another implementation in transformers' registry.
@@ -107,6 +109,7 @@ class PolicyModule(L.LightningModule):
         optimizer: OptimizerFactory = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
         max_grad_norm: float | None = 1.0,
+        frozen: bool = False,
         lora: dict[str, Any] | None = None,
         dtype: str | None = None,
         attn_implementation: str = "sdpa",
@@ -135,7 +138,7 @@ class PolicyModule(L.LightningModule):
         self.environment_factory, self.max_turns = environment_factory, max_turns
         self.call_format, self.max_observation_length = call_format, max_observation_length
         self.optimizer, self.lr_scheduler, self.max_grad_norm = optimizer, lr_scheduler, max_grad_norm
-        self.lora, self.dtype_name, self.attn_implementation = lora, dtype, attn_implementation
+        self.frozen, self.lora, self.dtype_name, self.attn_implementation = frozen, lora, dtype, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
         self.policy: Policy
@@ -168,6 +171,7 @@ class PolicyModule(L.LightningModule):
                 self.model_name,
                 self.data,
                 self.objectives,
+                self.frozen,
                 self.lora,
                 self.dtype_name,
                 self.attn_implementation,
@@ -201,7 +205,8 @@ class PolicyModule(L.LightningModule):
         check_prompts(data, self.model)
 
     def check_schedule(self, trainer: L.Trainer) -> None:
-        """Raise a ValueError if trainer.max_steps is missing or too small for the learning-rate schedule."""
+        """Raise a ValueError if nothing is trained, or trainer.max_steps does not suit the learning-rate schedule."""
+        check_learning(self.objectives, self.frozen, self.lora)
         check_end(self.lr_scheduler, trainer)
 
     def on_train_start(self) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from hybridmem.distributed import failing_together, rank_and_size
+from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rollouts.agent_rollouts import Environments, act_out
+from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Example
 from hybridmem.rl.rollouts.random_streams import RandomStream, generators
@@ -55,7 +57,7 @@ class Answered:
 def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int) -> tuple[Answered, Values]:
     """Answer held-out prompts, and return the answers and their metrics.
 
-    Every validation uses the same random numbers.
+    Every validation uses the same random numbers. At temperature 0, samples equal the greedy answer.
 
     Args:
         worker: samples and rewards the answers.
@@ -70,7 +72,11 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
     each = _generators(worker, first, len(batch))
     with failing_together(NonFiniteLogits):
         greedy = policy.answer(prompts, 1, _greedy(worker), actions=worker.settled)
-        drawn = policy.answer(prompts, worker.num_generations, worker.sampling, each, worker.settled)
+        drawn = (
+            policy.answer(prompts, worker.num_generations, worker.sampling, each, worker.settled)
+            if worker.sampling.temperature > 0
+            else Completions(*(part.repeat_interleave(worker.num_generations, dim=0) for part in greedy))
+        )
     texts, rewards = worker.reward(batch, greedy)
     sampled, _ = policy.texts_and_ids(drawn)
     answered = Answered(batch, texts, sampled)
@@ -79,6 +85,15 @@ def validate(worker: RolloutWorker, task: Task, batch: list[Example], first: int
         return answered, values
     answered = answered.judged(task)
     return answered, values | _share_right(answered)
+
+
+def answer_greedily(worker: RolloutWorker, examples: list[Example], actions: list[Action]) -> list[str]:
+    """Return a greedy answer to the prompt of each example under some actions."""
+    policy = worker.policy
+    prompts = policy.prompt_batch([policy.data.prompt(example) for example in examples])
+    with failing_together(NonFiniteLogits):
+        completions = policy.answer(prompts, 1, _greedy(worker), actions=actions)
+    return policy.texts_and_ids(completions)[0]
 
 
 def _validate_acting(

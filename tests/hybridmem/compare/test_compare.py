@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from hybridmem.compare.runs import status
+from tests.hybridmem.training.policy.test_allocation import config_of
 from tests.hybridmem.training.runs import hybridmem
 
 from .test_grid import CONFIGS
@@ -107,6 +108,36 @@ def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path, **{"data.init_args.num_val": 2}))
     assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_a_grid_of_allocations_starts_from_converted_models(tmp_path, monkeypatch):
+    """The start and fixed orders are validated, a learned allocation is trained, and all give a curve."""
+    train = config_of(tmp_path, model__init_args__dtype="bfloat16", trainer__max_steps=2, trainer__val_check_interval=2)
+    settings = {"source": None, "attention_window": 4, "budget": 0.5}
+    curve = {"class_path": "hybridmem.training.AllocationCurve", "init_args": {"closed": [0.0, 0.5, 1.0]}}
+    task = {
+        "warm_up": None,
+        "train": str(train),
+        "architectures": {"window": {"model.init_args.model": str(tmp_path / "policy")}},
+        "controls": {
+            name: [{"class_path": f"hybridmem.rl.{objective}", "init_args": settings}]
+            for name, objective in (("random heads", "FixedAllocation"), ("reward", "AllocationRL"))
+        },
+        "seeds": [0],
+        "train_options": {"trainer.callbacks+": [curve]},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "grid"), "tasks": {"facts": task}}))
+    hybridmem(monkeypatch, "compare", "--config", tmp_path / "grid.yaml")
+    found = json.loads((tmp_path / "grid" / "results.json").read_text())["tasks"]["facts"]
+    cells = {cell["label"]: cell for cell in found["cells"]}
+    assert {label: cell["status"] for label, cell in cells.items()} == dict.fromkeys(cells, "finished"), cells
+    assert list(cells) == ["start", "random heads", "reward"]
+    assert [label for label, cell in cells.items() if "compute" in cell] == ["reward"]
+    curves = {row["label"]: list(row["accuracy_at"]) for row in found["summary"]}
+    shares = ["closed=0", "closed=0.5", "closed=1"]
+    assert curves == {"start": [], "random heads": shares, "reward": shares}
+    hybridmem(monkeypatch, "compare", "--config", tmp_path / "grid.yaml")  # nothing is left to run
+    assert "Accuracy by closed" in (tmp_path / "grid" / "report.html").read_text()
 
 
 def test_a_stopped_grid_lets_its_runs_save(tmp_path):

@@ -130,6 +130,51 @@ def test_reward_on_attention_is_held_against_the_same_without_it():
     assert without_attention(replace(RECALL, controls=mine)) == {"mine": "plain"}
 
 
+FIXED = Objectives([{"class_path": "hybridmem.rl.FixedAllocation", "init_args": {"budget": 0.1}}])
+PRETRAINED = Comparison(
+    warm_up=None,
+    train=CONFIGS / "allocation.yaml",
+    architectures={name: FitOptions({"model.init_args.model": f"runs/{name}"}) for name in ("window", "memory")},
+    controls={"random heads": FIXED, "reward": Objectives([{"class_path": "hybridmem.rl.AllocationRL"}])},
+    control_options={"reward": FitOptions({"model.init_args.temperature": 1.0})},
+    seeds=[0, 1],
+)
+
+
+def test_cells_without_a_warm_up_start_from_the_model_of_their_architecture():
+    check_grid({"facts": PRETRAINED})
+    warm_ups, cells = plan({"facts": PRETRAINED})
+    assert warm_ups == []
+    assert [cell.label for cell in cells if cell.architecture == "memory" and cell.seed == 1] == [
+        START,
+        "random heads",
+        "reward",
+    ]
+    for cell in cells:
+        options = fit_options(cell, PRETRAINED, Path("runs"))
+        assert cell.after is None
+        assert options["model.init_args.model"] == f"runs/{cell.architecture}"
+        assert ("model.init_args.frozen" in options) == (cell.control == START)
+        assert ("model.init_args.temperature" in options) == (cell.control == "reward")
+
+
+def test_controls_that_learn_nothing_are_validated():
+    cells = plan({"facts": PRETRAINED})[1]
+    assert {(cell.label, cell.command, cell.is_trained) for cell in cells} == {
+        (START, "validate", False),
+        ("random heads", "validate", False),
+        ("reward", "fit", True),
+    }
+
+
+def test_an_easier_task_needs_a_warm_up():
+    hard = replace(RECALL, init_from="easy")
+    with pytest.raises(ValueError, match=r"tasks.hard.init_from='easy' has no warm-up"):
+        check_grid({"easy": PRETRAINED, "hard": hard})
+    with pytest.raises(ValueError, match=r"tasks.facts.init_from needs a warm-up"):
+        check_grid({"easy": RECALL, "facts": replace(PRETRAINED, init_from="easy")})
+
+
 def test_a_control_may_have_a_target_of_its_own():
     mine = Objectives([{"class_path": "hybridmem.rl.AttentionRL", "init_args": {"target": "allocation"}}])
     task = replace(RECALL, targets=["attention", "memory"], controls={"gate": mine})
@@ -154,7 +199,12 @@ def test_options_are_read_back_as_they_were():
         (dict(warm_up=Path("no.yaml")), "warm_up=no.yaml does not exist"),
         (dict(seeds=[]), "seeds is empty"),
         (dict(controls={0.1: Objectives()}), "does not read the name 0.1 as text"),
-        (dict(masked=["tokens"]), "masked: 'tokens' is not in the grid; choose from start, supervised, token"),
+        (dict(masked=["tokens"]), "masked: 'tokens' is not trained in the grid; choose from supervised, token"),
+        (dict(masked=[START]), "masked: 'start' is not trained in the grid"),
+        (dict(control_options={"reward": FitOptions()}), "control_options: 'reward' is not a control; choose from"),
+        (dict(warm_up=None), "architectures.swa: 'variant' is not an option of hybridmem fit"),
+        (dict(warm_up=None, masked=["token"]), "masked needs a warm-up"),
+        (dict(warm_up=None, warm_up_options=FitOptions({"trainer.max_steps": 1})), "warm_up_options needs a warm-up"),
         (dict(seeds=[1, 1]), "contains a seed twice"),
         (dict(targets=["gaze"]), "'gaze' is unknown; choose from attention"),
         (

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from hybridmem.compare.answer import answer, difference
+from hybridmem.compare.figures import by_column
 from hybridmem.compare.report import write_report
 from hybridmem.compare.results import summarise
 
@@ -198,3 +199,33 @@ def test_formats_and_their_collapse_are_drawn(tmp_path):
     write_report(results(cells), tmp_path)
     drawn = {file.name for file in tmp_path.rglob("*.png")}
     assert {"formats.png", "collapse.png"} <= drawn
+
+
+def test_accuracy_by_closed_share_is_drawn_and_listed(tmp_path):
+    cells = [cell("memory", label, seed, 0.5) for label in ("start", "reward", "random heads") for seed in range(2)]
+    for each in cells:
+        del each["last"]["val/accuracy_at/distance=3"]
+        if each["label"] != "start":
+            each["last"] |= {f"val/accuracy_at/closed={share}": 1 - float(share) for share in ("1", "0", "0.95", "0.5")}
+    text = write_report(results(cells), tmp_path).read_text()
+    table = text.split("<h3>Accuracy by closed</h3>")[1].split("</table>")[0]
+    assert re.findall("<th[^>]*>([^<]*)</th>", table) == ["architecture", "control", "0", "0.5", "0.95", "1"]
+    rows = [re.findall("<td>([^<]*)</td>", row) for row in re.findall("<tr><td>.*?</tr>", table)]
+    shares = ["100.0 ± 0.0", "50.0 ± 0.0", "5.0 ± 0.0", "0.0 ± 0.0"]
+    assert rows == [["memory", label, *shares] for label in ("reward", "random heads")]
+    assert (tmp_path / "figures" / "recall" / "by_column.png").exists()
+
+
+def test_panels_are_by_column_and_architecture():
+    cells = [cell(architecture, "reward", 0, 0.5) for architecture in ("window", "memory")]
+    for each in cells:
+        each["last"] |= {"val/accuracy_at/closed=0.9": 0.4, "val/accuracy_at/closed=0.95": 0.2}
+    figure = by_column(summarise(cells), {"reward": (0.0, 0.0, 0.0)})
+    found = [(axes.get_title(), axes.get_xlabel()) for axes in figure.axes]
+    assert found == [
+        ("window", "share of closed units"),
+        ("memory", "share of closed units"),
+        ("window", "distance"),
+        ("memory", "distance"),
+    ]
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0.9, 0.95]

@@ -9,9 +9,12 @@ from transformers import LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
 from hybridmem.convert import convert
+from hybridmem.rl import FixedAllocation
+from hybridmem.rl.attention.sources import find_units
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.checkpoints.loading import load_checkpoint
-from tests.hybridmem.training.policy.test_module import ATTENTION, TOKENS, write_config
+from tests.hybridmem.convert.bases import base_model
+from tests.hybridmem.training.policy.test_module import ATTENTION, TOKENS, Letters, write_config
 from tests.hybridmem.training.runs import hybridmem, logged
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -199,3 +202,124 @@ def test_a_run_starts_from_another_runs_allocation(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
     assert "was trained with other units" in capsys.readouterr().err
+
+
+def fixed(**settings):
+    settings = {"attention_window": 4, "budget": 0.5, **settings}
+    return {"class_path": "hybridmem.rl.FixedAllocation", "init_args": settings}
+
+
+def heads_of(opened):
+    """Return the sources of a model of two layers and two KV heads, with some heads open."""
+    return [["full" if 2 * layer + head in opened else "none" for head in range(2)] for layer in range(2)]
+
+
+@pytest.mark.parametrize("order", ["random", "last_layers"])
+@pytest.mark.parametrize("kind", ["converted", "llama"])
+def test_a_fixed_order_is_validated_and_exported(tmp_path, monkeypatch, kind, order):
+    config = config_of(tmp_path, kind, [TOKENS, fixed(order=order, seed=3)], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    hybridmem(monkeypatch, "export", "--ckpt_path", tmp_path / "run" / "step=2.ckpt", "--output", tmp_path / "exported")
+    chosen = torch.randperm(4, generator=torch.Generator().manual_seed(3)).tolist() if order == "random" else [3, 2]
+    exported = HybridMemForCausalLM.from_pretrained(tmp_path / "exported")
+    assert exported.config.head_sources == heads_of(chosen[:2])
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    weights = load_checkpoint(str(tmp_path / "run" / "step=2.ckpt"))["state_dict"]
+    assert any(not torch.equal(weights[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4  # scored as it was sampled
+
+
+def test_random_heads_follow_the_seed_of_the_run(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[TOKENS, fixed()], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config, "--seed_everything", "5")
+    logits = load_checkpoint(str(tmp_path / "run" / "step=2.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(logits.flatten().argsort(descending=True), order)
+
+
+def test_a_mix_learns_while_the_model_stays_frozen(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[TOKENS, allocation(estimator="mixed")])
+    hybridmem(monkeypatch, "fit", "--config", config, "--model.init_args.frozen", "true")
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]
+    start = load_policy(str(tmp_path / "policy")).state_dict()
+    assert all(torch.equal(checkpoint[f"model.{name}"], tensor) for name, tensor in start.items())
+    assert (checkpoint["learned.Allocation.logits"] - 1.3863).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("objectives", "options", "message"),
+    [
+        ([fixed()], (), "FixedAllocation learns nothing; add a token objective, or run hybridmem validate"),
+        ([TOKENS, fixed(budget=None)], (), "give the share of units that stay open"),
+        ([TOKENS], ("--model.init_args.frozen", "true"), "frozen=true leaves GRPO nothing to train"),
+        ([allocation()], ("--model.init_args.frozen", "true", "--model.init_args.lora", "{}"), "remove one of the two"),
+    ],
+)
+def test_runs_that_would_train_nothing_are_refused(tmp_path, monkeypatch, capsys, objectives, options, message):
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, objectives=objectives), *options)
+    assert message in capsys.readouterr().err
+
+
+def test_closed_heads_read_the_memory_where_the_model_has_one(tmp_path):
+    convert(base_model("llama", dtype=torch.float32), head_source="memory").save_pretrained(tmp_path / "memory")
+    remembering = load_policy(str(tmp_path / "memory"))
+    plain = convert(base_model("llama", dtype=torch.float32))
+    closed = torch.zeros(2, 2, dtype=torch.bool)
+    for model, source in ((remembering, "memory"), (plain, "none")):
+        assert find_units(model, None, 4, 1).sources_of(closed) == [[source] * 2] * 2
+
+
+CURVE = {"class_path": "hybridmem.training.AllocationCurve", "init_args": {"closed": [0.0, 0.5, 0.75, 1.0]}}
+
+
+def test_the_curve_answers_with_the_likeliest_units_of_each_share(tmp_path, monkeypatch):
+    """Units open in the order of φ, and a run with the budget of another share validates with its accuracy."""
+    objective = fixed(order="last_layers", attention_window=2, num_sink_tokens=0)
+    config = config_of(tmp_path, objectives=[objective], trainer__callbacks=[CURVE])
+    opened = []
+    likeliest = FixedAllocation.likeliest
+
+    def watched(self, policy, share):
+        found = likeliest(self, policy, share)
+        opened.append(found.opened.flatten().tolist())
+        return found
+
+    monkeypatch.setattr(FixedAllocation, "likeliest", watched)
+    monkeypatch.setattr(Letters, "is_right", lambda self, texts, answers: [text < "m" for text in texts], raising=False)
+    hybridmem(monkeypatch, "validate", "--config", config)
+    curve = {share: logged(tmp_path, f"val/accuracy_at/closed={share}") for share in ("0", "0.5", "0.75", "1")}
+    assert curve["0.5"] == logged(tmp_path, "val/accuracy")
+    assert all(0 <= value <= 1 for values in curve.values() for value in values)
+    assert {tuple(row) for row in opened} == {
+        (True, True, True, True),
+        (False, False, True, True),
+        (False, False, False, True),
+        (False, False, False, False),
+    }
+    objective["init_args"]["budget"] = 0.25
+    hybridmem(monkeypatch, "validate", "--config", config_of(tmp_path, objectives=[objective]))
+    assert curve["0.75"] == logged(tmp_path, "val/accuracy")
+
+
+def test_the_curve_is_logged_during_training(tmp_path, monkeypatch):
+    config = config_of(tmp_path, trainer__callbacks=[CURVE], model__init_args__temperature=0.0)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    assert len(logged(tmp_path, "val/accuracy_at/closed=0.5")) == 2
+    assert logged(tmp_path, "val/pass@1") == logged(tmp_path, "val/accuracy")  # greedy, so samples are alike
+
+
+@pytest.mark.parametrize(
+    ("closed", "objectives", "message"),
+    [
+        ([0.5, 0.5], [allocation()], "must hold one or more different shares"),
+        ([1.5], [allocation()], "from 0 to 1"),
+        ([0.5], [TOKENS], "which no objective holds: add AllocationRL"),
+    ],
+)
+def test_curves_that_cannot_be_measured_are_refused(tmp_path, monkeypatch, capsys, closed, objectives, message):
+    curve = CURVE | {"init_args": {"closed": closed}}
+    config = config_of(tmp_path, objectives=objectives, trainer__callbacks=[curve])
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config)
+    assert message in capsys.readouterr().err
