@@ -267,7 +267,7 @@ def test_closed_heads_read_the_memory_where_the_model_has_one(tmp_path):
     plain = convert(base_model("llama", dtype=torch.float32))
     closed = torch.zeros(2, 2, dtype=torch.bool)
     for model, source in ((remembering, "memory"), (plain, "none")):
-        assert find_units(model, None, 4, 1).sources_of(closed) == [[source] * 2] * 2
+        assert find_units(model, None, None, None).sources_of(closed) == [[source] * 2] * 2
 
 
 CURVE = {"class_path": "hybridmem.training.AllocationCurve", "init_args": {"closed": [0.0, 0.5, 0.75, 1.0]}}
