@@ -161,10 +161,10 @@ def test_a_cell_waits_for_its_warm_up(tmp_path, monkeypatch, capsys):
     assert "execute that run first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--only", "9")
-    assert "below 4" in capsys.readouterr().err
+    assert "only=9 must be between 0 and 3" in capsys.readouterr().err
 
 
 def test_a_report_needs_results(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "report", "--run_dir", tmp_path)
-    assert "holds no results.json" in capsys.readouterr().err
+    assert "has no results.json" in capsys.readouterr().err
