@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hybridmem.checks import at_least
@@ -111,9 +112,35 @@ def load_reader(name: str, dtype: str, device: str, chunk_size: int, longest: in
         ValueError: no tokenizer, another model's tokenizer, or a context shorter than `longest`.
     """
     place = parse_device(device)
+    tokenizer = tokenizer_of_model(name)
+    model = load_model(name, tokenizer)
+    check_context(name, model.config, longest)
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    model = model.to(place)
+    ends = model.generation_config.eos_token_id if model.can_generate() else tokenizer.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return Reader(model, tokenizer, chunk_size, ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def tokenizer_of_model(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
     tokenizer = tokenizer_of_policy(name)
     if tokenizer is None:
         raise ValueError(f"model={name} has no tokenizer: save its tokenizer to the folder")
+    return tokenizer
+
+
+def load_model(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Load a model in evaluation mode.
+
+    Raises:
+        ValueError: the tokenizer belongs to another model.
+    """
     with without_progress_bars():
         model = load_policy(name).eval()
     size, rows = vocabulary_size(tokenizer), model.config.get_text_config().vocab_size
@@ -122,13 +149,7 @@ def load_reader(name: str, dtype: str, device: str, chunk_size: int, longest: in
             f"model={name}: the tokenizer's largest id is {size - 1} but the model's vocab_size is {rows}: put the "
             "model's tokenizer there"
         )
-    check_context(name, model.config, longest)
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
-    model = model.to(place)
-    ends = model.generation_config.eos_token_id if model.can_generate() else tokenizer.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return Reader(model, tokenizer, chunk_size, ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return model
 
 
 @contextmanager
@@ -145,13 +166,18 @@ def without_progress_bars() -> Iterator[None]:
 
 def check_context(name: str, config: Any, longest: int) -> None:
     """Refuse lengths for which a model with learned positions has none."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rotary = getattr(text, "rope_parameters", None) or isinstance(config, HybridMemConfig)
-    if limit is not None and not rotary and longest > limit:
+    limit = learned_positions(config)
+    if limit is not None and longest > limit:
         raise ValueError(
             f"model={name} has {limit} positions: lengths with max_new_tokens need {longest}; lower lengths"
         )
+
+
+def learned_positions(config: Any) -> int | None:
+    """Return the number of positions of a model that learns each of them, or None for rotary positions."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or isinstance(config, HybridMemConfig)
+    return None if rotary else getattr(text, "max_position_embeddings", None)
 
 
 def parse_device(device: str) -> torch.device:

@@ -45,6 +45,7 @@ from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
 from .report import report
+from .show import show
 from .subnetwork import subnetwork
 
 Trained = PretrainModule | PolicyModule | RetrofitModule
@@ -54,6 +55,7 @@ COMMANDS = {
     "consolidate": consolidate,
     "generate": generate,
     "eval": evaluate,
+    "show": show,
     "subnetwork": subnetwork,
     "compare": compare,
     "report": report,
@@ -89,6 +91,7 @@ USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
   consolidate  merge a sharded run's checkpoint into one file, for any strategy
   generate     generate text with an exported model
   eval         evaluate a causal LM on long contexts: table, heat map, JSON
+  show         write a page with the tokens that a model reads, by layer and head
   subnetwork   compare the weights of two or three exported models
   compare      run a grid of architectures and controls, from warm-ups to a report
   report       rewrite a grid's report, or compare two grids

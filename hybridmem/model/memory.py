@@ -355,9 +355,8 @@ class HeadMemory(nn.Module):
             plan: the tokens that leave the window at each step.
             state: the state after earlier calls.
         """
-        heads = [head * self.groups + n for head in kv_heads for n in range(self.groups)]
-        found = memory_gates(self.config, _project(self.gate_proj, x), self.eta_logit)
-        gates = torch.stack([pick(gate, heads) for gate in found], dim=-1)
+        heads = self.query_heads(kv_heads)
+        gates = self.gates(x, heads)
         scan: MemoryState | MemoryMLPState | None = None
         document = torch.full((len(x),), NO_DOCUMENT, device=x.device)
         if state is not None:
@@ -365,33 +364,52 @@ class HeadMemory(nn.Module):
             scan, document = state.scan, state.document
         if plan.first_write < plan.time:
             scan, document = self._begin_documents(plan, scan, document, q, heads)
-            recalled, scan = self._read_and_write(plan, q, keys, values, gates, heads, scan)
+            inputs = self.scan_inputs(plan, q, keys, values, gates, heads)
+            documents = None if plan.document_ids is None else plan.document_ids[:, plan.first_write :]
+            recalled, scan = self._scan(inputs, heads, scan, documents, plan.written)
             attended = self._mix(x, attended, recalled.transpose(1, 2), mass, heads, plan)
         return attended, HeadMemoryState(scan, plan.keep(keys), plan.keep(gates), document)
+
+    def query_heads(self, kv_heads: list[int]) -> list[int]:
+        """Return the query heads of the given KV heads."""
+        return [head * self.groups + n for head in kv_heads for n in range(self.groups)]
+
+    def gates(
+        self, x: Float[Tensor, "batch time hidden"], heads: list[int]
+    ) -> Float[Tensor, "batch some_heads time gates"]:
+        """Compute alpha, eta and theta of the given query heads."""
+        found = memory_gates(self.config, _project(self.gate_proj, x), self.eta_logit)
+        return torch.stack([pick(gate, heads) for gate in found], dim=-1)
+
+    def scan_inputs(
+        self, plan: WindowPlan, q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, heads: list[int]
+    ) -> ScanInputs:
+        """Return the writes of tokens that leave the window, and the queries that read after each write."""
+        q = self.q_map(q[:, :, plan.first_write :], heads)
+        k = self.k_map(self._repeat(plan.leaving(keys)), heads)
+        alpha, eta, theta = plan.leaving(gates).unbind(-1)
+        return ScanInputs(q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
+
+    def window_share(
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        mass: Float[Tensor, "batch time some_heads"],
+        heads: list[int],
+        plan: WindowPlan,
+    ) -> Float[Tensor, "batch steps some_heads"]:
+        """Return the window's modelled share of the attention mass, which is 1 while the memory is empty."""
+        start = plan.first_write
+        logits = pick(_project(self.mixing_gate, x[:, start:]).to(mass.dtype), heads, 2)
+        share = torch.sigmoid(logits + pick(self.window_mass, heads, 0).to(mass.dtype) * mass[:, start:])
+        return share if plan.written is None else share.where(plan.written[..., None], 1)
 
     def _mix(
         self, x: Tensor, attended: Tensor, recalled: Tensor, mass: Tensor, heads: list[int], plan: WindowPlan
     ) -> Tensor:
-        """Weight the window by its modelled share of the attention mass, which is 1 while the memory is empty."""
-        start = plan.first_write
-        logits = pick(_project(self.mixing_gate, x[:, start:]).to(mass.dtype), heads, 2)
-        share = torch.sigmoid(logits + pick(self.window_mass, heads, 0).to(mass.dtype) * mass[:, start:])
-        if plan.written is not None:
-            share = share.where(plan.written[..., None], 1)
+        """Weight window and memory by their shares of the attention mass."""
+        start, share = plan.first_write, self.window_share(x, mass, heads, plan)
         mixed = torch.lerp(recalled, attended[:, start:], share[..., None].to(attended.dtype))
         return torch.cat((attended[:, :start], mixed), dim=1) if start else mixed
-
-    def _read_and_write(
-        self, plan: WindowPlan, q: Tensor, keys: Tensor, values: Tensor, gates: Tensor, heads: list[int], state: Any
-    ) -> tuple[Tensor, Any]:
-        """Write the token that leaves the window and read the memory, step by step."""
-        start = plan.first_write
-        q = self.q_map(q[:, :, start:], heads)
-        k = self.k_map(self._repeat(plan.leaving(keys)), heads)
-        alpha, eta, theta = plan.leaving(gates).unbind(-1)
-        documents = None if plan.document_ids is None else plan.document_ids[:, start:]
-        inputs = ScanInputs(q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
-        return self._scan(inputs, heads, state, documents, plan.written)
 
     def _begin_documents(
         self, plan: WindowPlan, scan: Any, document: Int[Tensor, " batch"], q: Tensor, heads: list[int]

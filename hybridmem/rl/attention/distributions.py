@@ -5,14 +5,14 @@ last `queries` tokens of the sequence; the keys are all tokens.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hybridmem.model.memory import ScanInputs
 from hybridmem_kernels import memory_scan
 from hybridmem_kernels.memory_scan import state_dtype
 
-from .recorder import AttentionRecord, LayerRecord
+from .records import AttentionRecord, LayerRecord
 from .targets import TARGETS
 
 Distribution = Float[Tensor, "batch queries keys"]
@@ -38,7 +38,7 @@ def distribution(record: LayerRecord, target: str, queries: int) -> Distribution
 def attention(record: LayerRecord, queries: int) -> Distribution:
     """Return p_t(i) ∝ mean_h a_h,t,i over earlier tokens i < t (RAL, arXiv 2602.04884); in mac, within the segment."""
     if record.attention is not None:
-        return _renormalize(_token_weights(record.attention, queries), queries)
+        return _renormalize(attention_by_head(record.attention, queries).mean(1), queries)
     if record.segments:
         return _renormalize(_segment_weights(record, queries)[2], queries)
     raise ValueError(f"a layer of variant {record.variant} has no attention; choose target='memory'")
@@ -78,14 +78,19 @@ def memory(record: LayerRecord, queries: int) -> Distribution:
             f"memory_depth={record.memory_depth} defines no memory-implied attention, because a read of a deep memory "
             "is not a sum over its writes; choose target='attention' or 'allocation', or memory_depth=1"
         )
-    inputs = record.memory
-    surprise = _surprise(inputs)
+    return _renormalize(memory_by_head(record.memory, queries).mean(1), queries)
+
+
+def memory_by_head(
+    inputs: ScanInputs, queries: int, own_write: bool = False
+) -> Float[Tensor, "batch heads queries writes"]:
+    """Return memory-implied attention of each head over writes j < t, or j <= t with `own_write`."""
     left = _left_of_writes(inputs, queries)
     overlap = (inputs.q[:, :, -queries:] @ inputs.k.mT).to(left.dtype).abs()
-    implied = left * overlap * (inputs.theta * surprise).unsqueeze(-2)
-    implied = implied * _earlier(implied)
-    per_head = implied / implied.sum(-1, keepdim=True).clamp(min=torch.finfo(implied.dtype).tiny)
-    return _renormalize(per_head.mean(1), queries)
+    implied = left * overlap * (inputs.theta * surprise(inputs)).unsqueeze(-2)
+    if not own_write:
+        implied = implied * _earlier(implied)
+    return implied / implied.sum(-1, keepdim=True).clamp(min=torch.finfo(implied.dtype).tiny)
 
 
 def unified(record: LayerRecord, queries: int) -> Distribution:
@@ -110,8 +115,8 @@ def over_the_same(*sides: Float[Tensor, "batch queries _"]) -> list[Distribution
     return [torch.nn.functional.pad(side, (keys - side.shape[-1], 0)) for side in sides]
 
 
-def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
-    """Return head-averaged attention weights on tokens; the softmax also covers persistent tokens."""
+def attention_by_head(record: AttentionRecord, queries: int) -> Float[Tensor, "batch heads queries keys"]:
+    """Return each head's attention weights on tokens, itself included; the rest is on persistent tokens."""
     record, front = record.last_queries(queries), record.num_persistent
     time = torch.arange(record.k.shape[2] - front, device=record.q.device)
     distance = time[-record.q.shape[2] :, None] - time
@@ -121,15 +126,26 @@ def _token_weights(record: AttentionRecord, queries: int) -> Distribution:
     seen = torch.nn.functional.pad(seen, (front, 0), value=True)
     if record.key_mask is not None:
         seen = seen & torch.nn.functional.pad(record.key_mask, (front, 0), value=True)[:, None, None]
-    return _head_average(record, seen)[..., front:]
+    return softmax_weights(record, seen)[..., front:]
 
 
-def _head_average(record: AttentionRecord, seen: Tensor) -> Float[Tensor, "batch queries columns"]:
-    """Return the mean over heads of the softmax weights on the columns in `seen`."""
+def softmax_weights(
+    record: AttentionRecord, seen: Bool[Tensor, "*lead queries columns"]
+) -> Float[Tensor, "batch heads queries columns"]:
+    """Return the softmax weights of each head on the columns in `seen`."""
     q, k = record.q, record.k
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).to(state_dtype(q.dtype)) * record.scale
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0).mean(1)
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
+
+
+def segment_weights(segment: AttentionRecord) -> Float[Tensor, "batch heads queries columns"]:
+    """Return each head's weights in a mac segment on [persistent tokens, recalled tokens, tokens]."""
+    size, columns = segment.q.shape[2], _columns(segment)
+    causal = torch.ones(size, columns, dtype=torch.bool, device=segment.q.device).tril(columns - size)
+    return softmax_weights(
+        segment, torch.nn.functional.pad(causal.repeat(1, 2), (segment.num_persistent, 0), value=True)
+    )
 
 
 def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distribution, Distribution, Tensor]:
@@ -146,9 +162,7 @@ def _segment_weights(record: LayerRecord, queries: int) -> tuple[Tensor, Distrib
         start, end, past = end, end + columns, columns - size
         if end <= time - queries:
             continue
-        causal = torch.ones(size, columns, dtype=torch.bool, device=segment.q.device).tril(past)
-        seen = torch.nn.functional.pad(causal.repeat(1, 2), (front, 0), value=True)
-        persistent, recalled, tokens = _head_average(segment, seen).split((front, columns, columns), dim=-1)
+        persistent, recalled, tokens = segment_weights(segment).mean(1).split((front, columns, columns), dim=-1)
         around = (start, time - end)
         own = tokens.diagonal(past, dim1=-2, dim2=-1)
         recalled, tokens = (torch.nn.functional.pad(x, around) for x in (recalled, tokens.tril(past - 1)))
@@ -162,7 +176,7 @@ def _columns(segment: AttentionRecord) -> int:
     return segment.num_tokens // 2
 
 
-def _surprise(inputs: ScanInputs) -> Float[Tensor, "batch heads time"]:
+def surprise(inputs: ScanInputs) -> Float[Tensor, "batch heads time"]:
     """Return ‖delta_j‖, the norm of the error that each write corrects: the previous memory's prediction − value."""
     # A token reads after its own write, so a read with the next token's key gives the prediction before the next write.
     ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
