@@ -18,30 +18,31 @@ from hybridmem.compare.results import finished_cells, metric_name, of_prompts
 Rows = list[dict[str, Any]]
 
 
-def main_table(task: dict[str, Any], rows: Rows) -> Table:
-    """Return a table of scores, gains, changed weights and seconds."""
-    table = [
-        ["architecture", "control", "seeds", metric_name(task), "gain", "pass@1", "unchanged", "shared", "seconds"]
-    ]
+def score_table(task: dict[str, Any], rows: Rows) -> Table:
+    """Return a table of scores and gains."""
+    table = [["architecture", "control", "seeds", metric_name(task), "gain", "pass@1"]]
     prompts = of_prompts(task)
     if prompts is not None:
-        table.append(["", "unchanged prompts", "", percent(prompts), *[""] * 5])
+        table.append(["", "unchanged prompts", "", percent(prompts), "", ""])
+    for row in rows:
+        scores = [percent(row["score"]), percent(row["gain"], signed=True), percent(row["pass@1"])]
+        table.append([row["architecture"], row["label"], str(len(row["seeds"])), *scores])
+    return table
+
+
+def training_table(rows: Rows) -> Table:
+    """Return a table of changed weights and seconds of the trained rows, or an empty one without any."""
+    table = [["architecture", "control", "unchanged", "shared", "seconds"]]
     for row in rows:
         overlap, compute = row.get("overlap"), row.get("compute")
-        table.append(
-            [
-                row["architecture"],
-                row["label"],
-                str(len(row["seeds"])),
-                percent(row["score"]),
-                percent(row["gain"], signed=True),
-                percent(row["pass@1"]),
-                percent(row.get("sparsity")),
-                f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
-                f"{compute['seconds']:.0f}" if compute else "",
-            ]
-        )
-    return table
+        figures = [
+            percent(row.get("sparsity")),
+            f"{100 * overlap['shares']:.0f} ({100 * overlap['chance']:.0f})" if overlap else "",
+            f"{compute['seconds']:.0f}" if compute else "",
+        ]
+        if any(figures):
+            table.append([row["architecture"], row["label"], *figures])
+    return table if len(table) > 1 else []
 
 
 def table_at(rows: Rows) -> Table:
@@ -66,7 +67,7 @@ def format_tables(task: dict[str, Any]) -> list[Table]:
 
 def last_table(task: dict[str, Any], columns: list[str]) -> Table:
     """Return a table of the last value of each metric, as means over seeds."""
-    titles = [name.removeprefix("val/").removeprefix("format/").removeprefix("collapse/") for name in columns]
+    titles = [name.rpartition("/")[2].removeprefix("distinct_") for name in columns]
     table = [["model", "control", "seeds", *titles]]
     for row in task["summary"]:
         cells = [cell["last"] for cell in finished_cells(task, row)]
@@ -84,8 +85,8 @@ def main() -> None:
         rows = [row for row in task["summary"] if "score" in row]
         if not rows:
             continue  # no finished runs
-        tables = [table for table in (main_table(task, rows), table_at(rows), *format_tables(task)) if table]
-        write_tables(f"{arguments.results.parent.name}/{name}", tables)
+        tables = [score_table(task, rows), training_table(rows), table_at(rows), *format_tables(task)]
+        write_tables(f"{arguments.results.parent.name}/{name}", [table for table in tables if table])
 
 
 def _mean(values: list[float]) -> str:

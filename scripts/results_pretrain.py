@@ -54,13 +54,11 @@ CELLS = {
     "mal": Cell({"variant": "mal"} | CONV),
     "mac": Cell({"variant": "mac"} | CONV),
     "mag": Cell(MAG),
-    "swa + conv, as many parameters as mag": Cell({"variant": "swa", "intermediate_size": 496} | CONV),
+    "swa + conv, as large as mag": Cell({"variant": "swa", "intermediate_size": 496} | CONV),
     "swa + conv, as long as mag": Cell({"variant": "swa"} | CONV, as_long_as="mag"),
-    "mag in one of three layers": Cell(MIXED, LONGER),
+    "mixed": Cell(MIXED, LONGER),
     "swa + conv, longer": Cell({"variant": "swa"} | CONV, LONGER),
-    "swa + conv, as long as mag in one of three layers": Cell(
-        {"variant": "swa"} | CONV, LONGER, as_long_as="mag in one of three layers"
-    ),
+    "swa + conv, as long as mixed": Cell({"variant": "swa"} | CONV, LONGER, as_long_as="mixed"),
     "mag without momentum": Cell(MAG | {"memory_momentum": False}, seeds=(0,)),
     "mag without forgetting": Cell(MAG | {"memory_forgetting": False}, seeds=(0,)),
     "mag without convolutions": Cell(MAG | {"memory_conv_size": 1, "attention_conv": False}, seeds=(0,)),

@@ -177,10 +177,8 @@ class Step:
 
 def per_token(models: dict[str, Model]) -> str:
     """Return a table of costs that do not depend on the number of GPUs."""
-    names = ["", "parameters", "linear", "attention", "memory", "training", "a row's state", "keys of full attention"]
-    units = ["", "M", "GFLOP", "GFLOP", "GFLOP", "GFLOP", "MB", f"at {LONG:,} tokens, MB"]
-    lines = [_row([f"{name}, {unit}" if unit else name for name, unit in zip(names, units, strict=True)])]
-    lines.append(_row(["---"] * len(names)))
+    names = ["", "parameters, M", "linear", "attention", "memory", "training", "state, MB", "keys, MB"]
+    lines = [_row(names), _row(["---"] * len(names))]
     for name, model in models.items():
         operations = [f"{count / 1e9:.3g}" for count in (*model.forward(), model.training())]
         sizes = [f"{size / 1e6:,.0f}" for size in (model.state_bytes(), LONG * model.key_bytes())]
@@ -203,8 +201,7 @@ def decoding(models: dict[str, Model]) -> str:
 
 def data_parallel(models: dict[str, Model]) -> str:
     """Return a table of data parallelism for every model and number of GPUs."""
-    names = ["", "GPUs", "tokens a step", "GB a GPU, sharded", "DDP, B/token", "FSDP2, B/token", "compute, µs/token"]
-    names += ["FSDP2, tokens/s and GPU", "bound by"]
+    names = ["", "GPUs", "tokens a step", "GB", "DDP, B/token", "FSDP2, B/token", "µs", "tokens/s", "bound by"]
     lines = [_row(names), _row(["---"] * len(names))]
     for name, model in models.items():
         for processes in PROCESSES:

@@ -65,9 +65,14 @@ def evaluate(
     at_least(0, seed=seed)
     rows, sizes = expand(split(tasks, "tasks")), parse_lengths(lengths)
     settings = dict(
-        model=model, num_samples=num_samples, seed=seed, max_new_tokens=max_new_tokens, dtype=dtype, path=path,
+        model=model,
+        num_samples=num_samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        path=path,
         pattern=pattern,
-    )  # fmt: skip
+    )
     output.mkdir(parents=True, exist_ok=True)
     try:
         with hold(output / RUN_LOCK):

@@ -71,9 +71,14 @@ class HarnessTask:
             model = HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=1, max_length=self.max_length)
             started = time.perf_counter()
             found = simple_evaluate(
-                model, tasks=[self.name], task_manager=self.manager, limit=self.num_samples, bootstrap_iters=0,
-                apply_chat_template=reader.chat, log_samples=False,
-            )  # fmt: skip
+                model,
+                tasks=[self.name],
+                task_manager=self.manager,
+                limit=self.num_samples,
+                bootstrap_iters=0,
+                apply_chat_template=reader.chat,
+                log_samples=False,
+            )
         assert found is not None
         seconds = time.perf_counter() - started
         results = {task: _metrics(values) for task, values in found["results"].items()}

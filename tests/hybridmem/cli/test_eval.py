@@ -47,10 +47,9 @@ def folder(request, tmp_path_factory):
 
 
 def evaluate(monkeypatch, model, output, text, *options, tasks=ALL):
-    hybridmem(
-        monkeypatch, "eval", "--model", model, "--output", output, "--path", text, "--pattern", "*.txt",
-        "--tasks", tasks, "--num_samples", 2, "--max_new_tokens", 3, *options,
-    )  # fmt: skip
+    paths = ["--model", model, "--output", output, "--path", text, "--pattern", "*.txt"]
+    sizes = ["--num_samples", 2, "--max_new_tokens", 3]
+    hybridmem(monkeypatch, "eval", *paths, "--tasks", tasks, *sizes, *options)
 
 
 def test_cells_table_and_heat_map(folder, text, tmp_path, monkeypatch, capsys):
