@@ -85,9 +85,10 @@ def memory_by_head(
     inputs: ScanInputs, queries: int, own_write: bool = False
 ) -> Float[Tensor, "batch heads queries writes"]:
     """Return memory-implied attention of each head over writes j < t, or j <= t with `own_write`."""
+    errors = surprise(inputs)
     left = _left_of_writes(inputs, queries)
     overlap = (inputs.q[:, :, -queries:] @ inputs.k.mT).to(left.dtype).abs()
-    implied = left * overlap * (inputs.theta * surprise(inputs)).unsqueeze(-2)
+    implied = left * overlap * (inputs.theta * errors).unsqueeze(-2)
     if not own_write:
         implied = implied * _earlier(implied)
     return implied / implied.sum(-1, keepdim=True).clamp(min=torch.finfo(implied.dtype).tiny)

@@ -301,7 +301,7 @@ def test_a_vocabulary_with_gaps_needs_a_row_for_its_largest_id(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "the tokenizer's largest id is 450 but config.vocab_size=450" in error
+    assert "the tokenizer's largest id is 450, but config.vocab_size=450" in error
     assert "set model.init_args.config.vocab_size to 451 or more" in error
     changes |= dict(model__init_args__config__vocab_size=451, data__init_args__sequence_length=8)
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
