@@ -42,16 +42,9 @@ def main(
         lr_scheduler=partial(WarmupCosine, warmup_steps=max(1, steps // 6)),
     )
     data = TextDataModule(path, pattern=pattern, sequence_length=row, max_val_bytes=200_000)
-    trainer = L.Trainer(
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-    )
+    when = dict(max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    files = dict(logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(**when, **files, accelerator="cpu", gradient_clip_val=1.0)
     trainer.fit(module, data)
 
     module.model.save_pretrained(output)

@@ -3,6 +3,7 @@
     python scripts/results_allocation.py train --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
     python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
     python scripts/results_allocation.py figures
+    python scripts/results_allocation.py files --closed 0.8,0.9,0.95
 
 `train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
 runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
@@ -23,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hybridmem.convert import Allocation
 from hybridmem.data.task_module import chat_tokens
 from hybridmem.metrics.interval import mean_interval
 from hybridmem.model.modeling import HybridMemForCausalLM
@@ -38,6 +40,7 @@ ROOT = Path("runs/results_allocation")
 CONFIG = Path("configs/rl/allocation.yaml")
 DATA = Path("docs/data/allocation.json")
 FIGURE = Path("docs/results/allocation.png")
+FILES = Path("configs/allocations")
 MAP = Path("docs/results/allocation_map.png")
 BLOCK, WINDOW, SINKS = 16, 64, 4
 CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
@@ -243,6 +246,27 @@ def figures(options: argparse.Namespace) -> None:
     _draw_map()
 
 
+def write_files(options: argparse.Namespace) -> None:
+    """Write the refined allocations of the first seed as files for `hybridmem convert --allocation`."""
+    found = load_checkpoint(str(checkpoint_of(REFINED, "none", 0)))["state_dict"]["learned.Allocation.logits"]
+    shape = (found.shape[0], found.shape[1])
+    for source in ("none", "memory"):
+        for closed in map(float, options.closed.split(",")):
+            cell = Cell(REFINED, source, closed, 0, options.tokens, options.window)
+            row = next((row for row in rows() if key(row) == key(cell._asdict() | {"task": "facts"})), {})
+            trained = {
+                "objective": "AllocationRL",
+                "task": "Facts",
+                "rollouts": STEPS["reward"] + STEPS[REFINED],
+                "seed": 0,
+                "accuracy": row.get("accuracy"),
+                "command": "python scripts/results_allocation.py train --seeds 0",
+            }
+            chosen = sources(cell, order_of_heads(cell, shape), shape)
+            file = FILES / f"smollm2_{source}_{round(100 * closed)}.json"
+            Allocation("HuggingFaceTB/SmolLM2-135M-Instruct", WINDOW, SINKS, chosen, trained).save(file)
+
+
 def _shown(values: list[float] | None) -> str:
     """Return the mean of seeds, with half its 95 % interval."""
     if not values:
@@ -263,13 +287,15 @@ def main() -> None:
     """Train, measure or draw, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "measure", "figures"):
+    for name in ("train", "measure", "figures", "files"):
         command = commands.add_parser(name)
         command.add_argument(
             "--tokens", type=int, default=400, choices=CHARACTERS, help="approximate length of a prompt"
         )
         command.add_argument("--window", type=int, default=WINDOW)
-        if name == "figures":
+        if name in ("measure", "files"):
+            command.add_argument("--closed", default="0.9,0.8,0.95,0.5", help="shares")
+        if name in ("figures", "files"):
             continue
         command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
         command.add_argument("--memory", help="a retrofitted model: a folder or checkpoint, for the source memory")
@@ -277,7 +303,6 @@ def main() -> None:
         command.add_argument("--sources", default="none,memory")
         command.add_argument("--seeds", default="0,1,2")
         if name == "measure":
-            command.add_argument("--closed", default="0.9,0.8,0.95,0.5")
             command.add_argument("--prompts", type=int, default=128)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -289,6 +314,8 @@ def main() -> None:
                     train(control, source, seed, model, options.model)
     elif options.command == "measure":
         measure(options)
+    elif options.command == "files":
+        write_files(options)
     else:
         figures(options)
 
