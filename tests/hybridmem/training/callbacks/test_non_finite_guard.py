@@ -62,7 +62,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, monkeypatch):
     callbacks = [guard(action="skip"), spoilt(gradient="model.layers.0.feed_forward.down_proj.weight"), CHECKPOINTS]
     config = write_config(tmp_path, trainer__callbacks=callbacks, trainer__accumulate_grad_batches=2)
     with pytest.warns(
-        UserWarning, match=r"gradient of model\.model\.layers\.0\.feed_forward\.down_proj\.weight .* step 3: the"
+        UserWarning, match=r"gradient of model\.model\.layers\.0\.feed_forward\.down_proj\.weight .* step 3; skipped the"
     ):
         hybridmem(monkeypatch, "fit", "--config", config)
     before, after, end = (weights(tmp_path / "run" / f"step={step}.ckpt") for step in (3, 4, 6))
