@@ -313,7 +313,7 @@ def test_a_vocabulary_with_gaps_needs_a_row_for_its_largest_id(tmp_path, monkeyp
     gapped_tokenizer(500).save_pretrained(exported)
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "generate", "--model", exported, *options)
-    assert "tokenizer's largest id is 550 but the model's vocab_size is 451" in capsys.readouterr().err
+    assert "tokenizer's largest id is 550, but the model's vocab_size is 451" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
