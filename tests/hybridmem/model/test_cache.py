@@ -41,7 +41,8 @@ def test_a_static_cache_streams(kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_caches_raise_with_a_remedy(name):
-    with pytest.raises(ValueError, match=f"cache_implementation='{name}'.*leave (cache_implementation|it) unset") as error:
+    remedy = f"cache_implementation='{name}'.*leave (cache_implementation|it) unset"
+    with pytest.raises(ValueError, match=remedy) as error:
         tiny_model().generate(tokens(time=13), **HOW, cache_implementation=name)
     assert "\n" not in str(error.value)
 
