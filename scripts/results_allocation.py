@@ -28,6 +28,8 @@ from hybridmem.convert import Allocation
 from hybridmem.data.task_module import chat_tokens
 from hybridmem.metrics.interval import mean_interval
 from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.rl import FixedAllocation
+from hybridmem.rl.rollouts.policy import lower_precision
 from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
 from hybridmem.tasks import Facts
@@ -105,10 +107,9 @@ def checkpoint_of(control: str, source: str, seed: int) -> Path:
 def order_of_heads(cell: Cell, shape: tuple[int, int]) -> Tensor:
     """Return the heads in the order in which a budget opens them."""
     count = shape[0] * shape[1]
-    if cell.control == "random":
-        return torch.randperm(count, generator=torch.Generator().manual_seed(cell.seed))
-    if cell.control == "last layers":
-        return torch.arange(count).flip(0)
+    if cell.control in UNTRAINED:
+        order = cell.control.replace(" ", "_")
+        return FixedAllocation(order=order, seed=cell.seed, budget=1 - cell.closed).units_in_order(count)
     path = checkpoint_of(cell.control, cell.source if cell.control == REFINED else "none", cell.seed)
     logits = load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"]
     return logits.flatten().argsort(descending=True, stable=True)
@@ -160,9 +161,7 @@ def measure(options: argparse.Namespace) -> None:
     model = load_policy(options.memory or options.model)
     tokenizer = tokenizer_of_policy(options.model)
     model.config.attention_window, model.config.num_sink_tokens = options.window, SINKS
-    for name, parameter in model.named_parameters():
-        if ".memory." not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    lower_precision(model, "bfloat16")
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
     task = Facts(length=CHARACTERS[options.tokens], num_facts=4)
     for cell in cells(options):
@@ -253,13 +252,12 @@ def write_files(options: argparse.Namespace) -> None:
     for source in ("none", "memory"):
         for closed in map(float, options.closed.split(",")):
             cell = Cell(REFINED, source, closed, 0, options.tokens, options.window)
-            row = next((row for row in rows() if key(row) == key(cell._asdict() | {"task": "facts"})), {})
             trained = {
                 "objective": "AllocationRL",
                 "task": "Facts",
                 "rollouts": STEPS["reward"] + STEPS[REFINED],
                 "seed": 0,
-                "accuracy": row.get("accuracy"),
+                "accuracy": find_row(cell)["accuracy"],
                 "command": "python scripts/results_allocation.py train --seeds 0",
             }
             chosen = sources(cell, order_of_heads(cell, shape), shape)

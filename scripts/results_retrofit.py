@@ -26,6 +26,7 @@ from hybridmem.data import TextDataModule, load_tokenizer
 from hybridmem.data.task_module import chat_tokens
 from hybridmem.model.cache import state_bytes
 from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.rl.rollouts.policy import lower_precision
 from hybridmem.tasks import Facts
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
 from hybridmem.training.checkpoints.durable import to_go_on_from
@@ -151,9 +152,7 @@ def measure(options: argparse.Namespace) -> None:
     model = load_policy(options.checkpoint)
     own = tokenizer_of_policy(options.checkpoint)
     tokenizer = load_tokenizer(options.tokenizer) if own is None or options.tokenizer else own
-    for name, parameter in model.named_parameters():
-        if ".memory." not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    lower_precision(model, "bfloat16")
     model.eval()
     ways = options.ways.split(",")
     counts = [int(n) for n in options.prompts.split(",")]

@@ -42,7 +42,7 @@ PATIENCE = 10  # rollouts in which full attention has to earn something
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gates:
+class Gates(Objective):
     """Settings shared by all objectives that hold an allocation.
 
     Args:
@@ -73,6 +73,20 @@ class Gates:
         at_least(0, num_sink_tokens=self.num_sink_tokens)
         if self.budget is not None and not 0 < self.budget < 1:
             raise ValueError(f"budget={self.budget} must lie between 0 and 1: the share of units that stay open")
+
+    @property
+    def trains_model(self) -> bool:
+        """Return False: φ alone is trained; a gradient may pass through a model that is frozen."""
+        return False
+
+    @property
+    def trains_head(self) -> bool:
+        """Return False: the LM head gets no gradient."""
+        return False
+
+    def settle(self, policy: Policy) -> Allocation:
+        """Return the allocation that would be fixed now."""
+        return self.fixed(policy)
 
     def add_gates(self, policy: Policy, initial: float) -> None:
         """Put the policy of allocations into `policy.learned`.
@@ -112,21 +126,16 @@ class Gates:
         """Return the allocation that opens a share of the units, the likeliest ones."""
         gates = self.gates(policy)
         opened = gates.ranked(round(share * gates.logits.numel()))
-        return shared(opened, gates, self.find_units(base_model(policy)))
+        return shared(opened, gates, self.find_units(policy.base_model))
 
-    def as_file(self, policy: Policy, objective: str) -> dict[str, Any]:
-        """Return today's allocation as the entry of a checkpoint; none for gates, which no file describes.
-
-        Args:
-            policy: the policy.
-            objective: provenance, the name of the objective.
-        """
-        fixed, config = self.fixed(policy), base_model(policy).config
+    def artefacts(self, policy: Policy) -> dict[str, Any]:
+        """Return the current allocation of KV heads for `hybridmem export`; none for gates, which no file describes."""
+        fixed, config = self.fixed(policy), policy.base_model.config
         sources = fixed.units.sources_of(fixed.policy.spread(fixed.opened.float())[0] > 0.5)
         if sources is None:
             return {}
         window, sinks = fixed.units.window_and_sinks
-        trained = {"objective": objective, "rollouts": int(fixed.policy.num_rollouts)}
+        trained = {"objective": type(self).__name__, "rollouts": int(fixed.policy.num_rollouts)}
         return {"allocation": AllocationFile(Path(config.name_or_path).name, window, sinks, sources, trained).to_dict()}
 
 
@@ -155,18 +164,21 @@ class LearnedGates(Gates):
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr} must be a positive number")
 
-    def groups(self, policy: Policy) -> list[dict[str, Any]]:
-        """Return φ as an optimiser group."""
+    def prepare(self, policy: Policy, load: ModelLoader) -> None:
+        """Add φ.
+
+        Raises:
+            ValueError: the model lacks the units or their source.
+        """
+        self.add_gates(policy, self.initial)
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """Return φ with its learning rate."""
         return [{"params": [self.gates(policy).logits], "lr": self.lr, "weight_decay": 0.0}]
 
 
-def base_model(policy: Policy) -> Any:
-    """Return the policy's model without adapters around it."""
-    return policy.model.get_base_model() if policy.adapted else policy.model
-
-
 @dataclass(frozen=True, kw_only=True)
-class AllocationRL(LearnedGates, Objective):
+class AllocationRL(LearnedGates):
     """Learns from reward which units read beyond their window, under a price for each that does.
 
     A price λ makes open units costly. With a `budget` it rises while more units are open than that, and falls when
@@ -189,7 +201,6 @@ class AllocationRL(LearnedGates, Objective):
         min_priced_reward: mean reward from which `mixed` pays its price (RLKV's τ).
     """
 
-    family: ClassVar[str] = "Allocation"
     prefix: ClassVar[str] = "allocation/"
     learns_by_reward: ClassVar[bool] = True
     choice: ClassVar[str] = "allocation"
@@ -224,16 +235,6 @@ class AllocationRL(LearnedGates, Objective):
         return self.estimator == "sampled" and self.prefill == "full"
 
     @property
-    def trains_model(self) -> bool:
-        """Return False: `sampled` trains φ only, and `mixed` reaches φ through a model that may be frozen."""
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        """Return False: the LM head gets no gradient."""
-        return False
-
-    @property
     def reads_scores(self) -> bool:
         """Return False: the likelihood of an allocation needs no pass of the model."""
         return False
@@ -256,21 +257,9 @@ class AllocationRL(LearnedGates, Objective):
         if self.estimator == "mixed" and not any(other.trains_head for other in others):
             raise ValueError("estimator=mixed learns through a token objective: add GRPO or another to objectives")
 
-    def prepare(self, policy: Policy, load: ModelLoader) -> None:
-        """Add φ.
-
-        Raises:
-            ValueError: the model lacks the units or their source.
-        """
-        self.add_gates(policy, self.initial)
-
-    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
-        """Return φ with its learning rate."""
-        return self.groups(policy)
-
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
         """Draw an allocation for every response, except references, which read everything."""
-        gates, units = self.gates(policy), self.find_units(base_model(policy))
+        gates, units = self.gates(policy), self.find_units(policy.base_model)
         gates.clamp()  # before the draw, or the loss would clamp φ and find ratios other than 1
         if self.estimator == "mixed":
             return SoftAllocation(gates, units)
@@ -279,14 +268,6 @@ class AllocationRL(LearnedGates, Objective):
             opened[::num_generations] = True
         with torch.no_grad():
             return Allocation(gates, units, opened, self.prefill, gates.log_likelihood(opened))
-
-    def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the allocation of KV heads that would be fixed now, for `hybridmem export`."""
-        return self.as_file(policy, type(self).__name__)
-
-    def settle(self, policy: Policy) -> Allocation:
-        """Return the allocation that would be fixed now."""
-        return self.fixed(policy)
 
     @torch.no_grad()
     def review(self, policy: Policy, experience: Experience, temperature: float) -> None:

@@ -1,7 +1,7 @@
 """Allocations in an order that no data decides, as controls of learned ones."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from hybridmem.checks import at_least, one_of
 from hybridmem.rl.attention.action import Action
-from hybridmem.rl.attention.allocations import MAX_LOGIT, Allocation
+from hybridmem.rl.attention.allocations import MAX_LOGIT
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 
 from .allocation import Gates
-from .objective import LossAndMetrics, ModelLoader, Objective
+from .objective import LossAndMetrics, ModelLoader
 
 ORDERS = ("random", "last_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedAllocation(Gates, Objective):
+class FixedAllocation(Gates):
     """Allocation that opens units in a fixed order and learns nothing; `hybridmem validate` measures it.
 
     Together with a token objective, the model learns under this allocation.
@@ -53,16 +53,6 @@ class FixedAllocation(Gates, Objective):
         return True
 
     @property
-    def trains_model(self) -> bool:
-        """Return False: nothing is trained."""
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        """Return False: the loss is zero."""
-        return False
-
-    @property
     def reads_scores(self) -> bool:
         """Return False: the loss is zero."""
         return False
@@ -72,9 +62,9 @@ class FixedAllocation(Gates, Objective):
         self.add_gates(policy, initial=0.5)
         logits = self.gates(policy).logits.requires_grad_(False)
         falling = torch.linspace(MAX_LOGIT, -MAX_LOGIT, logits.numel())
-        logits.flatten()[self._units_in_order(logits.numel())] = falling
+        logits.flatten()[self.units_in_order(logits.numel())] = falling
 
-    def _units_in_order(self, count: int) -> Int[Tensor, " units"]:
+    def units_in_order(self, count: int) -> Int[Tensor, " units"]:
         """Return the units in the order in which a budget opens them."""
         if self.order == "last_layers":
             return torch.arange(count).flip(0)
@@ -84,14 +74,6 @@ class FixedAllocation(Gates, Objective):
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
         """Return the allocation, which all responses share."""
         return self.fixed(policy)
-
-    def settle(self, policy: Policy) -> Allocation:
-        """Return the allocation."""
-        return self.fixed(policy)
-
-    def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the allocation of KV heads, for `hybridmem export`."""
-        return self.as_file(policy, type(self).__name__)
 
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float

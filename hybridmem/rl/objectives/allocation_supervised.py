@@ -12,17 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridmem.rl.attention.action import Action
-from hybridmem.rl.attention.allocations import Allocation, SoftAllocation
+from hybridmem.rl.attention.allocations import SoftAllocation
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.scoring import last_hidden_states
 
-from .allocation import LearnedGates, base_model
-from .objective import LossAndMetrics, ModelLoader, Objective
+from .allocation import LearnedGates
+from .objective import LossAndMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftGates(LearnedGates, Objective):
+class SoftGates(LearnedGates):
     """Gates that learn from given answers through a mix; the model stays frozen.
 
     Args:
@@ -40,35 +40,9 @@ class SoftGates(LearnedGates, Objective):
         if not 0 <= self.l1_price < math.inf:
             raise ValueError(f"l1_price={self.l1_price} must be 0 or a positive number")
 
-    @property
-    def trains_model(self) -> bool:
-        """Return False: only φ is trained."""
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        """Return False: the LM head is frozen."""
-        return False
-
-    def prepare(self, policy: Policy, load: ModelLoader) -> None:
-        """Add φ."""
-        self.add_gates(policy, self.initial)
-
-    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
-        """Return φ with its learning rate."""
-        return self.groups(policy)
-
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
         """Return the mix under which answers are read."""
-        return SoftAllocation(self.gates(policy), self.find_units(base_model(policy)))
-
-    def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the allocation of KV heads that would be fixed now, for `hybridmem export`."""
-        return self.as_file(policy, type(self).__name__)
-
-    def settle(self, policy: Policy) -> Allocation:
-        """Return the allocation that would be fixed now."""
-        return self.fixed(policy)
+        return SoftAllocation(self.gates(policy), self.find_units(policy.base_model))
 
     def priced(self, policy: Policy, loss: Float[Tensor, ""]) -> LossAndMetrics:
         """Return a loss with the price of open units, and its metrics."""
@@ -106,8 +80,8 @@ class AllocationDistillation(SoftGates):
         """Return the mean squared distance of the hidden states over the answers' tokens, with the price."""
         action: Any = batch.actions[self.family]
         with action.applied(policy.model):
-            mixed = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
+            mixed = last_hidden_states(policy.base_model, batch.prompts, batch.completions)
         with torch.no_grad(), action.units.applied(policy.model, None):
-            full = last_hidden_states(base_model(policy), batch.prompts, batch.completions)
+            full = last_hidden_states(policy.base_model, batch.prompts, batch.completions)
         distance = (mixed - full).float().square().mean(-1)
         return self.priced(policy, (distance * batch.mask).sum() / batch.mask.sum())

@@ -107,6 +107,11 @@ class Policy:
         self.learned: dict[str, torch.nn.Module] = {}  # parameters of objectives, by family
 
     @property
+    def base_model(self) -> Any:
+        """Return the model without PEFT adapters around it."""
+        return self.model.get_base_model() if self.adapted else self.model
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
         return next(self.model.parameters()).device

@@ -77,7 +77,7 @@ class ServedRollouts:
             policy: the policy.
             unsupported: features of the run that only the trainer's own sampler supports.
         """
-        model = policy.model.get_base_model() if policy.adapted else policy.model
+        model = policy.base_model
         if isinstance(model, HybridMemForCausalLM):
             raise ValueError("rollouts: vLLM cannot serve HybridMem models; remove rollouts to sample in the trainer")
         if (self.sync == "lora") != policy.adapted:

@@ -293,7 +293,7 @@ class PolicyModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's configuration, the rollout count, which determines random numbers, and waiting groups."""
-        model = self.model if self.lora is None else self.model.get_base_model()
+        model = self.policy.base_model
         own = isinstance(model, HybridMemForCausalLM)
         checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
         checkpoint["lora"] = self.lora
