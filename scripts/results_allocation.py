@@ -56,8 +56,9 @@ SCORES = {"facts": "accuracy", "ruler": "accuracy", "text": "nats"}  # means of 
 ANSWER_LENGTH = {"facts": 16, "ruler": 64}
 CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
 OBJECTIVES = "model.init_args.objectives"
-REFINED = "reward, refined"  # begins with the control reward
-STEPS = {"reward": 150, REFINED: 50}  # rollouts
+LONGER, REFINED = "reward, longer", "reward, refined"  # both begin with the control reward
+STEPS = {"reward": 150, LONGER: 50, REFINED: 50}  # rollouts
+LATER = 10
 UNTRAINED = ("random", "last layers")
 
 
@@ -82,18 +83,24 @@ def train(control: str, source: str, seed: int, model: str, tokenizer: str) -> N
     """Run a control with a seed, or go on with it.
 
     `reward` reads prompts in full, which is cheap, and trains without a memory: its order of heads serves both sources.
-    `reward, refined` begins there and reads everything by the allocation, in prompts of half the length.
+    `reward, longer` goes on with twice as many prompts in a rollout. `reward, refined` reads everything by the
+    allocation instead, in prompts of half the length.
     """
     folder = run_folder(control, source, seed)
     if checkpoint_of(control, source, seed).exists():
         return
     settings: dict[str, Any] = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS}
     options = {"model.init_args.model": model, "data.init_args.tokenizer": tokenizer}
-    if control == REFINED:
-        start = checkpoint_of("reward", "none", seed)
-        settings |= {"prefill": "allocated", "lr": 0.1, "init_from": str(start)}
+    if control != "reward":
+        settings["init_from"] = str(checkpoint_of("reward", "none", seed))
+    if control == LONGER:
+        options["data.init_args.batch_size"] = "4"
+    elif control == REFINED:
+        settings |= {"prefill": "allocated", "lr": 0.1}
         options |= {"model.init_args.num_generations": "12", "data.init_args.task.init_args.length": "800"}
-    options |= {name: str(seed) for name in ("seed_everything", "data.init_args.seed", "model.init_args.seed")}
+    options["seed_everything"] = str(seed)
+    prompts = seed + LATER if control == LONGER else seed  # other prompts than before
+    options |= {name: str(prompts) for name in ("data.init_args.seed", "model.init_args.seed")}
     options |= {"trainer.max_steps": str(STEPS[control]), "trainer.default_root_dir": str(folder)}
     options |= {OBJECTIVES: json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])}
     started = newest_good(folder)
@@ -257,10 +264,10 @@ def curve(control: str, source: str, tokens: int, window: int) -> dict[float, li
 
 
 ARMS = {  # label: control, source of closed heads, colour
-    "reward and memory": (REFINED, "memory", "#1f6f8b"),
-    "reward alone": (REFINED, "none", "#c8553d"),
-    "surrogate and memory": ("reward", "memory", "#7fb3c4"),
-    "surrogate alone": ("reward", "none", "#e3a79a"),
+    "reward and memory": (LONGER, "memory", "#1f6f8b"),
+    "reward alone": (LONGER, "none", "#c8553d"),
+    "refined with memory": (REFINED, "memory", "#7fb3c4"),
+    "refined alone": (REFINED, "none", "#e3a79a"),
     "random heads": ("random", "none", "#999999"),
 }
 
@@ -276,7 +283,7 @@ def figures(options: argparse.Namespace) -> None:
     axes = figure.subplots()
     for name, points in curves.items():
         means = [100 * sum(values) / len(values) for values in points.values()]
-        style = "--" if name.startswith("surrogate") else "-"
+        style = "--" if name.startswith("refined") else "-"
         axes.plot([100 * share for share in points], means, "o" + style, label=name, color=ARMS[name][2])
     axes.set(xlabel=f"KV heads that read a window of {options.window} tokens (%)", ylabel="answers right (%)")
     axes.set_ylim(-3, 103)
@@ -288,16 +295,16 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def write_files(options: argparse.Namespace) -> None:
-    """Write the refined allocations of the first seed as files for `hybridmem convert --allocation`."""
-    found = load_checkpoint(str(checkpoint_of(REFINED, "none", 0)))["state_dict"]["learned.Allocation.logits"]
+    """Write the allocations of the first seed as files for `hybridmem convert --allocation`."""
+    found = load_checkpoint(str(checkpoint_of(LONGER, "none", 0)))["state_dict"]["learned.Allocation.logits"]
     shape = (found.shape[0], found.shape[1])
     for source in ("none", "memory"):
         for closed in map(float, options.closed.split(",")):
-            cell = Cell(REFINED, source, closed, 0, options.tokens, options.window, "facts")
+            cell = Cell(LONGER, source, closed, 0, options.tokens, options.window, "facts")
             trained = {
                 "objective": "AllocationRL",
                 "task": "Facts",
-                "rollouts": STEPS["reward"] + STEPS[REFINED],
+                "rollouts": STEPS["reward"] + STEPS[LONGER],
                 "seed": 0,
                 "accuracy": find_row(cell)["accuracy"],
                 "command": "python scripts/results_allocation.py train --seeds 0",
@@ -316,8 +323,8 @@ def _shown(values: list[float] | None) -> str:
 
 
 def _draw_map() -> None:
-    """Draw the probability of each head, averaged over the finished runs of the refined arms."""
-    paths = list(ROOT.glob(f"reward-refined-*/*/step={STEPS[REFINED]}.ckpt"))
+    """Draw the probability of each head, averaged over the finished runs."""
+    paths = list(ROOT.glob(f"reward-longer-*/*/step={STEPS[LONGER]}.ckpt"))
     if paths:
         logits = [load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"] for path in paths]
         draw_allocation(torch.stack(logits).sigmoid().mean(0)).savefig(MAP)
@@ -339,7 +346,7 @@ def main() -> None:
             continue
         command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
         command.add_argument("--memory", help="a retrofitted model: a folder or checkpoint, for the source memory")
-        command.add_argument("--controls", default=f"reward;{REFINED}", help="separated by semicolons")
+        command.add_argument("--controls", default=f"reward;{LONGER}", help="separated by semicolons")
         command.add_argument("--sources", default="none,memory")
         command.add_argument("--seeds", default="0,1,2")
         if name == "measure":
@@ -350,7 +357,7 @@ def main() -> None:
     if options.command == "train":
         for seed in map(int, options.seeds.split(",")):
             for control in options.controls.split(";"):
-                for source in ["none"] if control == "reward" else options.sources.split(","):
+                for source in options.sources.split(",") if control == REFINED else ["none"]:
                     model = options.model if source == "none" else options.memory
                     train(control, source, seed, model, options.model)
     elif options.command == "measure":
