@@ -4,6 +4,7 @@ Triton reads the environment where kernels are declared, huggingface_hub where i
 On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order.
 """
 
+import importlib.util
 import os
 import random
 import zlib
@@ -20,6 +21,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' wrong names are not looked up, again and again
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # timings decide no test
 settings.load_profile("repeatable")
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
