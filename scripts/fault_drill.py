@@ -33,7 +33,6 @@ from hybridmem.data.trainer_state import batches_trained
 from hybridmem.training.checkpoints.durable import PART, newest_good, read_checkpoint, to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint
 
-STEPS = 40
 STARTS_BY_KILLS = 10  # kills of one run before it may finish
 ACCUMULATED = 3  # batches per optimiser step in the drill of gradient accumulation
 FAULTS = ("kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt")
@@ -114,9 +113,11 @@ class FullDisk(L.Callback):
 class Drill:
     """Small run that can be started repeatedly in a folder, with two processes if a strategy is given."""
 
-    def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None, accumulate: int = 1):
+    def __init__(
+        self, work: Path, seed: int, batches: int, strategy: dict[str, Any] | None = None, accumulate: int = 1
+    ):
         self.work, self.random, self.strategy = work, random.Random(seed), strategy
-        self.accumulate = accumulate
+        self.steps, self.accumulate = batches // accumulate, accumulate
         self.others: list[int] = []  # all processes except the first
         self.text = work / "text"
         work.mkdir(exist_ok=True)
@@ -130,7 +131,7 @@ class Drill:
         self.seconds = time.monotonic() - begun
         self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
         self.weights = load_checkpoint(reference / "last.ckpt")["state_dict"]
-        assert len(self.losses) == STEPS // accumulate * accumulate
+        assert len(self.losses) == self.steps * accumulate
 
     def write_text(self) -> None:
         """Write the training text."""
@@ -150,7 +151,7 @@ class Drill:
         log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
         config = folder / "config.yaml"
         config.write_text(
-            yaml.safe_dump(settings(folder, self.text, [log, *callbacks], self.strategy, self.accumulate))
+            yaml.safe_dump(settings(folder, self.text, self.steps, [log, *callbacks], self.strategy, self.accumulate))
         )
         arguments = ["hybridmem", "fit", "--config", str(config), *options]
         if self.strategy is None:
@@ -194,7 +195,10 @@ class Drill:
         """Wait for all processes, and return the first one's exit status, or minus the signal that ended it."""
         code = self.end_of(process)
         while self.others:
-            self.end_of(self.others.pop())
+            other = self.others.pop()
+            if code < 0:  # torchrun also ends the others, which may wait for the first one to join them
+                os.kill(other, signal.SIGKILL)
+            self.end_of(other)
         return code
 
     def end_of(self, process: int) -> int:
@@ -268,11 +272,12 @@ class Drill:
 def settings(
     folder: Path,
     text: Path,
+    steps: int,
     callbacks: list[dict[str, Any]],
     strategy: dict[str, Any] | None = None,
     accumulate: int = 1,
 ) -> dict[str, Any]:
-    """Return a configuration with two layers, 40 batches, a checkpoint every second step, and validations.
+    """Return a configuration with two layers, a checkpoint every second step, and validations of two batches.
 
     With gradient accumulation, validations fall within optimiser steps, and each keeps a checkpoint.
     """
@@ -302,9 +307,10 @@ def settings(
         "seed_everything": 0,
         "trainer": {
             "accelerator": "cpu",
-            "max_steps": STEPS // accumulate,
+            "max_steps": steps,
             "val_check_interval": 4,
             "check_val_every_n_epoch": None,
+            "limit_val_batches": 2,
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
             "gradient_clip_val": 1.0,
@@ -323,7 +329,7 @@ def settings(
                 "config": config,
                 "carry_state": True,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 4}},
+                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 2}},
             },
         },
         "data": {
@@ -399,17 +405,17 @@ def terminate(drill: Drill, times: int, fault: str = "SIGTERM") -> None:
                 drill.ends_the_same(fault, folder)
 
 
-def stop_within_steps(drill: Drill, times: int, seed: int) -> None:
+def stop_within_steps(drill: Drill, times: int, seed: int, batches: int) -> None:
     """Stop and resume in the middle of an optimiser step, with accumulated gradients, in one process and in two.
 
     Groups of rollouts that wait for a full batch (dynamic sampling) are not drilled yet.
     """
     for name, strategy in {"one process": None, **SEVERAL}.items():
-        accumulating = Drill(drill.work / f"accumulating, {name}", seed, strategy, ACCUMULATED)
+        accumulating = Drill(drill.work / f"accumulating, {name}", seed, batches, strategy, ACCUMULATED)
         accumulating.counts, accumulating.failures = drill.counts, drill.failures
         resume_within_steps(accumulating, times, f"resumed amid an accumulation, {name}")
         terminate(accumulating, times, f"SIGTERM while accumulating, {name}")
-    accumulating = Drill(drill.work / "accumulating, exceptions", seed, accumulate=ACCUMULATED)
+    accumulating = Drill(drill.work / "accumulating, exceptions", seed, batches, accumulate=ACCUMULATED)
     accumulating.counts, accumulating.failures = drill.counts, drill.failures
     raise_within_steps(accumulating, times)
 
@@ -426,7 +432,7 @@ def raise_within_steps(drill: Drill, times: int) -> None:
     """Resume from an exception's checkpoint, or check that it is rejected if a backward pass was interrupted."""
     fault = "exception while accumulating"
     for turn in range(times):
-        folder, batch = drill.folder("exception"), drill.random.randrange(2, STEPS // ACCUMULATED * ACCUMULATED)
+        folder, batch = drill.folder("exception"), drill.random.randrange(2, drill.steps * ACCUMULATED)
         broken = {"class_path": f"{__name__}.BrokenBatch", "init_args": {"batch": batch, "backward": bool(turn % 2)}}
         keeper = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -440,10 +446,10 @@ def raise_within_steps(drill: Drill, times: int) -> None:
             drill.ends_the_same(fault, folder, "--ckpt_path", str(folder / "failed.ckpt"))
 
 
-def drop_each(drill: Drill, times: int, seed: int) -> None:
+def drop_each(drill: Drill, times: int, seed: int, batches: int) -> None:
     """Kill one of two processes, under each strategy."""
     for name, strategy in SEVERAL.items():
-        several = Drill(drill.work / name, seed, strategy)
+        several = Drill(drill.work / name, seed, batches, strategy)
         several.counts, several.failures = drill.counts, drill.failures
         drop(several, name, times)
 
@@ -473,7 +479,7 @@ def fill(drill: Drill, times: int) -> None:
     """Simulate a disk that fills up in the middle of a checkpoint, by limiting the size of files."""
     size = (drill.work / "reference" / "last.ckpt").stat().st_size
     for _ in range(times):
-        folder, step = drill.folder("full"), drill.random.randrange(4, STEPS - 2)
+        folder, step = drill.folder("full"), drill.random.randrange(4, drill.steps - 2)
         limit = {"step": step, "size": drill.random.randrange(size)}
         callback = {"class_path": f"{__name__}.FullDisk", "init_args": limit}
         code = drill.wait(drill.start(folder, callbacks=(callback,)))
@@ -565,7 +571,7 @@ def equal(a: Any, b: Any) -> bool:
 def spoil_batches(drill: Drill, times: int) -> None:
     """Inject a batch of NaN, and check that the guard stops before the weights change, or skips the step."""
     for turn in range(times):
-        folder, step = drill.folder("nan"), drill.random.randrange(3, STEPS - 1)
+        folder, step = drill.folder("nan"), drill.random.randrange(3, drill.steps - 1)
         nan = {"class_path": f"{__name__}.NoNumbers", "init_args": {"step": step}}
         if turn % 2 == 0:
             code = drill.wait(drill.start(folder, callbacks=(nan,)))
@@ -625,18 +631,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs")
     parser.add_argument("--times", type=int, default=12, help="repetitions of every other fault")
     parser.add_argument("--reads", type=int, default=2000, help="number of damaged checkpoints to read")
+    parser.add_argument("--batches", type=int, default=40, help="batches of every run (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random faults")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        drill = Drill(Path(folder), options.seed)
+        drill = Drill(Path(folder), options.seed, options.batches)
         drills: dict[str, Callable[[], Any]] = {
             "kill": lambda: kill(drill, options.kills),
-            "drop": lambda: drop_each(drill, options.times, options.seed),
+            "drop": lambda: drop_each(drill, options.times, options.seed, options.batches),
             "terminate": lambda: terminate(drill, options.times),
-            "within": lambda: stop_within_steps(drill, options.times, options.seed),
+            "within": lambda: stop_within_steps(drill, options.times, options.seed, options.batches),
             "fill": lambda: fill(drill, options.times),
             "tmpfs": lambda: fill_tmpfs(drill),
             "damage": lambda: damage(drill, options.times, options.reads),
