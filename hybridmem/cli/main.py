@@ -29,6 +29,7 @@ from hybridmem.training.checkpoints.contents import check_same_model
 from hybridmem.training.checkpoints.durable import DurableCheckpointIO
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy, is_sharded
+from hybridmem.training.checkpoints.starting_points import check_starting_points
 from hybridmem.training.denormals import flush_denormals
 from hybridmem.training.errors import SettingsError, StoppedError, named
 from hybridmem.training.policy.module import PolicyModule
@@ -126,7 +127,11 @@ class HybridMemCLI(LightningCLI):
                 if isinstance(trainer[name], str | dict):  # a duration
                     with named(f"trainer.{name}"):
                         Timer(trainer[name])
-            refuse_nulls(self.config[self.config.subcommand])
+            settings = self.config[self.config.subcommand]
+            refuse_nulls(settings)
+            if not settings.get("ckpt_path"):  # whose run started from them
+                root, files = trainer["default_root_dir"] or ".", map(str, settings["config"] or [])
+                check_starting_points(settings.get("model"), settings.get("data"), root, [*files])
             super().instantiate_classes()
 
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
