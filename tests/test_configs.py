@@ -18,7 +18,7 @@ from tests.hybridmem.training.runs import hybridmem, write_text
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 GRIDS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
-COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare")]
+COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare", "loggers")]
 PRETRAINING = [path for path in COMPLETE if path.parent.name not in ("rl", "retrofit")]
 RETROFITS = sorted((ROOT / "configs" / "retrofit").glob("*.yaml"))
 WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
