@@ -102,7 +102,11 @@ class RewardSum:
                 f"no reward for the prompt {_shown(prompt)}, because {', '.join(self.names)} all returned None; return "
                 "a number such as 0 from one of them, or add a function to reward_funcs that always applies"
             )
-        return Rewards((per_function * torch.tensor(self.reward_weights)).nansum(1), per_function)
+        total = torch.zeros(len(per_function))
+        for weight, column in zip(self.reward_weights, per_function.T, strict=True):
+            # Column by column, because `sum(1)` may add in another order in another row, and equal rewards would differ.
+            total = total + column.nan_to_num(0.0) * weight
+        return Rewards(total, per_function)
 
     def metrics(self, rewards: Rewards) -> dict[str, Float[Tensor, ""]]:
         """Return means and standard deviations under TRL's names, and `rewards/NAME/failures`.

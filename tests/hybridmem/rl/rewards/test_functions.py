@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from hybridmem.rl import FormatReward, OverlongPenalty, RewardSum, check_columns
+from hybridmem.rl import FormatReward, OverlongPenalty, RewardSum, check_columns, group_advantages
 
 PROMPTS = ["1+1=", "2+2=", "say hi"]
 COMPLETIONS = ["2", "5", "hi"]
@@ -34,6 +34,14 @@ class Constant:
         return [self.value] * len(prompts)
 
 
+def constant(value, name):
+    def function(prompts, **kwargs):
+        return [value] * len(prompts)
+
+    function.__name__ = name
+    return function
+
+
 def score(*functions, weights=None, **columns):
     return RewardSum(functions, weights)(PROMPTS, COMPLETIONS, IDS, **columns)
 
@@ -44,6 +52,16 @@ def test_the_weighted_sum_skips_functions_that_do_not_apply():
         rewards.per_function, torch.tensor([[1.0, 1.0], [0.0, 1.0], [math.nan, 2.0]]), equal_nan=True
     )
     assert rewards.total.tolist() == [2 - 0.5, 0 - 0.5, -0.5 * 2]
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5, 8, 13, 17, 31, 40])
+def test_equal_rewards_have_equal_sums(samples):
+    for count in range(1, 13):
+        functions = [constant(0.1 * (n + 1) / 3, f"f{n}") for n in range(count)]
+        rewards = RewardSum(functions, [0.3 + 0.1 * n for n in range(count)])
+        total = rewards(["p"] * samples, ["c"] * samples, [[1]] * samples).total
+        assert len(total.unique()) == 1, count
+        assert (group_advantages(total, samples) == 0).all()
 
 
 def test_metrics_have_trl_names():
