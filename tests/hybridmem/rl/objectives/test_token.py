@@ -277,17 +277,24 @@ def test_impossible_settings_of_swe_dapo(settings, message):
         SWEDapo(**settings)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("nats", [100.0, -100.0, 1e4])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
 @pytest.mark.parametrize(
     "objective", [GRPO(), DrGRPO(beta=0.1), DAPO(), GSPO(beta=0.1), CISPO(), GRPO(delta=2.0)], ids=repr
 )
-def test_ratios_far_apart_stay_finite(objective, advantage, nats):
-    logps = torch.tensor([[-1.0, -1.0, -2.0]], requires_grad=True)
-    old, mask = torch.tensor([[-1.0 - nats, -1.0, -2.0]]), torch.tensor([[True, True, False]])
-    reference = torch.tensor([[-1.0 + nats, -1.0, -2.0]])
+def test_ratios_far_apart_stay_finite(objective, advantage, nats, dtype):
+    logps = torch.tensor([[-1.0, -1.0, -2.0]], dtype=dtype, requires_grad=True)
+    old, mask = torch.tensor([[-1.0 - nats, -1.0, torch.nan]], dtype=dtype), torch.tensor([[True, True, False]])
+    reference = torch.tensor([[-1.0 + nats, -1.0, -torch.inf]], dtype=dtype)
     loss, metrics = objective.compute_loss(
-        logps, old, torch.tensor([advantage]), mask, ref_logps=reference, num_items=2, max_completion_length=3
+        logps,
+        old,
+        torch.tensor([advantage], dtype=dtype),
+        mask,
+        ref_logps=reference,
+        num_items=2,
+        max_completion_length=3,
     )
     loss.backward()
     assert loss.isfinite()
