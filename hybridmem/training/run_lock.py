@@ -115,7 +115,7 @@ def _read_holder(file: IO[str]) -> Holder | None:
     file.seek(0)
     try:
         holder = Holder(**json.loads(file.read()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return holder if type(holder.pid) is int and 0 < holder.pid < 2**31 else None
 

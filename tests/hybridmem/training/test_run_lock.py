@@ -87,7 +87,7 @@ def test_a_pid_that_belongs_to_another_process_now_holds_nothing(lock):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"pid": 1}', "\0" * 40])
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"pid": 1}', "\0" * 40, "[" * 100_000])
 def test_a_damaged_file_holds_nothing(lock, content):
     lock.write_text(content)
     with hold(lock):
