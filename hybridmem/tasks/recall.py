@@ -20,7 +20,7 @@ from .task import END_OF_ANSWER, Split, exact_match, example_generator
 
 LETTERS = np.array([*ascii_lowercase])
 FILLER = np.array([*ascii_lowercase, *"    "])  # words of six letters or so
-MOST_BYTES = 10**9  # of a prompt; NumPy's hypergeometric sampling allows no more
+MOST_BYTES = 10**7  # of a prompt; longer ones take minutes to tokenise
 
 
 class Recall:
