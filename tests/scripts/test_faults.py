@@ -47,6 +47,18 @@ def test_faults_lose_nothing(tmp_path):
     assert found["faults"]["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
 
 
+def test_groups_that_wait_are_drilled(script, tmp_path):
+    fault_drill = script("fault_drill")
+    drill = fault_drill.Drill(tmp_path, 0, fault_drill.WAITING_STEPS, waiting=True)
+    fault_drill.resume_with_waiting_groups(drill, 1, "waiting")
+    assert drill.counts == {"waiting": {"resumed to the same bits": 1}}
+    assert not drill.failures
+    for path in (tmp_path / "reference").glob("within*.ckpt"):
+        path.unlink()
+    fault_drill.resume_with_waiting_groups(drill, 1, "waiting")
+    assert drill.failures == ["waiting: no group waits in any of 0 checkpoints"]
+
+
 @pytest.mark.slow
 def test_broken_settings_and_files_are_taken_or_named(script, tmp_path):
     fuzz = script("fuzz")

@@ -104,7 +104,7 @@ class RewardSum:
             )
         total = torch.zeros(len(per_function))
         for weight, column in zip(self.reward_weights, per_function.T, strict=True):
-            # Column by column, because `sum(1)` may add in another order in another row, and equal rewards would differ.
+            # Column by column: `sum(1)` adds some rows in another order, and sums of equal rewards would differ.
             total = total + column.nan_to_num(0.0) * weight
         return Rewards(total, per_function)
 
