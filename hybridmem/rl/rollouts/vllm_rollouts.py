@@ -4,6 +4,7 @@ The server must offer vLLM's completions API, as `trl vllm-serve` and `vllm serv
 ids. Losses use the trainer's log-probabilities; the server's only serve to measure the difference.
 """
 
+import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from hybridmem.rl.attention.action import Action
 from hybridmem.rl.rewards.http import Endpoint, EndpointError
 
 from .completions import Completions
+from .non_finite import NonFiniteLogits
 from .policy import Policy
 from .prompts import PromptBatch
 from .sampling import Sampling
@@ -116,6 +118,7 @@ class ServedRollouts:
         Raises:
             ValueError: The prompts contain images.
             EndpointError: The server cannot be reached, or its answer is malformed.
+            NonFiniteLogits: The server's model has non-finite logits.
         """
         if prompts.images is not None:
             raise ValueError("rollouts: a server does not support prompts with images; remove rollouts")
@@ -139,6 +142,7 @@ class ServedRollouts:
 
         Raises:
             EndpointError: The server cannot be reached, or its answer is malformed.
+            NonFiniteLogits: The server's model has non-finite logits.
         """
         settings = {
             "model": self._serving,
@@ -176,6 +180,8 @@ class ServedRollouts:
             raise EndpointError(
                 f"{self.url}: the answer has {len(found)} responses instead of {times}, or an empty response"
             )
+        if not all(logp is not None and math.isfinite(logp) for _, logps, _ in found for logp in logps):
+            raise NonFiniteLogits(f"the log-probabilities from the server {self.url} are non-finite")
         return found
 
     def _load_adapters(self, policy: Policy, before: str) -> None:

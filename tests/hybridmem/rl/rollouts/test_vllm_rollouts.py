@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from hybridmem.rl.rewards.http import EndpointError
+from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.prompts import pad_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.training import ServedRollouts
@@ -87,6 +88,16 @@ def test_unsupported_runs_on_a_server_raise(tmp_path, monkeypatch, capsys, model
         hybridmem(monkeypatch, "fit", "--config", config)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("logp", [None, float("nan"), float("-inf")])
+def test_non_finite_log_probabilities_are_named(logp):
+    logps = {"token_logprobs": [-1.0, logp]}
+    choices = [{"index": 0, "token_ids": [5, 6], "logprobs": logps, "finish_reason": "length"}]
+    with serving(lambda *_: as_json({"choices": choices})) as (url, _):
+        served = ServedRollouts(url, "base", folder="x", retries=0)
+        with pytest.raises(NonFiniteLogits, match=f"from the server {url} are non-finite"):
+            served.sample([[1, 2]], 1, SAMPLING, [7], 0, [0])
 
 
 @pytest.mark.parametrize(
