@@ -35,3 +35,8 @@ def test_warmup_stable_decay():
 def test_a_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(ValueError, match=r"lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"):
         rates(WarmupCosine, warmup_steps=100)
+
+
+def test_the_limits_of_a_run_shorter_than_its_warmup_are_named():
+    with pytest.raises(ValueError, match=r"the run's 100 optimiser steps; .* max_epochs or limit_train_batches"):
+        rates(WarmupStableDecay, warmup_steps=100)
