@@ -18,7 +18,7 @@ from hybridmem.training.errors import named
 
 from .checks import check_acting, check_adapters, check_frozen
 
-PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
+STARTING_BUFFERS = ("price",)  # of an allocation, as opposed to counters
 
 
 def prepare_policy(
@@ -74,11 +74,12 @@ def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if not own:
             raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
-        start = {name: value for name, value in own.items() if name in PARAMETERS}
-        for name, value in start.items():
-            here = list(getattr(module, name).shape)
-            if here != list(value.shape):
-                raise ValueError(f"{path} was trained with other units: {name} is {list(value.shape)}, here {here}")
+        wanted = [name for name, _ in module.named_parameters()]
+        for name in wanted:
+            here, there = list(getattr(module, name).shape), list(own[name].shape) if name in own else "absent"
+            if here != there:
+                raise ValueError(f"{path} was trained with other units: {name} is {there}, here {here}")
+        start = {name: own[name] for name in (*wanted, *STARTING_BUFFERS)}
         module.load_state_dict(start, strict=False)  # counters begin anew
 
 
