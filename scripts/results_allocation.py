@@ -2,12 +2,14 @@
 
     python scripts/results_allocation.py train --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
     python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
+    python scripts/results_allocation.py measure --model runs/smollm2 --memory ... --task ruler --closed 0.9
     python scripts/results_allocation.py figures
     python scripts/results_allocation.py files --closed 0.8,0.9,0.95
 
 `train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
 runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
-so that an interrupted command can be repeated. `figures` draws the curve and the map of heads.
+so that an interrupted command can be repeated; besides `Facts`, the task of training, it measures the subtasks of
+`Ruler` and the nats of held-out text. `figures` draws the curve and the map of heads.
 """
 
 import argparse
@@ -17,25 +19,29 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hybridmem.convert import Allocation
-from hybridmem.data.task_module import chat_tokens
+from hybridmem.data.task_module import chat_tokens, count_tokens
+from hybridmem.evaluate.probes import held_out_text
 from hybridmem.metrics.interval import mean_interval
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl import FixedAllocation
 from hybridmem.rl.rollouts.policy import lower_precision
 from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
-from hybridmem.tasks import Facts
+from hybridmem.tasks import Facts, Ruler
 from hybridmem.training.callbacks.allocation import draw_allocation
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
-from hybridmem.training.checkpoints.durable import to_go_on_from
+from hybridmem.training.checkpoints.durable import newest_good
 from hybridmem.training.checkpoints.loading import load_checkpoint
 
 ROOT = Path("runs/results_allocation")
@@ -45,10 +51,14 @@ FIGURE = Path("docs/results/allocation.png")
 FILES = Path("configs/allocations")
 MAP = Path("docs/results/allocation_map.png")
 BLOCK, WINDOW, SINKS = 16, 64, 4
+TEXT_LENGTH, BEYOND = 512, 128  # tokens of a row of text, and of its beginning, which is left out
+SCORES = {"facts": "accuracy", "ruler": "accuracy", "text": "nats"}  # means of a cell's values
+ANSWER_LENGTH = {"facts": 16, "ruler": 64}
 CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
 OBJECTIVES = "model.init_args.objectives"
-REFINED = "reward, refined"  # begins with the control reward
-STEPS = {"reward": 150, REFINED: 50}  # rollouts
+LONGER, REFINED = "reward, longer", "reward, refined"  # both begin with the control reward
+STEPS = {"reward": 150, LONGER: 50, REFINED: 50}  # rollouts
+LATER = 10
 UNTRAINED = ("random", "last layers")
 
 
@@ -61,6 +71,7 @@ class Cell(NamedTuple):
     seed: int
     tokens: int
     window: int
+    task: str
 
     @property
     def trains(self) -> bool:
@@ -72,21 +83,27 @@ def train(control: str, source: str, seed: int, model: str, tokenizer: str) -> N
     """Run a control with a seed, or go on with it.
 
     `reward` reads prompts in full, which is cheap, and trains without a memory: its order of heads serves both sources.
-    `reward, refined` begins there and reads everything by the allocation, in prompts of half the length.
+    `reward, longer` goes on with twice as many prompts in a rollout. `reward, refined` reads everything by the
+    allocation instead, in prompts of half the length.
     """
     folder = run_folder(control, source, seed)
     if checkpoint_of(control, source, seed).exists():
         return
     settings: dict[str, Any] = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS}
     options = {"model.init_args.model": model, "data.init_args.tokenizer": tokenizer}
-    if control == REFINED:
-        start = checkpoint_of("reward", "none", seed)
-        settings |= {"prefill": "allocated", "lr": 0.1, "init_from": str(start)}
+    if control != "reward":
+        settings["init_from"] = str(checkpoint_of("reward", "none", seed))
+    if control == LONGER:
+        options["data.init_args.batch_size"] = "4"
+    elif control == REFINED:
+        settings |= {"prefill": "allocated", "lr": 0.1}
         options |= {"model.init_args.num_generations": "12", "data.init_args.task.init_args.length": "800"}
-    options |= {name: str(seed) for name in ("seed_everything", "data.init_args.seed", "model.init_args.seed")}
+    options["seed_everything"] = str(seed)
+    prompts = seed + LATER if control == LONGER else seed  # other prompts than before
+    options |= {name: str(prompts) for name in ("data.init_args.seed", "model.init_args.seed")}
     options |= {"trainer.max_steps": str(STEPS[control]), "trainer.default_root_dir": str(folder)}
     options |= {OBJECTIVES: json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])}
-    started = to_go_on_from(folder)
+    started = newest_good(folder)
     options |= {} if started is None else {"ckpt_path": str(started)}
     folder.mkdir(parents=True, exist_ok=True)
     given = [f"--{name}={value}" for name, value in options.items()]
@@ -122,64 +139,96 @@ def sources(cell: Cell, order: Tensor, shape: tuple[int, int]) -> list[list[str]
     return [["full" if head else cell.source for head in layer] for layer in opened.view(shape).tolist()]
 
 
-def answer_block(
-    model: HybridMemForCausalLM, tokenizer: Any, task: Facts, chosen: list[list[str]], first: int
-) -> list[bool]:
-    """Answer a block of held-out prompts greedily, with all tokens read under the allocation."""
-    examples = [task.example("val", first + n) for n in range(BLOCK)]
-    prompts = [Prompt(chat_tokens(tokenizer, example["prompt"])) for example in examples]
-    with evaluating(model), model.head_sources(chosen):
-        batch = batch_prompts(prompts, tokenizer.eos_token_id, torch.device("cpu"))
-        sampling = Sampling(max_completion_length=16, temperature=0.0)
-        answers = sample(model, batch, 1, sampling, [tokenizer.eos_token_id], tokenizer.eos_token_id)
-    texts = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(answers.ids, answers.mask, strict=True)
-    ]
-    right = task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
-    return [value == 1 for value in right]
+class Answers:
+    """Rewards of greedy answers to held-out prompts of a task."""
+
+    def __init__(self, model: HybridMemForCausalLM, tokenizer: Any, task: Facts | Ruler, length: int):
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.sampling = Sampling(max_completion_length=length, temperature=0.0)
+
+    def __call__(self, first: int) -> list[float]:
+        """Return the rewards of a block of prompts."""
+        examples = [self.task.example("val", first + n) for n in range(BLOCK)]
+        prompts = [Prompt(chat_tokens(self.tokenizer, example["prompt"])) for example in examples]
+        end = self.tokenizer.eos_token_id
+        with evaluating(self.model):
+            batch = batch_prompts(prompts, end, torch.device("cpu"))
+            answers = sample(self.model, batch, 1, self.sampling, [end], end)
+        texts = [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(answers.ids, answers.mask, strict=True)
+        ]
+        return self.task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
+
+
+class TextNats:
+    """Nats per token of held-out text, beyond the first tokens of each row."""
+
+    def __init__(self, model: HybridMemForCausalLM, tokenizer: Any, count: int):
+        self.model, text = model, held_out_text(tokenizer, None, "*.py")
+        starts = np.linspace(0, len(text) - TEXT_LENGTH, count).astype(int)
+        self.rows = torch.tensor(np.stack([text[start : start + TEXT_LENGTH] for start in starts]).astype(np.int64))
+
+    def __call__(self, first: int) -> list[float]:
+        """Return the mean nats of each row of a block."""
+        rows = self.rows[first : first + BLOCK]
+        with evaluating(self.model):
+            logits = self.model(rows, use_cache=False, logits_to_keep=TEXT_LENGTH - BEYOND).logits[:, :-1].float()
+        nats = F.cross_entropy(logits.transpose(1, 2), rows[:, BEYOND + 1 :], reduction="none")
+        return nats.mean(-1).tolist()
+
+
+def prepare(model: HybridMemForCausalLM, tokenizer: Any, options: argparse.Namespace) -> Answers | TextNats:
+    """Return the measurement of a block."""
+    if options.task == "text":
+        return TextNats(model, tokenizer, options.prompts)
+    task = Facts(length=CHARACTERS[options.tokens], num_facts=4) if options.task == "facts" else Ruler(options.tokens)
+    if isinstance(task, Ruler):
+        task.measure_with(partial(count_tokens, tokenizer, True))
+    return Answers(model, tokenizer, task, ANSWER_LENGTH[options.task])
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Yield the cells to measure: both ends first, then the arms by seed and share."""
-    tokens, window = options.tokens, options.window
-    yield Cell("full", "none", 0.0, 0, tokens, window)
-    yield Cell("none", "none", 1.0, 0, tokens, window)
+    where = (TEXT_LENGTH if options.task == "text" else options.tokens, options.window, options.task)
+    yield Cell("full", "none", 0.0, 0, *where)
+    yield Cell("none", "none", 1.0, 0, *where)
     if options.memory:
-        yield Cell("memory", "memory", 1.0, 0, tokens, window)
+        yield Cell("memory", "memory", 1.0, 0, *where)
     for seed in map(int, options.seeds.split(",")):
         for closed in map(float, options.closed.split(",")):
             for control in options.controls.split(";"):
                 for source in options.sources.split(","):
                     if source == "none" or options.memory:
-                        yield Cell(control, source, closed, seed, tokens, window)
+                        yield Cell(control, source, closed, seed, *where)
 
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> None:
-    """Answer prompts until every cell has the requested number."""
+    """Measure blocks until every cell has the requested number of values."""
     model = load_policy(options.memory or options.model)
     tokenizer = tokenizer_of_policy(options.model)
     model.config.attention_window, model.config.num_sink_tokens = options.window, SINKS
     lower_precision(model, "bfloat16")
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
-    task = Facts(length=CHARACTERS[options.tokens], num_facts=4)
+    measurement = prepare(model, tokenizer, options)
     for cell in cells(options):
         row = find_row(cell)
-        if len(row["right"]) >= options.prompts:
+        if len(row["values"]) >= options.prompts:
             continue
         order = order_of_heads(cell, shape) if 0 < cell.closed < 1 else torch.arange(shape[0] * shape[1])
         chosen = sources(cell, order, shape)
-        while len(row["right"]) < options.prompts:
-            row["right"] += answer_block(model, tokenizer, task, chosen, len(row["right"]))
-            row["accuracy"] = sum(row["right"]) / len(row["right"])
+        while len(row["values"]) < options.prompts:
+            with model.head_sources(chosen):
+                row["values"] += measurement(len(row["values"]))
+            row[SCORES[options.task]] = sum(row["values"]) / len(row["values"])
             put_row(row)
-            print({name: value for name, value in row.items() if name != "right"}, len(row["right"]), flush=True)
+            print({name: value for name, value in row.items() if name != "values"}, len(row["values"]), flush=True)
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """Return the values that identify a row."""
-    return tuple(row.get(name) for name in ("task", *Cell._fields))
+    return tuple(row.get(name) for name in Cell._fields)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -190,7 +239,7 @@ def rows() -> list[dict[str, Any]]:
 def find_row(cell: Cell) -> dict[str, Any]:
     """Return a cell's row, empty if nothing was measured."""
     estimator = "sampled" if cell.trains else None
-    wanted = cell._asdict() | {"task": "facts", "estimator": estimator, "accuracy": None, "right": []}
+    wanted = cell._asdict() | {"estimator": estimator, "values": []}
     return next((row for row in rows() if key(row) == key(wanted)), wanted)
 
 
@@ -209,16 +258,16 @@ def curve(control: str, source: str, tokens: int, window: int) -> dict[float, li
     for row in rows():
         end = row["closed"] == 0 or (row["closed"] == 1 and row["source"] == source)
         alike = row["control"] == control and row["source"] == source
-        if (alike or end) and row["tokens"] == tokens and row["window"] == window:
+        if (alike or end) and (row["task"], row["tokens"], row["window"]) == ("facts", tokens, window):
             found.setdefault(row["closed"], []).append(row["accuracy"])
     return dict(sorted(found.items()))
 
 
 ARMS = {  # label: control, source of closed heads, colour
-    "reward and memory": (REFINED, "memory", "#1f6f8b"),
-    "reward alone": (REFINED, "none", "#c8553d"),
-    "surrogate and memory": ("reward", "memory", "#7fb3c4"),
-    "surrogate alone": ("reward", "none", "#e3a79a"),
+    "reward and memory": (LONGER, "memory", "#1f6f8b"),
+    "reward alone": (LONGER, "none", "#c8553d"),
+    "refined with memory": (REFINED, "memory", "#7fb3c4"),
+    "refined alone": (REFINED, "none", "#e3a79a"),
     "random heads": ("random", "none", "#999999"),
 }
 
@@ -234,7 +283,7 @@ def figures(options: argparse.Namespace) -> None:
     axes = figure.subplots()
     for name, points in curves.items():
         means = [100 * sum(values) / len(values) for values in points.values()]
-        style = "--" if name.startswith("surrogate") else "-"
+        style = "--" if name.startswith("refined") else "-"
         axes.plot([100 * share for share in points], means, "o" + style, label=name, color=ARMS[name][2])
     axes.set(xlabel=f"KV heads that read a window of {options.window} tokens (%)", ylabel="answers right (%)")
     axes.set_ylim(-3, 103)
@@ -246,16 +295,16 @@ def figures(options: argparse.Namespace) -> None:
 
 
 def write_files(options: argparse.Namespace) -> None:
-    """Write the refined allocations of the first seed as files for `hybridmem convert --allocation`."""
-    found = load_checkpoint(str(checkpoint_of(REFINED, "none", 0)))["state_dict"]["learned.Allocation.logits"]
+    """Write the allocations of the first seed as files for `hybridmem convert --allocation`."""
+    found = load_checkpoint(str(checkpoint_of(LONGER, "none", 0)))["state_dict"]["learned.Allocation.logits"]
     shape = (found.shape[0], found.shape[1])
     for source in ("none", "memory"):
         for closed in map(float, options.closed.split(",")):
-            cell = Cell(REFINED, source, closed, 0, options.tokens, options.window)
+            cell = Cell(LONGER, source, closed, 0, options.tokens, options.window, "facts")
             trained = {
                 "objective": "AllocationRL",
                 "task": "Facts",
-                "rollouts": STEPS["reward"] + STEPS[REFINED],
+                "rollouts": STEPS["reward"] + STEPS[LONGER],
                 "seed": 0,
                 "accuracy": find_row(cell)["accuracy"],
                 "command": "python scripts/results_allocation.py train --seeds 0",
@@ -274,8 +323,8 @@ def _shown(values: list[float] | None) -> str:
 
 
 def _draw_map() -> None:
-    """Draw the probability of each head, averaged over the finished runs of the refined arms."""
-    paths = list(ROOT.glob(f"reward-refined-*/*/step={STEPS[REFINED]}.ckpt"))
+    """Draw the probability of each head, averaged over the finished runs."""
+    paths = list(ROOT.glob(f"reward-longer-*/*/step={STEPS[LONGER]}.ckpt"))
     if paths:
         logits = [load_checkpoint(str(path))["state_dict"]["learned.Allocation.logits"] for path in paths]
         draw_allocation(torch.stack(logits).sigmoid().mean(0)).savefig(MAP)
@@ -297,17 +346,18 @@ def main() -> None:
             continue
         command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
         command.add_argument("--memory", help="a retrofitted model: a folder or checkpoint, for the source memory")
-        command.add_argument("--controls", default=f"reward;{REFINED}", help="separated by semicolons")
+        command.add_argument("--controls", default=f"reward;{LONGER}", help="separated by semicolons")
         command.add_argument("--sources", default="none,memory")
         command.add_argument("--seeds", default="0,1,2")
         if name == "measure":
-            command.add_argument("--prompts", type=int, default=128)
+            command.add_argument("--task", default="facts", choices=list(SCORES))
+            command.add_argument("--prompts", type=int, default=128, help="or rows of text")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.command == "train":
         for seed in map(int, options.seeds.split(",")):
             for control in options.controls.split(";"):
-                for source in ["none"] if control == "reward" else options.sources.split(","):
+                for source in options.sources.split(",") if control == REFINED else ["none"]:
                     model = options.model if source == "none" else options.memory
                     train(control, source, seed, model, options.model)
     elif options.command == "measure":
