@@ -204,7 +204,7 @@ class Allocation:
             return self.units.applied(model, None)
         return self.units.applied(model, spread(self.opened.float(), self.units))
 
-    def counted(self, prompts: Tensor, responses: Tensor) -> "Allocation":
+    def counted(self, prompts: Bool[Tensor, "rows prompt"], responses: Bool[Tensor, "rows length"]) -> "Allocation":
         """Return the allocation, whose cost and likelihood depend on no token."""
         return self
 

@@ -16,7 +16,13 @@ from torch import Tensor
 from hybridmem.checks import one_of
 from hybridmem.distributed import all_gather_object
 from hybridmem.rl.attention.action import Action
-from hybridmem.rl.attention.allocations import Allocation, SoftAllocation, UnitPolicy, least_probability
+from hybridmem.rl.attention.allocations import (
+    Allocation,
+    AllocationPolicy,
+    SoftAllocation,
+    UnitPolicy,
+    least_probability,
+)
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 
@@ -129,11 +135,10 @@ class AllocationRL(LearnedGates):
 
     def act(self, policy: Policy, num_generations: int, time: int, generators: list[torch.Generator]) -> Action:
         """Draw an allocation for every response, except references, which read everything."""
-        units = self.find_units(policy.base_model)
-        if self.estimator == "mixed":
-            return SoftAllocation(self.gates(policy), units)
-        policies: Any = self.unit_policy(policy)
-        return policies.sample(units, num_generations, generators, self.prefill, self.budget is None)
+        gates, units = self.unit_policy(policy), self.find_units(policy.base_model)
+        if isinstance(gates, AllocationPolicy) and self.estimator == "mixed":
+            return SoftAllocation(gates, units)
+        return gates.sample(units, num_generations, generators, self.prefill, self.budget is None)
 
     def contrast(self, policy: Policy, num_prompts: int, num_generations: int) -> Action:
         """Open every unit for every second response to a prompt, and none for the others."""
@@ -200,17 +205,15 @@ class AllocationRL(LearnedGates):
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
         """Return the clipped loss of the allocations, or the price of a mix."""
-        if self.estimator == "mixed":
-            gates = self.gates(policy)
+        gates = self.unit_policy(policy)
+        price = gates.price.float()
+        if isinstance(gates, AllocationPolicy) and self.estimator == "mixed":
             gates.clamp()
-            probabilities = gates.probabilities
-            price = gates.price.float()
-            return price * probabilities.sum(), _metrics(price, probabilities.detach())
-        policies: Any = self.unit_policy(policy)
+            return price * gates.probabilities.sum(), _metrics(price, gates.probabilities.detach())
         allocation: Any = batch.actions[self.family]
-        logps, probabilities = policies.likelihoods(allocation)
+        logps, probabilities = gates.likelihoods(allocation)
         loss = self.compute_loss(logps, allocation.old_logps, allocation.advantages)
-        return loss, _metrics(policies.price.float(), probabilities) | {"cost": allocation.costs.mean()}
+        return loss, _metrics(price, probabilities) | {"cost": allocation.costs.mean()}
 
     def compute_loss(
         self,

@@ -109,10 +109,10 @@ class Gates(Objective):
         """Return the model's units."""
         return find_units(model, self.source, self.attention_window, self.num_sink_tokens)
 
-    def unit_policy(self, policy: Policy) -> UnitPolicy:
+    def unit_policy(self, policy: Policy) -> AllocationPolicy | RouterPolicy:
         """Return the policy of allocations, or the router."""
         gates = policy.learned[self.family]
-        assert isinstance(gates, UnitPolicy)
+        assert isinstance(gates, AllocationPolicy | RouterPolicy)
         return gates
 
     def gates(self, policy: Policy) -> AllocationPolicy:
