@@ -28,16 +28,18 @@ import lightning as L
 import torch
 import yaml
 
+from hybridmem import HybridMemConfig, HybridMemForCausalLM
 from hybridmem.cli.main import main as hybridmem
 from hybridmem.data.trainer_state import batches_trained
+from hybridmem.tasks.task import Split
 from hybridmem.training.checkpoints.durable import PART, newest_good, read_checkpoint, to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint
 
-STEPS = 40
 STARTS_BY_KILLS = 10  # kills of one run before it may finish
 ACCUMULATED = 3  # batches per optimiser step in the drill of gradient accumulation
-FAULTS = ("kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt")
-STUCK = 120  # seconds after which an unfinished process counts as a failure
+WAITING_STEPS = 8  # optimiser steps of the drill of dynamic sampling
+FAULTS = ("kill", "drop", "terminate", "within", "wait", "fill", "tmpfs", "damage", "spoil", "corrupt")
+STUCK = 600  # seconds after which an unfinished process counts as a failure
 GLOO = {"process_group_backend": "gloo"}
 SEVERAL: dict[str, dict[str, Any]] = {
     "DDP": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": GLOO},
@@ -49,16 +51,16 @@ SEVERAL: dict[str, dict[str, Any]] = {
 
 
 class LossLog(L.Callback):
-    """Callback that writes the exact loss of every batch to a file."""
+    """Callback that writes a metric of every batch to a file, without rounding."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, metric: str = "train/loss"):
+        self.path, self.metric = path, metric
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Append a line immediately, because the process may be killed at any time."""
         if not trainer.is_global_zero:
             return
-        line = f"{batches_trained(trainer)} {float(trainer.callback_metrics['train/loss']).hex()}\n"
+        line = f"{batches_trained(trainer)} {float(trainer.callback_metrics[self.metric]).hex()}\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(descriptor, line.encode())
         os.close(descriptor)
@@ -111,18 +113,54 @@ class FullDisk(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
-class Drill:
-    """Small run that can be started repeatedly in a folder, with two processes if a strategy is given."""
+class Rare:
+    """Task in which few groups of responses have different rewards."""
 
-    def __init__(self, work: Path, seed: int, strategy: dict[str, Any] | None = None, accumulate: int = 1):
+    @property
+    def max_completion_length(self) -> int:
+        """Return room for two letters."""
+        return 2
+
+    def example(self, split: Split, index: int) -> dict[str, Any]:
+        """Return a prompt of a few letters."""
+        return {"prompt": chr(97 + index % 26) * 3, "answer": "a"}
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        """Return 1 for one of five first letters."""
+        return [float(bool(text) and ord(text[0]) % 5 == 0) for text in completions]
+
+
+class Drill:
+    """Small run that can be started repeatedly in a folder, with two processes if a strategy is given.
+
+    Args:
+        work: folder of the runs.
+        seed: seed of the random faults.
+        batches: number of batches of a run.
+        strategy: Lightning strategy of two processes; None trains in one.
+        accumulate: batches per optimiser step.
+        waiting: True for reinforcement learning in which groups of responses wait for a full batch.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        seed: int,
+        batches: int,
+        strategy: dict[str, Any] | None = None,
+        accumulate: int = 1,
+        waiting: bool = False,
+    ):
         self.work, self.random, self.strategy = work, random.Random(seed), strategy
-        self.accumulate = accumulate
+        self.steps, self.accumulate, self.waiting = batches // accumulate, accumulate, waiting
         self.others: list[int] = []  # all processes except the first
         self.text = work / "text"
         work.mkdir(exist_ok=True)
         self.counts: dict[str, Counter[str]] = {}
         self.failures: list[str] = []
         self.write_text()
+        if waiting:
+            write_policy(work / "policy")
         begun = time.monotonic()
         reference = self.folder("reference")
         if self.wait(self.start(reference)) != 0:
@@ -130,7 +168,7 @@ class Drill:
         self.seconds = time.monotonic() - begun
         self.losses = dict(line.split() for line in (reference / "losses.txt").read_text().splitlines())
         self.weights = load_checkpoint(reference / "last.ckpt")["state_dict"]
-        assert len(self.losses) == STEPS // accumulate * accumulate
+        assert waiting or len(self.losses) == self.steps * accumulate
 
     def write_text(self) -> None:
         """Write the training text."""
@@ -147,11 +185,14 @@ class Drill:
 
     def start(self, folder: Path, *options: str, callbacks: tuple[dict[str, Any], ...] = ()) -> int:
         """Start or resume the run, and return the first process's ID."""
-        log = {"class_path": f"{__name__}.LossLog", "init_args": {"path": str(folder / "losses.txt")}}
+        log = {"path": str(folder / "losses.txt"), "metric": "reward" if self.waiting else "train/loss"}
+        added = [{"class_path": f"{__name__}.LossLog", "init_args": log}, *callbacks]
         config = folder / "config.yaml"
-        config.write_text(
-            yaml.safe_dump(settings(folder, self.text, [log, *callbacks], self.strategy, self.accumulate))
-        )
+        if self.waiting:
+            chosen = waiting_settings(folder, self.work / "policy", added, self.strategy)
+        else:
+            chosen = settings(folder, self.text, self.steps, added, self.strategy, self.accumulate)
+        config.write_text(yaml.safe_dump(chosen))
         arguments = ["hybridmem", "fit", "--config", str(config), *options]
         if self.strategy is None:
             return self.fork(folder / "output.txt", arguments, {})
@@ -194,7 +235,10 @@ class Drill:
         """Wait for all processes, and return the first one's exit status, or minus the signal that ended it."""
         code = self.end_of(process)
         while self.others:
-            self.end_of(self.others.pop())
+            other = self.others.pop()
+            if code < 0:  # torchrun also ends the others, which may wait for the first one to join them
+                os.kill(other, signal.SIGKILL)
+            self.end_of(other)
         return code
 
     def end_of(self, process: int) -> int:
@@ -268,11 +312,12 @@ class Drill:
 def settings(
     folder: Path,
     text: Path,
+    steps: int,
     callbacks: list[dict[str, Any]],
     strategy: dict[str, Any] | None = None,
     accumulate: int = 1,
 ) -> dict[str, Any]:
-    """Return a configuration with two layers, 40 batches, a checkpoint every second step, and validations.
+    """Return a configuration with two layers, a checkpoint every second step, and validations of two batches.
 
     With gradient accumulation, validations fall within optimiser steps, and each keeps a checkpoint.
     """
@@ -302,9 +347,10 @@ def settings(
         "seed_everything": 0,
         "trainer": {
             "accelerator": "cpu",
-            "max_steps": STEPS // accumulate,
+            "max_steps": steps,
             "val_check_interval": 4,
             "check_val_every_n_epoch": None,
+            "limit_val_batches": 2,
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
             "gradient_clip_val": 1.0,
@@ -323,7 +369,7 @@ def settings(
                 "config": config,
                 "carry_state": True,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 4}},
+                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 2}},
             },
         },
         "data": {
@@ -340,7 +386,76 @@ def settings(
     }
 
 
-def kill(drill: Drill, kills: int) -> None:
+def waiting_settings(
+    folder: Path, policy: Path, callbacks: list[dict[str, Any]], strategy: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return a configuration of DAPO in which most rollouts leave groups waiting, with a checkpoint per validation."""
+    processes = 1 if strategy is None else 2
+    keeper = {
+        "filename": "within{step}",
+        "monitor": "val/reward",
+        "auto_insert_metric_name": False,
+        "save_top_k": -1,
+        "save_last": True,
+    }
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": WAITING_STEPS,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+            "logger": False,
+            "devices": processes,
+            "strategy": strategy or "auto",
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper},
+                *callbacks,
+            ],
+        },
+        "model": {
+            "class_path": "hybridmem.training.PolicyModule",
+            "init_args": {
+                "model": str(policy),
+                "objectives": [{"class_path": "hybridmem.rl.DAPO"}],
+                "num_generations": 2,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "lr_scheduler": {"class_path": "hybridmem.training.WarmupCosine", "init_args": {"warmup_steps": 2}},
+            },
+        },
+        "data": {
+            "class_path": "hybridmem.data.TaskDataModule",
+            "init_args": {"task": f"{__name__}.Rare", "mode": "prompts", "batch_size": 4 // processes, "num_val": 2},
+        },
+    }
+
+
+def write_policy(folder: Path) -> None:
+    """Write a tiny policy with random weights, large enough for various responses."""
+    torch.manual_seed(0)
+    config = HybridMemConfig(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        attention_window=8,
+        memory_heads=2,
+        memory_head_dim=8,
+        memory_chunk_size=8,
+        initializer_range=0.3,
+    )
+    HybridMemForCausalLM(config).save_pretrained(folder)
+
+
+def kill(drill: Drill, kills: int, fault: str = "SIGKILL") -> None:
     """Send SIGKILL at random moments, and every second time while a checkpoint is being written."""
     done, run = 0, 0
     while done < kills:
@@ -357,13 +472,11 @@ def kill(drill: Drill, kills: int) -> None:
             if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
                 break  # the run had finished
             here, done = here + 1, done + 1
-            drill.count("SIGKILL", "kills")
-            drill.count(
-                "SIGKILL", "kills while a checkpoint was written" if (folder / PART).exists() else "other kills"
-            )
-            if not drill.same_so_far("SIGKILL", folder):
+            drill.count(fault, "kills")
+            drill.count(fault, "kills while a checkpoint was written" if (folder / PART).exists() else "other kills")
+            if not drill.same_so_far(fault, folder):
                 return
-        drill.ends_the_same("SIGKILL", folder)
+        drill.ends_the_same(fault, folder)
 
 
 def await_writing(folder: Path, process: int, drill: Drill) -> None:
@@ -399,17 +512,14 @@ def terminate(drill: Drill, times: int, fault: str = "SIGTERM") -> None:
                 drill.ends_the_same(fault, folder)
 
 
-def stop_within_steps(drill: Drill, times: int, seed: int) -> None:
-    """Stop and resume in the middle of an optimiser step, with accumulated gradients, in one process and in two.
-
-    Groups of rollouts that wait for a full batch (dynamic sampling) are not drilled yet.
-    """
+def stop_within_steps(drill: Drill, times: int, seed: int, batches: int) -> None:
+    """Stop and resume in the middle of an optimiser step, with accumulated gradients, in one process and in two."""
     for name, strategy in {"one process": None, **SEVERAL}.items():
-        accumulating = Drill(drill.work / f"accumulating, {name}", seed, strategy, ACCUMULATED)
+        accumulating = Drill(drill.work / f"accumulating, {name}", seed, batches, strategy, ACCUMULATED)
         accumulating.counts, accumulating.failures = drill.counts, drill.failures
         resume_within_steps(accumulating, times, f"resumed amid an accumulation, {name}")
         terminate(accumulating, times, f"SIGTERM while accumulating, {name}")
-    accumulating = Drill(drill.work / "accumulating, exceptions", seed, accumulate=ACCUMULATED)
+    accumulating = Drill(drill.work / "accumulating, exceptions", seed, batches, accumulate=ACCUMULATED)
     accumulating.counts, accumulating.failures = drill.counts, drill.failures
     raise_within_steps(accumulating, times)
 
@@ -422,11 +532,31 @@ def resume_within_steps(drill: Drill, times: int, fault: str) -> None:
         drill.ends_the_same(fault, drill.folder("within"), "--ckpt_path", str(path))
 
 
+def stop_while_groups_wait(drill: Drill, times: int, seed: int) -> None:
+    """Kill and resume dynamic sampling while groups wait for a full batch, in one process and in two."""
+    for name, strategy in {"one process": None, **SEVERAL}.items():
+        waiting = Drill(drill.work / f"waiting, {name}", seed, WAITING_STEPS, strategy, waiting=True)
+        waiting.counts, waiting.failures = drill.counts, drill.failures
+        resume_with_waiting_groups(waiting, times, f"resumed with waiting groups, {name}")
+        terminate(waiting, times, f"SIGTERM while groups wait, {name}")
+        if strategy is None:
+            kill(waiting, times, "SIGKILL while groups wait")
+
+
+def resume_with_waiting_groups(drill: Drill, times: int, fault: str) -> None:
+    """Resume from checkpoints of validations that hold groups of responses."""
+    paths = sorted((drill.work / "reference").glob("within*.ckpt"))
+    waiting = [path for path in paths if load_checkpoint(path, weights=False)["rollouts"]["waiting"]]
+    if drill.check(fault, bool(waiting), f"no group waits in any of {len(paths)} checkpoints"):
+        for path in drill.random.sample(waiting, min(times, len(waiting))):
+            drill.ends_the_same(fault, drill.folder("waiting"), "--ckpt_path", str(path))
+
+
 def raise_within_steps(drill: Drill, times: int) -> None:
     """Resume from an exception's checkpoint, or check that it is rejected if a backward pass was interrupted."""
     fault = "exception while accumulating"
     for turn in range(times):
-        folder, batch = drill.folder("exception"), drill.random.randrange(2, STEPS // ACCUMULATED * ACCUMULATED)
+        folder, batch = drill.folder("exception"), drill.random.randrange(2, drill.steps * ACCUMULATED)
         broken = {"class_path": f"{__name__}.BrokenBatch", "init_args": {"batch": batch, "backward": bool(turn % 2)}}
         keeper = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -440,10 +570,10 @@ def raise_within_steps(drill: Drill, times: int) -> None:
             drill.ends_the_same(fault, folder, "--ckpt_path", str(folder / "failed.ckpt"))
 
 
-def drop_each(drill: Drill, times: int, seed: int) -> None:
+def drop_each(drill: Drill, times: int, seed: int, batches: int) -> None:
     """Kill one of two processes, under each strategy."""
     for name, strategy in SEVERAL.items():
-        several = Drill(drill.work / name, seed, strategy)
+        several = Drill(drill.work / name, seed, batches, strategy)
         several.counts, several.failures = drill.counts, drill.failures
         drop(several, name, times)
 
@@ -473,7 +603,7 @@ def fill(drill: Drill, times: int) -> None:
     """Simulate a disk that fills up in the middle of a checkpoint, by limiting the size of files."""
     size = (drill.work / "reference" / "last.ckpt").stat().st_size
     for _ in range(times):
-        folder, step = drill.folder("full"), drill.random.randrange(4, STEPS - 2)
+        folder, step = drill.folder("full"), drill.random.randrange(4, drill.steps - 2)
         limit = {"step": step, "size": drill.random.randrange(size)}
         callback = {"class_path": f"{__name__}.FullDisk", "init_args": limit}
         code = drill.wait(drill.start(folder, callbacks=(callback,)))
@@ -565,7 +695,7 @@ def equal(a: Any, b: Any) -> bool:
 def spoil_batches(drill: Drill, times: int) -> None:
     """Inject a batch of NaN, and check that the guard stops before the weights change, or skips the step."""
     for turn in range(times):
-        folder, step = drill.folder("nan"), drill.random.randrange(3, STEPS - 1)
+        folder, step = drill.folder("nan"), drill.random.randrange(3, drill.steps - 1)
         nan = {"class_path": f"{__name__}.NoNumbers", "init_args": {"step": step}}
         if turn % 2 == 0:
             code = drill.wait(drill.start(folder, callbacks=(nan,)))
@@ -625,18 +755,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="number of SIGKILLs")
     parser.add_argument("--times", type=int, default=12, help="repetitions of every other fault")
     parser.add_argument("--reads", type=int, default=2000, help="number of damaged checkpoints to read")
+    parser.add_argument("--batches", type=int, default=40, help="batches of every run (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random faults")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     begun = time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        drill = Drill(Path(folder), options.seed)
+        drill = Drill(Path(folder), options.seed, options.batches)
         drills: dict[str, Callable[[], Any]] = {
             "kill": lambda: kill(drill, options.kills),
-            "drop": lambda: drop_each(drill, options.times, options.seed),
+            "drop": lambda: drop_each(drill, options.times, options.seed, options.batches),
             "terminate": lambda: terminate(drill, options.times),
-            "within": lambda: stop_within_steps(drill, options.times, options.seed),
+            "within": lambda: stop_within_steps(drill, options.times, options.seed, options.batches),
+            "wait": lambda: stop_while_groups_wait(drill, options.times, options.seed),
             "fill": lambda: fill(drill, options.times),
             "tmpfs": lambda: fill_tmpfs(drill),
             "damage": lambda: damage(drill, options.times, options.reads),

@@ -4,6 +4,7 @@ Triton reads the environment where kernels are declared, huggingface_hub where i
 On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order.
 """
 
+import importlib.util
 import os
 import random
 import zlib
@@ -16,16 +17,29 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from tests.first_calls import limited, start_test
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' wrong names are not looked up, again and again
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # timings decide no test
 settings.load_profile("repeatable")
+if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
+jaxtyping.jaxtyped = limited(jaxtyping.jaxtyped)  # decorates the functions of modules imported from here on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first: a process that began one last would keep the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Check the shapes of functions' first calls in this test, its fixtures included."""
+    start_test()
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +50,6 @@ def seeded_on_one_thread(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leave shape checks out of tests marked `unchecked`."""
-    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("unchecked") is not None)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Variables that launchers set for distributed processes, and that Lightning writes into this process's environment.

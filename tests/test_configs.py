@@ -1,6 +1,7 @@
 """All committed configurations parse, and those of large models take a step with a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.hybridmem.training.runs import hybridmem, write_text
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 GRIDS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
-COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare")]
+COMPLETE = [path for path in CONFIGS if path.parent.name not in ("overlays", "compare", "loggers")]
 PRETRAINING = [path for path in COMPLETE if path.parent.name not in ("rl", "retrofit")]
 RETROFITS = sorted((ROOT / "configs" / "retrofit").glob("*.yaml"))
 WARM_UPS = sorted((ROOT / "configs" / "rl").glob("*_warmup.yaml"))
@@ -182,6 +183,47 @@ def test_reinforcement_learning_continues_its_warm_up(path, tmp_path, monkeypatc
     run, exported = learn_by_reward(path, tmp_path, monkeypatch, {}, {}), tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", run / "last.ckpt", "--output", exported)
     assert (exported / "model.safetensors").exists()
+
+
+BEGINS_WITH = {
+    "retrofit/smollm2_kl": "fit --config {configs}/retrofit/smollm2.yaml",
+    "rl/allocation": "convert --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/smollm2",
+    "rl/identifier": "fit --config {configs}/rl/identifier_warmup.yaml",
+    "rl/query": "fit --config {configs}/rl/query_warmup.yaml",
+    "rl/recall": "fit --config {configs}/rl/recall_warmup.yaml",
+    "rl/recall_critique": "fit --config {configs}/rl/recall_warmup.yaml",
+    "rl/repair": "fit --config {configs}/rl/repair_warmup.yaml",
+    "rl/two_formats": "fit --config {configs}/rl/two_formats_warmup.yaml",
+    "rl/visual_search": "fit --config {configs}/rl/visual_search_warmup.yaml",
+    "rl/workspace": "fit --config {configs}/rl/workspace_rft.yaml",
+    "rl/workspace_rft": "fit --config {configs}/rl/workspace_warmup.yaml",
+    "rl/workspace_stage2": "fit --config {configs}/rl/workspace.yaml",
+}
+STARTS = re.compile(r"^ +(model|base|init_from): runs/", re.M)
+
+
+def test_every_configuration_with_a_start_is_listed():
+    starting = [path for path in COMPLETE if STARTS.search(path.read_text())]
+    assert [str(path.relative_to(ROOT / "configs").with_suffix("")) for path in starting] == sorted(BEGINS_WITH)
+
+
+@pytest.mark.parametrize("name", BEGINS_WITH)
+def test_a_missing_start_names_the_command_that_creates_it(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "fit", "--config", ROOT / "configs" / f"{name}.yaml")
+    assert stopped.value.code == 2
+    command = BEGINS_WITH[name].format(configs=ROOT / "configs")
+    assert f"does not exist; create it first: hybridmem {command}\n" in capsys.readouterr().err
+
+
+def test_a_grid_names_the_command_that_creates_a_missing_teacher(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    grid = ROOT / "configs" / "compare" / "distillation.yaml"
+    with pytest.raises(SystemExit) as stopped:
+        hybridmem(monkeypatch, "compare", "--config", grid, "--output", tmp_path)
+    assert stopped.value.code == 2
+    assert "create it first: hybridmem fit --config configs/rl/teacher.yaml\n" in capsys.readouterr().err
 
 
 def test_a_vision_language_model_learns_by_reward(tmp_path, monkeypatch):

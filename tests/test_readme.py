@@ -49,6 +49,10 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 0, capsys.readouterr().err
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
 def test_scripts_are_there_and_can_be_run():
     for name in re.findall(r"^(scripts/\S+)", README, re.M):
         assert os.access(ROOT / name, os.X_OK), name

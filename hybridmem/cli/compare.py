@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridmem.compare.grid import ACCURACY, Comparison, Run, check_grid, plan
 from hybridmem.compare.report import show_report
 from hybridmem.compare.results import RESULTS, as_json, collect
-from hybridmem.compare.runs import Status, check_settings, execute_all, held, reason, status
+from hybridmem.compare.runs import Status, check_settings, check_starts, execute_all, held, reason, status
 from hybridmem.compare.subnetworks import add_subnetworks
 from hybridmem.training.logs import read_log
 
@@ -62,6 +62,7 @@ def compare(
     check_settings(runs, tasks, output)
     waiting = [run for run in runs if status(output / run.folder) != "finished"]
     if not report_only:
+        check_starts(waiting, tasks, output)
         with held(waiting, output):
             _execute(waiting, tasks, output, parallel)
     if only is None:

@@ -12,8 +12,16 @@ from hybridmem.training.checkpoints.contents import model_of_checkpoint
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.model_card import model_card
 
+from .hub import open_repository, upload
 
-def export(ckpt_path: Path, output: Path, license: str | None = None, allocation: Path | None = None) -> None:
+
+def export(
+    ckpt_path: Path,
+    output: Path,
+    license: str | None = None,
+    allocation: Path | None = None,
+    push_to_hub: str | None = None,
+) -> None:
     """Write a Hugging Face folder with a checkpoint's weights, configuration, tokenizer, model code and model card.
 
     Memories that no head reads are left out.
@@ -23,8 +31,11 @@ def export(ckpt_path: Path, output: Path, license: str | None = None, allocation
         output: folder to write.
         license: licence of the weights for the model card, a hub identifier such as apache-2.0.
         allocation: file of head sources to apply. None: the allocation that the checkpoint learned, if any.
+        push_to_hub: name of a model repository on the Hugging Face hub to upload the folder to, such as me/my_model.
     """
     output.mkdir(parents=True, exist_ok=True)  # fails before the long computation if the folder is not writable
+    if push_to_hub is not None:
+        open_repository(push_to_hub)
     checkpoint = load_checkpoint(ckpt_path)
     tokenizer = load_tokenizer(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
     model = model_of_checkpoint(checkpoint)
@@ -41,8 +52,10 @@ def export(ckpt_path: Path, output: Path, license: str | None = None, allocation
         load_processor(checkpoint["processor"]).save_pretrained(output)
     elif tokenizer is not None:
         tokenizer.save_pretrained(output)
-    (output / "README.md").write_text(model_card(model.config, checkpoint, license))
+    (output / "README.md").write_text(model_card(model.config, checkpoint, license, push_to_hub))
     print(f"wrote {output}")
+    if push_to_hub is not None:
+        print(f"uploaded {upload(output, push_to_hub)}")
 
 
 def _allocation_of(checkpoint: dict[str, Any]) -> Allocation | None:

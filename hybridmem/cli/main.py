@@ -29,6 +29,7 @@ from hybridmem.training.checkpoints.contents import check_same_model
 from hybridmem.training.checkpoints.durable import DurableCheckpointIO
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy, is_sharded
+from hybridmem.training.checkpoints.starting_points import check_starting_points
 from hybridmem.training.denormals import flush_denormals
 from hybridmem.training.errors import SettingsError, StoppedError, named
 from hybridmem.training.policy.module import PolicyModule
@@ -36,6 +37,7 @@ from hybridmem.training.precision import choose_precision, precision_advice
 from hybridmem.training.pretrain import PretrainModule
 from hybridmem.training.retrofit import RetrofitModule
 from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
+from hybridmem.training.trackers import check_packages
 
 from .compare import compare
 from .consolidate import consolidate
@@ -126,7 +128,12 @@ class HybridMemCLI(LightningCLI):
                 if isinstance(trainer[name], str | dict):  # a duration
                     with named(f"trainer.{name}"):
                         Timer(trainer[name])
-            refuse_nulls(self.config[self.config.subcommand])
+            settings = self.config[self.config.subcommand]
+            refuse_nulls(settings)
+            check_packages(trainer["logger"])
+            if not settings.get("ckpt_path"):  # whose run started from them
+                root, files = trainer["default_root_dir"] or ".", map(str, settings["config"] or [])
+                check_starting_points(settings.get("model"), settings.get("data"), root, [*files])
             super().instantiate_classes()
 
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
@@ -135,8 +142,8 @@ class HybridMemCLI(LightningCLI):
         barebones = self._get(self.config_init, "trainer.barebones")
         if barebones:
             check_barebones(self._get(self.config_init, "trainer"))
-        elif self._get(self.config_init, "trainer.logger") in (None, True):
-            settings["logger"] = [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
+        else:
+            settings["logger"] = self._loggers(root)
         given = self._get(self.config_init, "trainer")
         precision = choose_precision(given, type(self.model))
         if precision is not None:
@@ -156,6 +163,16 @@ class HybridMemCLI(LightningCLI):
             trainer.callbacks.insert(0, NonFiniteGuard())
         trainer.callbacks.insert(0, FinalCheckpoint())  # before WeightAveraging swaps the weights at the end
         return trainer
+
+    def _loggers(self, root: Path) -> Any:
+        """Return TensorBoard and CSV files, or the configured trackers with CSV files, which `compare` reads."""
+        given = self._get(self.config_init, "trainer.logger")
+        if given in (None, True):
+            return [TensorBoardLogger(root, name="tensorboard"), CSVLogger(root, name="csv")]
+        loggers = [] if given is False else given if isinstance(given, list) else [given]
+        if not loggers or any(isinstance(logger, CSVLogger) for logger in loggers):
+            return given
+        return [*loggers, CSVLogger(root, name="csv")]
 
     def _set_seed(self) -> None:
         try:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from hybridmem.training.checkpoints.durable import to_go_on_from
+from hybridmem.training.checkpoints.starting_points import check_starting_points
 from hybridmem.training.run_lock import LockedError, hold
 
 from .changes import write_changes
@@ -63,6 +64,24 @@ def check_settings(runs: list[Run], tasks: dict[str, Comparison], root: Path) ->
                 f"output={root}: {root / run.folder} holds a run with other settings (see {path}); choose another "
                 "output, or remove that folder"
             )
+
+
+def check_starts(runs: list[Run], tasks: dict[str, Comparison], root: Path) -> None:
+    """Raise a FileNotFoundError if a run starts from a missing model or checkpoint that no run of the grid writes."""
+    for run in runs:
+        settings, task = _settings(run, tasks[run.task], root), tasks[run.task]
+        model, data = _arguments(settings, "model"), _arguments(settings, "data")
+        model = {name: value for name, value in model.items() if not str(value).startswith(f"{root}/")}
+        check_starting_points(
+            {"init_args": model}, {"init_args": data}, root, [task.train, *filter(None, [task.warm_up])]
+        )
+
+
+def _arguments(settings: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return the arguments of the Lightning module or the data module, with the run's options."""
+    written = (settings["config"].get(part) or {}).get("init_args") or {}
+    prefix = f"{part}.init_args."
+    return written | {k.removeprefix(prefix): v for k, v in settings["options"].items() if k.startswith(prefix)}
 
 
 @contextmanager

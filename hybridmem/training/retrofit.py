@@ -17,6 +17,8 @@ from hybridmem.checks import at_least, one_of
 from hybridmem.convert import convert
 from hybridmem.convert.memories import add_memories
 from hybridmem.convert.weights import available_memory
+from hybridmem.data.trainer_state import accumulations
+from hybridmem.distributed import global_mean_weights
 from hybridmem.metrics.bits import NatsPerToken
 from hybridmem.model.configuration import HybridMemConfig
 from hybridmem.model.modeling import HybridMemForCausalLM
@@ -128,6 +130,15 @@ class RetrofitModule(L.LightningModule):
     def reach(self) -> int:
         """Number of tokens that a token's window and sinks cover."""
         return self.config.attention_window + self.config.num_sink_tokens
+
+    def setup(self, stage: str) -> None:
+        """Raise a ValueError if the run accumulates gradients, which would average batches instead of tokens."""
+        size = max(accumulations(self.trainer))
+        if stage == "fit" and size > 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={size} is not supported by RetrofitModule; set it to 1, and raise "
+                "data.init_args.batch_size or trainer.devices instead"
+            )
 
     def configure_model(self) -> None:
         """Load the base model once, add memories, and freeze everything else."""
@@ -266,7 +277,8 @@ class RetrofitModule(L.LightningModule):
         with torch.no_grad(), self._without_adapters():
             wanted = read(model, batch, every_source(model, "full"))[beyond]
         found = read(model, batch, None)[beyond]
-        return kl_to_base(model, found, wanted) / beyond.sum().clamp(min=1)
+        (share,) = global_mean_weights(beyond.sum())  # ranks may have different numbers of tokens beyond the window
+        return kl_to_base(model, found, wanted) / beyond.sum().clamp(min=1) * share.float()
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

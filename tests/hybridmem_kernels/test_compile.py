@@ -13,9 +13,9 @@ from .test_memory_mlp_scan import mlp_inputs
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"))]
 SCANS = {
-    "plain": dict(time=20),
-    "one token": dict(time=1),
-    "documents, padding and a state": dict(time=20, documents=3, padded=True, given_state=True),
+    "plain": dict(time=20, heads=1),
+    "one token": dict(time=1, heads=1),
+    "documents, padding and a state": dict(time=20, heads=1, documents=3, padded=True, given_state=True),
 }
 
 
@@ -82,7 +82,7 @@ def test_memory_scan(case, backend):
 @pytest.mark.parametrize("filled", [None, (3, 0)], ids=["plain", "documents, padding and a state"])
 def test_memory_mlp_scan(filled, backend):
     case = {} if filled is None else dict(documents=3, padded=True, filled=filled)
-    inputs, weights, state = mlp_inputs(time=20, dim=16, **case)
+    inputs, weights, state = mlp_inputs(time=20, dim=16, heads=1, **case)
     layers = [weights, *(state or ())[:3]]
     layers = [tuple(w.detach().float().requires_grad_() for w in group) for group in layers]
     inputs = single(inputs)
@@ -158,9 +158,10 @@ def scan_arguments(case: str) -> tuple:
     return (*inputs.tensors.values(), active, continues, weight, momentum, 16)
 
 
-def mlp_arguments(case: str) -> tuple:
-    plain = case == "plain"
-    inputs, weights, state = mlp_inputs(time=20, dim=16, **({} if plain else dict(documents=3, filled=(3, 0))))
+def mlp_arguments(name: str) -> tuple:
+    plain = name == "plain"
+    case = {} if plain else dict(documents=3, filled=(3, 0))
+    inputs, weights, state = mlp_inputs(time=20, dim=16, heads=1, **case)
     inputs = single(inputs)
     state = state or initial_state(weights, 2, torch.float32)
     layers = [w.detach().float().requires_grad_() for group in (weights, *state[:3]) for w in group]

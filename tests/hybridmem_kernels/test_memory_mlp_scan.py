@@ -29,8 +29,8 @@ CASES = {
 }
 
 
-def mlp_inputs(depth=2, expansion=1, filled=None, dim=6, **case):
-    inputs = scan_inputs(key_dim=dim, value_dim=dim, **case)
+def mlp_inputs(depth=2, expansion=1, filled=None, dim=6, heads=2, **case):
+    inputs = scan_inputs(key_dim=dim, value_dim=dim, heads=heads, **case)
     g = torch.Generator().manual_seed(1)
     widths = [dim, *[dim * expansion] * (depth - 1), dim]
     shapes = list(pairwise(widths))
@@ -38,10 +38,10 @@ def mlp_inputs(depth=2, expansion=1, filled=None, dim=6, **case):
     def matrices(*lead):
         return tuple((torch.randn(*lead, *s, generator=g, dtype=torch.float64) * 0.4).requires_grad_() for s in shapes)
 
-    weights = matrices(2)
+    weights = matrices(heads)
     state = None
     if filled is not None:
-        state = MemoryMLPState(matrices(2, 2), matrices(2, 2), matrices(2, 2), torch.tensor(filled))
+        state = MemoryMLPState(*(matrices(2, heads) for _ in range(3)), torch.tensor(filled))
     return inputs, weights, state
 
 

@@ -25,8 +25,10 @@ def script(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_faults_lose_nothing(tmp_path):
     figures = tmp_path / "figures.json"
-    sizes = dict(kills=2, times=2, reads=40, seed=1, output=figures)
+    sizes = dict(batches=12, kills=2, times=2, reads=40, seed=1, output=figures)
     options = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+    # Groups that wait are resumed in tests/hybridmem/training/policy/test_group_buffer.py, too.
+    options += ["--faults", "kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt"]
     # A separate process, because the drill forks and needs a fresh parent.
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "fault_drill.py", *options], capture_output=True, text=True

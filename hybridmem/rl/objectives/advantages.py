@@ -26,12 +26,12 @@ def group_advantages(
     groups = grouped(rewards, num_generations)
     # The rounded mean of equal rewards may be off by one ulp, which Adam would turn into a full-sized step.
     signal = groups_with_signal(rewards, num_generations)[:, None]
-    advantages = (groups - groups.mean(1, keepdim=True)).masked_fill(~signal, 0)
+    advantages = groups - groups.mean(1, keepdim=True)
     if scale_rewards == "group":
         advantages = advantages / (groups.std(1, keepdim=True) + STD_EPS)
     elif scale_rewards == "batch":
         advantages = advantages / (rewards.std() + STD_EPS)
-    return advantages.flatten()
+    return advantages.masked_fill(~signal, 0).flatten()
 
 
 def groups_with_signal(rewards: Float[Tensor, " responses"], num_generations: int) -> Bool[Tensor, " groups"]:

@@ -29,10 +29,10 @@ from hybridmem.rl.rollouts.policy import Policy
 from .advantages import group_advantages
 from .gates import LearnedGates
 from .objective import LossAndMetrics, Normaliser, Objective, ObjectiveError
+from .ratios import clamp_log_ratio
 
 PREFILLS = ("full", "allocated")
 ESTIMATORS = ("sampled", "mixed")
-MAX_LOG_RATIO = 20.0  # nats; exp overflows at 89
 COLLAPSED = 30  # rollouts far below the floor at no price
 PATIENCE = 10  # rollouts in which full attention has to earn something
 
@@ -222,7 +222,7 @@ class AllocationRL(LearnedGates):
         advantages: Float[Tensor, " responses"],
     ) -> Float[Tensor, ""]:
         """Return − mean min(r A, clip(r) A) over allocations."""
-        ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio = clamp_log_ratio(logps - old_logps).exp()
         clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
         return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 

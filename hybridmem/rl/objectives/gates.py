@@ -161,7 +161,8 @@ class LearnedGates(Gates):
     Args:
         initial: probability of an open unit at the start.
         lr: learning rate of φ.
-        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`.
+        init_from: checkpoint whose φ and price to start from, such as one with another `prefill` or `source`; or an
+            allocation's JSON file, whose open heads start at `initial` and the others at 1 − `initial`.
 
     Raises:
         ValueError: a setting that cannot work.

@@ -27,10 +27,10 @@ from hybridmem.rl.rollouts.scoring import completion_logps
 
 from .advantages import SCALES, check_choice, group_advantages, grouped
 from .objective import LossAndMetrics, ModelLoader, Normaliser, Objective
+from .ratios import clamp_log_ratio
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-MAX_LOG_RATIO = 20.0  # nats, as in verl; exp overflows at 89, which makes a clipped token's gradient 0 · inf
 NORMALISERS: dict[str, Normaliser] = {
     "grpo": "responses",
     "dr_grpo": "responses",
@@ -362,14 +362,14 @@ def importance_ratio(
     log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return clamp_log_ratio(log_ratio).exp()
 
 
 def kl_estimate(
     logps: Float[Tensor, "responses length"], ref_logps: Float[Tensor, "responses length"]
 ) -> Float[Tensor, "responses length"]:
     """Return k3, π_ref/π_θ − log(π_ref/π_θ) − 1 in nats, a non-negative one-token estimate of KL(π_θ ‖ π_ref)."""
-    log_ratio = (ref_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = clamp_log_ratio(ref_logps - logps)
     return log_ratio.exp() - log_ratio - 1
 
 

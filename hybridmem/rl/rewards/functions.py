@@ -30,6 +30,7 @@ Completion = str | list[dict[str, Any]]
 PASSED = ("prompts", "completions", "completion_ids")
 NOT_PASSED = ("prompt", "completion")  # columns that PASSED already covers
 SHOWN = 200  # characters of a prompt in an error message
+LARGEST = 1e18  # reward; the squares of larger ones overflow in float32
 
 
 class Rewards(NamedTuple):
@@ -246,10 +247,10 @@ def _check_output(name: str, output: list[float | None], prompts: Sequence[Any])
             "per sample"
         )
     for reward, prompt in zip(output, prompts, strict=True):
-        if reward is not None and not math.isfinite(reward):
+        if reward is not None and not abs(reward) <= LARGEST:
             raise ValueError(
                 f"reward function {name!r} returned {reward} for the prompt {_shown(prompt)}; it must return a finite "
-                "number, or None if it does not apply"
+                f"number of at most {LARGEST:g}, or None if it does not apply"
             )
 
 

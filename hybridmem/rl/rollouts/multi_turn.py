@@ -89,7 +89,7 @@ def sample_turns(
             tokens, own = _next(rows, drawn.tolist(), size, pad_token_id)
             ids.append(torch.tensor(tokens, device=logits.device))
             masks.append(torch.tensor(own, device=logits.device)[:, None].expand(-1, size))
-            logps.append(torch.zeros(masks[-1].shape, device=logits.device))
+            logps.append(chosen.new_zeros(masks[-1].shape))
             logps[-1][:, 0] = chosen.where(masks[-1][:, 0], 0)
             length += size
             for number, (row, speaks) in enumerate(zip(rows, own, strict=True)):

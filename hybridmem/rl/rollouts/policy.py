@@ -81,7 +81,7 @@ def disable_dropout(model: Any) -> bool:
     """
     was_on = False
     for module in model.modules():
-        rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
         rates += ["p"] if isinstance(module, torch.nn.modules.dropout._DropoutNd) else []
         was_on |= any(getattr(module, name) for name in rates)
         for name in rates:

@@ -1,5 +1,6 @@
 """Sampling of response groups that share one prefill of their prompt."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .non_finite import NonFiniteLogits, first_non_finite_layer
 from .prompts import PromptBatch
 from .random_streams import Generators
 
+LOWEST = 1e-6  # temperature above 0; quotients of logits by lower ones overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,7 +29,7 @@ class Sampling:
 
     Args:
         max_completion_length: the maximum number of tokens in a response, EOS included.
-        temperature: divides the logits; 0 is greedy decoding.
+        temperature: divides the logits; 0 is greedy decoding, and other values are at least 1e-6.
         top_k, top_p, min_p: exclude unlikely tokens. All are off by default, because importance ratios assume samples
             from the full distribution.
 
@@ -43,10 +46,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length={self.max_completion_length} must be at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+        if self.temperature != 0 and not LOWEST <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature={self.temperature} and top_k={self.top_k} must be at least 0, top_p={self.top_p} in "
-                f"(0, 1] and min_p={self.min_p} in [0, 1)"
+                f"temperature={self.temperature} must be 0 for greedy decoding, or at least {LOWEST}, since logits are "
+                "divided by it"
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise ValueError(
+                f"top_k={self.top_k} must be at least 0, top_p={self.top_p} in (0, 1] and min_p={self.min_p} in [0, 1)"
             )
 
 
@@ -140,9 +147,13 @@ def draw_next(
 def read(
     model: Any, new: PromptBatch, cache: DynamicCache | None, logits_to_keep: int = 1
 ) -> Float[Tensor, "rows kept vocab"]:
-    """Return the logits at the last of some new tokens; the attention mask may also cover the cached tokens."""
+    """Return the logits at the last of some new tokens, in float32 or, for float64 models, in float64.
+
+    The attention mask may also cover the cached tokens.
+    """
     caching, tokens = cache is not None, inputs_of(model, new)
-    return model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits.float()
+    logits = model(**tokens, past_key_values=cache, use_cache=caching, logits_to_keep=logits_to_keep).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def inputs_of(model: Any, new: PromptBatch) -> dict[str, Tensor]:

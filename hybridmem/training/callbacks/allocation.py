@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from jaxtyping import Bool, Float
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -21,6 +20,7 @@ from hybridmem.rl.rollouts.prompts import PromptBatch
 from hybridmem.rl.rollouts.sampling import evaluating, read
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.policy.validation import Answered, answer_greedily
+from hybridmem.training.trackers import log_figure
 
 from .policy_probe import is_due, probing, token_label
 
@@ -30,7 +30,8 @@ LINE = 100  # characters of a drawn text
 class AllocationMaps(L.Callback):
     """Callback that draws the probability of every unit to read beyond its window, by layer and head.
 
-    Writes allocation_maps/step_M.png in trainer.default_root_dir, and a figure to TensorBoard loggers.
+    Writes allocation_maps/step_M.png in trainer.default_root_dir, and a figure to TensorBoard, Weights & Biases and
+    MLflow.
 
     Args:
         every_n_steps: optimiser steps between two maps.
@@ -64,9 +65,7 @@ class AllocationMaps(L.Callback):
         for gates in _gates(pl_module):
             figure = draw_allocation(gates.probabilities.detach())
             figure.savefig(folder / f"step_{step}.png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("allocation_maps", figure, step)
+            log_figure(trainer.loggers, "allocation_maps", figure, step)
 
 
 class AllocationCurve(L.Callback):

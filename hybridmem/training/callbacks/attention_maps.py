@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from jaxtyping import Float
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -17,6 +16,7 @@ from hybridmem.rl.attention.targets import KINDS
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.policy.validation import SOLVED
+from hybridmem.training.trackers import log_figure
 
 from .policy_probe import Answers, is_due, probing, record_answers, token_label
 
@@ -29,8 +29,8 @@ Shares = Float[Tensor, "queries 3"]  # in the order of hybridmem.rl.attention.ta
 class AttentionMaps(L.Callback):
     """Callback that draws the policy's attention to earlier tokens while it answers a held-out prompt.
 
-    The images are attention_maps/layer_N_step_M.png in trainer.default_root_dir, and also go to a TensorBoard logger.
-    The first is drawn before training.
+    The images are attention_maps/layer_N_step_M.png in trainer.default_root_dir, and also go to TensorBoard, Weights &
+    Biases and MLflow. The first is drawn before training.
 
     The policy answers greedily. Rows are the answer's tokens, and columns are all tokens, with image patches by number.
     The top map is the head-averaged attention. Below it are memory-implied attention, if the layer has a memory of
@@ -74,7 +74,6 @@ class AttentionMaps(L.Callback):
             return
         folder = Path(trainer.default_root_dir) / "attention_maps"
         folder.mkdir(parents=True, exist_ok=True)
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         example, answers = self._answered(module)
         patches = 0 if module.data.processor is not None else len(example.get("images", ()))
         labels = [f"#{n}" for n in range(patches)]
@@ -85,8 +84,7 @@ class AttentionMaps(L.Callback):
             if answers.earned is not None:
                 figure.suptitle("solved" if answers.earned[0] >= SOLVED else "not solved")
             figure.savefig(folder / f"layer_{number}_step_{trainer.global_step}.png")
-            for board in boards:
-                board.experiment.add_figure(f"attention_maps/layer_{number}", figure, trainer.global_step)
+            log_figure(trainer.loggers, f"attention_maps/layer_{number}", figure, trainer.global_step)
 
     def _answered(self, module: PolicyModule) -> tuple[dict[str, Any], Answers]:
         greedy = Sampling(max_completion_length=module.sampling.max_completion_length, temperature=0.0)

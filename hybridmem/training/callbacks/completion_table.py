@@ -1,30 +1,29 @@
 """Tables of completions and their rewards."""
 
-import html
 import json
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from hybridmem.training.policy.module import PolicyModule
+from hybridmem.training.trackers import log_table
 
 from .policy_probe import is_due
 
 Sample = tuple[str, str, float]  # prompt, completion, reward
-MARKDOWN = "\\`*_{}[]()#+-.!|~$"
+COLUMNS = ("prompt", "completion", "reward")
 
 
 class CompletionTable(L.Callback):
     """Callback that logs the last rollout's completions at regular steps, like TRL's log_completions.
 
-    TensorBoard shows the first completions as a table, with ↵ for line breaks. completions.jsonl in
-    trainer.default_root_dir holds all of them, one per line: step, prompt, completion, reward. A resumed run appends
-    the steps that it repeats. In a distributed run, only rank 0 logs its completions.
+    TensorBoard, Weights & Biases and MLflow show the first completions as a table, TensorBoard with ↵ for line breaks.
+    completions.jsonl in trainer.default_root_dir holds all of them, one per line: step, prompt, completion, reward. A
+    resumed run appends the steps that it repeats. In a distributed run, only rank 0 logs its completions.
 
     Args:
         every_n_steps: optimiser steps between two tables.
-        num_rows: number of completions in TensorBoard's table.
+        num_rows: number of completions in the table.
 
     Raises:
         ValueError: a setting is below 1, or, before the first batch, the module does not sample.
@@ -50,9 +49,7 @@ class CompletionTable(L.Callback):
             return
         samples = pl_module.worker.last_responses
         append_jsonl(Path(trainer.default_root_dir) / "completions.jsonl", step, samples)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("completions", markdown_table(samples[: self.num_rows]), step)
+        log_table(trainer.loggers, "completions", COLUMNS, samples[: self.num_rows], step)
 
 
 def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:
@@ -61,15 +58,3 @@ def append_jsonl(path: Path, step: int, samples: list[Sample]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def markdown_table(samples: list[Sample]) -> str:
-    """Format samples as a Markdown table, escaping markup in their text."""
-    rows = [f"| {_cell(prompt)} | {_cell(completion)} | {reward:.4g} |" for prompt, completion, reward in samples]
-    return "\n".join(["| prompt | completion | reward |", "|---|---|---|", *rows])
-
-
-def _cell(text: str) -> str:
-    """Escape text for a table cell."""
-    shown = html.escape(text).replace("\r", "").replace("\n", "↵")
-    return "".join(f"&#{ord(letter)};" if letter in MARKDOWN else letter for letter in shown)

@@ -29,6 +29,7 @@ DATA_SETTINGS = (
     "processor",
 )
 
+FOLDER = "path/to/this/folder"
 USE = """\
 ```bash
 pip install hybridmem
@@ -77,13 +78,16 @@ def public(value: Any) -> Any:
     return value
 
 
-def model_card(config: PreTrainedConfig, checkpoint: dict[str, Any], license: str | None = None) -> str:
+def model_card(
+    config: PreTrainedConfig, checkpoint: dict[str, Any], license: str | None = None, name: str | None = None
+) -> str:
     """Return the text of the model card.
 
     Args:
         config: model configuration.
         checkpoint: checkpoint of `hybridmem fit`; checkpoints without facts yield a shorter card.
         license: licence of the weights, a hub identifier such as apache-2.0.
+        name: name of the model on the hub. None: the examples load a folder.
     """
     ours = isinstance(config, HybridMemConfig)
     tags = ["hybridmem", *(sorted(set(config.layer_types or ())) if isinstance(config, HybridMemConfig) else ())]
@@ -93,7 +97,7 @@ def model_card(config: PreTrainedConfig, checkpoint: dict[str, Any], license: st
     facts = checkpoint.get("facts", {})
     trained = {"method": facts.get("method"), "optimiser steps": checkpoint.get("global_step")}
     sections = {
-        "Use": USE if ours else USE_ELSEWHERE,
+        "Use": (USE if ours else USE_ELSEWHERE).replace(FOLDER, name or FOLDER),
         "Model": _table(_architecture(config)),
         "Data": _table(facts.get("data", {})) or "The checkpoint does not record its training data.\n",
         "Training": _table({**trained, "hybridmem": version("hybridmem")}),

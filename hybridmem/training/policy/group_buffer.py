@@ -116,7 +116,7 @@ class SignalWatch:
     def __init__(self, max_empty_rollouts: int, num_generations: int, rewards: list[str], endless: bool):
         self.max_empty_rollouts, self.num_generations = max_empty_rollouts, num_generations
         self.rewards, self.endless = rewards, endless
-        self.num_empty = 0  # consecutive rollouts without signal
+        self.num_empty = 0  # consecutive rollouts without signal, across restarts
 
     def look(self, rewards: Float[Tensor, " responses"]) -> None:
         """Check the rewards of all ranks for a signal.

@@ -1,12 +1,15 @@
 """The policy and the reward functions of a run, from its settings."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hybridmem.convert import Allocation
 from hybridmem.distributed import shard
 from hybridmem.rl.environments.tools import tools_of
 from hybridmem.rl.objectives.objective import Objective
@@ -67,20 +70,36 @@ def prepare_policy(
 
 
 def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
-    """Load an objective's own parameters from the checkpoint of another run."""
+    """Load an objective's own parameters from the checkpoint of another run, or from the file of an allocation."""
     with named("init_from"):
-        weights = load_checkpoint(path)["state_dict"]
-        prefix = f"learned.{family}."
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        if not own:
-            raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
-        wanted = [name for name, _ in module.named_parameters()]
-        for name in wanted:
-            here, there = list(getattr(module, name).shape), list(own[name].shape) if name in own else "absent"
+        in_file = Path(path).suffix == ".json"
+        given = _logits_of_file(module, path) if in_file else _parameters_of_checkpoint(path, family)
+        wanted = dict(module.named_parameters())
+        for name, parameter in wanted.items():
+            here, there = list(parameter.shape), list(given[name].shape) if name in given else "absent"
             if here != there:
                 raise ValueError(f"{path} was trained with other units: {name} is {there}, here {here}")
-        start = {name: own[name] for name in (*wanted, *STARTING_BUFFERS)}
+        start = {name: value for name, value in given.items() if name in (*wanted, *STARTING_BUFFERS)}
         module.load_state_dict(start, strict=False)  # counters begin anew
+
+
+def _parameters_of_checkpoint(path: str, family: str) -> dict[str, Tensor]:
+    weights = load_checkpoint(path)["state_dict"]
+    prefix = f"learned.{family}."
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not own:
+        raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
+    return own
+
+
+def _logits_of_file(module: torch.nn.Module, path: str) -> dict[str, Tensor]:
+    """Return the initial logits of the units that a file opens, with the opposite sign for those that it closes."""
+    opened = torch.tensor([[source == "full" for source in row] for row in Allocation.load(path).head_sources])
+    logits = dict(module.named_parameters()).get("logits")
+    if logits is None:
+        raise ValueError(f"{path} names open heads, and unit=token opens none: name a checkpoint of a router")
+    size = logits.detach().abs().mean()
+    return {"logits": torch.where(opened, size, -size)}
 
 
 def reward_functions(

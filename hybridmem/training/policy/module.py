@@ -311,7 +311,11 @@ class PolicyModule(L.LightningModule):
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
-        checkpoint["rollouts"] = {"count": self.worker.num_rollouts, "waiting": self.groups.state_dict()}
+        checkpoint["rollouts"] = {
+            "count": self.worker.num_rollouts,
+            "waiting": self.groups.state_dict(),
+            "empty": self.signal.num_empty,
+        }
         if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
         with holding(self.learned, checkpoint["state_dict"], "learned."):  # averaged ones, where callbacks average
@@ -321,7 +325,7 @@ class PolicyModule(L.LightningModule):
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the rollout count, which determines random numbers, and the groups that wait for a full batch."""
+        """Restore the counts of rollouts, which determine random numbers, and the groups that wait for a full batch."""
         if not is_training(self.trainer):
             return
         if "rollouts" not in checkpoint:
@@ -331,3 +335,4 @@ class PolicyModule(L.LightningModule):
             )
         self.worker.num_rollouts = checkpoint["rollouts"]["count"]
         self.groups.load_state_dict(checkpoint["rollouts"]["waiting"])
+        self.signal.num_empty = checkpoint["rollouts"].get("empty", 0)  # absent from older checkpoints

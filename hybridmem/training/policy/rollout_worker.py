@@ -130,8 +130,9 @@ class RolloutWorker:
         shaped, kept = self._shape(rewards.total, turns, faulty, max_turns=1)
         cut = {family: action.cut(time) for family, action in actions.items()}
         rollout = Rollout(asked, completions, shaped, cut, kept=kept)
-        for objective in self.objectives.values():
-            rollout = objective.refine(rollout, examples, texts, self)
+        with failing_together(NonFiniteLogits):
+            for objective in self.objectives.values():
+                rollout = objective.refine(rollout, examples, texts, self)
         return rollout
 
     def _choose_actions(self, time: int, each: list[torch.Generator]) -> dict[str, Action]:

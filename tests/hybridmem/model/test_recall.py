@@ -9,7 +9,7 @@ from hybridmem.data import TaskDataModule
 from hybridmem.tasks import Recall
 from tests.hybridmem.models import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+pytestmark = pytest.mark.slow
 WINDOW = 8
 LEARNT, BY_CHANCE = 0.7, 2.17  # nats per token over two letters and EOS; chance is two thirds of log 26
 

@@ -28,7 +28,7 @@ def read_in_pieces(model, ids, pieces, **rows):
     "pieces",
     [
         pytest.param([3, 1, 1, 10, 7, 18], id="pieces"),
-        pytest.param([1] * 40, id="one by one", marks=pytest.mark.unchecked),
+        pytest.param([1] * 40, id="one by one"),
         pytest.param([8, 32], id="halves"),
     ],
 )
@@ -39,7 +39,6 @@ def test_pieces_give_the_logits_of_one_forward(kind, pieces):
 
 
 @torch.no_grad()
-@pytest.mark.unchecked
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_streams_within_1e_4(kind):
     model, ids = tiny_model(torch.float32, **KINDS[kind]), tokens(time=150)

@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridmem.convert import convert_folder
 from hybridmem.data import TextDataModule, byte_tokenizer
+from hybridmem.model.sequence import PADDING
 from hybridmem.training import RetrofitModule
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.retrofit_losses import beyond_window
 from tests.hybridmem.convert.bases import base_model
 from tests.hybridmem.training.runs import hybridmem, logged, weights, write_config
-from tests.several import fit
+from tests.several import as_processes, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SPECIAL = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
@@ -173,6 +174,23 @@ def module_and_batch(base, tmp_path, **options):
     return module, next(iter(data.val_dataloader()))
 
 
+def loss_of(rank, module, batches):
+    module.log = lambda *_, **__: None
+    return module.training_step(batches[rank], 0).detach()
+
+
+def test_the_kl_of_two_processes_is_the_mean_over_all_tokens(base, tmp_path):
+    module, batch = module_and_batch(base, tmp_path, stage="kl")
+    batch["document_ids"] = batch["document_ids"].clone()
+    batch["document_ids"][1:, 20:] = PADDING  # the first row has more tokens beyond the window
+    rows = [{name: value[part] for name, value in batch.items()} for part in (slice(0, 1), slice(1, None))]
+    whole = loss_of(0, module, [batch])
+    both = as_processes(2, loss_of, module, rows)
+    assert torch.stack(both).mean() == pytest.approx(float(whole), rel=1e-5)
+    alone = torch.stack([loss_of(rank, module, rows) for rank in range(2)])
+    assert alone.mean() != pytest.approx(float(whole), rel=1e-3), "a mean of means is another number"
+
+
 def validate(module, batch):
     found = {}
     module.log = lambda name, value, **_: found.update({name: float(value)})
@@ -235,6 +253,7 @@ def test_a_converted_folder_keeps_its_window(base, tmp_path):
         (dict(model__init_args__frozen=["*"]), "frozen=['*'] leave no memory to train"),
         (dict(model__init_args__attention_window=40), "sequence_length=32 must exceed attention_window + num_sink"),
         (dict(model__init_args__lora={"r": 2}), "stage=regression freezes the base model"),
+        (dict(trainer__accumulate_grad_batches=3), "trainer.accumulate_grad_batches=3 is not supported by Retrofit"),
         (dict(model__init_args__base="nowhere"), "model=nowhere is not a folder"),
         (dict(model__init_args__memory={"memory_width": 2}), "memory_width is not a memory setting of HybridMemConfig"),
         (dict(model__init_args__memory={"memory_depth": 0}), "memory_depth=0 must be at least 1"),

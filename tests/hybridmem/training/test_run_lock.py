@@ -1,9 +1,8 @@
 """Run locks: active locks are respected, and stale locks are taken over."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -12,10 +11,7 @@ import pytest
 from hybridmem.training import run_lock
 from hybridmem.training.run_lock import EXPIRY, LockedError, hold
 from tests.hybridmem.training.runs import hybridmem, write_config
-from tests.several import forked
-
-HOLDS = "import sys, time, pathlib; from hybridmem.training.run_lock import hold\n"
-HOLDS += "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+from tests.several import forked, start
 
 
 @pytest.fixture
@@ -27,11 +23,18 @@ def lock(tmp_path):
 def other(lock):
     """Start another process that holds the lock."""
     lock.parent.mkdir(exist_ok=True)
-    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(lock)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    held = multiprocessing.get_context("fork").Event()
+
+    def work(rank):
+        with hold(lock):
+            held.set()
+            time.sleep(600)
+
+    [(process, _)] = start(1, work)
+    assert held.wait(timeout=60)
     yield process
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def leave(lock, **changes):
@@ -96,7 +99,7 @@ def test_a_damaged_file_holds_nothing(lock, content):
 def test_a_pid_of_no_process_holds_nothing(lock, pid):
     leave(lock, pid=pid)
     with hold(lock):
-        pass
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("place", [{"host": "another"}, {"namespace": "pid:[1]"}])
@@ -137,6 +140,7 @@ def test_a_folder_that_was_removed_is_no_error(tmp_path):
     with hold(folder / "run.lock"):
         (folder / "run.lock").unlink()
         folder.rmdir()
+    assert not folder.exists()
 
 
 def test_of_many_processes_one_takes_over(lock):

@@ -23,6 +23,15 @@ def test_equal_rewards_have_no_advantage(value, num_generations, groups, scale, 
     assert not groups_with_signal(rewards, num_generations).any()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_equal_rewards_have_no_advantage(dtype, scale, sign):
+    rewards = torch.full((16,), sign * torch.finfo(dtype).max, dtype=dtype)
+    rewards[:8] /= 2  # their mean fits, but that of the others overflows
+    assert (group_advantages(rewards, 8, scale) == 0).all()
+
+
 @given(rewards=st.lists(st.sampled_from([0.1, 0.3, 0.7, 1.1]), min_size=5, max_size=5), scale=st.sampled_from(SCALES))
 def test_groups_without_signal_have_zero_advantages(rewards, scale):
     both = torch.tensor([*rewards, *[0.7] * 5])

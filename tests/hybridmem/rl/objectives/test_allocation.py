@@ -51,6 +51,18 @@ def test_ratios_are_one_after_a_step_beyond_the_clamp():
     torch.testing.assert_close(gates.log_likelihood(action.opened), action.old_logps, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("nats", [100.0, -100.0, 1e4])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_ratios_far_apart_stay_finite(nats, advantage):
+    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
+    old, advantages = torch.tensor([-1.0 - nats, -2.0]), torch.tensor([advantage, 1.0])
+    loss = AllocationRL(budget=0.5).compute_loss(logps, old, advantages)
+    loss.backward()
+    assert loss.isfinite()
+    assert logps.grad.isfinite().all()
+    assert logps.grad[1] == -0.5, "an ordinary allocation keeps its gradient"
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("kind", ["converted", "llama"])
 def test_a_reference_model_reads_by_the_allocation(kind, adapted):

@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from hybridmem.rl import CritiqueGRPO, CritiqueGRPOReleased, IndicativeCritic
 from hybridmem.rl.objectives.critique import best_of_groups, joined
 from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.experience import Rollout
+from hybridmem.rl.rollouts.non_finite import NonFiniteLogits
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.prompts import Prompt
+from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.training.policy.learner import Learner
+from hybridmem.training.policy.rollout_worker import RolloutWorker
 from tests.hybridmem.training.policy.test_module import ATTENTION, Letters, write_config
 from tests.hybridmem.training.runs import hybridmem, logged
+from tests.several import as_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 P, Q = Prompt([1]), Prompt([2])
@@ -80,6 +85,54 @@ def worker(answers, rewards):
         answer_refinements=lambda *_: answers,
         reward=lambda examples, _: ([], SimpleNamespace(total=torch.tensor(rewards))),
     )
+
+
+class Spoilt:
+    """Objective whose refinements have non-finite logits on rank 1."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def refine(self, rollout, examples, texts, worker):
+        """Raise an error on rank 1, and return the rollout on others."""
+        if self.rank == 1:
+            raise NonFiniteLogits("the policy's logits are non-finite")
+        return rollout
+
+
+def refined_on(rank):
+    class Worker(RolloutWorker):
+        """Rollout worker without a policy."""
+
+        def __init__(self):
+            self.policy = MagicMock(model=torch.nn.Linear(1, 1))
+            self.policy.data.prompt.return_value = P
+            self.policy.prompt_batch.return_value.input_ids = torch.zeros(1, 1)
+            self.objectives, self.sampling = {"spoilt": Spoilt(rank)}, Sampling(max_completion_length=1)
+            self.environments, self.num_rollouts = None, 0
+
+        def generators(self, stream, places):
+            return []
+
+        def _choose_actions(self, time, each):
+            return {}
+
+        def _sample(self, prompts, actions, each):
+            return completions([1])
+
+        def _rewarded(self, examples, completions, environments=None):
+            return ["a"], SimpleNamespace(total=torch.zeros(1))
+
+        def _shape(self, rewards, turns, faulty, max_turns):
+            return rewards, None
+
+    with pytest.raises(NonFiniteLogits) as error:
+        Worker().roll_out([{"prompt": "P"}])
+    return str(error.value)
+
+
+def test_a_refinement_that_fails_on_one_rank_ends_all():
+    assert as_processes(2, refined_on) == ["the policy's logits are non-finite"] * 2
 
 
 def test_only_groups_that_failed_are_refined():

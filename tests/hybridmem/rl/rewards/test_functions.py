@@ -156,12 +156,12 @@ def test_long_prompts_are_shortened():
         RewardSum([fails])(["a" * 10_000], ["b"], [[1]])
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, torch.tensor(-math.inf)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, torch.tensor(-math.inf), 1e300, -1e19])
 def test_rewards_must_be_finite(wrong):
     def odd(prompts, **kwargs):
         return [0.0, wrong, None]
 
-    with pytest.raises(ValueError, match=r"'odd' returned (nan|-?inf) for the prompt '2\+2='"):
+    with pytest.raises(ValueError, match=r"'odd' returned (nan|-?inf|1e\+300|-1e\+19) for the prompt '2\+2='"):
         score(odd, length)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hybridmem.rl.rollouts.policy import disable_dropout
 from tests.hybridmem.models import tiny_model
@@ -36,6 +36,16 @@ def test_passes_agree_in_either_mode(name, training):
         assert not model.training
         expected = model(input_ids=ids).logits
         torch.testing.assert_close(model.train(training)(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_skipped_layers_are_disabled_too():
+    config = OPTConfig(
+        vocab_size=37, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    config.layerdrop, config.dropout = 0.9, 0.0
+    model = OPTForCausalLM(config).train()
+    assert disable_dropout(model)
+    assert model.model.decoder.layerdrop == 0
 
 
 def test_checkpointed_layers_stay_in_training_mode():

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hybridmem.data.vision import vision_prompt
@@ -12,7 +13,7 @@ from hybridmem.rl.attention.recorder import AttentionRecorder
 from hybridmem.rl.attention.targets import TARGETS
 from hybridmem.rl.objectives.attention import AttentionRL
 from hybridmem.rl.rollouts.prompts import pad_prompts, vision_positions
-from hybridmem.rl.rollouts.sampling import Sampling, sample
+from hybridmem.rl.rollouts.sampling import Sampling, draw, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
 from hybridmem.tasks import VisualSearch
 from tests.hybridmem.data.vision_models import tiny_processor, write_vision_model
@@ -37,13 +38,30 @@ def roll_out(model, prompts, seed=0, sampling=SAMPLING, **options):
     return batch.repeat(4), sample(model, batch, 4, sampling, [7, 11], 0, generator, **options)
 
 
+def with_lora(model):
+    """Return a model with random adapters on all linear layers."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return adapted
+
+
+# Both paths compute the same function: float64 leaves 1e-14. In float32, rounding alone leaves up to 1.6e-5 (mac).
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mag", "mac", "mal", "lmm", "swa", "full"])
-def test_the_training_path_gives_the_samplers_log_probabilities(kind):
+def test_the_training_path_gives_the_samplers_log_probabilities(kind, adapted, dtype, tolerance):
     model = model_of(kind)
+    model = (with_lora(model) if adapted else model).to(dtype)
     prompts, completions = roll_out(model, PROMPTS)
-    logps, entropy = completion_logps(model, prompts, completions, SAMPLING.temperature)
     mask = completions.mask
-    torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=1e-4)
+    for times in (1, 4):
+        logps, entropy = completion_logps(model, prompts, completions, SAMPLING.temperature, times)
+        assert logps.dtype == completions.sampled_logps.dtype == dtype
+        torch.testing.assert_close(logps[mask], completions.sampled_logps[mask], rtol=0, atol=tolerance)
     assert (entropy[mask] > 0).all()
     assert logps.requires_grad
 
@@ -127,6 +145,19 @@ def test_a_response_ends_with_its_end_of_text_or_is_truncated():
         assert not {7, 11} & set(response[:-1])
         assert (ids[~mask] == 0).all()
         assert not truncated or len(response) == 30
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-30, 5e-7, float("nan"), float("inf")])
+def test_temperatures_without_a_distribution_are_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature={temperature} must be 0 for greedy decoding, or at least 1e-06"):
+        Sampling(max_completion_length=1, temperature=temperature)
+
+
+def test_the_lowest_temperature_samples_the_likeliest_token():
+    logits = torch.tensor([[3e4, -3e4, 2e4], [-1e-3, 0.0, -1e-4]])
+    tokens, logps = draw(logits, Sampling(max_completion_length=1, temperature=1e-6), None)
+    assert tokens.tolist() == [0, 1]
+    assert logps.tolist() == [0, 0]
 
 
 def test_temperature_zero_is_greedy():

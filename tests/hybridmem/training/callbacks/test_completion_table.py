@@ -7,7 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybridmem.training import CompletionTable
-from hybridmem.training.callbacks.completion_table import markdown_table
+from hybridmem.training.callbacks.completion_table import COLUMNS
+from hybridmem.training.trackers import markdown_table
 from tests.hybridmem.training.policy.test_module import write_config
 from tests.hybridmem.training.runs import hybridmem
 
@@ -32,7 +33,7 @@ def test_a_run_writes_tables_and_lines(tmp_path, monkeypatch):
 
 def test_a_cell_holds_any_text():
     text = "a | b\n<b>*x*</b> `c` $y$ \\ [z](w)"
-    page = markdown.markdown(markdown_table([(text, "ok", 0.5), ("p", "", 1.0)]), extensions=["tables"])
+    page = markdown.markdown(markdown_table(COLUMNS, [(text, "ok", 0.5), ("p", "", 1.0)]), extensions=["tables"])
     assert page.count("<td>") == 6
     assert page.count("<tr>") == 3
     for tag in ("<b>", "<em>", "<code>", "<a "):

@@ -8,7 +8,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
-from hybridmem.convert import convert
+from hybridmem.convert import Allocation, convert
 from hybridmem.rl import FixedAllocation
 from hybridmem.rl.attention.sources import find_units
 from hybridmem.training.checkpoints.contents import load_policy
@@ -221,6 +221,19 @@ def test_a_run_starts_from_another_runs_allocation(tmp_path, monkeypatch, capsys
     other = config_of(tmp_path, "mag", [allocation(init_from=start, attention_window=None)])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
+    assert "was trained with other units" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_an_allocation_file(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "start.json"
+    Allocation("base", 4, 1, [["full", "none"], ["none", "full"]]).save(file)
+    config = config_of(tmp_path, objectives=[allocation(init_from=str(file), initial=0.9, lr=1e-6)])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    logits = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))["state_dict"]["learned.Allocation.logits"]
+    torch.testing.assert_close(logits.sigmoid(), torch.tensor([[0.9, 0.1], [0.1, 0.9]]), rtol=0, atol=1e-4)
+    Allocation("base", 4, 1, [["full", "none"]]).save(file)
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", config, "--trainer.default_root_dir", str(tmp_path / "other"))
     assert "was trained with other units" in capsys.readouterr().err
 
 

@@ -1,11 +1,15 @@
 """Dynamic sampling keeps groups with signal, checkpoints them, and stops if none is found."""
 
+import csv
 import warnings
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
+from hybridmem.data.trainer_state import batches_trained
 from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.experience import Rollout
 from hybridmem.rl.rollouts.prompts import Prompt
@@ -100,6 +104,34 @@ def test_dynamic_sampling_without_signal_ends(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert "in 10 consecutive rollouts, reward gave all responses of each group the same reward (0.1)" in said
+
+
+class SaveAfterSeven(L.Callback):
+    """Callback that saves a checkpoint after seven rollouts."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save the checkpoint."""
+        if batches_trained(trainer) == 7:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "seven.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_rollouts_without_signal_are_counted_across_restarts(tmp_path, monkeypatch, capsys):
+    config = write_config(
+        tmp_path,
+        data__init_args__task=f"{__name__}.Tenth",
+        trainer__callbacks=[{"class_path": f"{__name__}.SaveAfterSeven"}],
+        trainer__enable_checkpointing=False,
+        model__init_args__objectives=DAPO,
+        model__init_args__max_empty_rollouts=1,
+    )
+    for again in ([], ["--ckpt_path", tmp_path / "run" / "seven.ckpt"]):
+        with pytest.raises(SystemExit):
+            hybridmem(monkeypatch, "fit", "--config", config, *again)
+        assert "in 10 consecutive rollouts" in capsys.readouterr().err
+    with (tmp_path / "run" / "csv" / "version_1" / "metrics.csv").open() as resumed:
+        rollouts = [row for row in csv.DictReader(resumed) if row["dynamic_sampling/waiting"]]
+    assert len(rollouts) == 2, "rollouts 8 and 9; the tenth stops the run"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -178,6 +178,16 @@ def test_a_run_trains_and_logs(tmp_path, monkeypatch, model):
     assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-12), ("32-true", 1e-5)])
+def test_scores_equal_the_samplers_with_lora_and_dropout(tmp_path, monkeypatch, precision, tolerance):
+    lora = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}
+    changes = dict(model__init_args__lora=lora, model__init_args__objectives=[TOKENS], trainer__precision=precision)
+    hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, **changes))
+    differences = logged(tmp_path, "sampling/sampling_logp_difference/max")
+    assert len(differences) == 3
+    assert max(differences) < tolerance
+
+
 def test_the_reward_rises(tmp_path, monkeypatch):
     changes = dict(trainer__max_steps=60, data__init_args__batch_size=8, trainer__val_check_interval=30)
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, "llama", **changes))

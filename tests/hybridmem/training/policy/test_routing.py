@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridmem.convert import Allocation
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from tests.hybridmem.training.runs import hybridmem, logged
@@ -77,6 +78,12 @@ def test_routers_and_allocations_are_different_starts(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
     assert "was trained with other units: weight is absent, here [2, 16]" in capsys.readouterr().err
+    file = tmp_path / "start.json"
+    Allocation("base", 4, 1, [["full", "none"], ["none", "full"]]).save(file)
+    other = config_of(tmp_path, objectives=[router(init_from=str(file))])
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
+    assert "names open heads, and unit=token opens none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
