@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hybridmem.data.task_module import prompt_tokens
+from hybridmem.model.cache import state_bytes
 
 IGNORED = -100
 
@@ -110,7 +110,7 @@ class Reader:
             chunk = ids[start : start + chunk_size]
             needed = labels is not None and bool((labels[start : start + chunk_size] != IGNORED).any())
             logits = self._forward(chunk, cache, keep=0 if needed else 1)
-            sizes.append((start + len(chunk), state_bytes(cache)))
+            sizes.append((start + len(chunk), _kept_bytes(cache)))
             yield start, logits, Usage(sizes[-1][0], watch.seconds(), sizes[-1][1], _growth(sizes))
 
     def _forward(self, ids: Tensor, cache: DynamicCache, keep: int) -> Tensor:
@@ -134,20 +134,16 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
 
-def state_bytes(cache: Any) -> int:
-    """Return the bytes of all tensors in a cache of any model.
+def _kept_bytes(cache: DynamicCache) -> int:
+    """Return the bytes of a cache's tensors.
 
     Raises:
         ValueError: the model keeps nothing there, so it cannot read in chunks.
     """
-    tensors = {id(leaf): leaf for layer in cache.layers for leaf in _tensors(layer)}
-    if not tensors:
+    kept = state_bytes(cache)
+    if not kept:
         raise ValueError("model keeps no state in a DynamicCache of transformers, so it cannot read in chunks")
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor)]
+    return kept
 
 
 def _growth(sizes: list[tuple[int, int]]) -> float:

@@ -8,6 +8,7 @@ tokens read, except for the keys of `full` layers.
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from .sequence import LastDocument, TokenSequence
@@ -146,5 +147,7 @@ def check_layers(cache: Any, layer_types: list[str]) -> None:
 
 
 def state_bytes(cache: Any) -> int:
-    """Return the size of a cache's states in bytes."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in layer.tensors())
+    """Return the size in bytes of all tensors in a cache of any model of transformers."""
+    leaves = tree_leaves([vars(layer) for layer in cache.layers])
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

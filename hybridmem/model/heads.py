@@ -209,7 +209,7 @@ class HeadMixer(nn.Module):
 
     def _choice(
         self, choice: HeadChoice | None, batch: int | None = None
-    ) -> tuple[HeadGroups, Float[Tensor, "rows kv_heads"] | None, str]:
+    ) -> tuple[HeadGroups, Float[Tensor, "rows kv_heads *time"] | None, str]:
         """Return the heads of each source, the share of `full` in each head, and the code of the state's layout."""
         layers = None if choice is None else choice.sources
         if layers is None:
@@ -401,12 +401,13 @@ class HeadMixer(nn.Module):
         return pick(q.unflatten(1, (self.kv_heads, -1)), heads).flatten(1, 2)
 
     def _blend(
-        self, outputs: dict[str, Tensor], groups: HeadGroups, share: Float[Tensor, "rows kv_heads"]
+        self, outputs: dict[str, Tensor], groups: HeadGroups, share: Float[Tensor, "rows kv_heads *time"]
     ) -> dict[str, Tensor]:
         """Mix `full` with each local head's own source; leave heads without another source unchanged."""
         full = outputs["full"].unflatten(2, (self.kv_heads, -1))
         local = outputs["local"].unflatten(2, (len(groups.local), -1))
-        weight = pick(share, groups.local)[:, None, :, None, None].to(local.dtype)
+        weight = pick(share, groups.local)
+        weight = (weight[:, None] if weight.dim() == 2 else weight.mT)[..., None, None].to(local.dtype)
         blended = torch.lerp(local, pick(full, groups.local, 2), weight).flatten(2, 3)
         alone = [head for head in groups.full if head not in groups.local]
         return {"full": pick(full, alone, 2).flatten(2, 3), "local": blended} if alone else {"local": blended}

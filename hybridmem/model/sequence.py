@@ -54,7 +54,7 @@ class HeadChoice(NamedTuple):
     """Sources of `mah` heads in one forward pass, which override the configuration."""
 
     sources: Sequence[Sequence[str]] | None  # a list for each layer; None: as configured
-    full_share: Float[Tensor, "rows layers kv_heads"] | None  # mixes `full` with the head's own source
+    full_share: Float[Tensor, "rows layers kv_heads *time"] | None  # mixes `full` with the head's own source
     all_full: bool = False  # every share is 1: other sources only keep their states
 
 

@@ -3,7 +3,7 @@
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
 
 from .callbacks.accuracy_by import AccuracyBy
-from .callbacks.allocation import AllocationCurve, AllocationMaps
+from .callbacks.allocation import AllocationCurve, AllocationMaps, RoutedTokens
 from .callbacks.attention_drift import AttentionDrift
 from .callbacks.attention_maps import AttentionMaps
 from .callbacks.collapse import CollapseGuard
@@ -43,6 +43,7 @@ __all__ = [
     "RandomState",
     "RankingScores",
     "RetrofitModule",
+    "RoutedTokens",
     "ServedRollouts",
     "SubnetworkMask",
     "WarmupCosine",

@@ -1,6 +1,7 @@
 """Allocations, which open some units of a model beyond their window, and the policy that draws them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ MAX_LOGIT = 4.0  # keeps every probability within [0.018, 0.982], so that no uni
 
 Logits = Float[Tensor, "layers heads"]
 Share = Float[Tensor, "rows layers heads"]
+ShareOfTokens = Callable[[int, Float[Tensor, "rows time hidden"]], Float[Tensor, "rows time"]]
 
 
 @runtime_checkable
@@ -42,14 +44,23 @@ class Units(Protocol):
         """
         ...
 
+    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
+        """Return a context in which each token of a layer reads beyond the window, in all heads, by its own share.
 
-class AllocationPolicy(nn.Module):
-    """π(a) = Π Bernoulli(a_u; σ(φ_u)) over units u, the price of open units, and the reward of full attention.
+        Args:
+            model: the model, inside PEFT or not.
+            share_of: returns the share of every token, from a layer's place in `layers` and the layer's normed input.
+        """
+        ...
+
+
+class UnitPolicy(nn.Module):
+    """Policy over units: the price of reading beyond the window, and the reward of full attention.
 
     Args:
-        num_layers, num_heads: units of the model.
-        per_layer: share one φ among the heads of a layer.
-        initial: the probability of an open unit at the start.
+        num_heads: units of each layer.
+        num_shared: heads of a layer whose choices differ; 1 if all heads of a layer read alike.
+        num_layers: layers with units.
     """
 
     price: Tensor
@@ -57,23 +68,35 @@ class AllocationPolicy(nn.Module):
     num_rollouts: Tensor
     num_collapsed: Tensor
 
-    def __init__(self, num_layers: int, num_heads: int, per_layer: bool, initial: float):
+    def __init__(self, num_layers: int, num_heads: int, num_shared: int):
         super().__init__()
-        shape = (num_layers, 1 if per_layer else num_heads)
-        self.num_heads = num_heads
-        self.logits = nn.Parameter(torch.logit(torch.full(shape, initial, dtype=torch.float32)))
+        self.num_heads, self.shape = num_heads, (num_layers, num_shared)
         self.register_buffer("price", torch.zeros((), dtype=torch.float64))  # λ
-        self.register_buffer("full_reward", torch.zeros((), dtype=torch.float64))  # sum over rollouts
-        self.register_buffer("num_rollouts", torch.zeros((), dtype=torch.long))
+        self.register_buffer("full_reward", torch.zeros((), dtype=torch.float64))  # magnitude, summed over rollouts
+        self.register_buffer("num_rollouts", torch.zeros((), dtype=torch.long))  # or steps on given answers
         self.register_buffer("num_collapsed", torch.zeros((), dtype=torch.long))  # in a row, far below the floor
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "AllocationPolicy":
+    def _apply(self, fn: Any, recurse: bool = True) -> "UnitPolicy":
         """Keep float32 and float64 when a precision plugin converts the module."""
         before = {name: tensor.data for name, tensor in (*self.named_parameters(), *self.named_buffers())}
         super()._apply(fn, recurse)
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             tensor.data = before[name].to(tensor.device)
         return self
+
+
+class AllocationPolicy(UnitPolicy):
+    """π(a) = Π Bernoulli(a_u; σ(φ_u)) over units u.
+
+    Args:
+        num_layers, num_heads: units of the model.
+        per_layer: share one φ among the heads of a layer.
+        initial: the probability of an open unit at the start.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, per_layer: bool, initial: float):
+        super().__init__(num_layers, num_heads, 1 if per_layer else num_heads)
+        self.logits = nn.Parameter(torch.logit(torch.full(self.shape, initial, dtype=torch.float32)))
 
     @property
     def probabilities(self) -> Logits:
@@ -98,16 +121,41 @@ class AllocationPolicy(nn.Module):
         sign = opened.to(self.logits.dtype) * 2 - 1
         return torch.nn.functional.logsigmoid(sign * self.logits).sum((1, 2))
 
-    def spread(self, share: Float[Tensor, "rows layers units"]) -> Float[Tensor, "rows layers heads"]:
-        """Return a share for every head."""
-        return share.expand(-1, -1, self.num_heads)
-
     def ranked(self, num_open: int) -> Bool[Tensor, "layers heads"]:
         """Return an allocation in which the units with the largest φ are open."""
         flat = self.logits.detach().flatten()
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[flat.argsort(descending=True, stable=True)[:num_open]] = True
         return chosen.view_as(self.logits)
+
+    def sample(
+        self,
+        units: Units,
+        num_generations: int,
+        generators: Sequence[torch.Generator],
+        prefill: str,
+        with_reference: bool,
+    ) -> "Allocation":
+        """Draw an allocation for every response.
+
+        Args:
+            units: the model's units.
+            num_generations: responses of a group.
+            generators: one for each prompt.
+            prefill: see Allocation.
+            with_reference: let the first response of each group read everything.
+        """
+        self.clamp()  # before the draw, or the loss would clamp φ and find ratios other than 1
+        opened = torch.cat([self.draw(num_generations, generator) for generator in generators])
+        if with_reference:
+            opened[::num_generations] = True
+        with torch.no_grad():
+            return Allocation(self, units, opened, prefill, self.log_likelihood(opened))
+
+    def likelihoods(self, allocation: "Allocation") -> tuple[Float[Tensor, " responses"], Float[Tensor, " choices"]]:
+        """Return log π(a) of each response, and the probabilities of open units."""
+        self.clamp()
+        return self.log_likelihood(allocation.opened), self.probabilities.detach().flatten()
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -128,7 +176,7 @@ class Allocation:
         advantages: of each response, after the rollout was priced.
     """
 
-    policy: AllocationPolicy
+    policy: UnitPolicy
     units: Units
     opened: Bool[Tensor, "rows layers units"]
     prefill: str
@@ -154,7 +202,11 @@ class Allocation:
         """Return a context in which the model reads by the allocation."""
         if part == "prompt" and self.prefill == "full":
             return self.units.applied(model, None)
-        return self.units.applied(model, self.policy.spread(self.opened.float()))
+        return self.units.applied(model, spread(self.opened.float(), self.units))
+
+    def counted(self, prompts: Bool[Tensor, "rows prompt"], responses: Bool[Tensor, "rows length"]) -> "Allocation":
+        """Return the allocation, whose cost and likelihood depend on no token."""
+        return self
 
     def cut(self, time: int) -> "Allocation":
         """Return the allocation, which holds for all tokens."""
@@ -187,7 +239,7 @@ class SoftAllocation:
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
         """Return a context in which the model mixes by the current probabilities."""
-        return self.units.applied(model, self.policy.spread(self.policy.probabilities[None]))
+        return self.units.applied(model, spread(self.policy.probabilities[None], self.units))
 
     def cut(self, time: int) -> "SoftAllocation":
         """Return the mix, which holds for all tokens."""
@@ -198,14 +250,17 @@ class SoftAllocation:
         return self
 
 
+def least_probability() -> float:
+    """Return the smallest probability of an open unit."""
+    return 1 / (1 + math.exp(MAX_LOGIT))
+
+
 def shared(opened: Bool[Tensor, "layers units"], policy: AllocationPolicy, units: Units) -> Allocation:
     """Return one allocation for all responses, by which prompts are read, too."""
     rows = opened[None]
     return Allocation(policy, units, rows, "allocated", rows.new_zeros(1, dtype=torch.float32))
 
 
-def by_group(
-    policy: AllocationPolicy, num_generations: int, generators: Sequence[torch.Generator]
-) -> Bool[Tensor, "responses layers units"]:
-    """Draw a group of allocations for each prompt."""
-    return torch.cat([policy.draw(num_generations, generator) for generator in generators])
+def spread(share: Float[Tensor, "rows layers units"], units: Units) -> Share:
+    """Return a share for every head."""
+    return share.expand(-1, -1, units.num_heads)

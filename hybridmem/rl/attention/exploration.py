@@ -13,22 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridmem.model.attention import ShortRangeAttention
 from hybridmem.model.mixers import ContextMixer, GateMixer
 from hybridmem.model.modeling import HybridMemLayer
 
 from .action import Part
+from .passes import NewTokens, attending_with, before_passes
 from .recorder import AttentionRecord, decoder_layers
 
-IMPLEMENTATION = "hybridmem_explored"
 Noise = dict[int, Tensor]  # layer: (responses, heads, time) for attention, (responses, channels) for gates
-
-AttentionMaskInterface.register(
-    IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-)
 
 
 def draw_noise(
@@ -158,12 +152,9 @@ def _noisy_attention(model: Any, noise: dict[nn.Module, Float[Tensor, "batch hea
     """Switch to an attention function that adds noise to the logits of the given modules."""
     read = 0  # number of tokens read by the end of the current pass
 
-    def begin(_: nn.Module, positional: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+    def begin(new: NewTokens) -> None:
         nonlocal read
-        named = [arguments.get("input_ids"), arguments.get("inputs_embeds")]
-        new = next(tokens for tokens in (*positional, *named) if tokens is not None)
-        cache = arguments.get("past_key_values")
-        read = new.shape[1] + (0 if cache is None else cache.get_seq_length())
+        read = new.past + new.length
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -176,13 +167,5 @@ def _noisy_attention(model: Any, noise: dict[nn.Module, Float[Tensor, "batch hea
             attention_mask = bias if attention_mask is None else bias.where(attention_mask, torch.finfo(bias.dtype).min)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    implementation = model.config._attn_implementation
-    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-    ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
+    with before_passes(model, begin), attending_with(model, attend):
         yield
-    finally:
-        model.set_attn_implementation(implementation)
-        del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
-        hook.remove()

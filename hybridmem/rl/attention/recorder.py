@@ -17,9 +17,9 @@ from hybridmem.model.mixers import ContextMixer, GateMixer
 from hybridmem.model.modeling import HybridMemLayer
 from hybridmem.model.sequence import TokenSequence
 
+from .passes import AttentionFunction
 from .records import AttentionRecord, LayerRecord, Records
 
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 UNSUPPORTED = ("softcap", "s_aux")  # options that change attention beyond a softmax of q·k
 
 

@@ -1,29 +1,27 @@
 """Units that read beyond a window, or not: KV heads of any causal LM, and the gates of `mag`."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybridmem.model.heads import HeadMixer
 from hybridmem.model.mixers import GateMixer
 from hybridmem.model.modeling import HybridMemForCausalLM
+from hybridmem.model.sequence import HeadChoice, TokenSequence
 
-from .allocations import Share, Units
+from .allocations import Share, ShareOfTokens, Units
+from .passes import attending_with
 from .recorder import decoder_layers
 
-IMPLEMENTATION = "hybridmem_allocated"
 SOURCES = ("none", "memory")
-
-AttentionMaskInterface.register(
-    IMPLEMENTATION, lambda *args, **kwargs: sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-)
+Shares = Callable[[int, Any], Float[Tensor, "rows time heads"]]  # of a layer; time or heads may be 1
 
 
 class HeadUnits:
@@ -71,6 +69,27 @@ class HeadUnits:
         spread[:, self.layers] = share
         return model.head_sources(self.sources, full_share=spread)
 
+    @contextmanager
+    def routed(self, model: Any, share_of: ShareOfTokens) -> Iterator[None]:
+        """Run with heads that mix `full` with the other source token by token."""
+        model.config.attention_window, model.config.num_sink_tokens = self.window_and_sinks
+        layers = decoder_layers(model)
+        with ExitStack() as stack:
+            for place, number in enumerate(self.layers):
+                hook = layers[number].mixer.register_forward_pre_hook(self._mixing(place, share_of))
+                stack.callback(hook.remove)
+            yield
+
+    def _mixing(self, place: int, share_of: ShareOfTokens) -> Any:
+        """Return a hook that passes the tokens' shares to a mixer."""
+
+        def pass_on(_: nn.Module, arguments: tuple[Tensor, Any, TokenSequence]) -> tuple[Tensor, Any, TokenSequence]:
+            x, state, sequence = arguments
+            share = share_of(place, x)[:, None, None].expand(-1, self.num_layers, self.num_heads, -1)
+            return x, state, replace(sequence, heads=HeadChoice(self.sources, share))
+
+        return pass_on
+
 
 class GateUnits:
     """Heads of `mag` layers: as trained, or restricted to the window by their gate.
@@ -88,27 +107,42 @@ class GateUnits:
     def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> None:
         """Return None: gates are not KV heads."""
 
-    @contextmanager
-    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
-        """Run with gates mixed with a gate that takes the window alone."""
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
+        """Return a context with gates mixed with a gate that takes the window alone."""
         if share is None:
-            yield
-            return
+            return nullcontext()
+        return self._mixed(model, lambda place, _: share[:, None, place])
+
+    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
+        """Return a context in which each token's gates are mixed by its own share."""
+        return self._mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
+
+    @contextmanager
+    def _mixed(self, model: Any, shares: Shares) -> Iterator[None]:
         layers = decoder_layers(model)
         with ExitStack() as stack:
             for place, number in enumerate(self.layers):
                 gate = layers[number].mixer.allocation_gate
-                stack.callback(gate.register_forward_hook(_narrowed(share[:, place])).remove)
+                stack.callback(gate.register_forward_hook(_narrowing(place, shares)).remove)
             yield
 
 
-def _narrowed(share: Float[Tensor, "rows heads"]) -> Any:
-    def mix(_: nn.Module, __: tuple[Any, ...], logits: Tensor) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        window = 1 - share.to(wide)[:, None] * torch.sigmoid(-wide)  # sigmoid(-x) = 1 - sigmoid(x)
-        return torch.logit(window, eps=torch.finfo(wide.dtype).eps).to(logits.dtype)
+def _narrowing(place: int, shares: Shares) -> Any:
+    """Return a hook that mixes a gate, which reads the layer's normed input."""
 
-    return mix
+    def narrow(_: nn.Module, arguments: tuple[Tensor], logits: Tensor) -> Tensor:
+        return narrowed(logits, shares(place, arguments[0]))
+
+    return narrow
+
+
+def narrowed(
+    logits: Float[Tensor, "rows time heads"], share: Float[Tensor, "#rows #time #heads"]
+) -> Float[Tensor, "rows time heads"]:
+    """Return the logits of a gate that is mixed by its share with a gate that takes the window alone."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    window = 1 - share.to(wide) * torch.sigmoid(-wide)  # sigmoid(-x) = 1 - sigmoid(x)
+    return torch.logit(window, eps=torch.finfo(wide.dtype).eps).to(logits.dtype)
 
 
 class AttentionUnits:
@@ -139,35 +173,47 @@ class AttentionUnits:
         """Return the source of every KV head."""
         return [["full" if reads else "none" for reads in layer] for layer in opened.tolist()]
 
-    @contextmanager
-    def applied(self, model: Any, share: Share | None) -> Iterator[None]:
-        """Run with an attention function that mixes full and windowed attention head by head."""
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
+        """Return a context with an attention function that mixes full and windowed attention head by head."""
         if share is None:
-            yield
-            return
-        place = {module: number for number, module in enumerate(decoder_layers(model))}
+            return nullcontext()
+        return self._mixed(model, lambda place, _: share[:, None, place])
+
+    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
+        """Return a context with an attention function that mixes full and windowed attention token by token."""
+        return self._mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
+
+    @contextmanager
+    def _mixed(self, model: Any, shares: Shares) -> Iterator[None]:
+        own: dict[nn.Module, Tensor] = {}  # shares in the current pass
+
+        def noting(place: int) -> Any:
+            def note(module: nn.Module, positional: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+                own[module] = shares(place, positional[0] if positional else arguments.get("hidden_states"))
+
+            return note
 
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
         ) -> tuple[Tensor, None]:
             whole = ALL_ATTENTION_FUNCTIONS["sdpa"]  # by name, so that a recorder outside the context sees the call
             full, _ = whole(module, query, key, value, attention_mask, **options)
-            if module not in place:  # an image encoder's
+            if module not in own:  # an image encoder's
                 return full, None
             assert attention_mask is not None
             near = attention_mask & near_keys(attention_mask, self.window, self.sinks)
             local, _ = sdpa_attention_forward(module, query, key, value, near, **options)
-            own = share[:, place[module]].repeat_interleave(query.shape[1] // self.num_heads, dim=1)
-            return torch.lerp(local, full, own[:, None, :, None].to(full.dtype)), None
+            share = own[module]
+            if share.shape[2] > 1:
+                share = share.repeat_interleave(query.shape[1] // self.num_heads, dim=2)
+            return torch.lerp(local, full, share[..., None].to(full.dtype)), None
 
-        before = model.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = attend
-        try:
-            model.set_attn_implementation(IMPLEMENTATION)
+        with ExitStack() as stack:
+            for place, module in enumerate(decoder_layers(model)):
+                hook = module.register_forward_pre_hook(noting(place), with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.enter_context(attending_with(model, attend))
             yield
-        finally:
-            model.set_attn_implementation(before)
-            del ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
 
 def near_keys(
@@ -222,6 +268,11 @@ def find_units(model: Any, source: str | None, window: int | None, sinks: int | 
         if window is not None or sinks is not None:
             raise ValueError("attention_window and num_sink_tokens are for converted models: remove them for mag")
         return GateUnits(model)
+    if "mac" in (config.layer_types or ()):
+        raise ValueError(
+            "layers of mac have no units to allocate: no gate divides window and memory, because recalled tokens are "
+            "keys of its attention, whose output scales the memory's; use mag, or a model of `hybridmem convert`"
+        )
     raise ValueError(
         f"layers of {', '.join(sorted(set(config.layer_types or ())))} have no units to allocate: use mag, or a model "
         "of `hybridmem convert`"

@@ -1,7 +1,7 @@
 """Allocations in an order that no data decides, as controls of learned ones."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hybridmem.checks import at_least, one_of
 from hybridmem.rl.attention.action import Action
-from hybridmem.rl.attention.allocations import MAX_LOGIT
+from hybridmem.rl.attention.allocations import MAX_LOGIT, UnitPolicy
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 
-from .allocation import Gates
+from .gates import Gates
 from .objective import LossAndMetrics, ModelLoader
 
 ORDERS = ("random", "last_layers")
@@ -56,6 +56,10 @@ class FixedAllocation(Gates):
     def reads_scores(self) -> bool:
         """Return False: the loss is zero."""
         return False
+
+    def provenance(self, gates: UnitPolicy) -> dict[str, Any]:
+        """Return the order."""
+        return {"order": self.order}
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:
         """Add gates whose logits fall from the first unit of the order to the last."""

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridmem.rl.attention.action import Action
-from hybridmem.rl.attention.allocations import SoftAllocation
+from hybridmem.rl.attention.allocations import SoftAllocation, UnitPolicy
 from hybridmem.rl.rollouts.experience import Experience, Scores
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.scoring import last_hidden_states
 
-from .allocation import LearnedGates
+from .gates import LearnedGates
 from .objective import LossAndMetrics
 
 
@@ -44,10 +44,15 @@ class SoftGates(LearnedGates):
         """Return the mix under which answers are read."""
         return SoftAllocation(self.gates(policy), self.find_units(policy.base_model))
 
+    def provenance(self, gates: UnitPolicy) -> dict[str, Any]:
+        """Return the number of optimiser steps."""
+        return {"steps": int(gates.num_rollouts)}
+
     def priced(self, policy: Policy, loss: Float[Tensor, ""]) -> LossAndMetrics:
         """Return a loss with the price of open units, and its metrics."""
         gates = self.gates(policy)
         gates.clamp()
+        gates.num_rollouts += 1
         probabilities = gates.probabilities
         return loss + self.l1_price * probabilities.sum(), {"closed": 1 - probabilities.detach().mean()}
 

@@ -3,6 +3,7 @@
 The trainer calls an objective's hooks in this order:
 
     prepare        once per run: check the policy, load frozen models
+    contrast       choose the most different actions, under which rewards that never differ stop a run before it trains
     act            choose an action for every response before it is sampled (attention noise, an allocation)
     shape_rewards  change the rewards from which advantages are computed
     kept_tokens    exclude responses or turns from the loss
@@ -141,6 +142,13 @@ class Objective(ABC):
             num_generations: the number of responses to each prompt.
             time: the maximum number of tokens of a prompt and its response; 0 in environments, where it is unknown.
             generators: one random generator per prompt.
+        """
+        return None
+
+    def contrast(self, policy: Policy, num_prompts: int, num_generations: int) -> Action | None:
+        """Choose the most different actions for the responses to each prompt, or None.
+
+        A run in which the responses to many prompts all earn one reward under them does not begin.
         """
         return None
 

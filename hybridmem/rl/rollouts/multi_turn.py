@@ -82,24 +82,24 @@ def sample_turns(
     rows = [Row() for _ in range(len(logits))]
     cut = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)  # True at max_turns
     ids, masks, logps, length = [], [], [], 0
-    while True:
-        drawn, chosen = draw_next(logits, sampling, generator, model, text)
-        size = min(_shared(rows), sampling.max_completion_length - length)
-        tokens, own = _next(rows, drawn.tolist(), size, pad_token_id)
-        ids.append(torch.tensor(tokens, device=logits.device))
-        masks.append(torch.tensor(own, device=logits.device)[:, None].expand(-1, size))
-        logps.append(chosen.new_zeros(masks[-1].shape))
-        logps[-1][:, 0] = chosen.where(masks[-1][:, 0], 0)
-        length += size
-        for number, (row, speaks) in enumerate(zip(rows, own, strict=True)):
-            if speaks:
-                _speak(row, number, tokens[number][0], length, respond, eos_token_ids)
-                if row.turns == max_turns and not row.finished:
-                    row.finished = cut[number] = True
-        if length == sampling.max_completion_length or all(row.finished for row in rows):
-            break
-        text = text.followed_by(ids[-1])
-        with reading(actions, model, "response"):
+    with reading(actions, model, "response"):
+        while True:
+            drawn, chosen = draw_next(logits, sampling, generator, model, text)
+            size = min(_shared(rows), sampling.max_completion_length - length)
+            tokens, own = _next(rows, drawn.tolist(), size, pad_token_id)
+            ids.append(torch.tensor(tokens, device=logits.device))
+            masks.append(torch.tensor(own, device=logits.device)[:, None].expand(-1, size))
+            logps.append(chosen.new_zeros(masks[-1].shape))
+            logps[-1][:, 0] = chosen.where(masks[-1][:, 0], 0)
+            length += size
+            for number, (row, speaks) in enumerate(zip(rows, own, strict=True)):
+                if speaks:
+                    _speak(row, number, tokens[number][0], length, respond, eos_token_ids)
+                    if row.turns == max_turns and not row.finished:
+                        row.finished = cut[number] = True
+            if length == sampling.max_completion_length or all(row.finished for row in rows):
+                break
+            text = text.followed_by(ids[-1])
             logits = read(model, text.last(size), cache)[:, -1]
     unfinished = torch.tensor([not row.finished for row in rows], device=logits.device)
     completions = Completions(torch.cat(ids, 1), torch.cat(masks, 1), unfinished | cut, torch.cat(logps, 1))

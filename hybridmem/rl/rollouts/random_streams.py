@@ -15,6 +15,7 @@ class RandomStream(IntEnum):
     ROLLOUT = 0
     REFINEMENT = 1
     VALIDATION = 2
+    CONTRAST = 3
 
 
 def generators(device: torch.device, *keys: tuple[int, ...]) -> list[torch.Generator]:

@@ -98,16 +98,16 @@ def sample(
     ends = torch.tensor(eos_token_ids, device=logits.device)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     ids, masks, logps = [], [], []
-    while True:
-        tokens, chosen = draw_next(logits, sampling, generator, model, rows)
-        ids.append(torch.where(finished, pad_token_id, tokens))
-        masks.append(~finished)
-        logps.append(chosen.masked_fill(finished, 0))
-        finished = finished | torch.isin(tokens, ends)
-        if len(ids) == sampling.max_completion_length or bool(finished.all()):
-            break
-        rows = rows.followed_by(ids[-1][:, None])
-        with reading(actions, model, "response"):
+    with reading(actions, model, "response"):
+        while True:
+            tokens, chosen = draw_next(logits, sampling, generator, model, rows)
+            ids.append(torch.where(finished, pad_token_id, tokens))
+            masks.append(~finished)
+            logps.append(chosen.masked_fill(finished, 0))
+            finished = finished | torch.isin(tokens, ends)
+            if len(ids) == sampling.max_completion_length or bool(finished.all()):
+                break
+            rows = rows.followed_by(ids[-1][:, None])
             logits = read(model, rows.last(1), cache)[:, -1]
     return Completions(torch.stack(ids, 1), torch.stack(masks, 1), ~finished, torch.stack(logps, 1))
 

@@ -18,7 +18,7 @@ from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.policy.validation import SOLVED
 from hybridmem.training.trackers import log_figure
 
-from .policy_probe import Answers, is_due, probing, record_answers
+from .policy_probe import Answers, is_due, probing, record_answers, token_label
 
 LABELLED = 128  # maximum number of tokens on an axis with labels
 TRIED = 16  # held-out examples to try until one is solved
@@ -160,8 +160,3 @@ def _draw_shares(axes: Axes, allocation: Shares, labels: list[str]) -> None:
     if len(labels) <= LABELLED:
         axes.set_xticks(range(len(labels)), labels, family="monospace", parse_math=False, rotation=90, fontsize=8)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def token_label(text: str) -> str:
-    """Return a token's text for an axis, with escapes for characters that are invisible or may lack a glyph."""
-    return ascii(text)[1:-1].replace(" ", "·").replace("\\ufffd", "�")

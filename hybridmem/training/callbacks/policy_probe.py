@@ -86,6 +86,11 @@ def record_answers(
     return Answers(torch.cat((prompts.input_ids, completions.ids), dim=1), completions, records, earned)
 
 
+def token_label(text: str) -> str:
+    """Return a token's text for an axis, with escapes for characters that are invisible or may lack a glyph."""
+    return ascii(text)[1:-1].replace(" ", "·").replace("\\ufffd", "�")
+
+
 def _last_queries(record: LayerRecord, length: int) -> LayerRecord:
     """Keep only the last tokens' queries, because a map of all queries would grow quadratically with the prompt."""
     if record.attention is None:

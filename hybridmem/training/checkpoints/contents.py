@@ -1,7 +1,7 @@
 """Models, tokenizers and optimiser states of checkpoints and Hugging Face folders."""
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def name_optimizer_states(
         names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
         states[place] = {"state": {names[n]: kept for n, kept in state["state"].items()}, "param_groups": groups}
+
+
+@contextmanager
+def holding(module: torch.nn.Module, weights: dict[str, Any], prefix: str) -> Iterator[None]:
+    """Give a module's parameters their values in `weights`, if they are there, inside the context."""
+    own = {name: parameter.data for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        parameter.data = weights.get(prefix + name, own[name]).to(own[name].device)
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = own[name]
 
 
 def model_of_checkpoint(checkpoint: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Checks of an RL run's settings before it samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,6 +10,10 @@ from hybridmem.checks import at_least, one_of
 from hybridmem.rl.environments.tools import CALL_FORMATS
 from hybridmem.rl.objectives.objective import Objective
 from hybridmem.training.schedules import check_schedule
+
+from .rollout_worker import RolloutWorker
+
+CONTRASTED = 10  # batches of prompts whose rewards may all be equal before a run is refused
 
 
 def by_family(objectives: Sequence[Objective]) -> dict[str, Objective]:
@@ -133,6 +137,33 @@ def check_adapters(frozen: bool) -> None:
             "lora adds adapters, but no objective trains the model: add a token objective or AttentionRL, or set lora "
             "to null"
         )
+
+
+def check_rewards(worker: RolloutWorker, examples: Callable[[int], list[dict[str, Any]]]) -> None:
+    """Raise a ValueError if rewards are constant under the most different actions of an objective.
+
+    Args:
+        worker: samples and rewards responses.
+        examples: returns the n-th batch of examples.
+    """
+    for family, objective in worker.objectives.items():
+        if not objective.explores:
+            continue
+        seen, count = set[float](), 0
+        for number in range(CONTRASTED):
+            batch = examples(number)
+            rewards = worker.contrasted(batch, family, number)
+            if rewards is None:
+                break
+            seen, count = seen | set(rewards.tolist()), count + len(batch)
+            if len(seen) > 1:
+                break
+        else:
+            name = type(objective).__name__
+            raise ValueError(
+                f"{name} learns nothing from a constant reward: with every unit open or closed, all responses to "
+                f"{count} prompts earned {seen.pop():g}; choose other prompts or rewards, or another model"
+            )
 
 
 def check_answers(objectives: dict[str, Objective], example: dict[str, Any]) -> None:

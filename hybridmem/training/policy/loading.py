@@ -21,7 +21,7 @@ from hybridmem.training.errors import named
 
 from .checks import check_acting, check_adapters, check_frozen
 
-PARAMETERS = ("logits", "price")  # of an allocation, as opposed to counters
+STARTING_BUFFERS = ("price",)  # of an allocation, as opposed to counters
 
 
 def prepare_policy(
@@ -73,11 +73,13 @@ def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
     """Load an objective's own parameters from the checkpoint of another run, or from the file of an allocation."""
     with named("init_from"):
         in_file = Path(path).suffix == ".json"
-        start = _logits_of_file(module, path) if in_file else _parameters_of_checkpoint(path, family)
-        for name, value in start.items():
-            here = list(getattr(module, name).shape)
-            if here != list(value.shape):
-                raise ValueError(f"{path} was trained with other units: {name} is {list(value.shape)}, here {here}")
+        given = _logits_of_file(module, path) if in_file else _parameters_of_checkpoint(path, family)
+        wanted = dict(module.named_parameters())
+        for name, parameter in wanted.items():
+            here, there = list(parameter.shape), list(given[name].shape) if name in given else "absent"
+            if here != there:
+                raise ValueError(f"{path} was trained with other units: {name} is {there}, here {here}")
+        start = {name: value for name, value in given.items() if name in (*wanted, *STARTING_BUFFERS)}
         module.load_state_dict(start, strict=False)  # counters begin anew
 
 
@@ -87,13 +89,16 @@ def _parameters_of_checkpoint(path: str, family: str) -> dict[str, Tensor]:
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not own:
         raise ValueError(f"{path} holds no parameters of {family}: name a checkpoint of a run that learned them")
-    return {name: value for name, value in own.items() if name in PARAMETERS}
+    return own
 
 
 def _logits_of_file(module: torch.nn.Module, path: str) -> dict[str, Tensor]:
     """Return the initial logits of the units that a file opens, with the opposite sign for those that it closes."""
     opened = torch.tensor([[source == "full" for source in row] for row in Allocation.load(path).head_sources])
-    size = module.get_parameter("logits").detach().abs().mean()
+    logits = dict(module.named_parameters()).get("logits")
+    if logits is None:
+        raise ValueError(f"{path} names open heads, and unit=token opens none: name a checkpoint of a router")
+    size = logits.detach().abs().mean()
     return {"logits": torch.where(opened, size, -size)}
 
 

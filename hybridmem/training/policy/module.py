@@ -16,7 +16,7 @@ from hybridmem.rl.rollouts.agent_rollouts import Environments
 from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
-from hybridmem.training.checkpoints.contents import name_optimizer_states
+from hybridmem.training.checkpoints.contents import holding, name_optimizer_states
 from hybridmem.training.checkpoints.model_card import training_facts
 from hybridmem.training.errors import named, stopping_at
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
@@ -29,6 +29,7 @@ from .checks import (
     check_end,
     check_learning,
     check_prompts,
+    check_rewards,
     check_settings,
     check_strategy,
     explorations,
@@ -141,6 +142,7 @@ class PolicyModule(L.LightningModule):
         self.frozen, self.lora, self.dtype_name, self.attn_implementation = frozen, lora, dtype, attn_implementation
         self.rollouts, self.seed, self.max_empty_rollouts = rollouts, seed, max_empty_rollouts
         self.model: Any = None
+        self.data: Any = None
         self.policy: Policy
         self.worker: RolloutWorker
         self.learner: Learner
@@ -149,7 +151,7 @@ class PolicyModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Read task, rewards and environments from the data, and check that they are compatible."""
-        self.data: Any = self.trainer.datamodule
+        self.data = self.trainer.datamodule
         self.check_data(self.data)
         check_strategy(self.trainer.strategy, self.objectives)
         factory = self.environment_factory or getattr(self.data.task, "environment", None)
@@ -166,6 +168,8 @@ class PolicyModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy once, and connect it to the data of this run."""
+        if self.data is None:  # a callback that averages weights configures the model before `setup`
+            self.setup("fit")
         if self.model is None:
             self.policy = prepare_policy(
                 self.model_name,
@@ -210,7 +214,10 @@ class PolicyModule(L.LightningModule):
         check_end(self.lr_scheduler, trainer)
 
     def on_train_start(self) -> None:
-        """Create the learner, which needs the optimiser."""
+        """Check that rewards differ, and create the learner, which needs the optimiser."""
+        if not self.worker.num_rollouts:
+            with self.trainer.precision_plugin.forward_context(), stopping_at_non_finite_logits(self.trainer):
+                check_rewards(self.worker, self._first_prompts)
         step = OptimizerStep(
             self.model,
             self.optimizers(),
@@ -231,6 +238,11 @@ class PolicyModule(L.LightningModule):
             self.sampling,
             self.meter,
         )
+
+    def _first_prompts(self, number: int) -> list[Example]:
+        """Return a batch of the task's first prompts, the same ones on every rank."""
+        size = self.data.hparams.batch_size
+        return [self.data.task.example("train", number * size + place) for place in range(size)]
 
     def training_step(self, batch: list[Example], batch_idx: int) -> None:
         """Roll out and learn, or learn from the given answers if no objective samples."""
@@ -306,8 +318,9 @@ class PolicyModule(L.LightningModule):
         }
         if self.device_mesh is None and "optimizer_states" in checkpoint:  # absent with save_weights_only
             name_optimizer_states(checkpoint, self.named_parameters(), self.trainer.optimizers)
-        for objective in self.objectives.values():
-            checkpoint.update(objective.artefacts(self.policy))
+        with holding(self.learned, checkpoint["state_dict"], "learned."):  # averaged ones, where callbacks average
+            for objective in self.objectives.values():
+                checkpoint.update(objective.artefacts(self.policy))
         method = " and ".join(type(objective).__name__ for objective in self.objectives.values())
         checkpoint["facts"] = training_facts(self.data, self.trainer.callback_metrics, method)
 

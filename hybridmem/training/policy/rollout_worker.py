@@ -159,7 +159,9 @@ class RolloutWorker:
         for name, (value, weight) in acted.metrics().items():
             self.measure(name, value, weight)
         shaped, kept = self._shape(rewards.total, acted.turns.cpu(), acted.faulty, environments.max_turns)
-        return Rollout(acted.prompts, acted.completions, shaped, actions, kept=kept)
+        time = self.policy.prompt_batch(acted.prompts).input_ids.shape[1] + acted.completions.ids.shape[1]
+        cut = {family: action.cut(time) for family, action in actions.items()}
+        return Rollout(acted.prompts, acted.completions, shaped, cut, kept=kept)
 
     def _shape(
         self,
@@ -207,6 +209,28 @@ class RolloutWorker:
         if environments is not None:
             columns["environments"] = environments
         return texts, self.rewards([example["prompt"] for example in examples], texts, ids, **columns)
+
+    @torch.no_grad()
+    def contrasted(self, examples: list[Example], family: str, number: int) -> Float[Tensor, " responses"] | None:
+        """Return the rewards of two responses to each prompt under an objective's most different actions, or None.
+
+        Args:
+            examples: examples of the task, the same ones on every rank.
+            family: the objective's family.
+            number: distinguishes calls.
+        """
+        action = self.objectives[family].contrast(self.policy, len(examples), 2)
+        if action is None:
+            return None
+        keys = [(self.seed, int(RandomStream.CONTRAST), number, place) for place in range(len(examples))]
+        each, repeated = generators(self.policy.device, *keys), [example for example in examples for _ in range(2)]
+        with unsharded(self.policy.model), failing_together(NonFiniteLogits):
+            if self.environments is not None:
+                acted = act_out(self.policy, self.environments, examples, 2, self.sampling, each, [action])
+                return self.reward(repeated, acted.completions, acted.environments)[1].total
+            prompts = self.policy.prompt_batch([self.policy.data.prompt(example) for example in examples])
+            completions = self.policy.answer(prompts, 2, self.sampling, each, [action])
+        return self.reward(repeated, completions)[1].total
 
     def answer_refinements(self, prompts: list[Prompt], places: Sequence[tuple[int, int]]) -> Completions:
         """Return one response to each prompt; `places` holds each prompt's (group, response within the group)."""

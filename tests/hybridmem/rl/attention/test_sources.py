@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hybridmem.convert import convert
 from hybridmem.rl.attention.allocations import AllocationPolicy, shared
 from hybridmem.rl.attention.recorder import AttentionRecorder
-from hybridmem.rl.attention.sources import AttentionUnits, GateUnits, HeadUnits, _narrowed, find_units, near_keys
+from hybridmem.rl.attention.sources import AttentionUnits, GateUnits, HeadUnits, find_units, narrowed, near_keys
 from hybridmem.rl.objectives.allocation import AllocationRL
 from hybridmem.rl.rollouts.policy import Policy
 from hybridmem.rl.rollouts.prompts import pad_prompts
@@ -118,6 +118,7 @@ def test_everything_read_by_the_allocation_is_a_model_with_fixed_sources():
         (lambda: convert(llama()), "memory", 4, "has no memory: convert"),
         (lambda: tiny_model(variant="mag"), "none", 4, "for converted models"),
         (lambda: tiny_model(variant="swa"), "none", None, "no units to allocate"),
+        (lambda: tiny_model(variant="mac"), "none", None, "no gate divides window and memory"),
     ],
 )
 def test_units_that_a_model_lacks(model, source, window, message):
@@ -164,6 +165,6 @@ def test_the_image_encoder_of_a_vision_model_is_no_unit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_closed_gates_take_the_window_alone_in_every_precision(dtype):
     logits = torch.tensor([[[-4.0, 4.0, 0.0, 0.0]]], dtype=dtype)
-    mixed = _narrowed(torch.tensor([[1.0, 1.0, 1.0, 0.0]]))(torch.nn.Identity(), (), logits)
+    mixed = narrowed(logits, torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]))
     torch.testing.assert_close(mixed[..., :3], logits[..., :3], rtol=0, atol=1e-5)
     assert float(torch.sigmoid(mixed[0, 0, 3])) > 1 - 1e-6

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hybridmem.convert import convert
-from hybridmem.rl.objectives.allocation import AllocationRL
+from hybridmem.rl.objectives.allocation import AllocationRL, reward_floor
 from hybridmem.rl.objectives.allocation_supervised import AllocationDistillation
+from hybridmem.rl.objectives.objective import ObjectiveError
 from hybridmem.rl.objectives.token import GRPO
 from hybridmem.rl.rollouts.completions import Completions
 from hybridmem.rl.rollouts.experience import Experience, Scores
@@ -20,13 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
 NOTHING = Scores(torch.zeros(4, 3), torch.zeros(4, 3), {})
 
 
-def experience(actions, rewards=(1.0, 0.0, 0.5, 0.0)):
-    """Two prompts with two responses each, as far as objectives read them."""
+def experience(actions, rewards=(1.0, 0.0, 0.5, 0.0), groups=(0, 0, 1, 1)):
+    """Two prompts with two responses each, or other groups, as far as objectives read them."""
     ids = torch.randint(8, 37, (4, 3), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
     completions = Completions(ids, mask, ~mask[:, 0], torch.zeros(4, 3))
     prompts = pad_prompts(PROMPTS, 0, torch.device("cpu")).repeat(2)
-    zeros, rows = torch.zeros(4), torch.tensor([0, 0, 1, 1])
+    zeros, rows = torch.zeros(4), torch.tensor(groups)
     given = torch.tensor(rewards)
     return Experience(prompts, rows, completions, given, zeros, mask, mask.sum().double(), 3, actions=actions)
 
@@ -96,3 +97,33 @@ def test_a_mix_needs_no_reference_response():
     AllocationRL(estimator="mixed").check_run(1, 2)
     with pytest.raises(ValueError, match="sample 3 or more"):
         AllocationRL().check_run(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("full", "share", "floor"), [(10.0, 0.9, 9.0), (-10.0, 0.9, -11.0), (-10.0, 1.1, -9.0), (0.0, 0.9, 0.0)]
+)
+def test_the_floor_lies_below_full_attention_for_rewards_of_either_sign(full, share, floor):
+    assert reward_floor(full, share) == pytest.approx(floor)
+
+
+def reviewed(rewards, rollouts):
+    """Return the price after rollouts with the same rewards; the first of four responses reads everything."""
+    policy = Policy(convert(llama(), attention_window=4).eval(), MagicMock())
+    objective = AllocationRL()
+    objective.prepare(policy, MagicMock())
+    for _ in range(rollouts):
+        action = objective.act(policy, 4, 0, generators()[:1])
+        batch = experience({"Allocation": action}, rewards, groups=(0, 0, 0, 0))
+        objective.review(policy, batch, 1.0)
+    return float(objective.gates(policy).price)
+
+
+def test_the_price_falls_below_a_negative_floor_and_rises_above_it():
+    assert reviewed((-1.0, -1.05, -1.0, -1.1), 1) == pytest.approx(0.05)
+    assert reviewed((-1.0, -1.2, -1.1, -1.3), 1) == 0
+
+
+def test_full_attention_that_earns_nothing_stops_a_run():
+    reviewed((-1.0, 0.0, 0.5, 0.0), 12)
+    with pytest.raises(ObjectiveError, match="full attention, which earned nothing in 10 rollouts"):
+        reviewed((0.0, 1.0, 0.0, 1.0), 12)

@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hybridmem.rl import AttentionRecorder
 from hybridmem.rl.attention.distributions import allocation, attention, memory
 from hybridmem.training import AttentionMaps
-from hybridmem.training.callbacks.attention_maps import LABELLED, attention_maps, draw, shares, token_label
+from hybridmem.training.callbacks.attention_maps import LABELLED, attention_maps, draw, shares
+from hybridmem.training.callbacks.policy_probe import token_label
 from tests.hybridmem.models import tiny_model, tokens
 from tests.hybridmem.training.policy.test_module import write_config
 from tests.hybridmem.training.runs import hybridmem, weights

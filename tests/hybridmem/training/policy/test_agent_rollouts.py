@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from hybridmem.tasks.task import Split
 from tests.hybridmem.training.runs import hybridmem, logged
 
-from .test_module import write_config
+from .test_module import TOKENS, write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SWE = {"class_path": "hybridmem.rl.SWEDapo", "init_args": {"free_turns": 2}}
@@ -40,6 +40,23 @@ class Doors:
     def _open(self, door: str) -> str:
         self.found = self.done = door == self.answer
         return "no"
+
+
+class Impatient(Doors):
+    """Environment that rewards a single attempt more than two."""
+
+    def reset(self, answer: str, **columns: Any) -> str | None:
+        """Start an episode without attempts."""
+        self.attempts = 0
+        return super().reset(answer)
+
+    def get_reward(self) -> float:
+        """Return the share of attempts that were right."""
+        return float(self.found) / max(1, self.attempts)
+
+    def _open(self, door: str) -> str:
+        self.attempts += 1
+        return super()._open(door)
 
 
 class TwoDoors:
@@ -105,6 +122,17 @@ def test_it_learns_in_an_environment(tmp_path, monkeypatch, taught, objectives):
         assert max(logged(tmp_path, "rejection/kept")) > 0
     else:
         assert len(logged(tmp_path, "reward/shaped")) == len(logged(tmp_path, "reward"))
+
+
+@pytest.mark.parametrize("unit", ["head", "token"])
+def test_allocations_are_learned_in_an_environment(tmp_path, monkeypatch, taught, unit):
+    settings = {"unit": unit, "prefill": "allocated"}
+    objectives = [TOKENS, {"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}]
+    changes = {"model__init_args__objectives": objectives, "trainer__max_steps": 2}
+    changes["model__init_args__environment_factory"] = f"{__name__}.Impatient"
+    hybridmem(monkeypatch, "fit", "--config", acting(tmp_path, model__init_args__model=str(taught), **changes))
+    assert all(0 < cost < 1 for cost in logged(tmp_path, "allocation/cost"))
+    assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4  # scored under the same decisions
 
 
 def test_a_trajectory_that_was_solved_is_drawn(tmp_path, monkeypatch, taught):

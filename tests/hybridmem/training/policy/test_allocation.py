@@ -88,7 +88,9 @@ def test_frozen_weights_in_bfloat16(tmp_path, monkeypatch):
     [
         ([allocation(budget=0.1)], {}, "opens none of 4 units: give at least 0.25"),
         ([allocation(budget=1.5)], {}, "budget=1.5 must lie between 0 and 1"),
-        ([allocation(unit="token")], {}, "unit"),
+        ([allocation(budget=0.017)], {}, "budget=0.017 cannot be met"),
+        ([allocation(budget=0.5)], {"num_generations": 1}, "num_generations=1 gives every response an advantage of 0"),
+        ([allocation(unit="expert")], {}, "unit"),
         ([allocation()], {"num_generations": 2}, "sample 3 or more"),
         ([allocation(source="memory")], {}, "has no memory"),
         ([allocation()], {"lora": "{target_modules: [q_proj]}"}, "no objective trains the model"),
@@ -111,11 +113,15 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch, capsys, objectives, ch
     assert not (tmp_path / "run" / "step=2.ckpt").exists()
 
 
-def test_a_model_that_earns_nothing_stops_with_a_reason(tmp_path, monkeypatch, capsys):
-    task = {"data__init_args__task": "tests.hybridmem.training.policy.test_module.Silent", "trainer__max_steps": 12}
+@pytest.mark.parametrize(("name", "earned"), [("Silent", 0), ("Generous", 99)])
+def test_a_constant_reward_stops_before_the_first_rollout(tmp_path, monkeypatch, capsys, name, earned):
+    task = {"data__init_args__task": f"tests.hybridmem.training.policy.test_module.{name}"}
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config_of(tmp_path, **task))
-    assert "full attention, which earned nothing in 10 rollouts" in capsys.readouterr().err
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "AllocationRL learns nothing from a constant reward" in error
+    assert f"all responses to 20 prompts earned {earned}" in error
+    assert not logged(tmp_path, "reward")
 
 
 def test_validation_answers_by_the_fixed_allocation(tmp_path, monkeypatch):
@@ -160,6 +166,20 @@ def test_supervised_gates_leave_the_model_frozen(tmp_path, monkeypatch, objectiv
     assert (checkpoint["learned.Allocation.logits"] < 1.3).all()  # the price closes every unit
     assert logged(tmp_path, "allocation/closed")[-1] > logged(tmp_path, "allocation/closed")[0]
     assert logged(tmp_path, "val/accuracy")
+
+
+def test_an_exported_allocation_follows_averaged_weights(tmp_path, monkeypatch):
+    """The average keeps every unit open while the price closes all; the file counts steps on given answers."""
+    objective = {"class_path": "hybridmem.rl.AllocationSFT", "init_args": {"l1_price": 9.0, "lr": 1.0}}
+    config = config_of(tmp_path, objectives=[objective])
+    average = tmp_path / "average.yaml"
+    average.write_text("trainer: {callbacks+: {class_path: lightning.pytorch.callbacks.EMAWeightAveraging}}")
+    hybridmem(monkeypatch, "fit", "--config", config, "--config", average)
+    checkpoint = load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))
+    assert (checkpoint["current_model_state"]["learned.Allocation.logits"] < 0).all()
+    assert (checkpoint["state_dict"]["learned.Allocation.logits"] > 0).all()
+    assert checkpoint["allocation"]["head_sources"] == [["full"] * 2] * 2
+    assert checkpoint["allocation"]["trained"] == {"objective": "AllocationSFT", "steps": 6}
 
 
 def test_distillation_is_zero_while_every_unit_is_open(tmp_path, monkeypatch):

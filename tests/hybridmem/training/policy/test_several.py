@@ -7,6 +7,7 @@ import time
 from copy import deepcopy
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -91,6 +92,34 @@ def test_reinforcement_learning(tmp_path, monkeypatch, strategy, objectives):
     hybridmem(monkeypatch, "fit", "--config", policy(one, **changes))
     fit(2, "--config", policy(two, 2, strategy, **changes))
     same_losses(one, two, names=("loss", "reward", "reward_std", "completions/mean_length", "val/pass@1"))
+
+
+class KeepLearned(L.Callback):
+    """Callback that saves each rank's own parameters of objectives."""
+
+    def on_train_end(self, trainer, pl_module):
+        """Save them in the run's folder."""
+        torch.save(pl_module.learned.state_dict(), f"{trainer.default_root_dir}/learned_{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("settings", [{"budget": 0.5}, {"unit": "token", "prefill": "allocated"}])
+def test_an_allocation_learned_by_two_processes_is_that_of_one(tmp_path, monkeypatch, settings):
+    """Every rank holds the φ, the price and the counters that one process learns from the joint batch."""
+    objective = {"class_path": "hybridmem.rl.AllocationRL", "init_args": {**settings, "lr": 3.0}}
+    changes = {"model__init_args__objectives": [objective], "model__init_args__num_iterations": 1}
+    changes["model__init_args__optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    changes["trainer__callbacks"] = [{"class_path": f"{__name__}.KeepLearned"}]
+    one, two = tmp_path / "one", tmp_path / "two"
+    hybridmem(monkeypatch, "fit", "--config", policy(one, **changes))
+    fit(2, "--config", policy(two, 2, "ddp", **changes))
+    same_losses(one, two, names=("loss", "reward", "allocation/cost", "allocation/price", "allocation/closed"))
+    expected = torch.load(one / "run" / "learned_0.pt")
+    first, second = (torch.load(two / "run" / f"learned_{rank}.pt") for rank in range(2))
+    assert expected.keys() == first.keys() == second.keys()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5, msg=name)
+    assert expected["Allocation.num_rollouts"] == 4
 
 
 def averaged(rank):
