@@ -156,7 +156,7 @@ def test_observed_logits_are_those_of_the_generated_tokens():
     model, (prompts, completions) = llama(), responses()
     with observed(model, -1) as seen:
         logps, _ = completion_logps(model, prompts, completions, 1.0)
-    chosen = seen[0].logits.float().log_softmax(-1).gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
+    chosen = seen[0].logits.log_softmax(-1).gather(2, completions.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(chosen, logps)
     assert not model._forward_hooks
 
