@@ -193,6 +193,7 @@ BEGINS_WITH = {
     "rl/recall": "fit --config {configs}/rl/recall_warmup.yaml",
     "rl/recall_critique": "fit --config {configs}/rl/recall_warmup.yaml",
     "rl/repair": "fit --config {configs}/rl/repair_warmup.yaml",
+    "rl/token_router": "fit --config {configs}/rl/recall_warmup.yaml",
     "rl/two_formats": "fit --config {configs}/rl/two_formats_warmup.yaml",
     "rl/visual_search": "fit --config {configs}/rl/visual_search_warmup.yaml",
     "rl/workspace": "fit --config {configs}/rl/workspace_rft.yaml",
