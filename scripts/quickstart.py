@@ -41,6 +41,9 @@ def main() -> None:
         default=Path("configs/allocations/smollm2_none_80.json"),
         help="heads from which the reward starts",
     )
+    parser.add_argument(
+        "--reward_config", type=Path, default=Path("configs/rl/allocation.yaml"), help="of learning from reward"
+    )
     parser.add_argument("--rollouts", type=int, default=16, help="steps of learning from reward")
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts for each choice of heads")
     options = parser.parse_args()

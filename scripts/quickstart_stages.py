@@ -139,7 +139,7 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
     else:
         name = "SmolLM2" if options.model is None else base.name
         allocation = Allocation.load(options.allocation)
-        learn_heads(stages, base, allocation, options.allocation, options.rollouts)
+        learn_heads(stages, base, allocation, options)
         task = Facts(length=CHARACTERS, num_facts=4)
         with_answers(stages, options.prompts, task)
         add_heads(stages, page, name, task, allocation, options.rollouts)
@@ -200,16 +200,21 @@ def find_model(stages: Stages, given: Path | None) -> tuple[Path | None, str]:
     return folder, ""
 
 
-def learn_heads(stages: Stages, base: Path, start: Allocation, file: Path, rollouts: int) -> None:
+def learn_heads(stages: Stages, base: Path, start: Allocation, given: argparse.Namespace) -> None:
     """Convert the model, learn from reward which heads read everything, and export it with those."""
     window: dict[str, Any] = {"attention_window": start.attention_window, "num_sink_tokens": start.num_sink_tokens}
     converted, folder = stages.folder / "converted", stages.folder / "heads"
     if not converted.exists():
         with stages.timed("converting the model"):
             convert(str(base), converted, **window)
-    settings = {"source": "none", "init_from": str(file), "initial": 0.9, "budget": round(1 - start.closed, 4)} | window
+    settings = {
+        "source": "none",
+        "init_from": str(given.allocation),
+        "initial": 0.9,
+        "budget": round(1 - start.closed, 4),
+    } | window
     options = {
-        "trainer.max_steps": rollouts,
+        "trainer.max_steps": given.rollouts,
         "trainer.callbacks": [CHECKPOINTS],
         "model.init_args.model": str(converted),
         "model.init_args.num_generations": 12,
@@ -217,7 +222,7 @@ def learn_heads(stages: Stages, base: Path, start: Allocation, file: Path, rollo
         "data.init_args.tokenizer": str(base),
         "data.init_args.task.init_args.length": CHARACTERS,
     }
-    stages.fit("learning from reward which heads read everything", Path("configs/rl/allocation.yaml"), folder, options)
+    stages.fit("learning from reward which heads read everything", given.reward_config, folder, options)
     if not (stages.folder / "allocated" / "README.md").exists():
         with stages.timed("exporting the model"):
             export(folder / "last.ckpt", stages.folder / "allocated")

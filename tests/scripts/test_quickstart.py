@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 from hybridmem.convert import Allocation, convert
 from hybridmem.data import byte_tokenizer
 from hybridmem.model.cache import state_bytes
+from hybridmem.tasks import Facts
 from tests.hybridmem.convert.bases import base_model
 from tests.hybridmem.training.runs import write_config
 from tests.unchecked import ROOT
@@ -69,6 +71,13 @@ def test_bytes_of_a_long_cache_follow_from_a_short_one(heads, monkeypatch):
             assert heads.cache_bytes(model, sources, 301) == pytest.approx(state_bytes(cache))
 
 
+class Parity(Facts):
+    """Facts whose reward an untrained model can earn."""
+
+    def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        return [sum(text.encode()) % 2 for text in completions]
+
+
 def write_inputs(folder: Path) -> list[str]:
     """Write a tiny pretrained model, its allocation and a configuration; return the script's options."""
     special = dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
@@ -85,7 +94,11 @@ def write_inputs(folder: Path) -> list[str]:
     model = settings["model"]["init_args"]["config"]
     model |= dict(layer_types=["swa", "mag", "swa"], num_hidden_layers=3)
     config.write_text(yaml.safe_dump(settings))
+    reward = yaml.safe_load((ROOT / "configs" / "rl" / "allocation.yaml").read_text())
+    reward["data"]["init_args"]["task"]["class_path"] = f"{__name__}.Parity"
+    (folder / "reward.yaml").write_text(yaml.safe_dump(reward))
     options = dict(output="out", config=config, model="base", allocation="start.json", rollouts=2, prompts=2)
+    options["reward_config"] = "reward.yaml"
     return [f"--{name}={folder / value if isinstance(value, str) else value}" for name, value in options.items()]
 
 

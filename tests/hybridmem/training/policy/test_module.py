@@ -337,8 +337,8 @@ def other_tokenizer():
         (lambda folder: distillation(folder, tokenizer=other_tokenizer()), "differs from the data's in"),
         (lambda folder: distillation(folder, vocab_size=300), "vocab_size=300, but the student has 259"),
         (lambda folder: distillation(folder, teacher_layer=7), "teacher_layer=7 is out of range"),
-        (lambda folder: distilling("/no/such/folder"), "cannot load teacher='/no/such/folder'"),
-        (lambda folder: distilling("/no/such.ckpt"), "cannot load teacher='/no/such.ckpt'"),
+        (lambda folder: distilling("/no/such/folder"), "objectives.0.init_args.teacher=/no/such/folder does not exist"),
+        (lambda folder: distilling("/no/such.ckpt"), "objectives.0.init_args.teacher=/no/such.ckpt does not exist"),
         (lambda folder: distilling("x", beta=2.0), "beta=2.0 must be between 0"),
     ],
 )
