@@ -1,16 +1,15 @@
 """A small part of the fault drill and the fuzzing; the scripts run all of it."""
 
 import importlib
-import json
 import random
-import subprocess
-import sys
 from functools import partial
 from itertools import chain
 
 import pytest
 
 from tests.unchecked import ROOT
+
+from .drill import drilled
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,27 +23,11 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_faults_lose_nothing(tmp_path):
-    figures = tmp_path / "figures.json"
-    sizes = dict(batches=12, kills=2, times=2, reads=40, seed=1, output=figures)
-    options = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    # Groups that wait are resumed in tests/hybridmem/training/policy/test_group_buffer.py, too.
-    options += ["--faults", "kill", "drop", "terminate", "within", "fill", "tmpfs", "damage", "spoil", "corrupt"]
-    # A separate process, because the drill forks and needs a fresh parent.
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "fault_drill.py", *options], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(figures.read_text())
-    assert not found["failures"]
-    assert found["faults"]["SIGKILL"]["kills"] == 2
-    assert found["faults"]["SIGKILL"]["resumed to the same bits"] >= 1
-    for strategy in ("DDP", "FSDP2"):
-        assert sum(found["faults"][f"a process of two killed, {strategy}"].values()) >= 2
-    for runs in ("one process", "DDP", "FSDP2"):
-        assert found["faults"][f"resumed amid an accumulation, {runs}"] == {"resumed to the same bits": 2}
-    assert found["faults"]["exception while accumulating"]["resumed to the same bits"] >= 1
-    assert found["faults"]["damaged checkpoint, read"]["refused"] > 20
-    assert found["faults"]["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
+    found = drilled(tmp_path, 2, "kill", "terminate", "fill", "tmpfs", "damage", "spoil", "corrupt")
+    assert found["SIGKILL"]["kills"] == 2
+    assert found["SIGKILL"]["resumed to the same bits"] >= 1
+    assert found["damaged checkpoint, read"]["refused"] > 20
+    assert found["NaN batch, skip"]["skipped, counted, trained to the end"] == 1
 
 
 def test_groups_that_wait_are_drilled(script, tmp_path):
