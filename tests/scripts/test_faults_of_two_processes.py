@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def test_a_process_of_two_is_lost(tmp_path):
-    found = drilled(tmp_path, 2, "drop")
+    found = drilled(tmp_path, 1, "drop")
     for strategy in ("DDP", "FSDP2"):
         assert sum(found[f"a process of two killed, {strategy}"].values()) >= 2
 

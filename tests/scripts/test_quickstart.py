@@ -104,7 +104,12 @@ def write_inputs(folder: Path) -> list[str]:
 
 def command(options: list[str], **environment: str) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-    return subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=ROOT, **pipes)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
+
+
+def heed_interrupts() -> None:
+    """Undo that a shell's background jobs, such as these tests may be, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
