@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,19 @@ def write_inputs(folder: Path) -> list[str]:
 
 def command(options: list[str], **environment: str) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
-    return subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=ROOT, **pipes)
 
 
-def heed_interrupts() -> None:
-    """Undo that a shell's background jobs, such as these tests may be, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Let commands heed Ctrl-C, which a shell's background jobs, such as these tests may be, ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_one_page_after_an_interruption(tmp_path):
     options = write_inputs(tmp_path)
     process = command(options)
