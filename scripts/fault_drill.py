@@ -345,21 +345,12 @@ def settings(
     )
     return {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
+        "trainer": trainer_settings(folder, strategy)
+        | {
             "max_steps": steps,
             "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
             "limit_val_batches": 2,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
             "gradient_clip_val": 1.0,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder),
-            "logger": False,
-            "devices": processes,
-            "strategy": strategy or "auto",
             "accumulate_grad_batches": accumulate,
             "callbacks": [*checkpoints, *callbacks],
         },
@@ -386,6 +377,22 @@ def settings(
     }
 
 
+def trainer_settings(folder: Path, strategy: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of every run's trainer."""
+    return {
+        "accelerator": "cpu",
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "default_root_dir": str(folder),
+        "logger": False,
+        "devices": 1 if strategy is None else 2,
+        "strategy": strategy or "auto",
+    }
+
+
 def waiting_settings(
     folder: Path, policy: Path, callbacks: list[dict[str, Any]], strategy: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -400,19 +407,10 @@ def waiting_settings(
     }
     return {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
+        "trainer": trainer_settings(folder, strategy)
+        | {
             "max_steps": WAITING_STEPS,
             "val_check_interval": 3,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder),
-            "logger": False,
-            "devices": processes,
-            "strategy": strategy or "auto",
             "callbacks": [
                 {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper},
                 *callbacks,

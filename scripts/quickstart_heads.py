@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from greedy_answers import answer
 from transformers import DynamicCache
 
 from hybridmem.convert import Allocation
-from hybridmem.data.task_module import chat_tokens
 from hybridmem.model.cache import state_bytes
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl import FixedAllocation
 from hybridmem.rl.rollouts.policy import lower_precision
-from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
-from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
 from hybridmem.tasks import Facts
 from hybridmem.training.checkpoints.contents import tokenizer_of_policy
 
 BLOCK = 16  # prompts at a time
+ANSWER_LENGTH = 16  # tokens
 CACHED = 4000  # tokens in the caches that are compared
 PIECE = 256  # tokens of a forward pass that fills a cache
 NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -73,22 +72,12 @@ def measure(folder: Path, allocation: Allocation, task: Facts, prompts: int, pat
         for first in range(0, prompts, BLOCK):
             asked = [example["prompt"] for example in examples[first : first + BLOCK]]
             with model.head_sources(sources):
-                texts += answer(model, tokenizer, asked)
+                texts += answer(model, tokenizer, asked, ANSWER_LENGTH)
         earned = task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
         opened = sum(row.count("full") for row in sources)
         size = cache_bytes(model, sources, CACHED)
         done.append(Arm(name, opened, sum(map(len, sources)), size, texts, [reward == 1 for reward in earned]))
         write_whole(path, json.dumps([asdict(arm) for arm in done], indent=1) + "\n")
-
-
-def answer(model: HybridMemForCausalLM, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Answer users' messages greedily."""
-    end = tokenizer.eos_token_id
-    batch = batch_prompts([Prompt(chat_tokens(tokenizer, prompt)) for prompt in prompts], end, torch.device("cpu"))
-    with evaluating(model):
-        answers = sample(model, batch, 1, Sampling(max_completion_length=16, temperature=0.0), [end], end)
-    rows = zip(answers.ids, answers.mask, strict=True)
-    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -26,18 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from greedy_answers import answer
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hybridmem.convert import Allocation
-from hybridmem.data.task_module import chat_tokens, count_tokens
+from hybridmem.data.task_module import count_tokens
 from hybridmem.evaluate.probes import held_out_text
 from hybridmem.metrics.interval import mean_interval
 from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl import FixedAllocation
 from hybridmem.rl.rollouts.policy import lower_precision
-from hybridmem.rl.rollouts.prompts import Prompt, batch_prompts
-from hybridmem.rl.rollouts.sampling import Sampling, evaluating, sample
+from hybridmem.rl.rollouts.sampling import evaluating
 from hybridmem.tasks import Facts, Ruler
 from hybridmem.training.callbacks.allocation import draw_allocation
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
@@ -143,22 +143,14 @@ class Answers:
     """Rewards of greedy answers to held-out prompts of a task."""
 
     def __init__(self, model: HybridMemForCausalLM, tokenizer: Any, task: Facts | Ruler, length: int):
-        self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.sampling = Sampling(max_completion_length=length, temperature=0.0)
+        self.model, self.tokenizer, self.task, self.length = model, tokenizer, task, length
 
     def __call__(self, first: int) -> list[float]:
         """Return the rewards of a block of prompts."""
         examples = [self.task.example("val", first + n) for n in range(BLOCK)]
-        prompts = [Prompt(chat_tokens(self.tokenizer, example["prompt"])) for example in examples]
-        end = self.tokenizer.eos_token_id
-        with evaluating(self.model):
-            batch = batch_prompts(prompts, end, torch.device("cpu"))
-            answers = sample(self.model, batch, 1, self.sampling, [end], end)
-        texts = [
-            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(answers.ids, answers.mask, strict=True)
-        ]
-        return self.task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
+        prompts = [example["prompt"] for example in examples]
+        texts = answer(self.model, self.tokenizer, prompts, self.length)
+        return self.task.reward(prompts, texts, [example["answer"] for example in examples])
 
 
 class TextNats:

@@ -132,7 +132,7 @@ def tokenizer_of_model(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no tokenizer.
     """
     tokenizer = tokenizer_of_policy(name)
     if tokenizer is None:
@@ -186,10 +186,10 @@ def learned_positions(config: Any) -> int | None:
 
 
 def parse_device(device: str) -> torch.device:
-    """Return a device of torch.
+    """Return the torch device of a name; `auto` is a GPU if one is available.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the device does not exist or cannot be used.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,10 +203,10 @@ def parse_device(device: str) -> torch.device:
 
 
 def split(names: str, setting: str) -> list[str]:
-    """Return the parts of a setting between commas.
+    """Split a setting at its commas.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the setting has no parts.
     """
     parts = [part.strip() for part in names.split(",") if part.strip()]
     if not parts:

@@ -149,7 +149,7 @@ def read_documents(
 def rows_starting_afresh(
     document_ids: Int[Tensor, "batch time"], last_document: LastDocument | None
 ) -> Bool[Tensor, " batch"] | None:
-    """Mark the rows whose first valid token starts a new document; return None if there are none."""
+    """Mark the rows whose first valid token starts a new document; return None without such rows."""
     if last_document is None:
         return None
     before = last_document.id

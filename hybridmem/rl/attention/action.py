@@ -1,5 +1,6 @@
 """Actions: an objective's choices for every response, apart from its tokens."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -38,6 +39,32 @@ class Action(Protocol):
     def select(self, rows: Int[Tensor, " rows"]) -> "Action":
         """Return the action on the selected responses."""
         ...
+
+
+class SharedAction(ABC):
+    """Action that all responses share, prompts included, such as a rule of the policy."""
+
+    @property
+    def prefill_once(self) -> bool:
+        """Return False, because prompts are read with the action."""
+        return False
+
+    @property
+    def in_passes(self) -> bool:
+        """Return True, because the action belongs to the policy."""
+        return True
+
+    @abstractmethod
+    def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
+        """Return a context in which the model reads with the action."""
+
+    def cut(self, time: int) -> "SharedAction":
+        """Return the action, which holds for all tokens."""
+        return self
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "SharedAction":
+        """Return the action, which holds for all responses."""
+        return self
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .action import Part
+from .action import Part, SharedAction
 
 MAX_LOGIT = 4.0  # keeps every probability within [0.018, 0.982], so that no unit stops exploring
 
@@ -221,33 +221,15 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class SoftAllocation:
+class SoftAllocation(SharedAction):
     """σ(φ) · full + (1 − σ(φ)) · local for all responses, with gradients to φ (RLKV, DuoAttention)."""
 
     policy: AllocationPolicy
     units: Units
 
-    @property
-    def prefill_once(self) -> bool:
-        """Return False, because prompts are read with gradients."""
-        return False
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because φ gets its gradient from the scoring passes."""
-        return True
-
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
         """Return a context in which the model mixes by the current probabilities."""
         return self.units.applied(model, spread(self.policy.probabilities[None], self.units))
-
-    def cut(self, time: int) -> "SoftAllocation":
-        """Return the mix, which holds for all tokens."""
-        return self
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "SoftAllocation":
-        """Return the mix, which is one for all responses."""
-        return self
 
 
 def least_probability() -> float:

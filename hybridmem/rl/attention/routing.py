@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .action import Part
+from .action import Part, SharedAction
 from .allocations import MAX_LOGIT, UnitPolicy, Units
 from .passes import NewTokens, before_passes
 
@@ -249,21 +249,11 @@ class RoutedRollout:
 
 
 @dataclass(frozen=True)
-class SettledRouting:
+class SettledRouting(SharedAction):
     """Tokens read beyond the window if their probability is above a half."""
 
     policy: RouterPolicy
     units: Units
-
-    @property
-    def prefill_once(self) -> bool:
-        """Return False, because prompts are read by the same rule."""
-        return False
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because the rule belongs to the policy."""
-        return True
 
     def decide(self, place: int, x: Inputs) -> Float[Tensor, "rows time"]:
         """Return 1 for tokens that read beyond the window in a layer, and 0 for others."""
@@ -272,11 +262,3 @@ class SettledRouting:
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
         """Return a context in which every token decides by itself."""
         return self.units.routed(model, self.decide)
-
-    def cut(self, time: int) -> "SettledRouting":
-        """Return the rule, which holds for all tokens."""
-        return self
-
-    def select(self, rows: Int[Tensor, " rows"]) -> "SettledRouting":
-        """Return the rule, which holds for all responses."""
-        return self

@@ -1,5 +1,6 @@
 """Units that read beyond a window, or not: KV heads of any causal LM, and the gates of `mag`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -91,7 +92,25 @@ class HeadUnits:
         return pass_on
 
 
-class GateUnits:
+class MixedUnits(ABC):
+    """Units whose model reads everything as it is, and that mix it with the window by shares of heads or tokens."""
+
+    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
+        """Return a context in which heads mix by their share; None leaves the model as it is."""
+        if share is None:
+            return nullcontext()
+        return self.mixed(model, lambda place, _: share[:, None, place])
+
+    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
+        """Return a context in which each token mixes, in all heads, by its own share."""
+        return self.mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
+
+    @abstractmethod
+    def mixed(self, model: Any, shares: Shares) -> AbstractContextManager[None]:
+        """Return a context in which layers mix by shares, which they get from their place and their input."""
+
+
+class GateUnits(MixedUnits):
     """Heads of `mag` layers: as trained, or restricted to the window by their gate.
 
     Args:
@@ -107,18 +126,9 @@ class GateUnits:
     def sources_of(self, opened: Bool[Tensor, "layers heads"]) -> None:
         """Return None: gates are not KV heads."""
 
-    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context with gates mixed with a gate that takes the window alone."""
-        if share is None:
-            return nullcontext()
-        return self._mixed(model, lambda place, _: share[:, None, place])
-
-    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
-        """Return a context in which each token's gates are mixed by its own share."""
-        return self._mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
-
     @contextmanager
-    def _mixed(self, model: Any, shares: Shares) -> Iterator[None]:
+    def mixed(self, model: Any, shares: Shares) -> Iterator[None]:
+        """Run with gates that are mixed with a gate that takes the window alone."""
         layers = decoder_layers(model)
         with ExitStack() as stack:
             for place, number in enumerate(self.layers):
@@ -145,7 +155,7 @@ def narrowed(
     return torch.logit(window, eps=torch.finfo(wide.dtype).eps).to(logits.dtype)
 
 
-class AttentionUnits:
+class AttentionUnits(MixedUnits):
     """KV heads of any causal LM of transformers, which read everything, or a window and the first tokens.
 
     Args:
@@ -173,18 +183,9 @@ class AttentionUnits:
         """Return the source of every KV head."""
         return [["full" if reads else "none" for reads in layer] for layer in opened.tolist()]
 
-    def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context with an attention function that mixes full and windowed attention head by head."""
-        if share is None:
-            return nullcontext()
-        return self._mixed(model, lambda place, _: share[:, None, place])
-
-    def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
-        """Return a context with an attention function that mixes full and windowed attention token by token."""
-        return self._mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
-
     @contextmanager
-    def _mixed(self, model: Any, shares: Shares) -> Iterator[None]:
+    def mixed(self, model: Any, shares: Shares) -> Iterator[None]:
+        """Run with an attention function that mixes full and windowed attention."""
         own: dict[nn.Module, Tensor] = {}  # shares in the current pass
 
         def noting(place: int) -> Any:
@@ -234,7 +235,7 @@ def near_keys(
 
 
 def find_units(model: Any, source: str | None, window: int | None, sinks: int | None) -> Units:
-    """Return the units of a model, after setting its window and sinks where they are given.
+    """Return the units of a model; a given window and given sinks replace the model's.
 
     Args:
         model: the policy's model, without adapters around it.

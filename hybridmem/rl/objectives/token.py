@@ -213,7 +213,7 @@ class GRPO(TokenObjective):
 
     @property
     def upper(self) -> float:
-        """Return the upper clipping range: epsilon_high, or epsilon if it is None."""
+        """Return the upper clipping range, epsilon_high; it defaults to epsilon."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def policy_loss(

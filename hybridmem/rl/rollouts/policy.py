@@ -60,7 +60,7 @@ def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 
 
 def lower_precision(model: torch.nn.Module, name: str) -> None:
-    """Convert the weights of a model, except those of memories, to a floating-point type of torch.
+    """Convert a model's weights to a floating-point type of torch; memories keep theirs.
 
     Raises:
         ValueError: torch has no such type.

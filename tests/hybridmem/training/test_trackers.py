@@ -105,8 +105,11 @@ def test_mlflow(mlflow_run):
 
 
 def test_other_loggers_are_left_alone(tmp_path):
-    log_figure([CSVLogger(tmp_path)], "maps", figure(), 3)
-    log_table([CSVLogger(tmp_path)], "rows", COLUMNS, ROWS, 4)
+    logger = CSVLogger(tmp_path)
+    log_figure([logger], "maps", figure(), 3)
+    log_table([logger], "rows", COLUMNS, ROWS, 4)
+    assert not logger.experiment.metrics
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])
