@@ -80,11 +80,9 @@ def test_scripts_accept_their_options(command, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.setattr(ArgumentParser, "parse_args", parse)
     monkeypatch.setattr("sys.argv", command)
+    execute = runpy.run_path if command[0].endswith(".py") else runpy.run_module
     with pytest.raises(Parsed):
-        if command[0].endswith(".py"):
-            runpy.run_path(command[0], run_name="__main__")
-        else:
-            runpy.run_module(command[0], run_name="__main__")
+        execute(command[0], run_name="__main__")
 
 
 def test_the_readme_is_short():
