@@ -1,7 +1,7 @@
 """Documents of the tasks in this folder, generated locally from lm-eval's metadata.
 
-The metadata may have `max_seq_lengths` (tokens per document), `num_samples` (per length), `seed`, `subtasks` (of Ruler), and
-`tokenizer` or `pretrained`, the folder or name of the tokenizer.
+The metadata may have `max_seq_lengths` (tokens per document), `num_samples` (per length), `seed`, `subtasks` (of
+Ruler), and `tokenizer` or `pretrained`, the folder or name of the tokenizer.
 """
 
 from collections.abc import Callable

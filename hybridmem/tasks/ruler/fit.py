@@ -1,7 +1,8 @@
 """A prompt of an exact number of tokens, from a context of any size and a filling cut to a character.
 
 The secant method finds the size of the context, since the number of tokens grows almost linearly with it. Then
-bisection cuts the filling, which tokenises only the text near it. A prompt of any length is thus tokenised only a few times.
+bisection cuts the filling, which tokenises only the text near it. A prompt of any length is thus tokenised
+only a few times.
 """
 
 from collections.abc import Callable
