@@ -1,7 +1,7 @@
 """Train an agent in an environment of your own: python examples/environment.py (two minutes on one core).
 
-A vault opens with a code that the agent can look up. Half of the demonstrations guess a code instead; reward teaches
-the agent to look first.
+A vault opens with a code that the agent can look up. Two in three demonstrations guess a code instead; reward
+teaches the agent to look first.
 """
 
 from functools import partial
@@ -33,15 +33,15 @@ class Opening:
     max_completion_length = 24
 
     def example(self, split, index):
-        code, guess = index // 2 % 10, index // 20 % 10
-        turns = [("look", str(code)), (f"enter {code}", "")] if index % 2 else [(f"enter {guess}", "")]
+        code, guess = index // 3 % 10, index // 30 % 10
+        turns = [("look", str(code)), (f"enter {code}", "")] if index % 3 == 0 else [(f"enter {guess}", "")]
         return {"prompt": "open the vault\n", "answer": "", "code": code, "turns": turns}
 
     def reward(self, prompts, completions, environments, **columns):
         return [float(vault.opened) for vault in environments]
 
 
-def main(warm_up: int = 150, steps: int = 40, games: int = 20, folder: str = "runs/examples/vault", seed: int = 0):
+def main(warm_up: int = 250, steps: int = 40, games: int = 20, folder: str = "runs/examples/vault", seed: int = 0):
     L.seed_everything(seed)
     config = HybridMemConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, attention_window=32)
     schedule = partial(WarmupCosine, warmup_steps=1)
@@ -49,7 +49,7 @@ def main(warm_up: int = 150, steps: int = 40, games: int = 20, folder: str = "ru
     start = PretrainModule(config, optimizer=partial(AdamW, lr=3e-3), lr_scheduler=schedule)
     trainer(max_steps=warm_up).fit(start, TaskDataModule(Opening(), num_val=games))
     start.model.save_pretrained(folder)
-    agent = PolicyModule(folder, [GRPO(beta=0.0)], optimizer=partial(AdamW, lr=5e-4), lr_scheduler=schedule, seed=seed)
+    agent = PolicyModule(folder, [GRPO(beta=0.0)], optimizer=partial(AdamW, lr=1e-3), lr_scheduler=schedule, seed=seed)
     data = TaskDataModule(Opening(), mode="prompts", batch_size=games, num_val=games)
     trainer().validate(agent, data)
     trainer(max_steps=steps).fit(agent, data)
