@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +39,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from hybridmem.training.trackers import check_packages
 
 from .compare import compare
+from .console import hide_useless_lines
 from .consolidate import consolidate
 from .convert import convert
 from .eval import evaluate
@@ -350,10 +350,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
-    # Lightning calls an API that torch has deprecated; users cannot change that.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    # PolicyModule keeps its model in eval mode on purpose, to disable dropout.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    hide_useless_lines()
     keep_freed_memory()
     flush_denormals()
     try:

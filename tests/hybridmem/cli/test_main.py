@@ -156,6 +156,8 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     assert saved.exists()
     assert f"--ckpt_path {saved}" in output
     assert "all saved. Resume with:" in output
+    assert "Tip:" not in output
+    assert "is not empty" not in output
     assert process.returncode == 128 + signal.SIGINT
     assert not (tmp_path / "run" / "run.lock").exists()
     assert torch.load(saved, weights_only=True)["global_step"] > 0
