@@ -1,7 +1,7 @@
 """Train an agent in an environment of your own: python examples/environment.py (two minutes on one core).
 
-A vault opens with a code that the agent can look up. Two in three demonstrations guess a code instead; reward
-teaches the agent to look first.
+A vault opens with a code that the agent can look up. Two in three demonstrations guess it; reward teaches the agent to
+look. Over two seeds, val/reward rises from 0.15 to 1 (greedy), and val/pass@1 from 0.3 to 0.8 (sampled).
 """
 
 from functools import partial
