@@ -115,7 +115,7 @@ def test_a_missing_token_is_an_error_before_any_work(tmp_path, monkeypatch, caps
         hybridmem(monkeypatch, "export", "--ckpt_path", "no.ckpt", "--output", tmp_path / "out", "--push_to_hub", NAME)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"push_to_hub={NAME} needs a token of the hub; run hf auth login, or set HF_TOKEN")
+    assert line.endswith(f"push_to_hub={NAME} needs a Hugging Face token; run hf auth login, or set HF_TOKEN")
 
 
 @pytest.mark.parametrize(
@@ -137,5 +137,5 @@ def test_a_hub_out_of_reach(online):
 
 def test_names_that_the_hub_does_not_accept(online):
     online("http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="push_to_hub=a/b/c is no name of a model"):
+    with pytest.raises(ValueError, match="push_to_hub=a/b/c is not a model name"):
         hub.open_repository("a/b/c")
