@@ -101,10 +101,11 @@ def complete(config: Path, folder: Path) -> dict[str, Any]:
     options = {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto", "trainer.precision": 32}
     text = config.read_text()
     if "PretrainModule" in text:
-        options |= {f"model.init_args.config.{name}": value for name, value in TINY.items()}
-        options |= {"model.init_args.config.vocab_size": 259}
-        if "layer_types" not in text:
-            options["model.init_args.config.num_hidden_layers"] = 2
+        if "class_path: transformers." not in text:  # a baseline, which is small already
+            options |= {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+            options |= {"model.init_args.config.vocab_size": 259}
+            if "layer_types" not in text:
+                options["model.init_args.config.num_hidden_layers"] = 2
     else:
         options |= {"model.init_args.model": folder / "policy"}
     if "TextDataModule" in text:

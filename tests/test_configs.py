@@ -63,10 +63,15 @@ def test_grids_parse(path, tmp_path, monkeypatch, capsys):
 
 def tiny_run(path: Path, folder: Path) -> list[str]:
     """Return options for a small run: a tiny model, short rows, little text and one to three steps."""
-    layers = yaml.safe_load(path.read_text())["model"]["init_args"]["config"].get("layer_types")
-    options = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
-    if layers is None:
-        options["model.init_args.config.num_hidden_layers"] = 2
+    config = yaml.safe_load(path.read_text())["model"]["init_args"]["config"]
+    if "class_path" in config:  # a transformers model, which is small already
+        options: dict[str, object] = (
+            {"model.init_args.config.init_args.chunk_size": 8} if "Mamba" in str(config) else {}
+        )
+    else:
+        options = {f"model.init_args.config.{name}": value for name, value in TINY.items()}
+        if config.get("layer_types") is None:
+            options["model.init_args.config.num_hidden_layers"] = 2
     options |= {
         "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
         "trainer.accelerator": "cpu",

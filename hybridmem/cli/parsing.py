@@ -20,7 +20,11 @@ from hybridmem.training.errors import SettingsError
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
     r"|Expected a path but|Problem with given class_path|Class validation error for validator"
+    r"|Import path \S+ does not correspond to a subclass of HybridMemConfig"
 )
+# PretrainModule's config is a HybridMemConfig, or the class_path of another configuration. The settings of a
+# HybridMemConfig without a class_path are no PreTrainedConfig.
+OTHER_CONFIG = re.compile(r"- Problem with given class_path 'transformers\.PreTrainedConfig':\n.*")
 NOT_A_TASK = re.compile(r"Import path (\S+) does not implement protocol Task")
 KEY = re.compile(r'Parser key "([^"]+)":\s*')
 
@@ -85,7 +89,7 @@ def one_line(message: str) -> str:
     """Reduce a nested message of several lines to the setting's dotted name and the error."""
     names: list[str] = []
     sentences: list[str] = []
-    for line in message.splitlines():
+    for line in OTHER_CONFIG.sub("", message).splitlines():
         names += KEY.findall(line)
         sentence = KEY.sub("", line).strip().removeprefix("- ").removeprefix("ValueError: ")
         if sentence and not NOISE.match(sentence) and sentence not in sentences:

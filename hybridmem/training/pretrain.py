@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from hybridmem.data.trainer_state import batches_trained, is_training
 from hybridmem.distributed import all_gather_object, global_mean_weights, shard
@@ -24,8 +24,9 @@ from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.model.patches import embed_with_patches
 from hybridmem.model.sequence import PADDING
 from hybridmem.model.state import detach_state
+from hybridmem.peers import build_peer, check_peer, document_logits, set_attention
 from hybridmem.training.checkpoints.carried import own_cache, restore_cache, save_cache
-from hybridmem.training.checkpoints.contents import check_same_model, name_optimizer_states, start_from
+from hybridmem.training.checkpoints.contents import check_same_model, config_entry, name_optimizer_states, start_from
 from hybridmem.training.checkpoints.model_card import training_facts
 
 from .accumulation import Accumulation, check_epochs
@@ -34,13 +35,15 @@ from .optimizers import MatrixOptimizer, OptimizerFactory, decay_groups
 from .schedules import SchedulerFactory, WarmupCosine, check_schedule, scheduled_steps
 
 Batch = dict[str, Tensor]
+PEER_RANGE = 64  # tokens in the first range of the loss by position, for models of transformers
 
 
 class PretrainModule(L.LightningModule):
-    """Pretraining of a HybridMem language model, from scratch or from existing weights.
+    """Pretraining of a HybridMem language model, or of a transformers baseline, from scratch or existing weights.
 
     Args:
-        config: model configuration.
+        config: configuration of a HybridMem model; or class_path and init_args of any configuration with a causal LM
+            in transformers, such as transformers.Mamba2Config, which then reads every document on its own.
         init_from: checkpoint of `hybridmem fit`, or folder or name for `from_pretrained`, with the same tensors.
             Training starts from its weights, with a new optimiser and from the first batch. Use --ckpt_path to resume
             a run.
@@ -52,7 +55,7 @@ class PretrainModule(L.LightningModule):
         activation_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: `eager`, `sdpa`, `flex_attention` or `flash_attention_2`.
         position_edges: start of each position range in the loss by position. None: 0 and the attention window times
-            1, 2, 4, ….
+            1, 2, 4, …; transformers' models count from 64.
 
     Raises:
         ValueError: incompatible settings, before training starts.
@@ -60,7 +63,7 @@ class PretrainModule(L.LightningModule):
 
     def __init__(
         self,
-        config: HybridMemConfig,
+        config: HybridMemConfig | PreTrainedConfig,
         init_from: str | None = None,
         optimizer: OptimizerFactory = torch.optim.AdamW,
         matrix_optimizer: OptimizerFactory | None = None,
@@ -76,17 +79,24 @@ class PretrainModule(L.LightningModule):
                 "carry_state=true needs the cache, which activation_checkpointing=true disables; set one of the two to "
                 "false"
             )
+        if not isinstance(config, HybridMemConfig):
+            check_peer(config)
+            if carry_state:
+                raise ValueError(
+                    f"carry_state=true needs a HybridMem model, but config is a {type(config).__name__}; set "
+                    "carry_state to false"
+                )
         self.config, self.init_from = config, init_from
         self.optimizer, self.matrix_optimizer, self.lr_scheduler = optimizer, matrix_optimizer, lr_scheduler
         self.carry_state, self.activation_checkpointing = carry_state, activation_checkpointing
         self.attn_implementation = attn_implementation
-        window = config.attention_window
+        window = config.attention_window if isinstance(config, HybridMemConfig) else PEER_RANGE
         edges = position_edges or [0, *(window * 2**n for n in range(15))]
         with named("position_edges"):
             self.bits_per_byte, self.loss_by_position = BitsPerByte(), LossByPosition(edges)
         self.needles = torch.nn.ModuleDict()
         self.answers: NeedleAccuracy | None = None  # accuracy on the data's task, if it has one
-        self.model: HybridMemForCausalLM | None = None
+        self.model: Any = None  # HybridMemForCausalLM, or a causal LM of transformers
         self.carried: DynamicCache | None = None
         self.carried_before: tuple[int, DynamicCache | None] = (-1, None)  # number of batches, and the cache after them
         self.accumulation = Accumulation()
@@ -106,15 +116,21 @@ class PretrainModule(L.LightningModule):
         if self.model is not None:
             return
         with named("config"):  # for example, out of memory
-            model = HybridMemForCausalLM(self.config)
+            ours = isinstance(self.config, HybridMemConfig)
+            model: Any = HybridMemForCausalLM(self.config) if ours else build_peer(self.config)
         if self.init_from is not None and (self._trainer is None or self.trainer.ckpt_path is None):
             with named("init_from"):
                 start_from(model, self.init_from)
-        model.set_attn_implementation(self.attn_implementation)
+        set_attention(model, self.attn_implementation)
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()
         mesh = self.device_mesh
         if mesh is not None:
+            if not ours:
+                raise ValueError(
+                    f"config={type(self.config).__name__} reads documents in passes, whose number differs between "
+                    "processes, and ModelParallelStrategy needs equal numbers; set trainer.strategy to ddp"
+                )
             if self.matrix_optimizer is not None:
                 raise ValueError(
                     "matrix_optimizer needs whole matrices, but ModelParallelStrategy shards them; set it to null, or "
@@ -259,7 +275,7 @@ class PretrainModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's configuration, the carried state and the accumulated gradients."""
-        checkpoint["hybridmem_config"] = self.config.to_dict()
+        checkpoint |= config_entry(self.config)
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["tokenizer"] = None if data is None else data.hparams.get("tokenizer")
         batches, before = self.carried_before
@@ -288,17 +304,18 @@ class PretrainModule(L.LightningModule):
         """Return the logits and each predicted token's negative log-likelihood in nats."""
         assert self.model is not None
         batch = self._with_patches(batch)
-        outputs = self.model(
-            batch.get("input_ids"),
-            inputs_embeds=batch.get("inputs_embeds"),
-            document_ids=batch.get("document_ids"),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        logits = outputs.logits[:, -batch["shift_labels"].shape[1] :]
+        logits = self._logits(batch, cache)[:, -batch["shift_labels"].shape[1] :]
         labels = batch["shift_labels"]
         nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
         return logits, nats.view_as(labels)
+
+    def _logits(self, batch: Batch, cache: DynamicCache | None) -> Float[Tensor, "batch time vocab"]:
+        name = "input_ids" if "input_ids" in batch else "inputs_embeds"
+        inputs, documents = {name: batch[name]}, batch.get("document_ids")
+        if not isinstance(self.config, HybridMemConfig):
+            return document_logits(self.model, documents, **inputs)
+        options = dict(document_ids=documents, past_key_values=cache, use_cache=cache is not None)
+        return self.model(**inputs, **options).logits
 
     def _with_patches(self, batch: Batch) -> Batch:
         """Return the batch with its images, if any, as patches before the text, in the text's first document."""

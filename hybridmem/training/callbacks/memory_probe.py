@@ -104,6 +104,14 @@ class MemoryMonitor(L.Callback):
         """Restore the step of the last probe."""
         self.last_step = state_dict["last_step"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Raise a ValueError for a model of transformers, which has no memory to probe."""
+        if not any(isinstance(module, HybridMemForCausalLM) for module in pl_module.modules()):
+            raise ValueError(
+                "MemoryMonitor probes HybridMem models, but model.init_args.config is a transformers model's; remove "
+                "MemoryMonitor from trainer.callbacks"
+            )
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
     ) -> None:

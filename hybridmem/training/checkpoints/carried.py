@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from hybridmem.distributed import rank_and_size
-from hybridmem.model.configuration import HybridMemConfig
 from hybridmem.model.state import map_state
 
 SavedCache = list[tuple[Any, ...]] | None
@@ -44,7 +43,7 @@ def own_cache(saved: list[SavedCache]) -> SavedCache:
     return own or None
 
 
-def restore_cache(saved: SavedCache, config: HybridMemConfig) -> DynamicCache | None:
+def restore_cache(saved: SavedCache, config: PreTrainedConfig) -> DynamicCache | None:
     """Rebuild the cache from the values of `save_cache`."""
     if saved is None:
         return None

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -31,9 +32,14 @@ from .sharded import is_sharded
 IGNORED = {"transformers_version", "dtype", "architectures", "auto_map", "use_cache", "_name_or_path"}
 
 
-def check_same_model(config: HybridMemConfig, checkpoint: dict[str, Any]) -> None:
+def config_entry(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a checkpoint's entry for the configuration of its model."""
+    return {"hybridmem_config" if isinstance(config, HybridMemConfig) else "transformers_config": config.to_dict()}
+
+
+def check_same_model(config: PreTrainedConfig, checkpoint: dict[str, Any]) -> None:
     """Raise a ValueError if the checkpoint's model differs from `config`, naming the settings that differ."""
-    saved = checkpoint.get("hybridmem_config")
+    saved = checkpoint.get("hybridmem_config", checkpoint.get("transformers_config"))
     if saved is None:
         raise ValueError("the checkpoint has no hybridmem_config; choose a ckpt_path that hybridmem fit wrote")
     now = config.to_dict()
@@ -131,7 +137,7 @@ def _adapter_of_the_hub(name: str) -> Path | None:
     return None
 
 
-def start_from(model: HybridMemForCausalLM, name: str) -> None:
+def start_from(model: PreTrainedModel, name: str) -> None:
     """Copy the weights of the model that `load_policy` loads.
 
     Raises:

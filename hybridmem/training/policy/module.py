@@ -9,14 +9,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from hybridmem.data.trainer_state import is_training
 from hybridmem.distributed import Meter
-from hybridmem.model.modeling import HybridMemForCausalLM
 from hybridmem.rl.objectives.objective import Objective, ObjectiveError
 from hybridmem.rl.rewards.functions import RewardSum
 from hybridmem.rl.rollouts.agent_rollouts import Environments
 from hybridmem.rl.rollouts.policy import Example, Policy
 from hybridmem.rl.rollouts.sampling import Sampling
 from hybridmem.rl.rollouts.vllm_rollouts import ServedRollouts
-from hybridmem.training.checkpoints.contents import holding, name_optimizer_states
+from hybridmem.training.checkpoints.contents import config_entry, holding, name_optimizer_states
 from hybridmem.training.checkpoints.model_card import training_facts
 from hybridmem.training.errors import named, stopping_at
 from hybridmem.training.non_finite import stopping_at_non_finite_logits
@@ -305,9 +304,7 @@ class PolicyModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's configuration, the rollout count, which determines random numbers, and waiting groups."""
-        model = self.policy.base_model
-        own = isinstance(model, HybridMemForCausalLM)
-        checkpoint["hybridmem_config" if own else "transformers_config"] = model.config.to_dict()
+        checkpoint |= config_entry(self.policy.base_model.config)
         checkpoint["lora"] = self.lora
         checkpoint["processor"] = self.data.hparams.get("processor")
         checkpoint["tokenizer"] = checkpoint["processor"] or self.data.hparams.get("tokenizer")
