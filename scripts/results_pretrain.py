@@ -231,7 +231,7 @@ def time_steps(names: list[str], rounds: int = 6) -> None:
 def collect() -> dict[str, Any]:
     """Return the results of all finished runs, and the committed results of cells that have no runs here."""
     seconds, committed = seconds_per_step(), json.loads(DATA.read_text())
-    results = {}
+    results: dict[str, Any] = {}
     for name, cell in CELLS.items():
         logs = {seed: read_log(folder(name, seed)) for seed in cell.seeds if finished(name, seed)}
         if not logs:
