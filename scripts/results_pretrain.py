@@ -124,8 +124,11 @@ def steps_of(name: str) -> int:
     cell = CELLS[name]
     if cell.as_long_as is None:
         return cell.steps
-    seconds = seconds_per_step()
-    return round(cell.steps * seconds[timed_as(cell.as_long_as)] / seconds[timed_as(name)])
+    seconds, pair = seconds_per_step(), (timed_as(cell.as_long_as), timed_as(name))
+    for timed in pair:
+        if timed not in seconds:
+            raise SystemExit(f"the seconds per step of {timed!r} are unknown; run {sys.argv[0]} time first")
+    return round(cell.steps * seconds[pair[0]] / seconds[pair[1]])
 
 
 def command(name: str, seed: int) -> list[str]:
@@ -166,7 +169,8 @@ def steps_run(name: str, seed: int) -> int:
 
 def finished(name: str, seed: int) -> bool:
     """Return True if a run's final loss is on disk, with 1 % tolerance for step counts from new timings."""
-    return steps_run(name, seed) >= 0.99 * steps_of(name)
+    steps = steps_run(name, seed)
+    return steps > 0 and steps >= 0.99 * steps_of(name)
 
 
 def train(name: str, seed: int) -> None:
