@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .action import Part, SharedAction
-from .allocations import MAX_LOGIT, UnitPolicy, Units
+from .allocations import MAX_LOGIT, DrawnAction, UnitPolicy, Units
 from .passes import NewTokens, before_passes
 
 Inputs = Float[Tensor, "rows time hidden"]  # a layer's normed input
@@ -70,13 +70,13 @@ class RouterPolicy(UnitPolicy):
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(DrawnAction):
     """The decisions of every response, which passes over it repeat.
 
     Args:
         policy: drew them.
         units: the model's units.
-        prefill: `full` reads prompts beyond the window, once for all responses; `allocated` by decisions.
+        prefill: see DrawnAction.
         opened: True if a token reads beyond the window; prompt first.
         inputs: of the layers at the last tokens, where decisions were drawn.
         counts: True for tokens that a response depends on.
@@ -94,16 +94,6 @@ class Routing:
     advantages: Float[Tensor, " rows"] | None = None
 
     @property
-    def prefill_once(self) -> bool:
-        """Return True if prompts are read independently of the decisions."""
-        return self.prefill == "full"
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because responses are scored under the decisions that sampled them."""
-        return True
-
-    @property
     def decisions(self) -> Bool[Tensor, "rows layers drawn"]:
         """Return the decisions that were drawn."""
         return self.opened[:, :, self.opened.shape[2] - self.inputs.shape[2] :]
@@ -115,12 +105,8 @@ class Routing:
         return beyond / (self.counts.sum(1) * self.opened.shape[1]).clamp(min=1)
 
     @contextmanager
-    def applied(self, model: Any, part: Part = "response") -> Iterator[None]:
+    def as_drawn(self, model: Any) -> Iterator[None]:
         """Run with the decisions; tokens that the rollout did not read read beyond the window."""
-        if part == "prompt" and self.prefill == "full":
-            with self.units.applied(model, None):
-                yield
-            return
         new = NewTokens(0, 0, None)
 
         def begin(tokens: NewTokens) -> None:
@@ -159,13 +145,13 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class RoutedRollout:
+class RoutedRollout(DrawnAction):
     """Decisions that are drawn while responses are sampled, in antithetic pairs u and 1 − u.
 
     Args:
         policy: draws them.
         units: the model's units.
-        prefill: see Routing.
+        prefill: see DrawnAction.
         num_generations: responses of a group.
         generators: one for each prompt.
         with_reference: the first response of each group reads everything.
@@ -181,23 +167,9 @@ class RoutedRollout:
     inputs: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     begun: list[NewTokens] = field(default_factory=list)
 
-    @property
-    def prefill_once(self) -> bool:
-        """Return True if prompts are read independently of the decisions."""
-        return self.prefill == "full"
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because responses are scored under the decisions that sampled them."""
-        return True
-
     @contextmanager
-    def applied(self, model: Any, part: Part = "response") -> Iterator[None]:
+    def as_drawn(self, model: Any) -> Iterator[None]:
         """Run with decisions that are drawn as the model reads."""
-        if part == "prompt" and self.prefill == "full":
-            with self.units.applied(model, None):
-                yield
-            return
         numbers: Float[Tensor, "rows layers time"]
 
         def begin(new: NewTokens) -> None:

@@ -213,7 +213,8 @@ class AllocationRL(LearnedGates):
         allocation: Any = batch.actions[self.family]
         logps, probabilities = gates.likelihoods(allocation)
         loss = self.compute_loss(logps, allocation.old_logps, allocation.advantages)
-        return loss, _metrics(price, probabilities) | {"cost": allocation.costs.mean()}
+        costs = {"cost": allocation.costs.mean()} if probabilities.numel() else {}
+        return loss, _metrics(price, probabilities) | costs
 
     def compute_loss(
         self,
@@ -228,6 +229,9 @@ class AllocationRL(LearnedGates):
 
 
 def _metrics(price: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+    """Return the price, and the probabilities' means unless no decision was drawn."""
+    if not probabilities.numel():
+        return {"price": price}
     decided = (probabilities - 0.5).abs() > 0.4
     return {"closed": 1 - probabilities.mean(), "price": price, "decided": decided.float().mean()}
 

@@ -51,6 +51,14 @@ def test_a_frozen_model_learns_a_router(tmp_path, monkeypatch, kind, prefill):
     assert "allocation" not in load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))
 
 
+def test_responses_of_one_token_log_no_decisions(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[router(prefill="full")], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config, "--model.init_args.max_completion_length", "1")
+    assert len(logged(tmp_path, "allocation/price")) == 2
+    for name in ("closed", "decided", "cost"):
+        assert not logged(tmp_path, f"allocation/{name}")
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     config = config_of(tmp_path, "mag", [router("mag", budget=0.5, prefill="allocated")], trainer__max_steps=4)
     hybridmem(monkeypatch, "fit", "--config", config)
