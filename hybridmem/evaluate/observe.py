@@ -107,7 +107,7 @@ def _watch_heads(number: int, mixer: HeadMixer, records: dict[int, HeadsRecord],
         )
 
     def note_memory(memory: HeadMemory, arguments: tuple[Any, ...], _: Any) -> None:
-        x, q, keys, values, _, mass, kv_heads, plan, _ = arguments
+        x, q, keys, values, _, mass, kv_heads, plan, *_ = arguments
         if plan.first_write >= plan.time:  # no token left the window
             return
         record, heads = records[number], memory.query_heads(kv_heads)

@@ -180,7 +180,9 @@ class NeuralMemory(nn.Module):
     def _scan(
         self, inputs: ScanInputs, state: MemoryState | MemoryMLPState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryState | MemoryMLPState]:
-        config = self.config
+        config, mask = self.config, sequence.mask
+        if sequence.writes is not None:
+            inputs, mask = skip_writes(inputs, sequence.writes, sequence.document_ids, mask, config)
         if config.memory_depth == 1:
             assert not isinstance(state, MemoryMLPState)
             return memory_scan(
@@ -188,7 +190,7 @@ class NeuralMemory(nn.Module):
                 state,
                 chunk_size=config.memory_chunk_size,
                 document_ids=sequence.document_ids,
-                mask=sequence.mask,
+                mask=mask,
                 in_place=sequence.decodes,
             )
         assert not isinstance(state, MemoryState)
@@ -272,6 +274,28 @@ def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"
     return 1 - eta if step == "damped" else torch.ones_like(eta)
 
 
+def skip_writes(
+    inputs: ScanInputs,
+    writes: Bool[Tensor, "batch time"],
+    document_ids: Int[Tensor, "batch time"] | None,
+    mask: Bool[Tensor, "batch time"] | None,
+    config: HybridMemConfig,
+) -> tuple[ScanInputs, Bool[Tensor, "batch time"]]:
+    """Return inputs and mask of a scan that reads at every token and stores only some.
+
+    A skipped token leaves weights and momentum alone, as if the text lacked it. If it begins a document, it still
+    empties the memory.
+
+    Raises:
+        ValueError: a deep memory, which reads only at tokens that it stores.
+    """
+    if config.memory_depth > 1:
+        raise ValueError(f"memory_depth={config.memory_depth} stores every token: set 1 to choose which to write")
+    kept = writes if document_ids is None else writes | document_starts(document_ids, mask)
+    inputs = inputs._replace(theta=inputs.theta.where(writes[:, None], 0))
+    return inputs, kept if mask is None else kept & mask
+
+
 class HeadMemoryState(NamedTuple):
     """State of the memory, with unrotated keys and gates of the window's tokens, which are written later."""
 
@@ -279,6 +303,7 @@ class HeadMemoryState(NamedTuple):
     keys: Float[Tensor, "batch kv_heads kept dim"]
     gates: Float[Tensor, "batch heads kept gates"]
     document: Int[Tensor, " batch"]  # of the last write
+    writes: Bool[Tensor, "batch 1 kept"] | None = None  # False for tokens to skip; None: all are stored
 
 
 class FeatureMap(nn.Module):
@@ -342,6 +367,7 @@ class HeadMemory(nn.Module):
         kv_heads: list[int],
         plan: WindowPlan,
         state: HeadMemoryState | None,
+        writes: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time heads dim"], HeadMemoryState]:
         """Write the tokens that leave the window, read the memory, and mix it with the window's output.
 
@@ -354,8 +380,10 @@ class HeadMemory(nn.Module):
             kv_heads: indices of the KV heads.
             plan: the tokens that leave the window at each step.
             state: the state after earlier calls.
+            writes: False for tokens of `x` that are skipped when they leave the window; None: all are stored.
         """
         heads = self.query_heads(kv_heads)
+        stored = self._stored(x, writes, state)
         gates = self.gates(x, heads)
         scan: MemoryState | MemoryMLPState | None = None
         document = torch.full((len(x),), NO_DOCUMENT, device=x.device)
@@ -366,9 +394,16 @@ class HeadMemory(nn.Module):
             scan, document = self._begin_documents(plan, scan, document, q, heads)
             inputs = self.scan_inputs(plan, q, keys, values, gates, heads)
             documents = None if plan.document_ids is None else plan.document_ids[:, plan.first_write :]
-            recalled, scan = self._scan(inputs, heads, scan, documents, plan.written)
-            attended = self._mix(x, attended, recalled.transpose(1, 2), mass, heads, plan)
-        return attended, HeadMemoryState(scan, plan.keep(keys), plan.keep(gates), document)
+            mask = plan.written
+            if stored is not None:
+                inputs, mask = skip_writes(inputs, plan.leaving(stored)[:, 0], documents, mask, self.config)
+            recalled, scan = self._scan(inputs, heads, scan, documents, mask)
+            recalled = recalled.transpose(1, 2)
+            if stored is not None:  # a memory that has stored nothing recalls zeros, and the window has all the mass
+                recalled = recalled.where((recalled != 0).any(-1, keepdim=True), attended[:, plan.first_write :])
+            attended = self._mix(x, attended, recalled, mass, heads, plan)
+        kept = None if stored is None else plan.keep(stored)
+        return attended, HeadMemoryState(scan, plan.keep(keys), plan.keep(gates), document, kept)
 
     def query_heads(self, kv_heads: list[int]) -> list[int]:
         """Return the query heads of the given KV heads."""
@@ -389,6 +424,19 @@ class HeadMemory(nn.Module):
         k = self.k_map(self._repeat(plan.leaving(keys)), heads)
         alpha, eta, theta = plan.leaving(gates).unbind(-1)
         return ScanInputs(q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
+
+    def _stored(
+        self, x: Float[Tensor, "batch time hidden"], writes: Tensor | None, state: HeadMemoryState | None
+    ) -> Bool[Tensor, "batch 1 read"] | None:
+        """Return the choices for [kept tokens, `x`], or None if no call has made any."""
+        before = None if state is None else state.writes
+        if writes is None and before is None:
+            return None
+        writes = torch.ones_like(x[..., 0], dtype=torch.bool) if writes is None else writes
+        if state is None:
+            return writes[:, None]
+        before = torch.ones_like(state.keys[:, :1, :, 0], dtype=torch.bool) if before is None else before
+        return torch.cat((before, writes[:, None]), dim=2)
 
     def window_share(
         self,

@@ -54,6 +54,10 @@ class Units(Protocol):
         """
         ...
 
+    def counted(self, read: Bool[Tensor, "rows time"]) -> Bool[Tensor, "rows time"]:
+        """Mark the tokens whose own share the reading of some tokens depends on."""
+        ...
+
 
 class DrawnAction(ABC):
     """Action that is drawn for every response, and by which prompts are read only with `prefill: allocated`.
