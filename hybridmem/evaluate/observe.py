@@ -115,6 +115,8 @@ def _watch_heads(number: int, mixer: HeadMixer, records: dict[int, HeadsRecord],
         record.memory = memory.scan_inputs(plan, q, keys, values, memory.gates(x, heads), heads)
         record.share = memory.window_share(x, mass, heads, plan)
 
+    if mixer.memory is not None and mixer.memory.router is not None:
+        raise ValueError(f"cannot record layer {number}, whose memory skips tokens: choose a layer without memory")
     stack.callback(mixer.register_forward_pre_hook(note_heads).remove)
     if mixer.memory is not None:
         stack.callback(mixer.memory.register_forward_hook(note_memory).remove)

@@ -1,6 +1,7 @@
 """Neural memory layers: projections and gates, the scan, and the output gate (Titans, arXiv 2501.00663, section 4)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -72,6 +73,26 @@ class MemoryTrace(NamedTuple):
     state_norm: Float[Tensor, "batch heads"]
 
 
+class WriteRouter(nn.Module):
+    """Rule by which a memory stores a token if a linear function of its normalised input is positive.
+
+    Its numbers are buffers, because no gradient passes through the choice.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(hidden_size))
+        self.register_buffer("bias", torch.ones(()))
+
+    def forward(self, x: Float[Tensor, "batch time hidden"]) -> Bool[Tensor, "batch time"]:
+        """Return True for tokens to store."""
+        x = nn.functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:])
+        return (x * self.weight).mean(-1) + self.bias > 0
+
+
 class NeuralMemoryState(NamedTuple):
     """State that a memory layer carries from call to call; its size is constant."""
 
@@ -107,6 +128,7 @@ class NeuralMemory(nn.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.output_gate = nn.Linear(config.hidden_size, self.inner, bias=False)
         self.o_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.router = WriteRouter(config.hidden_size) if config.memory_router else None
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
@@ -114,6 +136,7 @@ class NeuralMemory(nn.Module):
         """Read and write along `x`; return the output and the next state."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
+        sequence = self._routed(x, sequence)
         inputs, convolution = self.scan_inputs(x, None if state is None else state.convolution, sequence)
         out, scan = self._scan(inputs, None if state is None else state.scan, sequence)
         return self._finish(out, x), NeuralMemoryState(scan, convolution)
@@ -134,6 +157,7 @@ class NeuralMemory(nn.Module):
         """Record the gates, the surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
+        sequence = self._routed(x, sequence)
         inputs, _ = self.scan_inputs(x, None if state is None else state.convolution, sequence)
         # A token reads the state after its own write. Querying with the next token's key gives M(W_{t-1}; k_t).
         ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
@@ -176,6 +200,12 @@ class NeuralMemory(nn.Module):
         """Empty the memory in the selected rows."""
         fresh = self.initial_scan_state(len(rows), self.o_proj.weight)
         return state._replace(scan=select_rows(rows, fresh, state.scan))
+
+    def _routed(self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence) -> TokenSequence:
+        """Add the router's choice, unless the caller has made one."""
+        if self.router is None or sequence.writes is not None:
+            return sequence
+        return replace(sequence, writes=self.router(x))
 
     def _scan(
         self, inputs: ScanInputs, state: MemoryState | MemoryMLPState | None, sequence: TokenSequence
@@ -337,6 +367,7 @@ class HeadMemory(nn.Module):
         widths = [dim, *[dim * config.memory_expansion] * (config.memory_depth - 1), dim]
         shapes = pairwise(widths) if config.memory_depth > 1 else ()
         self.initial_weights = nn.ParameterList(torch.empty(heads, *shape) for shape in shapes)
+        self.router = WriteRouter(config.hidden_size) if config.memory_router else None
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -380,7 +411,8 @@ class HeadMemory(nn.Module):
             kv_heads: indices of the KV heads.
             plan: the tokens that leave the window at each step.
             state: the state after earlier calls.
-            writes: False for tokens of `x` that are skipped when they leave the window; None: all are stored.
+            writes: False for tokens of `x` that are skipped when they leave the window; None: those that the router
+                skips, if there is one.
         """
         heads = self.query_heads(kv_heads)
         stored = self._stored(x, writes, state)
@@ -430,6 +462,8 @@ class HeadMemory(nn.Module):
     ) -> Bool[Tensor, "batch 1 read"] | None:
         """Return the choices for [kept tokens, `x`], or None if no call has made any."""
         before = None if state is None else state.writes
+        if writes is None and self.router is not None:
+            writes = self.router(x)
         if writes is None and before is None:
             return None
         writes = torch.ones_like(x[..., 0], dtype=torch.bool) if writes is None else writes

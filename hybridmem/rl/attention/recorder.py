@@ -266,7 +266,7 @@ def record_memory(
     Raises:
         ValueError: The memory skips some tokens, for which no gates exist.
     """
-    if sequence.writes is not None:
+    if sequence.writes is not None or memory.router is not None:
         raise ValueError(
             "cannot record a memory that skips tokens: remove unit=write, or record a layer without memory"
         )

@@ -143,12 +143,17 @@ class Gates(Objective):
         return shared(opened, gates, self.find_units(policy.base_model))
 
     def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the current allocation of KV heads for `hybridmem export`, or nothing for gates and routers.
+        """Return the current allocation of KV heads, or the router of writes, for `hybridmem export`.
 
-        The file format does not cover gates of `mag`, or decisions that depend on tokens.
+        Gates of `mag`, and tokens that read beyond their window, have no exported form.
         """
-        if isinstance(self.unit_policy(policy), RouterPolicy):
-            return {}
+        gates = self.unit_policy(policy)
+        if isinstance(gates, RouterPolicy):
+            if self.unit != "write":
+                return {}
+            layers = self.find_units(policy.base_model).layers
+            weight, bias = (parameter.detach().cpu().clone() for parameter in (gates.weight, gates.bias))
+            return {"write_router": {"layers": layers, "weight": weight, "bias": bias}}
         fixed, config = self.fixed(policy), policy.base_model.config
         sources = fixed.units.sources_of(spread(fixed.opened.float(), fixed.units)[0] > 0.5)
         if sources is None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridmem import HybridMemForCausalLM
 from hybridmem.convert import Allocation
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.checkpoints.loading import load_checkpoint
@@ -82,6 +83,11 @@ def test_a_frozen_model_learns_which_tokens_to_store_and_resumes_exactly(tmp_pat
     assert shares
     assert all(0 <= share <= 1 for share in shares)
     assert (tmp_path / "run" / "routed_tokens").exists()
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", str(tmp_path / "run" / "step=4.ckpt"), "--output", str(exported))
+    model = HybridMemForCausalLM.from_pretrained(exported)
+    for number, layer in enumerate(model.model.layers):
+        assert torch.equal(layer.mixer.memory.router.weight, whole["learned.Allocation.weight"][number])
 
 
 def test_tokens_attention_and_routers_train_together(tmp_path, monkeypatch):
