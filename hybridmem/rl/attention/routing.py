@@ -136,7 +136,7 @@ class Routing(DrawnAction):
     def counted(self, prompts: Bool[Tensor, "rows prompt"], responses: Bool[Tensor, "rows length"]) -> "Routing":
         """Return the decisions with the tokens that count: those on which a token of the response depends.
 
-        Padding and a response's last token do not count, nor does a write after that.
+        Padding, a response's last token and later writes do not count.
 
         Args:
             prompts: False for padding.

@@ -41,7 +41,7 @@ PATIENCE = 10  # rollouts in which full attention has to earn something
 class AllocationRL(LearnedGates):
     """Learns from reward which heads, layers or tokens read beyond their window, under a price for each that does.
 
-    With `unit: write` it learns which tokens a memory stores, and open stands for stored.
+    With `unit: write` it learns which tokens a memory stores; an open token is then a stored one.
 
     A price λ makes open units costly. With a `budget` it rises while more units are open than that, and falls when
     fewer are. Without, it rises while the mean reward exceeds `min_reward` times the reward of full attention on the
