@@ -204,6 +204,7 @@ BEGINS_WITH = {
     "rl/workspace": "fit --config {configs}/rl/workspace_rft.yaml",
     "rl/workspace_rft": "fit --config {configs}/rl/workspace_warmup.yaml",
     "rl/workspace_stage2": "fit --config {configs}/rl/workspace.yaml",
+    "rl/write_router": "fit --config {configs}/rl/recall_warmup.yaml",
 }
 STARTS = re.compile(r"^ +(model|base|init_from): runs/", re.M)
 

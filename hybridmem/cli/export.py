@@ -5,6 +5,7 @@ from typing import Any
 
 from hybridmem.convert import Allocation, allocate, convert
 from hybridmem.convert.conversion import ALLOCATION
+from hybridmem.convert.memories import route_writes
 from hybridmem.data.tokenizer import load_tokenizer
 from hybridmem.data.vision import load_processor
 from hybridmem.model.modeling import HybridMemForCausalLM
@@ -24,7 +25,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder with a checkpoint's weights, configuration, tokenizer, model code and model card.
 
-    Memories that no head reads are left out.
+    Memories that no head reads are left out. A router of writes that the checkpoint learned becomes part of the model.
 
     Args:
         ckpt_path: checkpoint of `hybridmem fit`; its averaged weights (EMA) are exported if it has any.
@@ -43,6 +44,8 @@ def export(
     if fixed is not None:
         model = _with_sources(model, fixed)
         fixed.save(output / ALLOCATION)
+    if "write_router" in checkpoint:
+        route_writes(model, **checkpoint["write_router"])
     if tokenizer is not None:
         ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
         model.config.update(ends | dict(pad_token_id=tokenizer.pad_token_id))

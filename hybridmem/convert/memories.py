@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hybridmem.model.configuration import HEAD_SOURCES, HybridMemConfig, check_head_sources
 from hybridmem.model.heads import HeadMixer
-from hybridmem.model.memory import HeadMemory
+from hybridmem.model.memory import HeadMemory, WriteRouter
 from hybridmem.model.modeling import HybridMemForCausalLM
 
 from .allocation import Allocation
@@ -86,3 +88,28 @@ def allocate(model: HybridMemForCausalLM, allocation: Allocation) -> None:
     for layer, mixer in mixers.items():
         if "memory" not in allocation.head_sources[layer]:
             mixer.memory = None
+
+
+def route_writes(
+    model: HybridMemForCausalLM,
+    layers: list[int],
+    weight: Float[Tensor, "layers hidden"],
+    bias: Float[Tensor, " layers"],
+) -> None:
+    """Make a model's memories store only the tokens that a router picks.
+
+    Args:
+        model: a model with memories.
+        layers: numbers of the layers that the router decides for; other memories store every token.
+        weight, bias: the router's parameters, see WriteRouter.
+    """
+    model.config.memory_router = True
+    model.config.validate()
+    for number, layer in enumerate(model.model.layers):
+        memory: Any = getattr(layer.mixer, "memory", None)
+        if memory is None:
+            continue
+        memory.router = WriteRouter(model.config.hidden_size).to(model.device)
+        if number in layers:
+            memory.router.weight.copy_(weight[layers.index(number)])
+            memory.router.bias.copy_(bias[layers.index(number)])

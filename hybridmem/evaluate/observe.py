@@ -107,7 +107,7 @@ def _watch_heads(number: int, mixer: HeadMixer, records: dict[int, HeadsRecord],
         )
 
     def note_memory(memory: HeadMemory, arguments: tuple[Any, ...], _: Any) -> None:
-        x, q, keys, values, _, mass, kv_heads, plan, _ = arguments
+        x, q, keys, values, _, mass, kv_heads, plan, *_ = arguments
         if plan.first_write >= plan.time:  # no token left the window
             return
         record, heads = records[number], memory.query_heads(kv_heads)
@@ -115,6 +115,8 @@ def _watch_heads(number: int, mixer: HeadMixer, records: dict[int, HeadsRecord],
         record.memory = memory.scan_inputs(plan, q, keys, values, memory.gates(x, heads), heads)
         record.share = memory.window_share(x, mass, heads, plan)
 
+    if mixer.memory is not None and mixer.memory.router is not None:
+        raise ValueError(f"cannot record layer {number}, whose memory skips tokens: choose a layer without memory")
     stack.callback(mixer.register_forward_pre_hook(note_heads).remove)
     if mixer.memory is not None:
         stack.callback(mixer.memory.register_forward_hook(note_memory).remove)

@@ -70,6 +70,8 @@ class HybridMemConfig(PreTrainedConfig):
         memory_momentum, memory_forgetting: False disables the surprise's momentum or the forgetting gate.
         memory_conv_size: taps of the convolution on the memory's q, k, v; 1 disables it.
         memory_max_grad_norm: bound on a token's gradient, over all layers of a head, from depth 2 on.
+        memory_router: memories store only the tokens that their router picks, all of them until AllocationRL has
+            trained it with unit=write.
         initializer_range: standard deviation of the initial weights.
         rms_norm_eps: added to mean squares.
 
@@ -117,6 +119,7 @@ class HybridMemConfig(PreTrainedConfig):
     memory_forgetting: bool = True
     memory_conv_size: int = 4
     memory_max_grad_norm: int | float | None = 1.0
+    memory_router: bool = False
     initializer_range: int | float = 0.02
     rms_norm_eps: int | float = 1e-6
     use_cache: bool = True
@@ -257,6 +260,11 @@ class HybridMemConfig(PreTrainedConfig):
             raise ValueError(f"memory_step={self.memory_step!r} is unknown; choose one of {', '.join(MEMORY_STEPS)}")
         if self.memory_max_grad_norm is not None and not self.memory_max_grad_norm > 0:
             raise ValueError(f"memory_max_grad_norm={self.memory_max_grad_norm} must be above 0, or null for no bound")
+        if self.memory_router and (self.memory_depth > 1 or "mac" in (self.layer_types or ())):
+            raise ValueError(
+                f"memory_router=True needs memory_depth=1, here {self.memory_depth}, and no layers of mac, whose "
+                "memories store every token"
+            )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must be in [0, 1)")
 

@@ -322,8 +322,9 @@ class HeadMixer(nn.Module):
             if state.memory is not None:
                 keys = torch.cat((state.memory.keys.to(keys.dtype), keys), dim=2)
             queries = self._queries(tokens.raw_q, groups.memory)
+            writes = None if sequence.writes is None else rows.align(sequence.writes)
             mixed, memory = self.memory(
-                x, queries, keys, own.values, attended, mass, groups.memory, own.plan, state.memory
+                x, queries, keys, own.values, attended, mass, groups.memory, own.plan, state.memory, writes
             )
             state = state._replace(memory=memory)
             outputs.append(mixed)

@@ -1,6 +1,7 @@
 """Neural memory layers: projections and gates, the scan, and the output gate (Titans, arXiv 2501.00663, section 4)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -72,6 +73,26 @@ class MemoryTrace(NamedTuple):
     state_norm: Float[Tensor, "batch heads"]
 
 
+class WriteRouter(nn.Module):
+    """Rule by which a memory stores a token if a linear function of its normalised input is positive.
+
+    Its numbers are buffers, because no gradient passes through the choice.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(hidden_size))
+        self.register_buffer("bias", torch.ones(()))
+
+    def forward(self, x: Float[Tensor, "batch time hidden"]) -> Bool[Tensor, "batch time"]:
+        """Return True for tokens to store."""
+        x = nn.functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:])
+        return (x * self.weight).mean(-1) + self.bias > 0
+
+
 class NeuralMemoryState(NamedTuple):
     """State that a memory layer carries from call to call; its size is constant."""
 
@@ -107,6 +128,7 @@ class NeuralMemory(nn.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.output_gate = nn.Linear(config.hidden_size, self.inner, bias=False)
         self.o_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.router = WriteRouter(config.hidden_size) if config.memory_router else None
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], state: NeuralMemoryState | None, sequence: TokenSequence
@@ -114,6 +136,7 @@ class NeuralMemory(nn.Module):
         """Read and write along `x`; return the output and the next state."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
+        sequence = self._routed(x, sequence)
         inputs, convolution = self.scan_inputs(x, None if state is None else state.convolution, sequence)
         out, scan = self._scan(inputs, None if state is None else state.scan, sequence)
         return self._finish(out, x), NeuralMemoryState(scan, convolution)
@@ -134,6 +157,7 @@ class NeuralMemory(nn.Module):
         """Record the gates, the surprise ‖M(W_{t-1}; k_t) - v_t‖ and the state's norm along `x`."""
         if state is not None and sequence.fresh_rows is not None:
             state = self.reset(state, sequence.fresh_rows)
+        sequence = self._routed(x, sequence)
         inputs, _ = self.scan_inputs(x, None if state is None else state.convolution, sequence)
         # A token reads the state after its own write. Querying with the next token's key gives M(W_{t-1}; k_t).
         ahead = inputs._replace(q=inputs.k.roll(-1, dims=2))
@@ -177,10 +201,18 @@ class NeuralMemory(nn.Module):
         fresh = self.initial_scan_state(len(rows), self.o_proj.weight)
         return state._replace(scan=select_rows(rows, fresh, state.scan))
 
+    def _routed(self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence) -> TokenSequence:
+        """Add the router's choice, unless the caller has made one."""
+        if self.router is None or sequence.writes is not None:
+            return sequence
+        return replace(sequence, writes=self.router(x))
+
     def _scan(
         self, inputs: ScanInputs, state: MemoryState | MemoryMLPState | None, sequence: TokenSequence
     ) -> tuple[Float[Tensor, "batch heads time dim"], MemoryState | MemoryMLPState]:
-        config = self.config
+        config, mask = self.config, sequence.mask
+        if sequence.writes is not None:
+            inputs, mask = skip_writes(inputs, sequence.writes, sequence.document_ids, mask, config)
         if config.memory_depth == 1:
             assert not isinstance(state, MemoryMLPState)
             return memory_scan(
@@ -188,7 +220,7 @@ class NeuralMemory(nn.Module):
                 state,
                 chunk_size=config.memory_chunk_size,
                 document_ids=sequence.document_ids,
-                mask=sequence.mask,
+                mask=mask,
                 in_place=sequence.decodes,
             )
         assert not isinstance(state, MemoryState)
@@ -272,6 +304,28 @@ def write_bound(step: str, eta: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"
     return 1 - eta if step == "damped" else torch.ones_like(eta)
 
 
+def skip_writes(
+    inputs: ScanInputs,
+    writes: Bool[Tensor, "batch time"],
+    document_ids: Int[Tensor, "batch time"] | None,
+    mask: Bool[Tensor, "batch time"] | None,
+    config: HybridMemConfig,
+) -> tuple[ScanInputs, Bool[Tensor, "batch time"]]:
+    """Return inputs and mask of a scan that reads at every token and stores only some.
+
+    A skipped token leaves weights and momentum alone, as if the text lacked it. If it begins a document, it still
+    empties the memory.
+
+    Raises:
+        ValueError: a deep memory, which reads only at tokens that it stores.
+    """
+    if config.memory_depth > 1:
+        raise ValueError(f"memory_depth={config.memory_depth} stores every token: set 1 to choose which to write")
+    kept = writes if document_ids is None else writes | document_starts(document_ids, mask)
+    inputs = inputs._replace(theta=inputs.theta.where(writes[:, None], 0))
+    return inputs, kept if mask is None else kept & mask
+
+
 class HeadMemoryState(NamedTuple):
     """State of the memory, with unrotated keys and gates of the window's tokens, which are written later."""
 
@@ -279,6 +333,7 @@ class HeadMemoryState(NamedTuple):
     keys: Float[Tensor, "batch kv_heads kept dim"]
     gates: Float[Tensor, "batch heads kept gates"]
     document: Int[Tensor, " batch"]  # of the last write
+    writes: Bool[Tensor, "batch 1 kept"] | None = None  # False for tokens to skip; None: all are stored
 
 
 class FeatureMap(nn.Module):
@@ -312,6 +367,7 @@ class HeadMemory(nn.Module):
         widths = [dim, *[dim * config.memory_expansion] * (config.memory_depth - 1), dim]
         shapes = pairwise(widths) if config.memory_depth > 1 else ()
         self.initial_weights = nn.ParameterList(torch.empty(heads, *shape) for shape in shapes)
+        self.router = WriteRouter(config.hidden_size) if config.memory_router else None
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -342,6 +398,7 @@ class HeadMemory(nn.Module):
         kv_heads: list[int],
         plan: WindowPlan,
         state: HeadMemoryState | None,
+        writes: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time heads dim"], HeadMemoryState]:
         """Write the tokens that leave the window, read the memory, and mix it with the window's output.
 
@@ -354,8 +411,11 @@ class HeadMemory(nn.Module):
             kv_heads: indices of the KV heads.
             plan: the tokens that leave the window at each step.
             state: the state after earlier calls.
+            writes: False for tokens of `x` that are skipped when they leave the window; None: those that the router
+                skips, if there is one.
         """
         heads = self.query_heads(kv_heads)
+        stored = self._stored(x, writes, state)
         gates = self.gates(x, heads)
         scan: MemoryState | MemoryMLPState | None = None
         document = torch.full((len(x),), NO_DOCUMENT, device=x.device)
@@ -366,9 +426,16 @@ class HeadMemory(nn.Module):
             scan, document = self._begin_documents(plan, scan, document, q, heads)
             inputs = self.scan_inputs(plan, q, keys, values, gates, heads)
             documents = None if plan.document_ids is None else plan.document_ids[:, plan.first_write :]
-            recalled, scan = self._scan(inputs, heads, scan, documents, plan.written)
-            attended = self._mix(x, attended, recalled.transpose(1, 2), mass, heads, plan)
-        return attended, HeadMemoryState(scan, plan.keep(keys), plan.keep(gates), document)
+            mask = plan.written
+            if stored is not None:
+                inputs, mask = skip_writes(inputs, plan.leaving(stored)[:, 0], documents, mask, self.config)
+            recalled, scan = self._scan(inputs, heads, scan, documents, mask)
+            recalled = recalled.transpose(1, 2)
+            if stored is not None:  # a memory that has stored nothing recalls zeros, and the window has all the mass
+                recalled = recalled.where((recalled != 0).any(-1, keepdim=True), attended[:, plan.first_write :])
+            attended = self._mix(x, attended, recalled, mass, heads, plan)
+        kept = None if stored is None else plan.keep(stored)
+        return attended, HeadMemoryState(scan, plan.keep(keys), plan.keep(gates), document, kept)
 
     def query_heads(self, kv_heads: list[int]) -> list[int]:
         """Return the query heads of the given KV heads."""
@@ -389,6 +456,21 @@ class HeadMemory(nn.Module):
         k = self.k_map(self._repeat(plan.leaving(keys)), heads)
         alpha, eta, theta = plan.leaving(gates).unbind(-1)
         return ScanInputs(q, k, self._repeat(plan.leaving(values)), alpha, eta, theta)
+
+    def _stored(
+        self, x: Float[Tensor, "batch time hidden"], writes: Tensor | None, state: HeadMemoryState | None
+    ) -> Bool[Tensor, "batch 1 read"] | None:
+        """Return the choices for [kept tokens, `x`], or None if no call has made any."""
+        before = None if state is None else state.writes
+        if writes is None and self.router is not None:
+            writes = self.router(x)
+        if writes is None and before is None:
+            return None
+        writes = torch.ones_like(x[..., 0], dtype=torch.bool) if writes is None else writes
+        if state is None:
+            return writes[:, None]
+        before = torch.ones_like(state.keys[:, :1, :, 0], dtype=torch.bool) if before is None else before
+        return torch.cat((before, writes[:, None]), dim=2)
 
     def window_share(
         self,

@@ -23,7 +23,7 @@ from .cache import check_layers
 from .configuration import HybridMemConfig, check_head_sources
 from .convolution import ShortConvolution
 from .heads import HeadMixer
-from .memory import HeadMemory, NeuralMemory, norm_layer
+from .memory import HeadMemory, NeuralMemory, WriteRouter, norm_layer
 from .mixers import AttentionMixer, ContextMixer, GateMixer, LayerMixer, MemoryMixer
 from .sequence import (
     PADDING,
@@ -201,6 +201,9 @@ class HybridMemPreTrainedModel(PreTrainedModel):
             self._init_memory(module)
         elif isinstance(module, HeadMemory):
             module.initialize()
+        elif isinstance(module, WriteRouter):
+            init.zeros_(module.weight)
+            init.ones_(module.bias)
 
     def _init_look_back(
         self, qkv: Tensor, convolution: ShortConvolution, widths: tuple[int, int], head_dim: int

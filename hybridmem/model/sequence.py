@@ -73,6 +73,7 @@ class TokenSequence:
         last_document: the document of each row at the end of the call; None: the only document.
         past: number of tokens that earlier calls read.
         heads: sources of `mah` heads; None: as configured.
+        writes: False for tokens that the layer's memory skips; None: as its router decides, or none.
         decodes: the call is one token per row, which continues its document, without gradients; layers may overwrite
             their states in the cache.
         memo: intermediate results that layers share.
@@ -87,6 +88,7 @@ class TokenSequence:
     last_document: LastDocument | None = None
     past: int = 0
     heads: HeadChoice | None = None
+    writes: Bool[Tensor, "batch time"] | None = None
     decodes: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
 

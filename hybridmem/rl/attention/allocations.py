@@ -1,6 +1,7 @@
 """Allocations, which open some units of a model beyond their window, and the policy that draws them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -52,6 +53,42 @@ class Units(Protocol):
             share_of: returns the share of every token, from a layer's place in `layers` and the layer's normed input.
         """
         ...
+
+    def counted(self, read: Bool[Tensor, "rows time"]) -> Bool[Tensor, "rows time"]:
+        """Mark the tokens whose own share the reading of some tokens depends on."""
+        ...
+
+
+class DrawnAction(ABC):
+    """Action that is drawn for every response, and by which prompts are read only with `prefill: allocated`.
+
+    Attributes:
+        units: the model's units.
+        prefill: `full` reads prompts with every unit open, once for all responses; `allocated` by the action.
+    """
+
+    units: Units
+    prefill: str
+
+    @property
+    def prefill_once(self) -> bool:
+        """Return True if prompts are read independently of the action."""
+        return self.prefill == "full"
+
+    @property
+    def in_passes(self) -> bool:
+        """Return True, because responses are scored under the action that sampled them."""
+        return True
+
+    def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
+        """Return a context in which the model reads by the action."""
+        if part == "prompt" and self.prefill == "full":
+            return self.units.applied(model, None)
+        return self.as_drawn(model)
+
+    @abstractmethod
+    def as_drawn(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which the model reads everything by the action."""
 
 
 class UnitPolicy(nn.Module):
@@ -142,7 +179,7 @@ class AllocationPolicy(UnitPolicy):
             units: the model's units.
             num_generations: responses of a group.
             generators: one for each prompt.
-            prefill: see Allocation.
+            prefill: see DrawnAction.
             with_reference: let the first response of each group read everything.
         """
         self.clamp()  # before the draw, or the loss would clamp φ and find ratios other than 1
@@ -164,14 +201,14 @@ class AllocationPolicy(UnitPolicy):
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(DrawnAction):
     """The allocation of every response.
 
     Args:
         policy: drew it.
         units: the model's units.
         opened: of each response, or of all if it has one row.
-        prefill: `full` reads prompts with every unit open, once for all responses; `allocated` by the allocation.
+        prefill: see DrawnAction.
         old_logps: log π of each allocation when it was drawn.
         advantages: of each response, after the rollout was priced.
     """
@@ -184,24 +221,12 @@ class Allocation:
     advantages: Float[Tensor, " rows"] | None = None
 
     @property
-    def prefill_once(self) -> bool:
-        """Return True if prompts are prefilled independently of the allocation."""
-        return self.prefill == "full"
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because responses are scored under the allocation that sampled them."""
-        return True
-
-    @property
     def costs(self) -> Float[Tensor, " rows"]:
         """Return the share of open units."""
         return self.opened.float().mean((1, 2))
 
-    def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:
+    def as_drawn(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model reads by the allocation."""
-        if part == "prompt" and self.prefill == "full":
-            return self.units.applied(model, None)
         return self.units.applied(model, spread(self.opened.float(), self.units))
 
     def counted(self, prompts: Bool[Tensor, "rows prompt"], responses: Bool[Tensor, "rows length"]) -> "Allocation":

@@ -261,7 +261,15 @@ def record_memory(
     state: NeuralMemoryState | None,
     sequence: TokenSequence,
 ) -> ScanInputs:
-    """Return the scan inputs of a memory, with gates that make padding write nothing."""
+    """Return the scan inputs of a memory, with gates that make padding write nothing.
+
+    Raises:
+        ValueError: The memory skips some tokens, for which no gates exist.
+    """
+    if sequence.writes is not None or memory.router is not None:
+        raise ValueError(
+            "cannot record a memory that skips tokens: remove unit=write, or record a layer without memory"
+        )
     inputs, _ = memory.scan_inputs(x, None if state is None else state.convolution, sequence)
     if sequence.mask is None:
         return inputs

@@ -1,4 +1,7 @@
-"""Routers, which decide for each token, layer by layer, to read beyond its window, and the decisions they draw."""
+"""Routers, which decide for each token, layer by layer, and the decisions they draw.
+
+A token that a router opens reads beyond its window (HeadUnits and others) or is stored in the memory (MemoryUnits).
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .action import Part, SharedAction
-from .allocations import MAX_LOGIT, UnitPolicy, Units
+from .allocations import MAX_LOGIT, DrawnAction, UnitPolicy, Units
 from .passes import NewTokens, before_passes
 
 Inputs = Float[Tensor, "rows time hidden"]  # a layer's normed input
@@ -25,7 +28,7 @@ class RouterPolicy(UnitPolicy):
     Args:
         num_layers, num_heads: units of the model.
         hidden_size: of the layers' inputs.
-        initial: probability to read beyond the window at the start, which is every token's.
+        initial: probability of an open token at the start.
     """
 
     def __init__(self, num_layers: int, num_heads: int, hidden_size: int, initial: float):
@@ -47,7 +50,7 @@ class RouterPolicy(UnitPolicy):
 
     @torch.no_grad()
     def probabilities(self, place: int, x: Inputs) -> Float[Tensor, "rows time"]:
-        """Return the probability of every token to read beyond the window in a layer."""
+        """Return the probability of every token to be open in a layer."""
         return torch.sigmoid(self.logits(x, self.weight[place], self.bias[place]))
 
     def sample(
@@ -62,7 +65,7 @@ class RouterPolicy(UnitPolicy):
         return RoutedRollout(self, units, prefill, num_generations, generators, with_reference)
 
     def likelihoods(self, routing: "Routing") -> tuple[Float[Tensor, " responses"], Float[Tensor, " choices"]]:
-        """Return log π(a) of each response, and the probabilities of its tokens to read beyond the window."""
+        """Return log π(a) of each response, and the probabilities of its tokens to be open."""
         logits = self.logits(routing.inputs, self.weight[:, None], self.bias[:, None])
         each = nn.functional.logsigmoid(torch.where(routing.decisions, logits, -logits))
         counts = routing.counts[:, None].expand_as(logits)
@@ -70,14 +73,14 @@ class RouterPolicy(UnitPolicy):
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(DrawnAction):
     """The decisions of every response, which passes over it repeat.
 
     Args:
         policy: drew them.
         units: the model's units.
-        prefill: `full` reads prompts beyond the window, once for all responses; `allocated` by decisions.
-        opened: True if a token reads beyond the window; prompt first.
+        prefill: see DrawnAction.
+        opened: True if a token is open; prompt first.
         inputs: of the layers at the last tokens, where decisions were drawn.
         counts: True for tokens that a response depends on.
         old_logps: log π of each response's decisions when they were drawn.
@@ -94,33 +97,19 @@ class Routing:
     advantages: Float[Tensor, " rows"] | None = None
 
     @property
-    def prefill_once(self) -> bool:
-        """Return True if prompts are read independently of the decisions."""
-        return self.prefill == "full"
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because responses are scored under the decisions that sampled them."""
-        return True
-
-    @property
     def decisions(self) -> Bool[Tensor, "rows layers drawn"]:
         """Return the decisions that were drawn."""
         return self.opened[:, :, self.opened.shape[2] - self.inputs.shape[2] :]
 
     @property
     def costs(self) -> Float[Tensor, " rows"]:
-        """Return the share of tokens that read beyond the window, over all layers."""
+        """Return the share of open tokens, over all layers."""
         beyond = (self.decisions & self.counts[:, None]).float().sum((1, 2))
         return beyond / (self.counts.sum(1) * self.opened.shape[1]).clamp(min=1)
 
     @contextmanager
-    def applied(self, model: Any, part: Part = "response") -> Iterator[None]:
-        """Run with the decisions; tokens that the rollout did not read read beyond the window."""
-        if part == "prompt" and self.prefill == "full":
-            with self.units.applied(model, None):
-                yield
-            return
+    def as_drawn(self, model: Any) -> Iterator[None]:
+        """Run with the decisions; tokens that the rollout did not read are open."""
         new = NewTokens(0, 0, None)
 
         def begin(tokens: NewTokens) -> None:
@@ -145,7 +134,9 @@ class Routing:
         return replace(self, **found)
 
     def counted(self, prompts: Bool[Tensor, "rows prompt"], responses: Bool[Tensor, "rows length"]) -> "Routing":
-        """Return the decisions with the tokens that count: all but padding and a response's last token.
+        """Return the decisions with the tokens that count: those on which a token of the response depends.
+
+        Padding, a response's last token and later writes do not count.
 
         Args:
             prompts: False for padding.
@@ -153,22 +144,23 @@ class Routing:
         """
         later = responses[:, 1:].flip(1).cummax(1).values.flip(1)  # the policy speaks after the token
         first = self.opened.shape[2] - self.inputs.shape[2]
-        counted = replace(self, counts=torch.cat((prompts, later), dim=1)[:, first : self.opened.shape[2]])
+        read = torch.cat((prompts, later), dim=1)[:, first : self.opened.shape[2]]
+        counted = replace(self, counts=self.units.counted(read))
         with torch.no_grad():
             return replace(counted, old_logps=self.policy.likelihoods(counted)[0])
 
 
 @dataclass(frozen=True)
-class RoutedRollout:
+class RoutedRollout(DrawnAction):
     """Decisions that are drawn while responses are sampled, in antithetic pairs u and 1 − u.
 
     Args:
         policy: draws them.
         units: the model's units.
-        prefill: see Routing.
+        prefill: see DrawnAction.
         num_generations: responses of a group.
         generators: one for each prompt.
-        with_reference: the first response of each group reads everything.
+        with_reference: all tokens of each group's first response are open.
     """
 
     policy: RouterPolicy
@@ -181,23 +173,9 @@ class RoutedRollout:
     inputs: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     begun: list[NewTokens] = field(default_factory=list)
 
-    @property
-    def prefill_once(self) -> bool:
-        """Return True if prompts are read independently of the decisions."""
-        return self.prefill == "full"
-
-    @property
-    def in_passes(self) -> bool:
-        """Return True, because responses are scored under the decisions that sampled them."""
-        return True
-
     @contextmanager
-    def applied(self, model: Any, part: Part = "response") -> Iterator[None]:
+    def as_drawn(self, model: Any) -> Iterator[None]:
         """Run with decisions that are drawn as the model reads."""
-        if part == "prompt" and self.prefill == "full":
-            with self.units.applied(model, None):
-                yield
-            return
         numbers: Float[Tensor, "rows layers time"]
 
         def begin(new: NewTokens) -> None:
@@ -250,13 +228,13 @@ class RoutedRollout:
 
 @dataclass(frozen=True)
 class SettledRouting(SharedAction):
-    """Tokens read beyond the window if their probability is above a half."""
+    """Tokens are open if their probability is above a half."""
 
     policy: RouterPolicy
     units: Units
 
     def decide(self, place: int, x: Inputs) -> Float[Tensor, "rows time"]:
-        """Return 1 for tokens that read beyond the window in a layer, and 0 for others."""
+        """Return 1 for open tokens in a layer, and 0 for others."""
         return (self.policy.probabilities(place, x) > 0.5).to(x.dtype)
 
     def applied(self, model: Any, part: Part = "response") -> AbstractContextManager[None]:

@@ -81,6 +81,10 @@ class HeadUnits:
                 stack.callback(hook.remove)
             yield
 
+    def counted(self, read: Bool[Tensor, "rows time"]) -> Bool[Tensor, "rows time"]:
+        """Return all tokens: each one reads by its own share."""
+        return read
+
     def _mixing(self, place: int, share_of: ShareOfTokens) -> Any:
         """Return a hook that passes the tokens' shares to a mixer."""
 
@@ -104,6 +108,10 @@ class MixedUnits(ABC):
     def routed(self, model: Any, share_of: ShareOfTokens) -> AbstractContextManager[None]:
         """Return a context in which each token mixes, in all heads, by its own share."""
         return self.mixed(model, lambda place, x: share_of(place, x).unsqueeze(-1))
+
+    def counted(self, read: Bool[Tensor, "rows time"]) -> Bool[Tensor, "rows time"]:
+        """Return all tokens: each one reads by its own share."""
+        return read
 
     @abstractmethod
     def mixed(self, model: Any, shares: Shares) -> AbstractContextManager[None]:

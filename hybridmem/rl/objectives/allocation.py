@@ -41,6 +41,8 @@ PATIENCE = 10  # rollouts in which full attention has to earn something
 class AllocationRL(LearnedGates):
     """Learns from reward which heads, layers or tokens read beyond their window, under a price for each that does.
 
+    With `unit: write` it learns which tokens a memory stores; an open token is then a stored one.
+
     A price λ makes open units costly. With a `budget` it rises while more units are open than that, and falls when
     fewer are. Without, it rises while the mean reward exceeds `min_reward` times the reward of full attention on the
     same prompts, and falls below it. The first response of each group then reads everything and is that reference.
@@ -53,7 +55,7 @@ class AllocationRL(LearnedGates):
             grow in magnitude by the rest: 0.9 of -10 is -11.
         prefill: `full` reads each prompt once with every unit open, and only responses by their allocation, a cheap
             surrogate; `allocated` reads everything by the allocation, as the fixed model will. Held-out prompts are
-            always read by the allocation.
+            always read by the allocation. Writes need `allocated`.
         estimator: `sampled` draws allocations and learns by their likelihood; `mixed` (RLKV, arXiv 2510.08525) mixes
             both outputs by σ(φ), and a token objective's gradient reaches φ.
         dual_lr: step of the price.
@@ -79,6 +81,11 @@ class AllocationRL(LearnedGates):
         super().__post_init__()
         one_of(PREFILLS, prefill=self.prefill)
         one_of(ESTIMATORS, estimator=self.estimator)
+        if self.unit == "write" and self.prefill == "full":
+            raise ValueError(
+                "prefill=full stores every token of a prompt, so that unit=write has nothing to choose there: set "
+                "prefill to allocated"
+            )
         least = least_probability()
         if self.budget is not None and self.budget <= least and self.estimator == "sampled":
             raise ValueError(
@@ -213,7 +220,8 @@ class AllocationRL(LearnedGates):
         allocation: Any = batch.actions[self.family]
         logps, probabilities = gates.likelihoods(allocation)
         loss = self.compute_loss(logps, allocation.old_logps, allocation.advantages)
-        return loss, _metrics(price, probabilities) | {"cost": allocation.costs.mean()}
+        costs = {"cost": allocation.costs.mean()} if probabilities.numel() else {}
+        return loss, _metrics(price, probabilities) | costs
 
     def compute_loss(
         self,
@@ -228,6 +236,9 @@ class AllocationRL(LearnedGates):
 
 
 def _metrics(price: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+    """Return the price, and the probabilities' means unless no decision was drawn."""
+    if not probabilities.numel():
+        return {"price": price}
     decided = (probabilities - 0.5).abs() > 0.4
     return {"closed": 1 - probabilities.mean(), "price": price, "decided": decided.float().mean()}
 

@@ -18,11 +18,13 @@ from hybridmem.rl.attention.allocations import (
 )
 from hybridmem.rl.attention.routing import RouterPolicy, SettledRouting
 from hybridmem.rl.attention.sources import SOURCES, Units, find_units
+from hybridmem.rl.attention.writes import find_memories
 from hybridmem.rl.rollouts.policy import Policy
 
 from .objective import ModelLoader, Objective
 
-UNITS = ("head", "layer", "token")
+UNITS = ("head", "layer", "token", "write")
+ROUTED = ("token", "write")  # units that a router opens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Gates(Objective):
     Args:
         source: the source of a closed unit beyond its window, `none` or `memory`; None: `memory` if every layer has
             one, otherwise `none`.
-        unit: `head` (a KV head; a head of mag's gate), `layer`, or `token` (in each layer, for AllocationRL).
+        unit: `head` (a KV head; a head of mag's gate) or `layer`; for AllocationRL also `token` (in each layer) or
+            `write` (of each token, to a layer's memory).
         attention_window, num_sink_tokens: a converted model's window and first tokens; None keeps the model's.
         budget: share of units that stay open when the allocation is fixed; None keeps those with a probability of
             at least a half. Tokens are always judged by their probability.
@@ -53,10 +56,13 @@ class Gates(Objective):
         if self.source is not None:
             one_of(SOURCES, source=self.source)
         one_of(UNITS, unit=self.unit)
-        if self.unit == "token" and not self.routes_tokens:
+        if self.unit in ROUTED and not self.routes_tokens:
             raise ValueError(
-                "unit=token needs AllocationRL with estimator=sampled: use it, or set unit to head or layer"
+                f"unit={self.unit} needs AllocationRL with estimator=sampled: use it, or set unit to head or layer"
             )
+        for name in ("attention_window", "num_sink_tokens"):
+            if self.unit == "write" and getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)} belongs to units that read: remove it for unit=write")
         at_least(1, attention_window=self.attention_window)
         at_least(0, num_sink_tokens=self.num_sink_tokens)
         if self.budget is not None and not 0 < self.budget < 1:
@@ -95,7 +101,7 @@ class Gates(Objective):
             ValueError: the model lacks the units or their source, or has too few units for the budget.
         """
         units = self.find_units(policy.model)
-        if self.unit == "token":
+        if self.unit in ROUTED:
             width = policy.model.config.get_text_config().hidden_size
             policy.learned[self.family] = RouterPolicy(len(units.layers), units.num_heads, width, initial)
             return
@@ -107,6 +113,8 @@ class Gates(Objective):
 
     def find_units(self, model: Any) -> Units:
         """Return the model's units."""
+        if self.unit == "write":
+            return find_memories(model)
         return find_units(model, self.source, self.attention_window, self.num_sink_tokens)
 
     def unit_policy(self, policy: Policy) -> AllocationPolicy | RouterPolicy:
@@ -135,12 +143,17 @@ class Gates(Objective):
         return shared(opened, gates, self.find_units(policy.base_model))
 
     def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the current allocation of KV heads for `hybridmem export`, or nothing for gates and routers.
+        """Return the current allocation of KV heads, or the router of writes, for `hybridmem export`.
 
-        The file format does not cover gates of `mag`, or decisions that depend on tokens.
+        Gates of `mag`, and tokens that read beyond their window, have no exported form.
         """
-        if isinstance(self.unit_policy(policy), RouterPolicy):
-            return {}
+        gates = self.unit_policy(policy)
+        if isinstance(gates, RouterPolicy):
+            if self.unit != "write":
+                return {}
+            layers = self.find_units(policy.base_model).layers
+            weight, bias = (parameter.detach().cpu().clone() for parameter in (gates.weight, gates.bias))
+            return {"write_router": {"layers": layers, "weight": weight, "bias": bias}}
         fixed, config = self.fixed(policy), policy.base_model.config
         sources = fixed.units.sources_of(spread(fixed.opened.float(), fixed.units)[0] > 0.5)
         if sources is None:

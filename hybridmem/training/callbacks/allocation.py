@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridmem.rl.attention.allocations import AllocationPolicy
 from hybridmem.rl.attention.routing import Inputs, SettledRouting
-from hybridmem.rl.objectives.gates import Gates
+from hybridmem.rl.objectives.gates import ROUTED, Gates
 from hybridmem.rl.rollouts.prompts import PromptBatch
 from hybridmem.rl.rollouts.sampling import evaluating, read
 from hybridmem.training.policy.module import PolicyModule
@@ -25,6 +25,7 @@ from hybridmem.training.trackers import log_figure
 from .policy_probe import is_due, probing, token_label
 
 LINE = 100  # characters of a drawn text
+OPEN = {"token": ("beyond", "read beyond the window"), "write": ("written", "are written to memory")}
 
 
 class AllocationMaps(L.Callback):
@@ -50,7 +51,7 @@ class AllocationMaps(L.Callback):
         if not isinstance(pl_module, PolicyModule) or not _gates(pl_module):
             raise ValueError(
                 "AllocationMaps draws heads or layers, and no objective learns an allocation of them: add AllocationRL "
-                "to objectives, or use RoutedTokens with unit=token"
+                "to objectives, or use RoutedTokens with unit=token or unit=write"
             )
         self.previous_step = trainer.global_step
 
@@ -95,8 +96,11 @@ class AllocationCurve(L.Callback):
             raise ValueError(f"AllocationCurve supports PolicyModule, not {type(pl_module).__name__}; remove it")
         if stage == "fit" and _objective(pl_module) is None:
             raise ValueError("AllocationCurve measures an allocation, which no objective holds: add AllocationRL")
-        if any(isinstance(each, Gates) and each.unit == "token" for each in pl_module.objectives.values()):
-            raise ValueError("AllocationCurve opens units in an order, and unit=token has none: use RoutedTokens")
+        objective = _objective(pl_module)
+        if objective is not None and objective.unit in ROUTED:
+            raise ValueError(
+                f"AllocationCurve opens units in an order, and unit={objective.unit} has none: use RoutedTokens"
+            )
         task = trainer.datamodule.task
         acts = pl_module.environment_factory or getattr(task, "environment", None)
         if acts or "answer" not in task.example("val", 0):
@@ -142,26 +146,28 @@ class AllocationCurve(L.Callback):
 class RoutedTokens(L.Callback):
     """Callback that logs `val/beyond`, the share of held-out prompts' tokens that read beyond the window.
 
-    The share is a mean over the layers that have a router. Each validation also draws the first prompt, with the share
-    of layers in which each token reads beyond the window, in routed_tokens/step_M.png of trainer.default_root_dir.
+    With unit=write it logs `val/written`, the share that memories store of the tokens that left the window, or nothing
+    if none did. The share is a mean over the layers that have a router. Each validation also draws the first prompt,
+    with each token's share of layers, in routed_tokens/step_M.png of trainer.default_root_dir.
 
     Raises:
-        ValueError: no objective has unit=token.
+        ValueError: no objective has unit=token or unit=write.
     """
 
     def __init__(self) -> None:
-        self._beyond, self._count = 0.0, 0
+        self._opened, self._count = 0.0, 0
+        self._name, self._open = OPEN["token"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that there is a router to observe."""
-        if not isinstance(pl_module, PolicyModule) or not any(
-            isinstance(each, Gates) and each.unit == "token" for each in pl_module.objectives.values()
-        ):
-            raise ValueError("RoutedTokens draws the decisions of tokens: set unit of AllocationRL to token")
+        objective = _objective(pl_module) if isinstance(pl_module, PolicyModule) else None
+        if objective is None or objective.unit not in ROUTED:
+            raise ValueError("RoutedTokens draws the decisions of tokens: set unit of AllocationRL to token or write")
+        self._name, self._open = OPEN[objective.unit]
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear the counts of the last validation."""
-        self._beyond, self._count = 0.0, 0
+        self._opened, self._count = 0.0, 0
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: PolicyModule, outputs: Any, batch: Any, batch_idx: int, *_: object
@@ -171,22 +177,25 @@ class RoutedTokens(L.Callback):
         assert rule is not None
         prompts = policy.prompt_batch([policy.data.prompt(example) for example in batch])
         with probing(trainer):
-            beyond = read_by_rule(policy.model, prompts, rule)
+            opened = read_by_rule(policy.model, prompts, rule)
         mask = prompts.attention_mask
-        mask = torch.ones_like(beyond[:, 0]) if mask is None else mask
-        self._beyond += float((beyond & mask[:, None]).sum())
-        self._count += int(mask.sum()) * beyond.shape[1]
+        mask = torch.ones_like(opened[:, 0]) if mask is None else mask
+        counts = rule.units.counted(mask)
+        opened = opened & counts[:, None]
+        self._opened += float(opened.sum())
+        self._count += int(counts.sum()) * opened.shape[1]
         if not batch_idx and trainer.is_global_zero:
-            ids, shares = prompts.input_ids[0, mask[0]], beyond[0][:, mask[0]].float().mean(0)
+            ids, shares = prompts.input_ids[0, mask[0]], opened[0][:, mask[0]].float().mean(0)
             labels = [token_label(policy.tokenizer.decode([token])) for token in ids.tolist()]
             folder = Path(trainer.default_root_dir) / "routed_tokens"
             folder.mkdir(parents=True, exist_ok=True)
-            draw_text(labels, shares).savefig(folder / f"step_{trainer.global_step}.png")
+            draw_text(labels, shares, self._open).savefig(folder / f"step_{trainer.global_step}.png")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the share."""
         stage = "test" if trainer.testing else "val"
-        pl_module.log(f"{stage}/beyond", self._beyond / self._count, sync_dist=True)
+        if self._count:
+            pl_module.log(f"{stage}/{self._name}", self._opened / self._count, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -195,7 +204,7 @@ class RoutedTokens(L.Callback):
 
 @torch.no_grad()
 def read_by_rule(model: Any, prompts: PromptBatch, rule: SettledRouting) -> Bool[Tensor, "rows layers time"]:
-    """Read prompts under a router's rule, and return the layers in which each token reads beyond the window."""
+    """Read prompts under a router's rule, and return the layers in which each token is open."""
     decided: dict[int, Tensor] = {}
 
     def decide(place: int, x: Inputs) -> Float[Tensor, "rows time"]:
@@ -208,9 +217,9 @@ def read_by_rule(model: Any, prompts: PromptBatch, rule: SettledRouting) -> Bool
 
 
 def _router(module: PolicyModule) -> SettledRouting | None:
-    """Return the rule by which held-out tokens read beyond the window, or None without a router."""
+    """Return the rule by which held-out tokens are open, or None without a router."""
     objective = _objective(module)
-    rule = objective.settle(module.policy) if objective is not None and objective.unit == "token" else None
+    rule = objective.settle(module.policy) if objective is not None and objective.unit in ROUTED else None
     return rule if isinstance(rule, SettledRouting) else None
 
 
@@ -234,8 +243,8 @@ def draw_allocation(probabilities: Float[Tensor, "layers heads"]) -> Figure:
     return figure
 
 
-def draw_text(labels: Sequence[str], shares: Float[Tensor, " tokens"]) -> Figure:
-    """Draw a text with each token shaded by its share of layers that read beyond the window."""
+def draw_text(labels: Sequence[str], shares: Float[Tensor, " tokens"], opened: str) -> Figure:
+    """Draw a text with each token shaded by its share of layers in which it is open; `opened` names that."""
     places, row, column = [], 0, 0
     for label in labels:
         if column and column + len(label) > LINE:
@@ -249,5 +258,5 @@ def draw_text(labels: Sequence[str], shares: Float[Tensor, " tokens"]) -> Figure
         axes.add_patch(Rectangle((start, line), len(label), 1, facecolor=colors(0.8 * share), edgecolor="white"))
         axes.text(start, line + 0.75, label, family="monospace", fontsize=8, parse_math=False)
     axes.set(xlim=(0, LINE), ylim=(row + 1, 0), xticks=[], yticks=[])
-    axes.set_title(f"{100 * float(shares.mean()):.0f} % of tokens and layers read beyond the window")
+    axes.set_title(f"{100 * float(shares.mean()):.0f} % of tokens and layers {opened}")
     return figure

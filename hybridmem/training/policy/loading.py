@@ -97,7 +97,9 @@ def _logits_of_file(module: torch.nn.Module, path: str) -> dict[str, Tensor]:
     opened = torch.tensor([[source == "full" for source in row] for row in Allocation.load(path).head_sources])
     logits = dict(module.named_parameters()).get("logits")
     if logits is None:
-        raise ValueError(f"{path} names open heads, and unit=token opens none: name a checkpoint of a router")
+        raise ValueError(
+            f"{path} names open heads, and routers of tokens or writes open none: name a checkpoint of a router"
+        )
     size = logits.detach().abs().mean()
     return {"logits": torch.where(opened, size, -size)}
 

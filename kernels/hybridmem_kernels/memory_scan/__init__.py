@@ -42,7 +42,7 @@ def memory_scan(
         state: state after earlier tokens; None starts at zero. It belongs to the first document of the row.
         chunk_size: tokens processed at once; it affects the speed, not the result.
         document_ids: document of each token; a token whose id differs from its predecessor's finds an empty memory.
-        mask: False for padding, which neither writes nor decays; outputs at padding are meaningless.
+        mask: False for tokens that read the memory without writing to it or decaying it, such as padding.
         backend: "torch", "triton" or "reference", the token-by-token definition; by default the choice of
             `use_backend` or HYBRIDMEM_BACKEND, else "triton" on a GPU and "torch" elsewhere.
         in_place: allow a single token without gradients to overwrite `state`.

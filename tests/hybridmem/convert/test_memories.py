@@ -1,9 +1,13 @@
 import pytest
 import torch
+from transformers import DynamicCache
 
+from hybridmem import HybridMemForCausalLM
 from hybridmem.convert import convert
-from hybridmem.convert.memories import add_memories, every_head
-from tests.hybridmem.models import tiny_model
+from hybridmem.convert.memories import add_memories, every_head, route_writes
+from hybridmem.rl.attention.routing import RouterPolicy, SettledRouting
+from hybridmem.rl.attention.writes import find_memories
+from tests.hybridmem.models import tiny_config, tiny_model, tokens
 
 from .bases import base_model, texts
 
@@ -55,3 +59,37 @@ def test_errors():
             add_memories(model, "memory", {name: 3})
     with pytest.raises(ValueError, match="layer_types holds mag: memories need a converted model"):
         add_memories(tiny_model(variant="mag"), "memory")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [dict(variant="mag"), dict(variant="mah", head_sources=[["full", "none"], ["none", "memory"]])]
+)
+def test_a_model_with_a_router_stores_tokens_by_its_rule(settings, tmp_path):
+    model, rows = tiny_model(**settings), tokens(2, 24)
+    units = find_memories(model)
+    policy = RouterPolicy(len(units.layers), 1, 16, 0.5)
+    policy.weight.copy_(20 * torch.randn(policy.weight.shape, generator=torch.Generator().manual_seed(0)))
+    everything = model(rows).logits
+    with SettledRouting(policy.double(), units).applied(model):
+        wanted = model(rows).logits
+    assert (wanted - everything).abs().max() > 1e-3
+    route_writes(model, units.layers, policy.weight, policy.bias)
+    model.save_pretrained(tmp_path)
+    loaded = HybridMemForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(loaded(rows).logits, wanted)
+    cache = DynamicCache(config=loaded.config)
+    parts = [loaded(part, past_key_values=cache).logits for part in rows.split((9, *[1] * 15), 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+
+
+def test_a_new_router_stores_every_token():
+    plain, routed = (tiny_model(variant="mag", memory_router=router) for router in (False, True))
+    routed.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(routed(tokens()).logits, plain(tokens()).logits)
+
+
+def test_memories_that_store_every_token_have_no_router():
+    for settings in (dict(variant="mag", memory_depth=2), dict(variant="mac")):
+        with pytest.raises(Exception, match="memory_router=True needs memory_depth=1"):
+            tiny_config(memory_router=True, **settings)

@@ -390,3 +390,52 @@ def test_states_are_loaded_as_plain_data(tmp_path, padded):
     for layer, state in zip(again.layers, loaded, strict=True):
         layer.state = state
     assert model(ids[:, :3], past_key_values=again).logits.equal(expected)
+
+
+def choosing(layer, x, writes, sizes=None):
+    """Return the output and the memory of a layer that skips tokens, over parts of a text."""
+    outputs, state, start = [], None, 0
+    for size in sizes or (x.shape[1],):
+        cos, sin = (y[:, :, start : start + size] for y in sequence(x.shape[1]).angles)
+        tokens_ = TokenSequence(
+            cos, sin, past=start, writes=None if writes is None else writes[:, start : start + size]
+        )
+        out, state, _ = layer(x[:, start : start + size], state, tokens_)
+        outputs.append(out)
+        start += size
+    return torch.cat(outputs, dim=1), state.memory
+
+
+@torch.no_grad()
+def test_skipped_tokens_leave_the_memory_as_if_they_had_never_left_the_window():
+    layer, x = mixer(["memory", "memory"]), torch.randn(2, 24, 16, dtype=torch.float64)
+    writes = (torch.rand(24, generator=torch.Generator().manual_seed(0)) < 0.5).expand(2, -1)
+    _, memory = choosing(layer, x, writes)
+    left = torch.arange(24)[SINKS : 24 - WINDOW][writes[0, SINKS : 24 - WINDOW]]
+    assert 2 < len(left) < 12
+    project, heads = layer.project(x, sequence(24)), list(range(layer.heads))
+    repeat = lambda y: y[:, :, left].repeat_interleave(layer.num_key_value_groups, dim=1)  # noqa: E731
+    k = layer.memory.k_map(repeat(project.raw_k), heads)
+    gates = layer.memory.gates(x, heads)[:, :, left].unbind(-1)
+    torch.testing.assert_close(memory.scan, memory_scan(k, k, repeat(project.v), *gates)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(5, 11, 8), (1,) * 24], ids=["chunks", "one by one"])
+def test_skipped_tokens_in_any_split(sizes):
+    layer, x = mixer(["memory", "none", "full", "memory"]), torch.randn(2, 24, 16, dtype=torch.float64)
+    writes = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.5
+    wanted, memory = choosing(layer, x, writes)
+    found, again = choosing(layer, x, writes, sizes)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(again, memory)
+
+
+@torch.no_grad()
+def test_a_memory_that_stores_every_token_or_none():
+    layer, x = mixer(["memory", "memory"]), torch.randn(2, 24, 16, dtype=torch.float64)
+    everything = torch.ones(2, 24, dtype=torch.bool)
+    torch.testing.assert_close(choosing(layer, x, everything)[0], choosing(layer, x, None)[0])
+    window = mixer(["none", "none"])
+    window.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(choosing(layer, x, ~everything)[0], window(x, None, sequence(24))[0])

@@ -91,3 +91,56 @@ def test_reading_writes_nothing():
     before = state.scan.weight.clone()
     memory.read(x, queries, state.scan)
     assert torch.equal(state.scan.weight, before)
+
+
+def random_memory(**changes):
+    torch.manual_seed(0)
+    memory = NeuralMemory(tiny_config(**changes)).double()
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", ["certified", "damped"])
+def test_skipped_tokens_leave_the_memory_as_if_the_text_lacked_them(step):
+    memory, x = random_memory(memory_step=step, memory_conv_size=1), torch.randn(2, 21, 16, dtype=torch.float64)
+    writes = torch.rand(21) < 0.5
+    writes[0] = writes[-1] = False
+    out, state = memory(x, None, TokenSequence(writes=writes.expand(2, -1)))
+    short, wanted = memory(x[:, writes], None, TokenSequence())
+    torch.testing.assert_close(state, wanted)
+    torch.testing.assert_close(out[:, writes], short)
+    queries, _ = memory.queries(x[:, -1:], None, TokenSequence())
+    torch.testing.assert_close(out[:, -1:], memory.read(x[:, -1:], queries, wanted.scan))
+    assert out[:, 0].abs().max() == 0  # nothing is stored yet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(5, 8, 8), (1,) * 21], ids=["chunks", "one by one"])
+def test_skipped_tokens_in_any_split(sizes):
+    memory, x = random_memory(), torch.randn(2, 21, 16, dtype=torch.float64)
+    writes, state, parts = torch.rand(2, 21) < 0.5, None, []
+    wanted, last = memory(x, None, TokenSequence(writes=writes))
+    for part, own in zip(x.split(sizes, 1), writes.split(sizes, 1), strict=True):
+        out, state = memory(part, state, TokenSequence(writes=own, decodes=len(sizes) > 3))
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+    torch.testing.assert_close(state, last)
+
+
+@torch.no_grad()
+def test_a_document_whose_first_token_is_skipped_finds_an_empty_memory():
+    memory, x = random_memory(), torch.randn(1, 14, 16, dtype=torch.float64)
+    documents = torch.tensor([[0] * 6 + [1] * 8])
+    writes = torch.rand(1, 14) < 0.5
+    writes[0, 5:8] = torch.tensor([True, False, False])
+    out, _ = memory(x, None, TokenSequence(document_ids=documents, writes=writes))
+    alone, _ = memory(x[:, 6:], None, TokenSequence(writes=writes[:, 6:]))
+    torch.testing.assert_close(out[:, 6:], alone)
+
+
+def test_a_deep_memory_stores_every_token():
+    memory = random_memory(memory_depth=2)
+    with pytest.raises(ValueError, match="memory_depth=2 stores every token"):
+        memory(torch.randn(1, 3, 16).double(), None, TokenSequence(writes=torch.ones(1, 3, dtype=torch.bool)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridmem import HybridMemForCausalLM
 from hybridmem.convert import Allocation
 from hybridmem.training.checkpoints.contents import load_policy
 from hybridmem.training.checkpoints.loading import load_checkpoint
@@ -51,6 +52,14 @@ def test_a_frozen_model_learns_a_router(tmp_path, monkeypatch, kind, prefill):
     assert "allocation" not in load_checkpoint(str(tmp_path / "run" / "step=6.ckpt"))
 
 
+def test_responses_of_one_token_log_no_decisions(tmp_path, monkeypatch):
+    config = config_of(tmp_path, objectives=[router(prefill="full")], trainer__max_steps=2)
+    hybridmem(monkeypatch, "fit", "--config", config, "--model.init_args.max_completion_length", "1")
+    assert len(logged(tmp_path, "allocation/price")) == 2
+    for name in ("closed", "decided", "cost"):
+        assert not logged(tmp_path, f"allocation/{name}")
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     config = config_of(tmp_path, "mag", [router("mag", budget=0.5, prefill="allocated")], trainer__max_steps=4)
     hybridmem(monkeypatch, "fit", "--config", config)
@@ -58,6 +67,27 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     hybridmem(monkeypatch, "fit", "--config", config, *again, "--ckpt_path", str(tmp_path / "run" / "step=2.ckpt"))
     whole, resumed = learned(tmp_path, 4), learned(tmp_path, 4, "again")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_frozen_model_learns_which_tokens_to_store_and_resumes_exactly(tmp_path, monkeypatch):
+    writes = allocation(unit="write", attention_window=None, prefill="allocated", budget=0.5)
+    config = config_of(tmp_path, "mag", [writes], trainer__max_steps=4, trainer__callbacks=[*SAVED, DRAWN])
+    hybridmem(monkeypatch, "fit", "--config", config)
+    again = ("--trainer.default_root_dir", str(tmp_path / "again"))
+    hybridmem(monkeypatch, "fit", "--config", config, *again, "--ckpt_path", str(tmp_path / "run" / "step=2.ckpt"))
+    whole, resumed = learned(tmp_path, 4), learned(tmp_path, 4, "again")
+    assert whole["learned.Allocation.weight"].abs().max() > 0.01
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert 0 < sum(logged(tmp_path, "allocation/cost")) / 4 < 1
+    shares = logged(tmp_path, "val/written")
+    assert shares
+    assert all(0 <= share <= 1 for share in shares)
+    assert (tmp_path / "run" / "routed_tokens").exists()
+    exported = tmp_path / "exported"
+    hybridmem(monkeypatch, "export", "--ckpt_path", str(tmp_path / "run" / "step=4.ckpt"), "--output", str(exported))
+    model = HybridMemForCausalLM.from_pretrained(exported)
+    for number, layer in enumerate(model.model.layers):
+        assert torch.equal(layer.mixer.memory.router.weight, whole["learned.Allocation.weight"][number])
 
 
 def test_tokens_attention_and_routers_train_together(tmp_path, monkeypatch):
@@ -83,7 +113,7 @@ def test_routers_and_allocations_are_different_starts(tmp_path, monkeypatch, cap
     other = config_of(tmp_path, objectives=[router(init_from=str(file))])
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", other, "--trainer.default_root_dir", str(tmp_path / "other"))
-    assert "names open heads, and unit=token opens none" in capsys.readouterr().err
+    assert "names open heads, and routers of tokens or writes open none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
