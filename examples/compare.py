@@ -2,8 +2,9 @@
 
     python examples/compare.py
 
-Five minutes on two cores; the page is runs/examples/compare/report.html. The same command resumes an interrupted
-comparison. `hybridmem compare --config …` does this from a configuration file.
+Five minutes on two cores; the page is runs/examples/compare/report.html. The window alone (swa) stays at 0 %; with a
+memory (mag), answers and reward raise accuracy from 45 to about 60 %. After Ctrl-C, the same command resumes.
+`hybridmem compare --config …` does this from a configuration file.
 """
 
 from pathlib import Path

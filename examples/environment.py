@@ -1,15 +1,14 @@
-"""Train an agent in an environment of your own: tools in, observations out, reward at the end.
+"""Train an agent in an environment of your own: python examples/environment.py (two minutes on one core).
 
-    python examples/environment.py
-
-The environment hides a number and answers "low" or "high". Demonstrations count upwards; reward prefers few guesses.
+A vault opens with a code that the agent can look up. Two in three demonstrations guess it; reward teaches the agent to
+look. Over two seeds, val/reward rises from 0.15 to 1 (greedy), and val/pass@1 from 0.3 to 0.8 (sampled).
 """
 
 from functools import partial
 
 import lightning as L
-import torch
 from jsonargparse import auto_cli
+from torch.optim import AdamW
 
 from hybridmem import HybridMemConfig
 from hybridmem.data import TaskDataModule
@@ -17,41 +16,42 @@ from hybridmem.rl import GRPO
 from hybridmem.training import PolicyModule, PretrainModule, WarmupCosine
 
 
-class HiddenNumber:
-    def reset(self, number, **columns):
-        self.number, self.guesses, self.done = number, 0, False
+class Vault:
+    def reset(self, code, **columns):
+        self.code, self.opened, self.done = code, False, False
 
-    def guess(self, number: int) -> str:
-        self.guesses, self.done = self.guesses + 1, number == self.number
-        return "" if self.done else "low" if number < self.number else "high"
+    def look(self) -> str:
+        return str(self.code)
 
-    def get_reward(self) -> float:
-        return 1 / self.guesses if self.done else 0.0
+    def enter(self, code: int) -> str:
+        self.opened, self.done = code == self.code, True
+        return ""
 
 
-class Guessing:
-    environment = HiddenNumber
-    max_completion_length = 128
+class Opening:
+    environment = Vault
+    max_completion_length = 24
 
     def example(self, split, index):
-        turns = [(f"guess {n}", "low" * (n < index % 8)) for n in range(index % 8 + 1)]
-        return {"prompt": "a number from 0 to 7\n", "answer": "", "number": index % 8, "turns": turns}
+        code, guess = index // 3 % 10, index // 30 % 10
+        turns = [("look", str(code)), (f"enter {code}", "")] if index % 3 == 0 else [(f"enter {guess}", "")]
+        return {"prompt": "open the vault\n", "answer": "", "code": code, "turns": turns}
 
-    def reward(self, prompts, completions, **columns):
-        return [0.0] * len(completions)  # the environment's get_reward is added
+    def reward(self, prompts, completions, environments, **columns):
+        return [float(vault.opened) for vault in environments]
 
 
-def main(warm_up: int = 150, steps: int = 40, games: int = 16, tokens: int = 128, folder: str = "runs/examples/games"):
-    L.seed_everything(0)
+def main(warm_up: int = 250, steps: int = 40, games: int = 20, folder: str = "runs/examples/vault", seed: int = 0):
+    L.seed_everything(seed)
     config = HybridMemConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, attention_window=32)
-    training = dict(optimizer=partial(torch.optim.AdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    schedule = partial(WarmupCosine, warmup_steps=1)
     trainer = partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0)
-    start, data = PretrainModule(config, **training), TaskDataModule(Guessing(), num_val=games)
-    trainer(max_steps=warm_up).fit(start, data)
+    start = PretrainModule(config, optimizer=partial(AdamW, lr=3e-3), lr_scheduler=schedule)
+    trainer(max_steps=warm_up).fit(start, TaskDataModule(Opening(), num_val=games))
     start.model.save_pretrained(folder)
-
-    agent = PolicyModule(folder, [GRPO(beta=0.0)], max_turns=8, max_completion_length=tokens, **training)
-    data = TaskDataModule(Guessing(), mode="prompts", batch_size=games, num_val=games)
+    agent = PolicyModule(folder, [GRPO(beta=0.0)], optimizer=partial(AdamW, lr=1e-3), lr_scheduler=schedule, seed=seed)
+    data = TaskDataModule(Opening(), mode="prompts", batch_size=games, num_val=games)
+    trainer().validate(agent, data)
     trainer(max_steps=steps).fit(agent, data)
     trainer().validate(agent, data)
 

@@ -3,8 +3,8 @@
     python scripts/bench_allocation.py --model models/smollm2 [--allocations FILE ...] [--closed 0.5 0.9]
         [--sources none memory] [--lengths 1024 2048 4096 8192 16384 32768] [--threads 1]
 
-Every cell is a process of its own: it reads a text of random tokens in pieces, then decodes a few more one by one. The
-models take turns at each length. Cells that the output holds already are not measured again.
+Every cell runs in its own process: it reads a text of random tokens in pieces, then decodes a few more one by one. The
+models take turns at each length. Cells that are already in the output are not measured again.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def build(model: str, allocation: Allocation) -> HybridMemForCausalLM:
 def measure(model: str, allocation: Allocation, tokens: int, piece: int, threads: int) -> Row:
     """Read `tokens` tokens and decode some more; return bytes and milliseconds per token.
 
-    On one thread these are milliseconds of the processor: other work on the machine hardly changes them.
+    On one thread these are processor milliseconds, which other work on the machine hardly affects.
     """
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter

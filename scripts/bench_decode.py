@@ -1,10 +1,10 @@
-"""Decoding one token at a time on a CPU, beside transformers' Llama, Mistral and Mamba-2 of equal width and depth.
+"""Decoding token by token on a CPU, compared with transformers' Llama, Mistral and Mamba-2 of equal width and depth.
 
     python scripts/bench_decode.py [--batches 1 64] [--compile] [--output docs/data/decode.json]
 
 Every model has four layers of width 256 and has read a prompt; the prompt's state is repeated for the rows of a batch.
-Models take a token each in turn; figures are medians, and ratios medians over rounds. Operators are the ATen calls of
-one token. Converted models are the Llama and the Mistral beside them.
+Models take turns, one token each; figures are medians, and ratios are medians over rounds. Operators are the ATen calls
+of one token. The converted models are this Llama and this Mistral.
 """
 
 import argparse

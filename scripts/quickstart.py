@@ -3,7 +3,7 @@
     python scripts/quickstart.py [--output runs/quickstart] [--rollouts 16] [--prompts 48]
 
 Every stage leaves its result in the output folder. The same command resumes after Ctrl-C: it skips finished stages and
-goes on with the one that was interrupted. Output of the stages goes to log.txt in that folder.
+continues the one that was interrupted. Output of the stages goes to log.txt in that folder.
 """
 
 import argparse
@@ -53,11 +53,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         console.print(f"results: {options.output}", soft_wrap=True)
-        from quickstart_stages import run_all  # torch takes seconds to load, and its warnings belong into the log
+        from quickstart_stages import run_all  # torch takes seconds to load, and its warnings belong in the log
 
         run_all(options, console)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", soft_wrap=True)
+        console.print("interrupted; run the same command to continue", soft_wrap=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Held-out answers of a model with all heads, with the heads that a reward chose, and with random ones."""
+"""Held-out answers of a model with all heads, with the heads chosen by reward, and with random ones."""
 
 import json
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class Arm:
 
 
 def choices(allocation: Allocation) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each arm's name with the sources of its heads; the random heads are as many as the learned ones."""
+    """Yield each arm's name with the sources of its heads; there are as many random heads as learned ones."""
     rows = allocation.head_sources
     shape, heads = [len(row) for row in rows], sum(map(len, rows))
     opened = sum(row.count("full") for row in rows)

@@ -50,7 +50,7 @@ class StageError(Exception):
 
 
 class Stages:
-    """Stages with their seconds on the clock and of processors, which add up over interruptions.
+    """Stages with their wall-clock and processor seconds, which add up over interruptions.
 
     Args:
         folder: output folder.
@@ -97,7 +97,7 @@ class Stages:
 
 
 def now() -> tuple[float, float]:
-    """Return the seconds of the clock, and of processors for this process and its finished children."""
+    """Return the wall-clock seconds, and the processor seconds of this process and its finished children."""
     return time.monotonic(), sum(os.times()[:4])
 
 
@@ -150,7 +150,7 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
 
 
 def train_two(stages: Stages, config: Path) -> None:
-    """Train a model with a memory and one without for as many steps, and export both."""
+    """Train a model with a memory and one without for equally many steps, and export both."""
     layers: dict[str, dict[str, Any]] = {"mag": {}, "swa": {"model.init_args.config.layer_types": WINDOW_ONLY}}
     for name, options in layers.items():
         stages.fit(f"training on the standard library's source: {NAMES[name]}", config, stages.folder / name, options)
@@ -201,7 +201,7 @@ def find_model(stages: Stages, given: Path | None) -> tuple[Path | None, str]:
 
 
 def learn_heads(stages: Stages, base: Path, start: Allocation, given: argparse.Namespace) -> None:
-    """Convert the model, learn from reward which heads read everything, and export it with those."""
+    """Convert the model, learn from reward which heads read everything, and export the result."""
     window: dict[str, Any] = {"attention_window": start.attention_window, "num_sink_tokens": start.num_sink_tokens}
     converted, folder = stages.folder / "converted", stages.folder / "heads"
     if not converted.exists():
@@ -275,7 +275,7 @@ def add_heads(stages: Stages, page: Page, name: str, task: Facts, start: Allocat
 
 
 def exchanged(before: Allocation, after: Allocation) -> int:
-    """Return the number of heads that read everything in the first allocation and no longer in the second."""
+    """Return the number of heads that read everything in the first allocation but not in the second."""
     pairs = zip(chain(*before.head_sources), chain(*after.head_sources), strict=True)
     return sum(first == "full" != second for first, second in pairs)
 

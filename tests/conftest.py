@@ -1,9 +1,11 @@
 """Settings of every test: Triton's interpreter, no network, one thread, random numbers of its own.
 
 Triton reads the environment where kernels are declared, huggingface_hub where it is imported, so both are set first.
-On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order.
+On tiny tensors a second thread costs more than it gives. Every test draws the same numbers in any order. The garbage
+collector ignores the modules, which would take it half a second each time.
 """
 
+import gc
 import importlib.util
 import os
 import random
@@ -19,6 +21,7 @@ from hypothesis import settings
 
 from tests.first_calls import limited, start_test
 
+gc.disable()
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests' wrong names are not looked up, again and again
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # timings decide no test
@@ -34,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first: a process that began one last would keep the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all that was imported from garbage collection, also in forked processes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)  # compiling a graph leaves so many objects that every 700th starts too many rounds
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Include the modules again, because Triton's bindings report objects that the process's end does not collect."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

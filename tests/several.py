@@ -1,15 +1,16 @@
-"""Distributed tests in forked processes, which share the parent's imports."""
+"""Forked processes of distributed tests and of commands, which share the parent's imports."""
 
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,43 @@ def start(size: int, work: Callable[[int], Any]) -> list[tuple[Any, Any]]:
         send.close()
         started.append((process, receive))
     return started
+
+
+class Forked:
+    """Process of `python -m hybridmem` with the arguments and methods of subprocess.Popen that grids use."""
+
+    def __init__(self, command: list[str], stdout: IO[bytes], env: dict[str, str], **_: Any):
+        assert command[:3] == [sys.executable, "-m", "hybridmem"]
+        self.id = os.fork()
+        if not self.id:
+            self._run(command[2:], stdout, env)
+
+    def _run(self, arguments: list[str], output: IO[bytes], environment: dict[str, str]) -> NoReturn:
+        code: Any = 1
+        try:
+            os.setsid()
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+            os.environ |= environment
+            warnings.simplefilter("ignore")
+            sys.argv = arguments
+            main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def wait(self) -> int:
+        """Return the exit status, or minus the signal that ended the process."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1])
+
+    def terminate(self) -> None:
+        os.kill(self.id, signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -49,7 +49,7 @@ def test_rl_on_my_reward(text_model, tmp_path, capsys):
 
 
 def test_environment(tmp_path, capsys):
-    run("environment", warm_up=2, steps=2, games=2, tokens=16, folder=tmp_path)
+    run("environment", warm_up=2, steps=2, games=2, folder=tmp_path)
     assert "val/turns" in capsys.readouterr().out
 
 

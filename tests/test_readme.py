@@ -2,8 +2,10 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,23 @@ def test_every_link_leads_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def commands() -> list[list[str]]:
-    """Return the `hybridmem` commands in README and guides with their options."""
+def lines() -> list[str]:
+    """Return the commands in README and guides, one a line, without environment variables and torchrun."""
     pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))]
     blocks = "\n".join(block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.S))
-    lines = blocks.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("hybridmem ")]
+    joined = blocks.replace("\\\n", " ").splitlines()
+    return [re.sub(r"^(\w+=\S+ +(?=\S)|torchrun .* -m )", "", line) for line in joined]
+
+
+def commands() -> list[list[str]]:
+    """Return the `hybridmem` commands in README and guides with their options."""
+    return [shlex.split(line, comments=True) for line in lines() if line.startswith("hybridmem ")]
+
+
+def python_scripts() -> list[list[str]]:
+    """Return the Python scripts that README and guides run, with their options."""
+    found = [re.match(r"python (?:-m )?((?:scripts/|hybridmem_kernels\.).*)", line) for line in lines()]
+    return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -49,12 +62,37 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 0, capsys.readouterr().err
 
 
+class Parsed(Exception):
+    """Signal that a script has accepted its options."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("command", python_scripts(), ids=" ".join)
+def test_scripts_accept_their_options(command, monkeypatch):
+    """Every script whose command is published exists, and accepts the published options."""
+
+    def parse(parser: ArgumentParser, *arguments):
+        _parse(parser, *arguments)
+        raise Parsed
+
+    _parse = ArgumentParser.parse_args
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr("sys.argv", command)
+    execute = runpy.run_path if command[0].endswith(".py") else runpy.run_module
+    with pytest.raises(Parsed):
+        execute(command[0], run_name="__main__")
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
 def test_scripts_are_there_and_can_be_run():
-    for name in re.findall(r"^(scripts/\S+)", README, re.M):
+    names = {line.split()[0] for line in lines() if line.startswith("scripts/")}
+    assert "scripts/quickstart" in names
+    for name in names:
         assert os.access(ROOT / name, os.X_OK), name
 
 

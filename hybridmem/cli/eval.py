@@ -48,18 +48,18 @@ def evaluate(
     """Evaluate a model on long contexts; the same command resumes.
 
     Args:
-        model: a Hugging Face folder or name of a causal LM, or a checkpoint of `hybridmem fit`.
-        tasks: names separated by commas: ruler or ruler/SUBTASK, needle, loss_by_position, facts, lm_eval/NAME.
-        lengths: tokens of a prompt, separated by commas; 1k is 1,024 and 1m is 1,048,576.
-        output: the folder of results.json and heat_map.png.
-        num_samples: prompts of each task and length.
-        seed: of the prompts.
-        chunk_size: tokens that a forward pass reads.
-        max_new_tokens: of an answer, at most.
-        dtype: of the weights; auto: as they are stored.
-        device: such as cpu or cuda; auto: cuda if there is one.
-        path: a folder of text; without it, the standard library of the running Python.
-        pattern: files of the folder to read.
+        model: Hugging Face folder or name of a causal LM, or a checkpoint of `hybridmem fit`.
+        tasks: task names separated by commas: ruler or ruler/SUBTASK, needle, loss_by_position, facts, lm_eval/NAME.
+        lengths: prompt lengths in tokens, separated by commas; 1k is 1,024 and 1m is 1,048,576.
+        output: folder of results.json and heat_map.png.
+        num_samples: number of prompts for each task and length.
+        seed: seed of the prompts.
+        chunk_size: number of tokens that each forward pass reads.
+        max_new_tokens: maximum number of tokens in an answer.
+        dtype: dtype of the weights; auto keeps the stored one.
+        device: device such as cpu or cuda; auto chooses cuda if available.
+        path: folder of text for the prompts. None: the standard library of the running Python.
+        pattern: pattern of the files to read in that folder.
     """
     at_least(1, num_samples=num_samples, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
     at_least(0, seed=seed)
@@ -114,7 +114,7 @@ def load_reader(name: str, dtype: str, device: str, chunk_size: int, longest: in
     """Load a model and its tokenizer.
 
     Raises:
-        ValueError: no tokenizer, another model's tokenizer, or a context shorter than `longest`.
+        ValueError: the tokenizer is missing or another model's, or the context is shorter than `longest`.
     """
     place = parse_device(device)
     tokenizer = tokenizer_of_model(name)
@@ -159,7 +159,7 @@ def load_model(name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """A context in which transformers draws no bar for the tensors that it loads."""
+    """Context in which transformers shows no progress bar while loading."""
     enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -170,7 +170,7 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def check_context(name: str, config: Any, longest: int) -> None:
-    """Refuse lengths for which a model with learned positions has none."""
+    """Raise a ValueError for lengths beyond the learned positions of a model."""
     limit = learned_positions(config)
     if limit is not None and longest > limit:
         raise ValueError(
@@ -179,7 +179,7 @@ def check_context(name: str, config: Any, longest: int) -> None:
 
 
 def learned_positions(config: Any) -> int | None:
-    """Return the number of positions of a model that learns each of them, or None for rotary positions."""
+    """Return the number of learned positions of a model, or None for rotary positions."""
     text = config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or isinstance(config, HybridMemConfig)
     return None if rotary else getattr(text, "max_position_embeddings", None)
@@ -218,13 +218,13 @@ def parse_lengths(lengths: str) -> list[int]:
     """Return lengths in tokens, sorted.
 
     Raises:
-        ValueError: one that is no number with or without k or m, or too long.
+        ValueError: a length is not a number with an optional k or m, or is too long.
     """
     found = set()
     for part in split(lengths, "lengths"):
         match = LENGTH.fullmatch(part.lower())
         if match is None:
-            raise ValueError(f"lengths={lengths!r}: {part!r} is no length; write 4096, 4k or 1m")
+            raise ValueError(f"lengths={lengths!r}: {part!r} is not a length; write 4096, 4k or 1m")
         found.add(int(match[1]) * UNITS[match[2]])
     at_least(1, LONGEST, lengths=min(found))
     at_least(1, LONGEST, lengths=max(found))
@@ -232,7 +232,7 @@ def parse_lengths(lengths: str) -> list[int]:
 
 
 def table(cells: Cells, rows: list[str], lengths: list[int]) -> Table:
-    """Return scores, and the time and the cache of reading a prompt."""
+    """Return a table of scores, with the time and cache of reading a prompt."""
     made = Table("task", *(name_of_length(length) for length in lengths))
     for row in rows:
         found = [cells.get(row, length) for length in lengths]
@@ -244,7 +244,7 @@ def table(cells: Cells, rows: list[str], lengths: list[int]) -> Table:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the bytes that a cache can still take on a device."""
+    """Return the bytes available for a cache on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() or float("inf")

@@ -19,7 +19,7 @@ def open_repository(name: str) -> None:
         OSError: the hub cannot be reached.
     """
     if get_token() is None:
-        raise ValueError(f"push_to_hub={name} needs a token of the hub; run hf auth login, or set HF_TOKEN")
+        raise ValueError(f"push_to_hub={name} needs a Hugging Face token; run hf auth login, or set HF_TOKEN")
     with _one_line_errors(name):
         HfApi().create_repo(name, exist_ok=True)
 
@@ -41,7 +41,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"push_to_hub={name} is no name of a model; give one such as me/my_model") from error
+        raise ValueError(f"push_to_hub={name} is not a model name; give one such as me/my_model") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason, remedy = error.server_message or f"status {status}", REMEDIES.get(status, "try again later")

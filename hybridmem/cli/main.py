@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +39,7 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from hybridmem.training.trackers import check_packages
 
 from .compare import compare
+from .console import hide_useless_lines
 from .consolidate import consolidate
 from .convert import convert
 from .eval import evaluate
@@ -108,6 +108,13 @@ class ProcessLost(Exception):
 
 class HybridMemCLI(LightningCLI):
     """LightningCLI with checks of settings, data and checkpoint before any work."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return only the given command, because building the parsers of all four takes longer than reading a file."""
+        every = LightningCLI.subcommands()
+        given = {name: skipped for name, skipped in every.items() if name in sys.argv[1:2]}
+        return given or every
 
     def _add_instantiators(self) -> None:
         """Disable Lightning's saving of arguments, which would give a mixture's arguments to each of its parts."""
@@ -350,10 +357,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
-    # Lightning calls an API that torch has deprecated; users cannot change that.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    # PolicyModule keeps its model in eval mode on purpose, to disable dropout.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    hide_useless_lines()
     keep_freed_memory()
     flush_denormals()
     try:

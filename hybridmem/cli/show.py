@@ -35,15 +35,15 @@ def show(
     """Write a self-contained page with the tokens that attention and memory read, gates and surprise.
 
     Args:
-        model: a Hugging Face folder or name of a causal LM, or a checkpoint of `hybridmem fit`.
-        prompt: a text file.
-        other: a second model for the same prompt.
-        output: the HTML file to write.
-        max_new_tokens: of each model's most likely continuation, at most; 0 shows the prompt alone.
-        layers: indices separated by commas, negative ones from the end, or all; without it, up to 8 spread evenly.
-        top: strongest reads to keep for each token and head.
+        model: Hugging Face folder or name of a causal LM, or a checkpoint of `hybridmem fit`.
+        prompt: text file with the prompt.
+        other: second model to run on the prompt.
+        output: HTML file to write.
+        max_new_tokens: maximum length of each model's greedy continuation; 0 shows the prompt alone.
+        layers: layer indices separated by commas, negative ones from the end, or all. None: up to 8, evenly spaced.
+        top: number of strongest reads to keep for each token and head.
         chat: put the prompt into the tokenizer's chat template, as a user's message.
-        device: such as cpu or cuda; auto: cuda if there is one.
+        device: device such as cpu or cuda; auto chooses cuda if available.
     """
     at_least(0, max_new_tokens=max_new_tokens)
     at_least(1, MOST_READS, top=top)
@@ -64,7 +64,7 @@ def show(
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Return the last parts of models' paths, or the whole paths if these parts are equal."""
+    """Return the last components of the models' paths, or the whole paths if these are equal."""
     parts = [Path(name).name or name for name in names]
     return parts if len(set(parts)) == len(parts) else names
 
@@ -73,11 +73,11 @@ def read_prompt(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        ValueError: it is empty or not UTF-8.
-        FileNotFoundError: it does not exist.
+        ValueError: the file is empty or not UTF-8.
+        FileNotFoundError: the file does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"prompt={path} is no file; write the prompt to a text file and name it")
+        raise FileNotFoundError(f"prompt={path} is not a file; write the prompt to a text file and give its path")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def read_with(
 
 
 def continued(model: Any, ids: list[int], max_new_tokens: int) -> Int[Tensor, " tokens"]:
-    """Return the prompt with its most likely continuation."""
+    """Return the prompt with its greedy continuation."""
     prompt = torch.tensor([ids], device=model.device)
     if not max_new_tokens:
         return prompt[0].cpu()
@@ -149,7 +149,7 @@ def parse_layers(layers: str | None, count: int) -> list[int]:
     """Return layer indices.
 
     Raises:
-        ValueError: a part is no index.
+        ValueError: a part is not an index.
     """
     if layers is None:
         shown = min(count, MOST_LAYERS)

@@ -126,7 +126,7 @@ class TextDataModule(L.LightningDataModule):
             train = [document for document in documents if document.name not in held_out]
             if not train:
                 raise ValueError(
-                    f"val_path={settings.val_path} contains all documents of path={settings.path}; set path to further "
+                    f"val_path={settings.val_path} contains all documents of path={settings.path}; set path to other "
                     "documents"
                 )
         return {

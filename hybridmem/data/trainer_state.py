@@ -1,4 +1,4 @@
-"""Queries of data modules to their trainer."""
+"""Queries that data modules make to their trainer."""
 
 import math
 from collections.abc import Callable

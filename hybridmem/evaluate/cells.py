@@ -1,4 +1,4 @@
-"""The cells of an evaluation in a JSON file, written after each one, so that a run that stops can be resumed."""
+"""Cells of an evaluation in a JSON file, which is written after each cell so that an interrupted run can resume."""
 
 import json
 import os
@@ -12,11 +12,11 @@ RESULTS = "results.json"
 
 
 class Cells:
-    """Measured cells by row and length, and the settings that they were measured with.
+    """Measured cells by row and length, with the settings used to measure them.
 
     Args:
-        folder: of the file.
-        settings: of this run.
+        folder: folder of the file.
+        settings: settings of this run.
 
     Raises:
         ValueError: the folder holds cells of other settings.
@@ -42,14 +42,14 @@ class Cells:
         return cell if cell and "score" in cell else None
 
     def add(self, row: str, length: int, cell: Cell) -> None:
-        """Add a cell and write the file, in one step."""
+        """Add a cell and write the file atomically."""
         self.cells[_key(row, length)] = {"task": row, "length": length, **cell}
         written = self.path.with_suffix(".tmp")
         written.write_text(json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
         os.replace(written, self.path)
 
     def needed_bytes(self, length: int) -> float:
-        """Return the bytes of the cache at a length, extrapolated from the longest shorter cell; 0 without one."""
+        """Return the bytes of the cache at a length, extrapolated from the longest shorter cell, or 0 without one."""
         shorter = [cell for cell in self.cells.values() if "state_bytes" in cell and cell["tokens"] < length]
         if not shorter:
             return 0

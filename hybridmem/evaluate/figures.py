@@ -1,4 +1,4 @@
-"""Heat maps of scores, tasks by lengths."""
+"""Heat maps of scores by task and length."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LUMINANCE = np.array([0.3, 0.59, 0.11])
 
 
 def draw_heat_map(cells: Cells, rows: list[str], lengths: list[int], title: str, path: Path) -> None:
-    """Draw accuracies above, and bits per byte below where they were measured."""
+    """Draw accuracies at the top, and any measured bits per byte below."""
     accuracies, losses = ([row for row in rows if row.endswith(LOSS) == is_loss] for is_loss in (False, True))
     parts = [part for part in (("accuracy", accuracies), ("bits per byte", losses)) if part[1]]
     size = (2.6 + 0.9 * len(lengths), 1.4 + 0.45 * len(rows) + 0.4 * len(parts))
@@ -44,7 +44,7 @@ def _draw(axes: Axes, cells: Cells, rows: list[str], lengths: list[int], label: 
 
 
 def name_of_length(length: int) -> str:
-    """Return a length as it was written: 4096 is "4k"."""
+    """Return a length in its short form: 4096 is "4k"."""
     if length == ANY_LENGTH:
         return "any"
     for unit, letter in ((1 << 20, "m"), (1 << 10, "k")):

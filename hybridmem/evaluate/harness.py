@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a reader's model: lm-eval's own by name, and this package's without a download."""
+"""lm-eval tasks on a reader's model: lm-eval's own by name, and this package's, which need no download."""
 
 import contextlib
 import inspect
@@ -19,19 +19,19 @@ WORDED_LENGTH = ("babilong",)  # named by their length, such as 4k
 
 
 def has_length(row: str) -> bool:
-    """Return whether a task is measured at each length."""
+    """Return True if a task is measured at each length."""
     return not row.removeprefix(PREFIX).startswith(WITHOUT_LENGTH)
 
 
 class HarnessTask:
-    """A task or group of lm-eval at one length, its data loaded.
+    """A task or group of lm-eval at one length, with its data loaded.
 
     Args:
-        name: lm-eval's.
-        length: tokens, or ANY_LENGTH.
-        model: folder or name, from which tasks take their tokenizer.
-        num_samples: documents of each task.
-        seed: of this package's own tasks.
+        name: name in lm-eval.
+        length: length in tokens, or ANY_LENGTH.
+        model: folder or name from which tasks load their tokenizer.
+        num_samples: number of documents for each task.
+        seed: seed of this package's own tasks.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -59,11 +59,11 @@ class HarnessTask:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"tasks={PREFIX}{name}: its data cannot be loaded ({reason}); lm-eval's own tasks need a Hugging "
-                    "Face hub, hybridmem_ruler and the like do not"
+                    "Face hub, but tasks such as hybridmem_ruler do not"
                 ) from error
 
     def measure(self, reader: Reader) -> Cell:
-        """Evaluate; the score is the task's first metric, averaged over the tasks of a group that give none."""
+        """Evaluate; the score is the first metric, averaged over the tasks of a group without metrics of its own."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -89,10 +89,10 @@ class HarnessTask:
 
 
 def folders(name: str, shipped: Path) -> list[Path]:
-    """Return the folders that can hold a task by its name; none: all that lm-eval ships, which takes long to read.
+    """Return the folders that may contain a task; an empty list means all of lm-eval's, which are slow to read.
 
     Args:
-        name: of the task.
+        name: name of the task.
         shipped: lm-eval's folder of tasks.
     """
     if name.startswith(OWN_PREFIX):
@@ -101,7 +101,7 @@ def folders(name: str, shipped: Path) -> list[Path]:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Return a task's metrics without their errors, and without RULER's lengths that were not measured."""
+    """Return a task's metrics without standard errors, and without unmeasured lengths of RULER."""
     return {
         name.removesuffix(",none"): value
         for name, value in values.items()
@@ -111,7 +111,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """A context in which a library logs errors alone."""
+    """Context in which a library logs only errors."""
     own = logging.getLogger(logger)
     level = own.level
     own.setLevel(logging.ERROR)

@@ -46,7 +46,7 @@ class HeadsRecord:
 
 @torch.inference_mode()
 def read(model: Any, ids: Int[Tensor, " tokens"], prompt_length: int, layers: Sequence[int], top: int) -> Reading:
-    """Read a text, and keep the `top` strongest reads of every token, head and layer.
+    """Read a text, and keep the `top` strongest reads for every token, head and layer.
 
     Raises:
         ValueError: a layer does not exist, or its attention cannot be recorded (see AttentionRecorder).
@@ -77,7 +77,7 @@ def read(model: Any, ids: Int[Tensor, " tokens"], prompt_length: int, layers: Se
 
 
 def _number(layer: Any, index: int) -> int:
-    """Return a layer's number in its model, where only some layers may have attention."""
+    """Return a layer's number in its model, in which only some layers may have attention."""
     return index if isinstance(layer, HybridMemLayer) else layer.layer_idx
 
 

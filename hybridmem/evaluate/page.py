@@ -23,7 +23,7 @@ MOST_TOKENS = 1 << 16  # places are written as 16 bits
 
 
 class Numbers:
-    """Arrays of bytes that a page carries compressed, each as its offset and length."""
+    """Byte arrays that a page stores compressed, each as an offset and a length."""
 
     def __init__(self) -> None:
         self.content = bytearray()

@@ -1,4 +1,4 @@
-"""Measurements of a model at one length: each task gives a score, with the time and the bytes of reading."""
+"""Measurements of a model at one length: the score of each task, with the time and bytes of reading."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ FACTS_SHARE = 0.98  # of the length that a prompt of Facts should fill: its text
 
 @dataclass
 class Probes:
-    """The measurements of a reader.
+    """Measurements of a reader.
 
     Args:
-        reader: the model.
-        model: its folder or name.
-        num_samples: prompts or rows of a cell.
-        max_new_tokens: of an answer, at most.
-        seed: of all examples.
-        path: a file or folder of text; None: the standard library.
-        pattern: files of a folder to read.
+        reader: reader of the model.
+        model: the model's folder or name.
+        num_samples: number of prompts or rows in a cell.
+        max_new_tokens: maximum number of tokens in an answer.
+        seed: seed of all examples.
+        path: file or folder of text; None: the standard library.
+        pattern: pattern of the files to read in a folder.
     """
 
     reader: Reader
@@ -52,10 +52,10 @@ class Probes:
     pattern: str
 
     def probe(self, name: str, length: int) -> Probe:
-        """Prepare a measurement; its settings are checked now.
+        """Prepare a measurement, and check its settings.
 
         Raises:
-            ValueError: the task cannot have this length.
+            ValueError: the task does not support this length.
         """
         if name == NEEDLE:
             return self.needle(length)
@@ -79,7 +79,7 @@ class Probes:
         return task
 
     def answers(self, task: Task, first_line: bool) -> Cell:
-        """Answer a task's held-out prompts; the score is the mean reward, of the first line alone if asked for."""
+        """Answer a task's held-out prompts; the score is the mean reward, optionally of the first line alone."""
         rows, usages, seconds = [], [], []
         for index in range(self.num_samples):
             example = task.example("val", index)
@@ -158,7 +158,7 @@ def sized_facts(
     """Return Facts with prompts of slightly fewer than `length` tokens.
 
     Raises:
-        ValueError: a prompt with its facts is longer.
+        ValueError: the facts alone make a prompt longer than this.
     """
     characters = 4 * length
     for _ in range(FACTS_ROUNDS):
@@ -182,10 +182,10 @@ def held_out_text(tokenizer: Any, path: str | None, pattern: str) -> np.ndarray:
 
 
 def expand(tasks: list[str]) -> list[str]:
-    """Return the rows of a table: each task, and RULER's subtasks one by one.
+    """Return the rows of a table: one for each task, and one for each subtask of RULER.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     rows: list[str] = []
     for name in tasks:

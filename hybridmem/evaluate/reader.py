@@ -1,4 +1,4 @@
-"""A causal LM that reads texts in chunks through its cache, with the time and the bytes that this takes."""
+"""Causal LM that reads texts in chunks through its cache, with measurements of time and bytes."""
 
 import time
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ class Usage:
     """Cost of reading a text.
 
     Args:
-        tokens: of the text.
-        seconds: to read it.
-        state_bytes: of the cache at its end.
-        growth: bytes by which the cache grew with each token of the text's second half.
+        tokens: number of tokens in the text.
+        seconds: time to read the text.
+        state_bytes: bytes of the cache at the end of the text.
+        growth: bytes added to the cache by each token of the text's second half.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, with the cost of reading the prompt and the seconds of each new token."""
+    """Greedy answer, with the cost of reading the prompt and the seconds per new token."""
 
     text: str
     usage: Usage
@@ -44,12 +44,12 @@ class Answer:
 
 
 class Reader:
-    """Reads `chunk_size` tokens at a time, so that a model with a state of constant size reads texts of any length.
+    """Reader of `chunk_size` tokens at a time; a model with a state of constant size can read texts of any length.
 
     Args:
         model: a causal LM of transformers, in evaluation mode.
-        tokenizer: the model's.
-        chunk_size: tokens of a forward pass.
+        tokenizer: the model's tokenizer.
+        chunk_size: number of tokens that each forward pass reads.
         end_ids: tokens that end an answer.
     """
 
@@ -87,7 +87,7 @@ class Reader:
     def predict(
         self, input_ids: Int64[Tensor, " time"], shift_labels: Int64[Tensor, " time"]
     ) -> tuple[Float[Tensor, " predicted"], Bool[Tensor, " predicted"], Usage]:
-        """Return, for every label, its negative log-likelihood in nats and whether it is the most likely token."""
+        """Return each label's negative log-likelihood in nats, and True where it is the most likely token."""
         nats, hits, usages = [], [], []
         watch = Stopwatch(self.model.device)
         for start, logits, usage in self._read(input_ids, self._new_cache(), watch, shift_labels):
@@ -103,7 +103,7 @@ class Reader:
     def _read(
         self, ids: Tensor, cache: DynamicCache, watch: "Stopwatch", labels: Tensor | None = None
     ) -> Iterator[tuple[int, Tensor, Usage]]:
-        """Yield each chunk's start, its logits (the last one alone where no label needs more) and the usage so far."""
+        """Yield each chunk's start, its logits (only the last unless labels need more) and the usage so far."""
         sizes = []  # tokens read, bytes of the cache
         chunk_size = min(self.chunk_size, (len(ids) + 1) // 2)  # two chunks at least, to see the cache grow
         for start in range(0, len(ids), chunk_size):
@@ -122,7 +122,7 @@ class Reader:
 
 
 class Stopwatch:
-    """Seconds since its start, when the device has done its work."""
+    """Clock that waits for the device before it reads the seconds since its start."""
 
     def __init__(self, device: torch.device):
         self.device, self.started = device, time.perf_counter()
@@ -138,7 +138,7 @@ def _kept_bytes(cache: DynamicCache) -> int:
     """Return the bytes of a cache's tensors.
 
     Raises:
-        ValueError: the model keeps nothing there, so it cannot read in chunks.
+        ValueError: the model does not use the cache, so it cannot read in chunks.
     """
     kept = state_bytes(cache)
     if not kept:

@@ -18,7 +18,7 @@ class Reads:
 
 @dataclass
 class Series:
-    """Numbers of every head at consecutive tokens; the first head is the mean of the others."""
+    """Values of every head at consecutive tokens; the first head is the mean of the others."""
 
     name: str
     heads: list[str]

@@ -77,7 +77,7 @@ class FormatShare(Float64Metric):
 
 def _names(formats: Formats, names: Sequence[str] | None) -> list[str]:
     if callable(formats) == (names is None):
-        raise ValueError("names goes with a function: give both, or formats as regular expressions by name alone")
+        raise ValueError("names requires formats to be a function: give both, or only regular expressions by name")
     found = list(formats) if names is None else list(names)  # type: ignore[arg-type] # a mapping if names is None
     if not found or len({*found, OTHER}) <= len(found):
         raise ValueError(f"names of formats must differ and not be {OTHER!r}, which is reserved: {found}")

@@ -136,14 +136,14 @@ def check_alike(*weights: Weights) -> None:
         if first.keys() != other.keys():
             only_first, only_other = (listed(sorted(a.keys() - b.keys())) for a, b in ((first, other), (other, first)))
             raise ValueError(
-                f"the weights are not of one model: only {one} has {only_first or 'none'}; only {two} has "
+                f"the weights belong to different models: only {one} has {only_first or 'none'}; only {two} has "
                 f"{only_other or 'none'}"
             )
         for name, shape in first.items():
             if other[name] != shape:
                 raise ValueError(
-                    f"the weights are not of one model: {name} is {list(shape)} in {one} and {list(other[name])} in "
-                    f"{two}"
+                    f"the weights belong to different models: {name} is {list(shape)} in {one} and "
+                    f"{list(other[name])} in {two}"
                 )
 
 

@@ -244,7 +244,7 @@ class HybridMemConfig(PreTrainedConfig):
                 "vocab_size or choose another token"
             )
         if not 0 <= self.partial_rotary_factor <= 1:
-            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in [0, 1]")
+            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} must be in [0, 1]")
         if "mag" in (self.layer_types or ()) and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="

@@ -37,10 +37,10 @@ class Paragraphs:
     """Paragraphs of text files: the docstrings of .py files, and all of other files. Whole files are held out.
 
     Args:
-        path: a folder of text files; None: the standard library of the running Python.
-        pattern: files of the folder to read.
-        val_fraction: share of the files to hold out.
-        seed: of the split.
+        path: a folder of text files; None reads the standard library of the running Python.
+        pattern: glob pattern of the files to read.
+        val_fraction: the fraction of files to hold out.
+        seed: seeds the split.
     """
 
     def __init__(self, path: str | None, pattern: str, val_fraction: float, seed: int):
@@ -82,7 +82,7 @@ class Paragraphs:
 class Facts:
     """Facts such as "The access code of Lisbon is 4821." between paragraphs of text, then a question about one.
 
-    The answer is the fact, word for word, which is the form in which instruct models answer by themselves. Every fact
+    The answer is the fact, word for word, which is how instruct models answer naturally. Every fact
     is equally likely to be asked. Whole files are held out for validation. An example's text comes from one file, or
     from several if that file is too short: docstrings from .py files, and the full text of other files.
 

@@ -138,5 +138,7 @@ def read_judgements(
     }
     empty = [split for split, queries in splits.items() if not queries]
     if empty:
-        raise ValueError(f"examples={path!r} has no usable query in split {empty[0]}; add some, or remove column split")
+        raise ValueError(
+            f"examples={path!r} has no usable query in split {empty[0]}; add some, or remove the column split"
+        )
     return judged, splits

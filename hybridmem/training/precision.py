@@ -1,4 +1,4 @@
-"""The choice of a precision for training on a CPU."""
+"""Choice of the precision for training on a CPU."""
 
 from typing import Any
 

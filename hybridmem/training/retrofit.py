@@ -28,6 +28,7 @@ from hybridmem.training.checkpoints.contents import (
     name_optimizer_states,
     tokenizer_of_policy,
 )
+from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.model_card import public, training_facts
 
 from .errors import named
@@ -171,6 +172,7 @@ class RetrofitModule(L.LightningModule):
         window, sinks = self.attention_window, self.num_sink_tokens
         if _is_ours(self.base):
             with named("base"):
+                _check_no_adapters(self.base)
                 model = load_policy(self.base)
             if not isinstance(model, HybridMemForCausalLM):
                 raise ValueError(
@@ -356,6 +358,15 @@ def _is_ours(base: str) -> bool:
         return AutoConfig.from_pretrained(base).model_type == HybridMemConfig.model_type
     except (OSError, ValueError, KeyError):
         return False  # the conversion reports the error
+
+
+def _check_no_adapters(base: str) -> None:
+    """Raise a ValueError if `base` is a checkpoint with adapters, which would change the teacher as well."""
+    if Path(base).suffix == ".ckpt" and load_checkpoint(base, weights=False).get("lora"):
+        raise ValueError(
+            f"{base} has adapters, so its full attention is no longer the base model's: resume that run with "
+            "--ckpt_path and a larger trainer.max_steps, or start from the stage before it"
+        )
 
 
 def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:

@@ -95,7 +95,7 @@ def test_documents_are_as_long_as_asked(exported):
     for row in rows:
         assert len(f"{row['input']}\n{row['prefix']}".encode()) == row["length"]
         assert all(text in row["input"] for text in row["outputs"])
-    with pytest.raises(ValueError, match="max_seq_lengths=500 is no metric of this task"):
+    with pytest.raises(ValueError, match="max_seq_lengths=500 is not a metric of this task"):
         documents.ruler(pretrained=folder, max_seq_lengths=[500])
     with pytest.raises(ValueError, match="metadata names no tokenizer"):
         documents.facts(max_seq_lengths=[512])

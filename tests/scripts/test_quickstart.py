@@ -127,7 +127,7 @@ def test_one_page_after_an_interruption(tmp_path):
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate()
     assert process.returncode == 130, (said, errors)
-    assert said.endswith("interrupted; the same command goes on from here\n")
+    assert said.endswith("interrupted; run the same command to continue\n")
     assert not errors
 
     process = command(options)

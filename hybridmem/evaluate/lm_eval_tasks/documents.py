@@ -1,7 +1,7 @@
-"""Documents of the tasks in this folder, made on this machine, from lm-eval's metadata.
+"""Documents of the tasks in this folder, generated locally from lm-eval's metadata.
 
-Metadata: `max_seq_lengths`, tokens of a document; `num_samples` for each length; `seed`; `subtasks` of Ruler; and
-`tokenizer` or `pretrained`, the folder or name that the tokenizer comes from.
+The metadata may have `max_seq_lengths` (tokens per document), `num_samples` (per length), `seed`, `subtasks` (of
+Ruler), and `tokenizer` or `pretrained`, the folder or name of the tokenizer.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LENGTHS = tuple(str(1 << power) for power in range(9, 21))  # the metrics that t
 
 
 def ruler(subtasks: list[str] | None = None, **metadata: Any) -> Documents:
-    """Return prompts of Ruler, each subtask in turn."""
+    """Return prompts of Ruler, cycling through the subtasks."""
 
     def make(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str, Any]]:
         task = Ruler(length, subtasks, begin_answer=True, seed=seed)  # type: ignore[arg-type]
@@ -83,12 +83,12 @@ def match_all(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def match_exactly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return 1 under the document's length if the completion is the answer."""
+    """Score a completion under the document's length: 1 if it is the answer, otherwise 0."""
     return {str(doc["length"]): float(results[0].strip() == doc["outputs"][0])}
 
 
 def match_greedily(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Return 1 under the document's length if greedy decoding gives the target."""
+    """Score a document under its length: 1 if greedy decoding gives the target, otherwise 0."""
     return {str(doc["length"]): float(results[0][1])}
 
 
@@ -99,7 +99,7 @@ def _documents(make: Make, metadata: dict[str, Any]) -> Documents:
     lengths = metadata.get("max_seq_lengths", [4096])
     other = [length for length in lengths if str(length) not in LENGTHS]
     if other:
-        raise ValueError(f"max_seq_lengths={other[0]} is no metric of this task: choose among {', '.join(LENGTHS)}")
+        raise ValueError(f"max_seq_lengths={other[0]} is not a metric of this task: choose among {', '.join(LENGTHS)}")
     tokenizer, count, seed = load_tokenizer(name), metadata.get("num_samples", 20), metadata.get("seed", 0)
     rows = [{**row, "length": length} for length in lengths for row in make(tokenizer, length, count, seed)]
     return {"test": Dataset.from_list(rows)}

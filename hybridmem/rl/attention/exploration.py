@@ -103,8 +103,8 @@ def _noise_shape(layer: Any, target: str, time: int) -> tuple[int, ...]:
         return (mixer.memory.gate_proj.out_features,)
     kind = layer.variant if own else type(layer).__name__
     raise ValueError(
-        f"a layer of {kind} supports no exploration of target={target!r}: use attention (all variants except mac and "
-        "lmm), allocation (mag) or memory (mag, mac, mal, lmm), or set exploration=0"
+        f"a layer of {kind} does not support exploration of target={target!r}: use attention (all variants except "
+        "mac and lmm), allocation (mag) or memory (mag, mac, mal, lmm), or set exploration=0"
     )
 
 

@@ -1,4 +1,4 @@
-"""Units that read beyond a window, or not: KV heads of any causal LM, and the gates of `mag`."""
+"""Units that can read beyond a window: KV heads of any causal LM, and the gates of `mag`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ class HeadUnits:
         source: the other source, `none` or `memory`.
 
     Raises:
-        ValueError: a layer without the memory that `source` names.
+        ValueError: `source` is `memory`, but a layer has none.
     """
 
     def __init__(self, model: HybridMemForCausalLM, source: str):
@@ -93,10 +93,10 @@ class HeadUnits:
 
 
 class MixedUnits(ABC):
-    """Units whose model reads everything as it is, and that mix it with the window by shares of heads or tokens."""
+    """Units of a model that reads everything unchanged, mixed with the window by shares of heads or tokens."""
 
     def applied(self, model: Any, share: Share | None) -> AbstractContextManager[None]:
-        """Return a context in which heads mix by their share; None leaves the model as it is."""
+        """Return a context in which heads mix by their share; None leaves the model unchanged."""
         if share is None:
             return nullcontext()
         return self.mixed(model, lambda place, _: share[:, None, place])
@@ -107,7 +107,7 @@ class MixedUnits(ABC):
 
     @abstractmethod
     def mixed(self, model: Any, shares: Shares) -> AbstractContextManager[None]:
-        """Return a context in which layers mix by shares, which they get from their place and their input."""
+        """Return a context in which layers mix by shares computed from their index and input."""
 
 
 class GateUnits(MixedUnits):
@@ -156,23 +156,21 @@ def narrowed(
 
 
 class AttentionUnits(MixedUnits):
-    """KV heads of any causal LM of transformers, which read everything, or a window and the first tokens.
+    """KV heads of any causal LM of transformers, which read either everything or a window and the first tokens.
 
     Args:
         model: a causal LM.
-        window: tokens that a token sees, itself included.
-        sinks: first tokens that every later token sees.
+        window: number of tokens that a token sees, itself included.
+        sinks: number of first tokens that every later token sees.
 
     Raises:
-        ValueError: attention with a sliding window of its own.
+        ValueError: the model has its own sliding window.
     """
 
     def __init__(self, model: nn.Module, window: int, sinks: int):
         modules = decoder_layers(model)
         if any(getattr(module, "sliding_window", None) for module in modules):
-            raise ValueError(
-                f"{type(model).__name__} has a sliding window of its own: run `hybridmem convert` on it first"
-            )
+            raise ValueError(f"{type(model).__name__} has its own sliding window: run `hybridmem convert` on it first")
         self.window, self.sinks = window, sinks
         self.layers = list(range(len(modules)))
         config: Any = modules[0].config
@@ -220,12 +218,12 @@ class AttentionUnits(MixedUnits):
 def near_keys(
     mask: Bool[Tensor, "rows 1 queries keys"], window: int, sinks: int
 ) -> Bool[Tensor, "rows 1 queries keys"]:
-    """Return the keys in each query's window and the row's first tokens; padding stands on the left.
+    """Return the keys in each query's window and the row's first tokens; padding is on the left.
 
     Args:
-        mask: the keys that each query sees; the last query is that of the last key.
-        window: keys that a query sees, its own included.
-        sinks: the row's first tokens, which every query sees.
+        mask: the keys that each query sees; the last query belongs to the last key.
+        window: number of keys that a query sees, its own included.
+        sinks: number of first tokens in the row, which every query sees.
     """
     queries, keys = mask.shape[2:]
     key = torch.arange(keys, device=mask.device)
@@ -235,16 +233,16 @@ def near_keys(
 
 
 def find_units(model: Any, source: str | None, window: int | None, sinks: int | None) -> Units:
-    """Return the units of a model; a given window and given sinks replace the model's.
+    """Return the units of a model; `window` and `sinks`, if given, replace the model's.
 
     Args:
         model: the policy's model, without adapters around it.
         source: source of a closed unit; None: `memory` if every layer has one, otherwise `none`.
-        window: tokens that a closed unit sees; None keeps the model's.
-        sinks: first tokens that it sees; None keeps the model's.
+        window: number of tokens that a closed unit sees; None keeps the model's.
+        sinks: number of first tokens that it sees; None keeps the model's.
 
     Raises:
-        ValueError: a model without units, a source that it lacks, or a window that it has not been given.
+        ValueError: the model has no units, lacks the source, or needs a window.
     """
     if not isinstance(model, HybridMemForCausalLM):
         if source == "memory":

@@ -135,7 +135,7 @@ def _parse_plain(text: str, tools: Tools) -> Call:
         try:
             arguments[parameter.name] = TYPES.get(parameter.annotation, str)(value)
         except ValueError as error:
-            raise CallError(f"{name}: {parameter.name}={value!r} is no {parameter.annotation}") from error
+            raise CallError(f"{name}: {parameter.name}={value!r} is not a valid {parameter.annotation}") from error
     return Call(name, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Allocations in an order that no data decides, as controls of learned ones."""
+"""Allocations in an order that does not depend on data, as controls for learned ones."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,10 +27,10 @@ class FixedAllocation(Gates):
 
     Args:
         order: `random`, or `last_layers` first.
-        seed: of the random order. None: seed_everything.
+        seed: seed of the random order. None: seed_everything.
 
     Raises:
-        ValueError: there is no budget, or a setting cannot work.
+        ValueError: the budget is missing, or a setting is invalid.
     """
 
     learns: ClassVar[bool] = False

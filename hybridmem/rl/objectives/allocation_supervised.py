@@ -23,7 +23,7 @@ from .objective import LossAndMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class SoftGates(LearnedGates):
-    """Gates that learn from given answers through a mix; the model stays frozen.
+    """Gates that learn from given answers through a mix, while the model stays frozen.
 
     Args:
         l1_price: price of the sum of σ(φ).

@@ -66,7 +66,7 @@ class AttentionRL(Objective):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
         if self.target == "unified" and self.exploration:
             raise ValueError(
-                f"target='unified' supports no exploration={self.exploration}; set exploration=0, or target to "
+                f"target='unified' does not support exploration={self.exploration}; set exploration=0, or target to "
                 "attention, allocation or memory"
             )
         for name in ("weight", "entropy_bonus", "exploration"):
@@ -98,8 +98,8 @@ class AttentionRL(Objective):
         """Raise a ValueError if the prompt's last query, which predicts the first token, will not be recorded."""
         if self.positions == "predicting" and any(other.splits_reading for other in others):
             raise ValueError(
-                "positions=predicting does not go with prefill=full of an allocation, which reads prompts apart: set "
-                "positions to generated, or prefill to allocated"
+                "positions=predicting cannot be combined with an allocation's prefill=full, which reads prompts "
+                "separately: set positions to generated, or prefill to allocated"
             )
 
     def prepare(self, policy: Policy, load: ModelLoader) -> None:

@@ -151,7 +151,7 @@ class AttentionDistillation(Objective):
     def loss(
         self, policy: Policy, batch: Experience, scores: Scores, old: Scores, temperature: float
     ) -> LossAndMetrics:
-        """Return the loss of a batch and its metrics; the teacher scores the batch anew, since its logits are large."""
+        """Return the loss of a batch and its metrics; the teacher scores it again, since its logits are large."""
         teacher = policy.frozen_model("teacher")
         with torch.no_grad(), observed(teacher, self.teacher_layer, batch.times) as seen:
             completion_logps(teacher, batch.prompts, batch.completions, temperature, batch.times)

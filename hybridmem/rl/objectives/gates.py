@@ -38,7 +38,7 @@ class Gates(Objective):
             at least a half. Tokens are always judged by their probability.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: a setting is invalid.
     """
 
     family: ClassVar[str] = "Allocation"
@@ -92,7 +92,7 @@ class Gates(Objective):
             initial: probability of an open unit at the start.
 
         Raises:
-            ValueError: a model without such units or source, or too few of them for the budget.
+            ValueError: the model lacks the units or their source, or has too few units for the budget.
         """
         units = self.find_units(policy.model)
         if self.unit == "token":
@@ -135,9 +135,9 @@ class Gates(Objective):
         return shared(opened, gates, self.find_units(policy.base_model))
 
     def artefacts(self, policy: Policy) -> dict[str, Any]:
-        """Return the current allocation of KV heads for `hybridmem export`; none for gates and routers.
+        """Return the current allocation of KV heads for `hybridmem export`, or nothing for gates and routers.
 
-        No file describes gates of `mag`, or decisions that depend on tokens.
+        The file format does not cover gates of `mag`, or decisions that depend on tokens.
         """
         if isinstance(self.unit_policy(policy), RouterPolicy):
             return {}
@@ -165,7 +165,7 @@ class LearnedGates(Gates):
             allocation's JSON file, whose open heads start at `initial` and the others at 1 − `initial`.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: a setting is invalid.
     """
 
     initial: float = 0.8

@@ -54,7 +54,7 @@ class GroundTruthCritic:
             `{last_word}`, the prompt's last word, which can repeat a question at the end of a long prompt.
 
     Raises:
-        ValueError: A text is no valid format string or, when called, the dataset lacks a column.
+        ValueError: A text is not a valid format string or, when called, the dataset lacks a column.
     """
 
     wrong: str = "The response is wrong. The right answer is {answer}."
@@ -183,7 +183,7 @@ def fields_of(name: str, template: str) -> set[str]:
     """Return the names of a format string's fields.
 
     Raises:
-        ValueError: The template is no valid format string, or a field is not an identifier.
+        ValueError: The template is not a valid format string, or a field is not an identifier.
     """
     try:
         found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
@@ -192,5 +192,5 @@ def fields_of(name: str, template: str) -> set[str]:
             f"{name}={template!r} is not a valid format string: {error}; escape braces as {{{{ or }}}}"
         ) from error
     if not all(field.isidentifier() for field in found):
-        raise ValueError(f"{name}={template!r} may only have names as fields; escape braces as {{{{ or }}}}")
+        raise ValueError(f"{name}={template!r} may only contain named fields; escape braces as {{{{ or }}}}")
     return found

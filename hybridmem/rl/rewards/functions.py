@@ -183,7 +183,7 @@ class FormatReward:
         pattern: the regular expression; `.` also matches newlines.
 
     Raises:
-        ValueError: The pattern is no valid regular expression.
+        ValueError: The pattern is not a valid regular expression.
     """
 
     pattern: str

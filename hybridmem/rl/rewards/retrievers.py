@@ -38,7 +38,7 @@ class BM25:
 
     Raises:
         ImportError: bm25s is not installed.
-        FileNotFoundError, ValueError: The file does not exist, a line is no document, ids repeat, or no document has
+        FileNotFoundError, ValueError: The file does not exist, a line is not a document, ids repeat, or no document has
             text.
     """
 

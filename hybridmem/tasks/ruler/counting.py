@@ -17,7 +17,7 @@ NOISE = "..."
 def common_words(material: Material, rng: np.random.Generator, times: int, times_others: int) -> Puzzle:
     """List ten common words `times` times each, among words that occur `times_others` times; ask for the common ones.
 
-    A list that is longer than all words take repeats common and other words alike, so that the ratio remains.
+    If the list needs more words than there are, common and other words repeat equally often, so that the ratio remains.
     """
     words = [material.words[n] for n in rng.permutation(len(material.words))]
     common, others = words[:NUM_COMMON], words[NUM_COMMON:]

@@ -1,7 +1,8 @@
 """A prompt of an exact number of tokens, from a context of any size and a filling cut to a character.
 
-The context is sized by the secant method, since its tokens grow almost evenly with its size. The filling is then cut
-by bisection on the text near it alone. So the whole prompt is tokenised a few times, at any length.
+The secant method finds the size of the context, since the number of tokens grows almost linearly with it. Then
+bisection cuts the filling, which tokenises only the text near it. A prompt of any length is thus tokenised
+only a few times.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class TooShortError(ValueError):
 
 
 class NoCutError(ValueError):
-    """Error for a filling that no cut brings to the number of tokens."""
+    """Error for a filling that cannot be cut to the number of tokens."""
 
 
 def fit(parts: Parts, filling: str, num_tokens: int, count: Count) -> str:
@@ -43,7 +44,7 @@ def fit(parts: Parts, filling: str, num_tokens: int, count: Count) -> str:
 
 
 def fit_context(parts: Parts, filling: str, num_tokens: int, count: Count) -> tuple[str, str]:
-    """Return the texts around a filling that has to take 1 to MOST_FILLED tokens."""
+    """Return the texts around a filling of 1 to MOST_FILLED tokens."""
     least = count("".join(parts(0)))
     if least >= num_tokens:
         raise TooShortError(least + 1)
@@ -61,7 +62,7 @@ def fit_context(parts: Parts, filling: str, num_tokens: int, count: Count) -> tu
 
 
 def fit_filling(before: str, filling: str, after: str, num_tokens: int, count: Count) -> str | None:
-    """Return the text with its filling cut to fit, or None if no cut does."""
+    """Return the text with its filling cut to fit, or None if no cut fits."""
     near, length = after[:NEAR], 1
 
     def locally(length: int) -> int:

@@ -1,4 +1,4 @@
-"""A puzzle in a context of any size, and the material that puzzles are made of."""
+"""A puzzle in a context of any size, and the material for puzzles."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ BREAK = re.compile(r"\n|(?<=[.!?]) ")  # after which a sentence begins
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A task before, a context, a question after it, and the strings of the right answer.
+    """Puzzle: a task, a context, a question, and the strings of the right answer.
 
-    `context(size)` has about `size` characters more than `context(0)`, the shortest one that the puzzle can have.
+    `context(size)` has about `size` characters more than `context(0)`, the puzzle's shortest context.
     `beginning` starts an answer.
     """
 
@@ -36,8 +36,8 @@ class Material:
     """Text and words of a split's files.
 
     Args:
-        paragraphs: of the files.
-        split: whose files to read.
+        paragraphs: paragraphs of all files.
+        split: split whose files to read.
     """
 
     paragraphs: Paragraphs
@@ -52,7 +52,7 @@ class Material:
         """Return sorted lower-case words of four to eight letters, from enough training files for ENOUGH_WORDS.
 
         Raises:
-            ValueError: fewer words than puzzles need.
+            ValueError: there are fewer words than puzzles need.
         """
         found: set[str] = set()
         for file in self.paragraphs.files["train"]:

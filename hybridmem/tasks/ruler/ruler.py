@@ -54,33 +54,33 @@ class Ruler:
     | common_words | cwe | the ten most common words of a list |
     | frequent_words | fwe | the three most frequent words of a coded text |
 
-    Example i belongs to subtask i modulo their number; the column `subtask` names it. The text is that of Facts:
-    docstrings of the standard library, or a folder's files. Prompts have no worked examples.
+    Examples cycle through the subtasks; the column `subtask` names the current one. As in Facts, the text consists of
+    docstrings of the standard library or of a folder's files. Prompts have no worked examples.
 
-    A prompt has exactly `num_tokens` tokens, with everything that the chat template adds. TaskDataModule counts by its
-    own tokenizer; without it, each byte is a token (see `measure_with`).
+    A prompt has exactly `num_tokens` tokens, including the chat template. TaskDataModule counts tokens with its own
+    tokenizer; outside of it, each byte is a token (see `measure_with`).
 
     The answer is the expected strings, separated by commas. The reward is the share of them that a completion
-    contains, in upper or lower case; an answer is right if it contains them all.
+    contains, ignoring case; an answer is right if it contains them all.
 
     Args:
-        num_tokens: tokens of the prompt.
-        subtasks: which ones; None: all.
-        num_keys: keys of multi_key.
-        num_values: values of multi_value.
-        num_queries: keys of multi_query, all of which are asked for.
-        num_chains: chains of variables, one of which is asked for.
-        num_hops: assignments from variable to variable in a chain.
+        num_tokens: the number of tokens in a prompt.
+        subtasks: the subtasks to use; None uses all.
+        num_keys: the number of keys in multi_key.
+        num_values: the number of values in multi_value.
+        num_queries: the number of keys in multi_query, all of which are asked for.
+        num_chains: the number of chains of variables, one of which is asked for.
+        num_hops: the number of assignments from variable to variable in a chain.
         scoring: "all" rewards the share of strings found, "part" any of them.
         begin_answer: end the prompt with the beginning of an answer, for models that only continue text.
-        path: a folder of text files; None: the standard library of the running Python.
-        pattern: files of the folder to read.
-        val_fraction: share of the files to hold out.
-        seed: of the split and of all examples.
+        path: a folder of text files; None reads the standard library of the running Python.
+        pattern: glob pattern of the files to read.
+        val_fraction: the fraction of files to hold out.
+        seed: seeds the split and all examples.
 
     Raises:
-        ValueError: settings that cannot work; prompts that `num_tokens` is too short for, at the first example or in
-            `measure_with`.
+        ValueError: a setting is invalid; at the first example or in `measure_with`, `num_tokens` is too small for a
+            prompt.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Ruler:
     ):
         self.subtasks = list(SUBTASKS if subtasks is None else subtasks)
         if not self.subtasks:
-            raise ValueError(f"subtasks=[] leaves nothing to ask: name some of {', '.join(SUBTASKS)}")
+            raise ValueError(f"subtasks=[] is empty: choose from {', '.join(SUBTASKS)}")
         for subtask in self.subtasks:
             one_of(SUBTASKS, subtasks=subtask)
         at_least(1, LONGEST, num_tokens=num_tokens)
@@ -119,7 +119,7 @@ class Ruler:
         self.count: Callable[[str], int] = count_bytes
 
     def measure_with(self, count: Callable[[str], int]) -> None:
-        """Count a prompt's tokens by a function from now on.
+        """Set the function that counts a prompt's tokens.
 
         Raises:
             ValueError: `num_tokens` is too short for a subtask.
@@ -143,18 +143,18 @@ class Ruler:
             raise ValueError(self._too_short(subtask, error.least)) from error
         except NoCutError as error:
             raise ValueError(
-                f"num_tokens={self.num_tokens}: no prompt of {subtask} has exactly so many tokens: change num_tokens, "
-                "or give other text"
+                f"num_tokens={self.num_tokens}: cannot build a prompt of {subtask} with exactly this length: "
+                "change num_tokens, or set path to other text"
             ) from error
         answer = BETWEEN_ANSWERS.join(puzzle.answers)
         return {"prompt": prompt, "answer": f" {answer}" if self.begin_answer else answer, "subtask": subtask}
 
     def reward(self, prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-        """Return the share of the expected strings that each completion contains, or whether it contains any."""
+        """Return the share of the expected strings in each completion, or with scoring "part" 1 for any of them."""
         return [self.score(text, expected(right)) for text, right in zip(completions, answer, strict=True)]
 
     def is_right(self, completions: list[str], answers: list[str]) -> list[bool]:
-        """Return whether each completion contains all expected strings."""
+        """Return True for each completion that contains all expected strings."""
         pairs = zip(completions, answers, strict=True)
         return [string_match_all(text, expected(right)) == 1 for text, right in pairs]
 

@@ -1,4 +1,4 @@
-"""RULER's scores of a completion: the expected strings that it contains, in upper or lower case."""
+"""RULER's scores of a completion: the expected strings that it contains, ignoring case."""
 
 from collections.abc import Sequence
 

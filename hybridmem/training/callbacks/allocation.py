@@ -34,7 +34,7 @@ class AllocationMaps(L.Callback):
     MLflow.
 
     Args:
-        every_n_steps: optimiser steps between two maps.
+        every_n_steps: number of optimiser steps between two maps.
 
     Raises:
         ValueError: every_n_steps is below 1, or the module's objectives learn no allocation of heads or layers.
@@ -71,9 +71,9 @@ class AllocationMaps(L.Callback):
 class AllocationCurve(L.Callback):
     """Callback that logs `val/accuracy_at/closed=SHARE` for shares of closed units, and `test/…` in tests.
 
-    Held-out prompts are answered greedily with the likeliest units open and the others closed, so that one training
-    gives the whole curve. Every prompt is read once for each share, except for the share of validation itself.
-    `hybridmem validate` of a run without an allocation, such as the start of a grid, logs nothing.
+    Held-out prompts are answered greedily with the likeliest units open and the others closed, so that one run yields
+    the whole curve. Every prompt is read once for each share, except for the share of validation itself.
+    Without an allocation, as for the start of a grid, `hybridmem validate` logs nothing.
 
     Args:
         closed: shares of closed units, from 0 (every unit reads everything) to 1.
@@ -195,7 +195,7 @@ class RoutedTokens(L.Callback):
 
 @torch.no_grad()
 def read_by_rule(model: Any, prompts: PromptBatch, rule: SettledRouting) -> Bool[Tensor, "rows layers time"]:
-    """Read prompts by a router's rule, and return the layers in which each token reads beyond the window."""
+    """Read prompts under a router's rule, and return the layers in which each token reads beyond the window."""
     decided: dict[int, Tensor] = {}
 
     def decide(place: int, x: Inputs) -> Float[Tensor, "rows time"]:

@@ -122,7 +122,7 @@ class Learner:
                 first = False
 
     def imitate(self, examples: list[Example]) -> None:
-        """Take optimiser steps on the examples' answers, as many as on a rollout of these examples."""
+        """Take as many optimiser steps on the examples' answers as on a rollout of these examples."""
         for _ in range(self.num_iterations):
             for rows in self._steps(len(examples), len(examples)):
                 if self.step.is_last():

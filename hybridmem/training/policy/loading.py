@@ -80,7 +80,7 @@ def _start_from(module: torch.nn.Module, path: str, family: str) -> None:
             if here != there:
                 raise ValueError(f"{path} was trained with other units: {name} is {there}, here {here}")
         start = {name: value for name, value in given.items() if name in (*wanted, *STARTING_BUFFERS)}
-        module.load_state_dict(start, strict=False)  # counters begin anew
+        module.load_state_dict(start, strict=False)  # counters restart
 
 
 def _parameters_of_checkpoint(path: str, family: str) -> dict[str, Tensor]:

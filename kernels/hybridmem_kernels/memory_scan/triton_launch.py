@@ -157,6 +157,21 @@ class Grads(NamedTuple):
     momentum: Float[Tensor, "batch heads key_dim value_dim"]
 
 
+class Known(NamedTuple):
+    """Tensors that the backward of every chunk reads."""
+
+    states: Float[Tensor, "n 2 key_dim value_dim"]  # before the chunk
+    errors: Float[Tensor, "n size value_dim"]
+    grad_out: Float[Tensor, "batch heads time value_dim"]
+
+
+class Adjoints(NamedTuple):
+    """Gradients of the states after every chunk and of its solved errors."""
+
+    ends: Float[Tensor, "n 2 key_dim value_dim"]
+    residuals: Float[Tensor, "n size value_dim"]
+
+
 def backward(
     run: Run,
     plan: Plan,
@@ -168,23 +183,32 @@ def backward(
 ) -> Grads:
     """Compute the gradients of the inputs from the gradients of the outputs and of the last state."""
     chunks = _prepare(run, plan, tokens, backward=True)
-    states = _restore(run, plan, tokens, chunks, checkpoints, errors)
-    count, size = len(errors), plan.size
-    place, values = tokens.place(size), tokens.value_place()
+    known = Known(_restore(run, plan, tokens, chunks, checkpoints, errors), errors, grad_out)
     q, k, v, weight, momentum = (torch.empty_like(x) for x in (*tokens[:3], *grad_last))
     grads = Grads(q, k, v, tokens.gates.new_empty(3, *tokens.gates.shape[1:]), weight, momentum)
-    grad_ends, grad_residuals = torch.empty_like(states), torch.empty_like(errors)
+    adjoints = _adjoints(run, plan, tokens, chunks, known, grad_last, grads)
+    squares = _mix_gradients(run, plan, tokens, chunks, known, adjoints)
+    sums = _token_gradients(run, plan, tokens, chunks, known, adjoints, grads)
+    _gate_gradients(run, plan, tokens, chunks, squares, sums, grads)
+    return grads
+
+
+def _adjoints(
+    run: Run, plan: Plan, tokens: Tokens, chunks: Chunks, known: Known, grad_last: MemoryState, grads: Grads
+) -> Adjoints:
+    """Compute the gradients of v and of the states, from the last chunk to the first."""
+    adjoints = Adjoints(torch.empty_like(known.states), torch.empty_like(known.errors))
     shared: dict[str, Any] = dict(
         columns_ptr=chunks.columns,
-        grad_ends_ptr=grad_ends,
-        grad_residuals_ptr=grad_residuals,
+        grad_ends_ptr=adjoints.ends,
+        grad_residuals_ptr=adjoints.residuals,
         grad_weight_ptr=grads.weight,
         grad_momentum_ptr=grads.momentum,
-        **place,
-        **values,
+        **tokens.place(plan.size),
+        **tokens.value_place(),
     )
-    arguments = dict(shared, q_ptr=tokens.q, mix_ptr=chunks.mix, grad_out_ptr=grad_out)
-    run(Launch(seed_kernel, (count, plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
+    arguments = dict(shared, q_ptr=tokens.q, mix_ptr=chunks.mix, grad_out_ptr=known.grad_out)
+    run(Launch(seed_kernel, (len(known.errors), plan.value_blocks(plan.wide_tile)), arguments, plan.wide_tile))
     arguments = dict(
         shared,
         k_ptr=tokens.k,
@@ -194,66 +218,90 @@ def backward(
         grad_last_momentum_ptr=grad_last.momentum,
     )
     run(Launch(adjoint_kernel, (tokens.lanes, plan.value_blocks(plan.scan_tile)), arguments, plan.scan_tile))
+    return adjoints
 
-    squares = [torch.empty_like(chunks.mix) for _ in range(2)]
-    strict, mix = chunks.inverse, chunks.mix  # reuse the memory of tensors that are no longer needed
-    arguments = dict(
+
+def _mix_gradients(
+    run: Run, plan: Plan, tokens: Tokens, chunks: Chunks, known: Known, adjoints: Adjoints
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the decays before and after each token's write.
+
+    The gradients of N and of D * Q K^T times these decays replace `chunks.inverse` and `chunks.mix`.
+    """
+    before, after = (torch.empty_like(chunks.mix) for _ in range(2))
+    arguments: dict[str, Any] = dict(
         q_ptr=tokens.q,
         k_ptr=tokens.k,
         gates_ptr=tokens.gates,
         rows_ptr=chunks.rows,
-        errors_ptr=errors,
-        grad_residuals_ptr=grad_residuals,
-        grad_out_ptr=grad_out,
-        strict_ptr=strict,
-        mix_ptr=mix,
-        grad_before_ptr=squares[0],
-        grad_after_ptr=squares[1],
+        errors_ptr=known.errors,
+        grad_residuals_ptr=adjoints.residuals,
+        grad_out_ptr=known.grad_out,
+        strict_ptr=chunks.inverse,
+        mix_ptr=chunks.mix,
+        grad_before_ptr=before,
+        grad_after_ptr=after,
         lanes=tokens.lanes,
-        **place,
-        **values,
+        **tokens.place(plan.size),
+        **tokens.value_place(),
     )
     warps = 4 if plan.wide > plan.width else 8  # a wide tile needs only one pass
-    run(Launch(mix_gradient_kernel, (count,), arguments, plan.wide_tile, warps))
+    run(Launch(mix_gradient_kernel, (len(known.errors),), arguments, plan.wide_tile, warps))
+    return before, after
 
-    parts = plan.key_blocks
+
+def _token_gradients(
+    run: Run, plan: Plan, tokens: Tokens, chunks: Chunks, known: Known, adjoints: Adjoints, grads: Grads
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of q and k; return the gradients of the columns and of the decays of whole chunks."""
+    count, parts = len(known.errors), plan.key_blocks
     grad_columns = chunks.columns.new_empty(count, parts, *chunks.columns.shape[1:])
     grad_carry = chunks.columns.new_empty(count, parts, 3)
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         q_ptr=tokens.q,
         k_ptr=tokens.k,
         columns_ptr=chunks.columns,
-        states_ptr=states,
-        grad_ends_ptr=grad_ends,
-        errors_ptr=errors,
-        grad_residuals_ptr=grad_residuals,
-        grad_out_ptr=grad_out,
-        strict_ptr=strict,
-        mix_ptr=mix,
+        states_ptr=known.states,
+        grad_ends_ptr=adjoints.ends,
+        errors_ptr=known.errors,
+        grad_residuals_ptr=adjoints.residuals,
+        grad_out_ptr=known.grad_out,
+        strict_ptr=chunks.inverse,
+        mix_ptr=chunks.mix,
         grad_q_ptr=grads.q,
         grad_k_ptr=grads.k,
         grad_columns_ptr=grad_columns,
         grad_carry_ptr=grad_carry,
-        **place,
-        **values,
+        **tokens.place(plan.size),
+        **tokens.value_place(),
     )
     run(Launch(token_gradient_kernel, (count, parts), arguments, plan.tile))
+    return (grad_columns.sum(1), grad_carry.sum(1)) if parts > 1 else (grad_columns, grad_carry)
 
-    if parts > 1:
-        grad_columns, grad_carry = grad_columns.sum(1), grad_carry.sum(1)
-    arguments = dict(
+
+def _gate_gradients(
+    run: Run,
+    plan: Plan,
+    tokens: Tokens,
+    chunks: Chunks,
+    squares: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+    grads: Grads,
+) -> None:
+    """Compute the gradients of the gates."""
+    place = tokens.place(plan.size)
+    arguments: dict[str, Any] = dict(
         gates_ptr=tokens.gates,
         rows_ptr=chunks.rows,
         moving_ptr=chunks.moving,
         columns_ptr=chunks.columns,
         grad_before_ptr=squares[0],
         grad_after_ptr=squares[1],
-        grad_columns_ptr=grad_columns,
-        grad_carry_ptr=grad_carry,
+        grad_columns_ptr=sums[0],
+        grad_carry_ptr=sums[1],
         grad_gates_ptr=grads.gates,
         lanes=tokens.lanes,
         time=place["time"],
         chunks=place["chunks"],
     )
-    run(Launch(gate_gradient_kernel, (count,), arguments, dict(SIZE=size), 1, has_dots=False))
-    return grads
+    run(Launch(gate_gradient_kernel, (len(chunks.mix),), arguments, dict(SIZE=plan.size), 1, has_dots=False))

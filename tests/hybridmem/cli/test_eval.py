@@ -96,7 +96,7 @@ def test_interrupted_cells_are_measured_again(folder, text, tmp_path, monkeypatc
     ("options", "message"),
     [
         (["--tasks", "recall"], "tasks: 'recall' is unknown; choose among ruler, needle"),
-        (["--lengths", "4q"], "'4q' is no length; write 4096, 4k or 1m"),
+        (["--lengths", "4q"], "'4q' is not a length; write 4096, 4k or 1m"),
         (["--lengths", "100"], "num_tokens=100 is too short for subtask single"),
         (["--lengths", "20", "--tasks", "needle"], "lengths=20 for task needle"),
         (["--lengths", "100", "--tasks", "facts"], "lengths: 100 tokens are too short for task facts"),

@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,16 +89,13 @@ def write_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_an_export_is_uploaded_with_its_model_card(tmp_path, monkeypatch):
+def test_an_export_is_uploaded_with_its_model_card(tmp_path, monkeypatch, capsys, online):
     checkpoint, output = write_checkpoint(tmp_path, monkeypatch), tmp_path / "exported"
-    arguments = ["export", "--ckpt_path", checkpoint, "--output", output, "--push_to_hub", NAME]
     theirs = Hub()
     with serving(theirs) as address:
-        environment = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-        command = [sys.executable, "-m", "hybridmem", *map(str, arguments)]
-        ended = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == f"uploaded {address}/{NAME}/commit/0"
+        online(address)
+        hybridmem(monkeypatch, "export", "--ckpt_path", checkpoint, "--output", output, "--push_to_hub", NAME)
+    assert capsys.readouterr().out.splitlines()[-1] == f"uploaded {address}/{NAME}/commit/0"
     assert [(repo["name"], repo["organization"]) for repo in theirs.created] == [("my_model", "me")]
     assert theirs.tokens == {"Bearer hf_mine"}
     assert theirs.files == {
@@ -121,7 +115,7 @@ def test_a_missing_token_is_an_error_before_any_work(tmp_path, monkeypatch, caps
         hybridmem(monkeypatch, "export", "--ckpt_path", "no.ckpt", "--output", tmp_path / "out", "--push_to_hub", NAME)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"push_to_hub={NAME} needs a token of the hub; run hf auth login, or set HF_TOKEN")
+    assert line.endswith(f"push_to_hub={NAME} needs a Hugging Face token; run hf auth login, or set HF_TOKEN")
 
 
 @pytest.mark.parametrize(
@@ -143,5 +137,5 @@ def test_a_hub_out_of_reach(online):
 
 def test_names_that_the_hub_does_not_accept(online):
     online("http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="push_to_hub=a/b/c is no name of a model"):
+    with pytest.raises(ValueError, match="push_to_hub=a/b/c is not a model name"):
         hub.open_repository("a/b/c")

@@ -164,7 +164,11 @@ def flawed(folders, tmp_path_factory):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--prompt", "nowhere.txt", "prompt=.*nowhere.txt is no file; write the prompt to a text file and name it"),
+        (
+            "--prompt",
+            "nowhere.txt",
+            "prompt=.*nowhere.txt is not a file; write the prompt to a text file and give its path",
+        ),
         ("--prompt", "empty.txt", "prompt=.*empty.txt is empty; write at least one character"),
         ("--prompt", "bytes.txt", "prompt=.*bytes.txt is not UTF-8 text"),
         ("--model", "no_tokenizer", "model=.*no_tokenizer has no tokenizer"),

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from hybridmem.compare import runs
 from hybridmem.compare.runs import status
 from tests.hybridmem.training.policy.test_allocation import config_of
 from tests.hybridmem.training.runs import hybridmem
+from tests.several import Forked
 
 from .test_grid import CONFIGS
 
@@ -51,7 +54,7 @@ def write_grid(folder, **changes):
                     "model.init_args.num_generations": 2,
                     "model.init_args.lr_scheduler.init_args.warmup_steps": 1,
                 },
-                "options": {"trainer.max_steps": 20, **SMALL, **changes},
+                "options": {"trainer.max_steps": 4, **SMALL, **changes},
             }
         },
     }
@@ -60,6 +63,13 @@ def write_grid(folder, **changes):
     return path
 
 
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """Fork the processes of a grid's runs; those of a stopped grid below import everything again, as a user's do."""
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=Forked))
+
+
+@pytest.mark.usefixtures("forked_runs")
 def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys):
     config = write_grid(tmp_path)
     hybridmem(monkeypatch, "compare", "--config", config)
@@ -71,7 +81,7 @@ def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys)
         "broken on gaze": "failed",
     }
     assert "gaze" in cells["broken on gaze"]["reason"]
-    assert cells["supervised"]["compute"]["steps"] == 20
+    assert cells["supervised"]["compute"]["steps"] == 4
     rows = {row["label"]: row for row in results["tasks"]["recall"]["summary"]}
     assert 0 <= rows["supervised"]["sparsity"]["mean"] < 1
     assert any(name.startswith("distance=") for name in rows["supervised"]["accuracy_at"])
@@ -110,6 +120,7 @@ def test_a_grid_runs_records_failures_and_resumes(tmp_path, monkeypatch, capsys)
     assert "holds a run with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_a_grid_of_allocations_starts_from_converted_models(tmp_path, monkeypatch):
     """The start and fixed orders are validated, a learned allocation is trained, and all give a curve."""
     train = config_of(tmp_path, model__init_args__dtype="bfloat16", trainer__max_steps=2, trainer__val_check_interval=2)
@@ -146,11 +157,11 @@ def test_a_stopped_grid_lets_its_runs_save(tmp_path):
     command = [sys.executable, "-m", "hybridmem", "compare", "--config", config]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = tmp_path / "grid" / "recall" / "mag" / "warm-up" / "seed0"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(folder.glob("step=*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert process.wait(timeout=120) == 128 + signal.SIGINT
     assert (folder / "interrupted.ckpt").exists()
     assert status(folder) == "missing"
 

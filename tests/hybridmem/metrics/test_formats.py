@@ -75,8 +75,8 @@ def test_it_can_be_sent_to_another_process():
         (({},), "must differ and not be 'other'"),
         (({"other": "x"},), "must differ and not be 'other'"),
         ((first_word, ["a", "a"]), "must differ"),
-        ((first_word,), "names goes with a function"),
-        (({"a": "x"}, ["a"]), "names goes with a function"),
+        ((first_word,), "names requires formats to be a function"),
+        (({"a": "x"}, ["a"]), "names requires formats to be a function"),
     ],
 )
 def test_refusals(arguments, message):

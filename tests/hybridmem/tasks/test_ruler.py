@@ -168,7 +168,7 @@ def test_rewards(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(subtasks=[]), r"subtasks=\[\] leaves nothing to ask"),
+        (dict(subtasks=[]), r"subtasks=\[\] is empty"),
         (dict(num_keys=0), "num_keys must be at least 1, not 0"),
         (dict(num_tokens=10_000_000), "num_tokens must be at most 2097152"),
         (dict(val_fraction=1.0), "val_fraction must lie between 0 and 1"),

@@ -137,6 +137,9 @@ def test_kl_after_regression(base, tmp_path, monkeypatch, lora):
     bare = AutoModelForCausalLM.from_pretrained(base)
     same = exported.model.layers[0].mixer.q_proj.weight.equal(bare.model.layers[0].self_attn.q_proj.weight)
     assert same == (lora is None)
+    if lora is not None:
+        with pytest.raises(ValueError, match="has adapters, so its full attention is no longer the base model's"):
+            RetrofitModule(str(ckpt(second, 30)), "kl").configure_model()
 
 
 @torch.no_grad()

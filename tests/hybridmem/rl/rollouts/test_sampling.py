@@ -233,9 +233,9 @@ def test_a_noisy_record_gives_the_distribution_that_was_used(kind):
 
 
 def test_undefined_exploration_raises():
-    with pytest.raises(ValueError, match="a layer of mac supports no exploration"):
+    with pytest.raises(ValueError, match="a layer of mac does not support exploration"):
         draw_noise(model_of("mac"), "attention", [1], 1.0, 1, 2, 9, torch.Generator())
-    with pytest.raises(ValueError, match="a layer of swa supports no exploration"):
+    with pytest.raises(ValueError, match="a layer of swa does not support exploration"):
         draw_noise(model_of("swa"), "allocation", [1], 1.0, 1, 2, 9, torch.Generator())
 
 
