@@ -4,12 +4,14 @@
     python scripts/results_allocation.py measure --model runs/smollm2 --memory runs/retrofit/kl/step=25.ckpt
     python scripts/results_allocation.py measure --model runs/smollm2 --memory ... --task ruler --closed 0.9
     python scripts/results_allocation.py figures
+    python scripts/results_allocation.py overlap
     python scripts/results_allocation.py files --closed 0.8,0.9,0.95
 
 `train` runs configs/rl/allocation.yaml with the changes of each control, one run after another; it resumes interrupted
 runs and skips finished ones. `measure` answers held-out prompts in blocks and adds each block to a row of the output,
 so that an interrupted command can be repeated; besides `Facts`, the task of training, it measures the subtasks of
-`Ruler` and the nats of held-out text. `figures` draws the curve and the map of heads.
+`Ruler` and the nats of held-out text. `figures` prints a table, and draws the curve and the map of heads. `overlap`
+counts the heads that finished runs open in common.
 """
 
 import argparse
@@ -51,13 +53,15 @@ FIGURE = Path("docs/results/allocation.png")
 FILES = Path("configs/allocations")
 MAP = Path("docs/results/allocation_map.png")
 BLOCK, WINDOW, SINKS = 16, 64, 4
+SHAPE = (30, 3)  # layers and KV heads of SmolLM2-135M
 TEXT_LENGTH, BEYOND = 512, 128  # tokens of a row of text, and of its beginning, which is left out
 SCORES = {"facts": "accuracy", "ruler": "accuracy", "text": "nats"}  # means of a cell's values
 ANSWER_LENGTH = {"facts": 16, "ruler": 64}
 CHARACTERS = {400: 1600, 1000: 4000, 4000: 16000}  # characters of a prompt with about this many tokens
 OBJECTIVES = "model.init_args.objectives"
 LONGER, REFINED = "reward, longer", "reward, refined"  # both begin with the control reward
-STEPS = {"reward": 150, LONGER: 50, REFINED: 50}  # rollouts
+SUPERVISED = {"cross-entropy": "AllocationSFT", "distillation": "AllocationDistillation"}
+STEPS = {"reward": 150, LONGER: 50, REFINED: 50} | dict.fromkeys(SUPERVISED, 50)  # rollouts, or optimiser steps
 LATER = 10
 UNTRAINED = ("random", "last layers")
 
@@ -84,14 +88,14 @@ def train(control: str, source: str, seed: int, model: str, tokenizer: str) -> N
 
     `reward` reads prompts in full, which is cheap, and trains without a memory: its order of heads serves both sources.
     `reward, longer` goes on with twice as many prompts in a rollout. `reward, refined` reads everything by the
-    allocation instead, in prompts of half the length.
+    allocation instead, in prompts of half the length. The supervised controls learn from the right answers.
     """
     folder = run_folder(control, source, seed)
     if checkpoint_of(control, source, seed).exists():
         return
     settings: dict[str, Any] = {"source": source, "attention_window": WINDOW, "num_sink_tokens": SINKS}
     options = {"model.init_args.model": model, "data.init_args.tokenizer": tokenizer}
-    if control != "reward":
+    if control in (LONGER, REFINED):
         settings["init_from"] = str(checkpoint_of("reward", "none", seed))
     if control == LONGER:
         options["data.init_args.batch_size"] = "4"
@@ -102,7 +106,8 @@ def train(control: str, source: str, seed: int, model: str, tokenizer: str) -> N
     prompts = seed + LATER if control == LONGER else seed  # other prompts than before
     options |= {name: str(prompts) for name in ("data.init_args.seed", "model.init_args.seed")}
     options |= {"trainer.max_steps": str(STEPS[control]), "trainer.default_root_dir": str(folder)}
-    options |= {OBJECTIVES: json.dumps([{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}])}
+    objective = f"hybridmem.rl.{SUPERVISED.get(control, 'AllocationRL')}"
+    options |= {OBJECTIVES: json.dumps([{"class_path": objective, "init_args": settings}])}
     started = newest_good(folder)
     options |= {} if started is None else {"ckpt_path": str(started)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +235,7 @@ def rows() -> list[dict[str, Any]]:
 
 def find_row(cell: Cell) -> dict[str, Any]:
     """Return a cell's row, empty if nothing was measured."""
-    estimator = "sampled" if cell.trains else None
+    estimator = ("mixed" if cell.control in SUPERVISED else "sampled") if cell.trains else None
     wanted = cell._asdict() | {"estimator": estimator, "values": []}
     return next((row for row in rows() if key(row) == key(wanted)), wanted)
 
@@ -244,46 +249,91 @@ def put_row(row: dict[str, Any]) -> None:
     DATA.write_text(f'{{"machine": {json.dumps(machine)}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
-def curve(control: str, source: str, tokens: int, window: int) -> dict[float, list[float]]:
-    """Return the accuracy of each seed by the share closed, both ends included."""
+def curve(control: str, source: str, tokens: int, window: int, task: str) -> dict[float, list[float]]:
+    """Return the score of each seed by the share closed, both ends included."""
     found: dict[float, list[float]] = {}
     for row in rows():
         end = row["closed"] == 0 or (row["closed"] == 1 and row["source"] == source)
         alike = row["control"] == control and row["source"] == source
-        if (alike or end) and (row["task"], row["tokens"], row["window"]) == ("facts", tokens, window):
-            found.setdefault(row["closed"], []).append(row["accuracy"])
+        if (alike or end) and (row["task"], row["tokens"], row["window"]) == (task, tokens, window):
+            found.setdefault(row["closed"], []).append(row[SCORES[task]])
     return dict(sorted(found.items()))
 
 
 ARMS = {  # label: control, source of closed heads, colour
     "reward and memory": (LONGER, "memory", "#1f6f8b"),
     "reward alone": (LONGER, "none", "#c8553d"),
+    "cross-entropy and memory": ("cross-entropy", "memory", "#8a6fb0"),
+    "random heads and memory": ("random", "memory", "#999999"),
     "refined with memory": (REFINED, "memory", "#7fb3c4"),
     "refined alone": (REFINED, "none", "#e3a79a"),
-    "random heads": ("random", "none", "#999999"),
+    "cross-entropy alone": ("cross-entropy", "none", "#c3b4d9"),
+    "random heads alone": ("random", "none", "#cccccc"),
+    "last layers and memory": ("last layers", "memory", "#777777"),
+    "last layers alone": ("last layers", "none", "#bbbbbb"),
 }
+DRAWN = 4  # the others are in the table alone
 
 
 def figures(options: argparse.Namespace) -> None:
-    """Draw accuracy against the share of closed heads and the map of heads, and print the table."""
-    curves = {name: curve(*arm[:2], options.tokens, options.window) for name, arm in ARMS.items()}
+    """Print scores by the share of closed heads; for the task of training, draw the curve and the map of heads."""
+    tokens = TEXT_LENGTH if options.task == "text" else options.tokens
+    curves = {name: curve(*arm[:2], tokens, options.window, options.task) for name, arm in ARMS.items()}
     curves = {name: points for name, points in curves.items() if len(points) > 2}
     print("| closed | " + " | ".join(curves) + " |\n|" + " --- |" * (len(curves) + 1))
     for closed in sorted({share for points in curves.values() for share in points}):
-        print(f"| {closed:.0%} | " + " | ".join(_shown(points.get(closed)) for points in curves.values()) + " |")
+        shown = (_shown(points.get(closed), options.task) for points in curves.values())
+        print(f"| {closed:.0%} | " + " | ".join(shown) + " |")
+    if (options.task, options.tokens, options.window) == ("facts", 400, WINDOW):
+        _draw_curves(curves)
+        _draw_map()
+
+
+def _draw_curves(curves: dict[str, dict[float, list[float]]]) -> None:
+    """Draw accuracy against the share of closed heads."""
     figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=160)
     axes = figure.subplots()
-    for name, points in curves.items():
+    for name, (_, _, colour) in list(ARMS.items())[:DRAWN]:
+        points = curves.get(name, {})
+        if len(points) == 3:  # one share between the ends, which gives no curve
+            points = {share: values for share, values in points.items() if 0 < share < 1}
         means = [100 * sum(values) / len(values) for values in points.values()]
-        style = "--" if name.startswith("refined") else "-"
-        axes.plot([100 * share for share in points], means, "o" + style, label=name, color=ARMS[name][2])
-    axes.set(xlabel=f"KV heads that read a window of {options.window} tokens (%)", ylabel="answers right (%)")
+        axes.plot([100 * share for share in points], means, "o-", label=name, color=colour)
+    axes.set(xlabel=f"KV heads that read a window of {WINDOW} tokens (%)", ylabel="answers right (%)")
     axes.set_ylim(-3, 103)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE)
-    _draw_map()
+
+
+def overlap(options: argparse.Namespace) -> None:
+    """Print how many heads each two orders open in common at a share closed, averaged over the pairs of their seeds."""
+    closed = float(options.closed.split(",")[0])
+    opened = {name: list(_opened(name, closed)) for name in (LONGER, *SUPERVISED, *UNTRAINED)}
+    opened = {name: runs for name, runs in opened.items() if runs}
+    count = len(opened["last layers"][0])
+    print(f"{count} of {SHAPE[0] * SHAPE[1]} heads open; {count**2 / (SHAPE[0] * SHAPE[1]):.1f} in common by chance")
+    print("| | " + " | ".join(opened) + " |\n|" + " --- |" * (len(opened) + 1))
+    for name, runs in opened.items():
+        print(f"| {name} | " + " | ".join(_in_common(runs, others) for others in opened.values()) + " |")
+
+
+def _opened(control: str, closed: float) -> Iterator[set[int]]:
+    """Yield the open heads of each seed of a control that has finished."""
+    for seed in range(3):
+        cell = Cell(control, "none", closed, seed, 400, WINDOW, "facts")
+        if cell.trains and not checkpoint_of(control, "none", seed).exists():
+            continue
+        order = order_of_heads(cell, SHAPE)
+        yield set(order[: round((1 - closed) * len(order))].tolist())
+
+
+def _in_common(runs: list[set[int]], others: list[set[int]]) -> str:
+    """Return the mean number of heads that two runs open in common; runs of one control are compared by pairs."""
+    same = runs is others
+    pairs = [(a, b) for i, a in enumerate(runs) for j, b in enumerate(others) if not same or i < j]
+    return f"{sum(len(a & b) for a, b in pairs) / len(pairs):.1f}" if pairs else ""
 
 
 def write_files(options: argparse.Namespace) -> None:
@@ -306,12 +356,13 @@ def write_files(options: argparse.Namespace) -> None:
             Allocation("HuggingFaceTB/SmolLM2-135M-Instruct", WINDOW, SINKS, chosen, trained).save(file)
 
 
-def _shown(values: list[float] | None) -> str:
+def _shown(values: list[float] | None, task: str) -> str:
     """Return the mean of seeds, with half its 95 % interval."""
     if not values:
         return ""
     mean, half = mean_interval(values)
-    return f"{mean:.0%}" if half is None else f"{mean:.0%} ± {half:.0%}"
+    form = ".3f" if task == "text" else ".0%"
+    return f"{mean:{form}}" if half is None else f"{mean:{form}} ± {half:{form}}"
 
 
 def _draw_map() -> None:
@@ -326,15 +377,17 @@ def main() -> None:
     """Train, measure or draw, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "measure", "figures", "files"):
+    for name in ("train", "measure", "figures", "overlap", "files"):
         command = commands.add_parser(name)
         command.add_argument(
             "--tokens", type=int, default=400, choices=CHARACTERS, help="approximate length of a prompt"
         )
         command.add_argument("--window", type=int, default=WINDOW)
-        if name in ("measure", "files"):
+        if name in ("measure", "figures"):
+            command.add_argument("--task", default="facts", choices=list(SCORES))
+        if name in ("measure", "overlap", "files"):
             command.add_argument("--closed", default="0.9,0.8,0.95,0.5", help="shares")
-        if name in ("figures", "files"):
+        if name in ("figures", "overlap", "files"):
             continue
         command.add_argument("--model", default="runs/smollm2", help="folder of `hybridmem convert`, with tokenizer")
         command.add_argument("--memory", help="a retrofitted model: a folder or checkpoint, for the source memory")
@@ -342,7 +395,6 @@ def main() -> None:
         command.add_argument("--sources", default="none,memory")
         command.add_argument("--seeds", default="0,1,2")
         if name == "measure":
-            command.add_argument("--task", default="facts", choices=list(SCORES))
             command.add_argument("--prompts", type=int, default=128, help="or rows of text")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -354,6 +406,8 @@ def main() -> None:
                     train(control, source, seed, model, options.model)
     elif options.command == "measure":
         measure(options)
+    elif options.command == "overlap":
+        overlap(options)
     elif options.command == "files":
         write_files(options)
     else:
