@@ -16,7 +16,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui
 h1, h2 { line-height: 1.25; }
 .answer { padding: .75rem 1rem; border-left: 4px solid #0969da; background: var(--box); }
 .soft { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; }
+.scroll { margin-bottom: 1rem; overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
