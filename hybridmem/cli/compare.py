@@ -59,6 +59,8 @@ def compare(
             raise ValueError(f"only={only} must be between 0 and {len(runs) - 1}, a run's number (see list_runs)")
         runs = [runs[only]]
         _check_start(runs[0], output)
+    if report_only and not output.is_dir():
+        raise FileNotFoundError(f"output={output} does not exist, so there is no run to report; leave out report_only")
     check_settings(runs, tasks, output)
     waiting = [run for run in runs if status(output / run.folder) != "finished"]
     if not report_only:

@@ -20,5 +20,6 @@ def hide_useless_lines() -> None:
 
 
 def is_useful(record: logging.LogRecord) -> bool:
-    """Return True unless a line is one of Lightning's tips."""
-    return "Tip: " not in record.getMessage()
+    """Return True unless a line is one of Lightning's tips or reports a missing TPU."""
+    message = record.getMessage()
+    return "Tip: " not in message and not message.startswith("TPU available: False")

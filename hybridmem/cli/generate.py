@@ -30,6 +30,8 @@ def generate(
         stream: print text as it is generated instead of at the end.
     """
     refuse_adapter(model)
+    if not model.exists():
+        raise FileNotFoundError(f"model={model} does not exist; give a folder written by hybridmem export")
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model={model} has no config.json; give a folder written by hybridmem export")
     if max_new_tokens < 1:

@@ -71,8 +71,8 @@ def check_steps(total_steps: int, warmup_steps: int) -> None:
     if warmup_steps >= total_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} must be less than the run's {total_steps} optimiser steps; "
-            "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps, max_epochs or limit_train_batches, "
-            "which limit the run"
+            "lower model.init_args.lr_scheduler.init_args.warmup_steps or raise trainer.max_steps, max_epochs or "
+            "limit_train_batches, which limit the run"
         )
 
 

@@ -162,6 +162,12 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
     assert torch.load(saved, weights_only=True)["global_step"] > 0
 
 
+def test_a_missing_model_is_named(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "generate", "--model", tmp_path / "no_model", "--prompt", "a")
+    assert "no_model does not exist; give a folder written by hybridmem export" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -176,7 +182,10 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path):
         (dict(data__init_args__sequence_length=100_000), "lower one of them, or set path to more text"),
         (dict(model__init_args__config__attention_widow=8), "attention_widow' is not accepted"),
         (dict(model__init_args__attn_implementation="foo"), 'attn_implementation="foo"'),
-        (dict(trainer__max_steps=2), "lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"),
+        (
+            dict(trainer__max_steps=2),
+            "lower model.init_args.lr_scheduler.init_args.warmup_steps or raise trainer.max_steps",
+        ),
         (dict(model__init_args__config__pad_token_id=259), "pad_token_id=259 is outside the vocabulary of 259 tokens"),
         (dict(trainer__default_root_dir=__file__), "is not writable; choose another folder"),
         (dict(ckpt_path="/no/such.ckpt"), "/no/such.ckpt"),

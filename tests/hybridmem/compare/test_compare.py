@@ -179,3 +179,6 @@ def test_a_report_needs_results(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "report", "--run_dir", tmp_path)
     assert "has no results.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "compare", "--config", write_grid(tmp_path), "--report_only", "true")
+    assert "does not exist, so there is no run to report" in capsys.readouterr().err

@@ -33,7 +33,9 @@ def test_warmup_stable_decay():
 
 
 def test_a_warmup_as_long_as_the_run_is_refused():
-    with pytest.raises(ValueError, match=r"lower lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"):
+    with pytest.raises(
+        ValueError, match=r"lower model.init_args.lr_scheduler.init_args.warmup_steps or raise trainer.max_steps"
+    ):
         rates(WarmupCosine, warmup_steps=100)
 
 
