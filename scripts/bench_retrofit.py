@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -183,8 +184,7 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seconds[name].append(step(trained, row, wanted))
         print(number + 1, {name: round(values[-1], 1) for name, values in seconds.items()}, flush=True)
     for name, trained in arms.items():
-        found[name] = {"nats": nats(trained.logits, held_out), "seconds a step": torch.tensor(seconds[name]).median()}
-        found[name]["seconds a step"] = float(found[name]["seconds a step"])
+        found[name] = {"nats": nats(trained.logits, held_out), "seconds a step": statistics.median(seconds[name])}
         yield found
 
 

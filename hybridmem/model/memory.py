@@ -89,8 +89,15 @@ class WriteRouter(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time hidden"]) -> Bool[Tensor, "batch time"]:
         """Return True for tokens to store."""
-        x = nn.functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:])
-        return (x * self.weight).mean(-1) + self.bias > 0
+        return router_scores(x, self.weight, self.bias) > 0
+
+
+def router_scores(
+    x: Float[Tensor, "*rows hidden"], weight: Float[Tensor, "*#rows hidden"], bias: Float[Tensor, "*#rows"]
+) -> Float[Tensor, "*rows"]:
+    """Return a linear function of each token's normalised input, divided by the number of its channels."""
+    x = nn.functional.rms_norm(x.to(weight.dtype), x.shape[-1:])
+    return (x * weight).mean(-1) + bias
 
 
 class NeuralMemoryState(NamedTuple):

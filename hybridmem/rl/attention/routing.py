@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hybridmem.model.memory import router_scores
+
 from .action import Part, SharedAction
 from .allocations import MAX_LOGIT, DrawnAction, UnitPolicy, Units
 from .passes import NewTokens, before_passes
@@ -45,8 +47,7 @@ class RouterPolicy(UnitPolicy):
         Inputs have unit variance and are divided by their number, so that a step of the optimiser moves a logit by
         about the learning rate, in models of any width.
         """
-        x = nn.functional.rms_norm(x.to(weight.dtype), x.shape[-1:])
-        return MAX_LOGIT * torch.tanh(((x * weight).mean(-1) + bias) / MAX_LOGIT)
+        return MAX_LOGIT * torch.tanh(router_scores(x, weight, bias) / MAX_LOGIT)
 
     @torch.no_grad()
     def probabilities(self, place: int, x: Inputs) -> Float[Tensor, "rows time"]:

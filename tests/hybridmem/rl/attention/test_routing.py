@@ -17,6 +17,7 @@ from hybridmem.rl.rollouts.prompts import pad_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, read, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
 from tests.hybridmem.models import tiny_model, tokens
+from tests.hybridmem.rl.attention.differences import assert_ascends
 
 from .test_sources import PROMPTS, SAMPLING, llama
 
@@ -148,16 +149,12 @@ def test_the_loss_over_all_decisions_has_the_exact_gradient():
     weighted = rewards * logps.detach().exp() * 64
     loss = AllocationRL().compute_loss(logps, logps.detach(), weighted)
     found = torch.autograd.grad(loss, [policy.weight, policy.bias])
-    step = 1e-5
-    for parameter, gradient in zip([policy.weight, policy.bias], found, strict=True):
-        for place in [(0, *[0] * (parameter.dim() - 1)), (1, *[3] * (parameter.dim() - 1))]:
-            sides = []
-            for sign in (1, -1):
-                parameter.data[place] += sign * step
-                sides.append(expected().item())
-                parameter.data[place] -= sign * step
-            assert float(gradient[place]) == pytest.approx(-(sides[0] - sides[1]) / (2 * step), rel=1e-6, abs=1e-12)
-    assert found[0].abs().max() > 1e-6
+    assert_ascends(
+        [policy.weight, policy.bias],
+        found,
+        lambda each: [(layer, *[at] * (each.dim() - 1)) for layer, at in ((0, 0), (1, 3))],
+        expected,
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from hybridmem.rl.rollouts.prompts import pad_prompts
 from hybridmem.rl.rollouts.sampling import Sampling, sample
 from hybridmem.rl.rollouts.scoring import completion_logps
 from tests.hybridmem.models import tiny_model, tokens
+from tests.hybridmem.rl.attention.differences import assert_ascends
 
 from .test_routing import trained
 from .test_sources import PROMPTS, SAMPLING, llama
@@ -112,16 +113,12 @@ def test_the_loss_over_all_writes_has_the_exact_gradient(kind):
     torch.testing.assert_close(logps.exp().sum(), torch.ones((), dtype=torch.float64))
     loss = AllocationRL().compute_loss(logps, logps.detach(), rewards * logps.detach().exp() * 64)
     found = torch.autograd.grad(loss, [policy.weight, policy.bias])
-    step = 1e-5
-    for parameter, gradient in zip([policy.weight, policy.bias], found, strict=True):
-        for layer in range(2):
-            place, sides = (layer, *[3] * (parameter.dim() - 1)), []
-            for sign in (1, -1):
-                parameter.data[place] += sign * step
-                sides.append(expected().item())
-                parameter.data[place] -= sign * step
-            assert float(gradient[place]) == pytest.approx(-(sides[0] - sides[1]) / (2 * step), rel=1e-6, abs=1e-12)
-    assert found[0].abs().max() > 1e-6
+    assert_ascends(
+        [policy.weight, policy.bias],
+        found,
+        lambda each: [(layer, *[3] * (each.dim() - 1)) for layer in range(2)],
+        expected,
+    )
 
 
 @torch.no_grad()
