@@ -1,12 +1,14 @@
 """Retrofits SmolLM2, and measures nats beyond the window, exact answers, state bytes and time.
 
-    python scripts/results_retrofit.py train --base BASE [--cells plain,depth 2] [--seeds 0,1,2] [--steps 300]
-    python scripts/results_retrofit.py measure --checkpoint CKPT --output docs/data/retrofit.json [--ways full]
-    python scripts/results_retrofit.py curve --run FOLDER
+    python scripts/results_retrofit.py train [--base BASE] [--cells "plain;depth 2"] [--stages "regression;lora"]
+    python scripts/results_retrofit.py measure [--cells plain] [--stages regression] [--seeds 0,1,2]
+    python scripts/results_retrofit.py write
+    python scripts/results_retrofit.py curve
 
-`train` runs configs/retrofit/smollm2.yaml with the changes of each cell, one run after another; it resumes interrupted
-runs and skips finished ones. `measure` adds its results to the output under the checkpoint's name. `curve` prints the
-validation metrics in a run's log by step.
+`train` runs the configs of the stages with the changes of each cell, one run after another; it resumes interrupted runs
+and skips finished ones. `measure` adds the results of each finished run to docs/data/retrofit.json, and of full
+attention and the window alone. `write` writes the tables of docs/results/retrofit.md. `curve` draws the validation
+metrics of the runs by minutes of training.
 """
 
 import argparse
@@ -16,13 +18,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
+from greedy_answers import answer
+from matplotlib.figure import Figure
+from tables import Table, mean_and_half, write_tables
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from hybridmem.data import TextDataModule, load_tokenizer
+from hybridmem.data import TextDataModule
 from hybridmem.data.task_module import chat_tokens
 from hybridmem.model.cache import state_bytes
 from hybridmem.model.modeling import HybridMemForCausalLM
@@ -34,44 +41,154 @@ from hybridmem.training.logs import read_log
 from hybridmem.training.retrofit_losses import beyond_window, every_source, nats_beyond, read
 
 ROOT = Path("runs/results_retrofit")
-CONFIG = Path("configs/retrofit/smollm2.yaml")
-CELLS: dict[str, dict[str, Any]] = {
+DATA = Path("docs/data/retrofit.json")
+FIGURE = Path("docs/results/retrofit.png")
+CELLS: dict[str, dict[str, Any]] = {  # changes of RetrofitModule's settings
     "plain": {},
+    "window 256": {"attention_window": 256},
     "no forgetting": {"memory": {"memory_forgetting": False}},
     "no momentum": {"memory": {"memory_momentum": False}},
     "no feature maps": {"frozen": ["q_map.*", "k_map.*"]},
     "constant mixing gate": {"frozen": ["mixing_gate.weight", "window_mass"]},
     "depth 2": {"memory": {"memory_depth": 2}},
 }
-WAYS = {"full": "full", "window": "none", "hybrid": None}  # source of all heads; None: the checkpoint's sources
+FROZEN = "frozen"  # a change that later stages repeat
+
+
+class Stage(NamedTuple):
+    """A run of one config after the run of another stage."""
+
+    config: Path
+    steps: int
+    after: str | None = None
+    lora: dict[str, Any] | None = None
+
+
+KL = Path("configs/retrofit/smollm2_kl.yaml")
+REGRESSION = Path("configs/retrofit/smollm2.yaml")
+STAGES = {
+    "short": Stage(REGRESSION, 100),  # for ablations
+    "regression": Stage(REGRESSION, 300),
+    "kl": Stage(KL, 100, "regression"),
+    "lora": Stage(KL, 400, "regression", {"r": 8, "lora_alpha": 16}),
+}
+ENDS = {"full": "full", "window": "none"}  # source of all heads, without memories
 LENGTHS = {400: 1600, 1000: 4000, 4000: 16000}  # approximate tokens and characters of a prompt
+BLOCK = {400: 16, 1000: 8, 4000: 1}  # prompts at a time
 MAX_NEW_TOKENS = 20
+VALIDATED = 16  # rows of text in each validation of a run
+TIMED = 2  # prompts whose answers are timed, one token at a time
 
 
-def train(base: str, cell: str, seed: int, steps: int) -> None:
-    """Train a cell with a seed, resuming an interrupted run."""
-    folder = ROOT / cell.replace(" ", "_") / str(seed)
-    if (folder / f"step={steps}.ckpt").exists():
+class Run(NamedTuple):
+    """A cell, a stage and a seed; full attention and the window alone are cells without a stage."""
+
+    cell: str
+    stage: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return ROOT / self.cell.replace(" ", "_") / self.stage / str(self.seed)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint of the run."""
+        return self.folder / f"step={STAGES[self.stage].steps}.ckpt"
+
+
+def train(run: Run, base: str) -> None:
+    """Train a cell's stage with a seed, after the stage before it; resume an interrupted run."""
+    if run.checkpoint.exists():
         return
-    started = to_go_on_from(folder)
+    stage = STAGES[run.stage]
+    if stage.after is not None:
+        train(run._replace(stage=stage.after), base)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = run.folder / "given.yaml"
+    config.write_text(yaml.safe_dump(settings(run, base), sort_keys=False))
+    started = to_go_on_from(run.folder)
     resume = [] if started is None else ["--ckpt_path", str(started)]
-    changes = [f"--model.init_args.{name}={json.dumps(value)}" for name, value in CELLS[cell].items()]
-    text = CONFIG.read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", base)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "given.yaml").write_text(text)
-    command = [
-        *(sys.executable, "-m", "hybridmem", "fit", "--config", str(folder / "given.yaml"), *changes, *resume),
-        *("--seed_everything", str(seed), "--data.init_args.seed", str(seed)),
-        *("--trainer.max_steps", str(steps), "--trainer.default_root_dir", str(folder)),
-    ]
+    command = [sys.executable, "-m", "hybridmem", "fit", "--config", str(config), *resume]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def measure_nats(model: HybridMemForCausalLM, tokenizer: str, ways: list[str], rows: int) -> dict[str, Any]:
-    """Return nats per token of held-out source beyond window and sinks, and beyond 128 tokens.
+def settings(run: Run, base: str) -> dict[str, Any]:
+    """Return the config of a run."""
+    stage = STAGES[run.stage]
+    config = yaml.safe_load(stage.config.read_text())
+    seed = run.seed if stage.after is None else run.seed + 10  # other texts than in the stage before
+    config["seed_everything"] = config["data"]["init_args"]["seed"] = seed
+    for part in config["data"]["init_args"]["parts"]:
+        part["init_args"] |= {"seed": seed, "tokenizer": base}
+    config["trainer"] |= {"max_steps": stage.steps, "default_root_dir": str(run.folder)}
+    config["trainer"] |= {"val_check_interval": 100, "limit_val_batches": VALIDATED}
+    changes = CELLS[run.cell]
+    if stage.after is None:
+        config["model"]["init_args"] |= changes | {"base": base}
+    else:
+        before = run._replace(stage=stage.after).checkpoint
+        kept = {FROZEN: changes[FROZEN]} if FROZEN in changes else {}
+        config["model"]["init_args"] |= kept | {"base": str(before)}
+    if stage.lora is not None:
+        config["model"]["init_args"]["lora"] = stage.lora
+    return config
 
-    The rows of 512 tokens are evenly spaced in 200 kB of the standard library's held-out files.
-    """
+
+class Measurement:
+    """Nats, answers, state and times of a model under one source of all heads, or under its own sources."""
+
+    def __init__(self, model: HybridMemForCausalLM, tokenizer: PreTrainedTokenizerBase, source: str | None):
+        self.model, self.tokenizer = model, tokenizer
+        self.sources = None if source is None else every_source(model, source)
+
+    def nats(self, rows: int) -> dict[str, float]:
+        """Return nats per token of held-out source beyond window and sinks, and beyond 128 tokens.
+
+        The rows of 512 tokens are evenly spaced in 200 kB of the standard library's held-out files.
+        """
+        reach = self.model.config.attention_window + self.model.config.num_sink_tokens
+        totals = [[0.0, 0] for _ in range(2)]
+        for batch in held_out_rows(self.tokenizer.name_or_path, rows):
+            hidden = read(self.model, batch, self.sources)
+            for total, start in zip(totals, (reach, max(reach, 128)), strict=True):
+                counted = beyond_window(batch["document_ids"], start) & (batch["shift_labels"] >= 0)
+                nats = nats_beyond(self.model, hidden, batch["shift_labels"], counted)
+                total[0] += float(nats.double().sum())
+                total[1] += len(nats)
+        return dict(zip(("beyond window", "beyond 128"), (sum_ / count for sum_, count in totals), strict=True))
+
+    def exact(self, length: int, count: int) -> dict[str, Any]:
+        """Return the share of exactly answered held-out prompts with four facts, and the cost of some answers."""
+        task = Facts(length=LENGTHS[length])
+        examples = [task.example("val", index) for index in range(count)]
+        rewards: list[float] = []
+        with self.model.head_sources(self.sources):
+            for first in range(0, count, BLOCK[length]):
+                block = examples[first : first + BLOCK[length]]
+                prompts = [example["prompt"] for example in block]
+                texts = answer(self.model, self.tokenizer, prompts, MAX_NEW_TOKENS)
+                rewards += task.reward(prompts, texts, [example["answer"] for example in block])
+            costs = [self.cost(chat_tokens(self.tokenizer, example["prompt"])) for example in examples[:TIMED]]
+        means = {name: sum(cost[name] for cost in costs) / len(costs) for name in costs[0]}
+        return {"exact": sum(rewards) / count, "prompts": count, **means}
+
+    def cost(self, prompt: list[int]) -> dict[str, float]:
+        """Return the seconds to read a prompt, the state's bytes after it, and the seconds of a token."""
+        cache = DynamicCache(config=self.model.config)
+        started = time.perf_counter()
+        token = self.model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        seconds, size = time.perf_counter() - started, state_bytes(cache)
+        started = time.perf_counter()
+        for _ in range(MAX_NEW_TOKENS):
+            token = self.model(token, past_key_values=cache).logits.argmax(-1)
+        each = (time.perf_counter() - started) / MAX_NEW_TOKENS
+        return {"tokens": len(prompt), "read seconds": seconds, "seconds per token": each, "state bytes": size}
+
+
+def held_out_rows(tokenizer: str, count: int) -> list[dict[str, Any]]:
+    """Return rows of 512 tokens, evenly spaced in the standard library's held-out files."""
     data = TextDataModule(
         tokenizer=tokenizer,
         sequence_length=512,
@@ -81,143 +198,171 @@ def measure_nats(model: HybridMemForCausalLM, tokenizer: str, ways: list[str], r
         encoding_errors="replace",
     )
     data.setup("validate")
-    reach = model.config.attention_window + model.config.num_sink_tokens
-    totals: dict[str, list[float]] = {way: [0.0, 0.0, 0.0, 0.0] for way in ways}
     batches = list(data.val_dataloader())
-    chosen = [batches[n * len(batches) // rows] for n in range(rows)]
-    for number, batch in enumerate(chosen):
-        for way in ways:
-            hidden = read(model, batch, sources(model, way))
-            for place, start in enumerate((reach, 128)):
-                counted = beyond_window(batch["document_ids"], start) & (batch["shift_labels"] >= 0)
-                nats = nats_beyond(model, hidden, batch["shift_labels"], counted)
-                totals[way][2 * place] += float(nats.double().sum())
-                totals[way][2 * place + 1] += len(nats)
-        print(number, {way: round(t[0] / max(t[1], 1), 4) for way, t in totals.items()}, flush=True)
-    return {
-        way: {"beyond window": a / b, "tokens": b, "beyond 128": c / d, "tokens beyond 128": d}
-        for way, (a, b, c, d) in totals.items()
-    }
-
-
-def sources(model: HybridMemForCausalLM, way: str) -> list[list[str]] | None:
-    """Return the head sources of an entry of WAYS."""
-    source = WAYS[way]
-    return None if source is None else every_source(model, source)
-
-
-def answer(model: HybridMemForCausalLM, prompt: list[int], ends: set[int]) -> tuple[list[int], dict[str, float]]:
-    """Return a greedy answer, with the seconds of prefill, the seconds per token and the state's bytes."""
-    cache = DynamicCache(config=model.config)
-    started = time.perf_counter()
-    ids = torch.tensor([prompt])
-    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-    read_seconds, size = time.perf_counter() - started, state_bytes(cache)
-    found: list[int] = []
-    started = time.perf_counter()
-    while len(found) < MAX_NEW_TOKENS:
-        token = int(logits[0, -1].argmax())
-        if token in ends:
-            break
-        found.append(token)
-        logits = model(torch.tensor([[token]]), past_key_values=cache).logits
-    seconds = (time.perf_counter() - started) / max(1, len(found))
-    return found, {"read seconds": read_seconds, "seconds per token": seconds, "state bytes": size}
-
-
-def measure_answers(
-    model: HybridMemForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str, length: int, count: int
-) -> dict[str, Any]:
-    """Return the share of exactly answered held-out prompts with four facts, with mean times and state sizes."""
-    task = Facts(length=LENGTHS[length])
-    ends = {tokenizer.eos_token_id}
-    right, tokens, figures = 0.0, 0, []
-    with model.head_sources(sources(model, way)):
-        for index in range(count):
-            example = task.example("val", index)
-            prompt = chat_tokens(tokenizer, example["prompt"])
-            found, seen = answer(model, prompt, ends)
-            text = tokenizer.decode(found, skip_special_tokens=True)
-            right += task.reward([example["prompt"]], [text], [example["answer"]])[0]
-            tokens += len(prompt)
-            figures.append(seen)
-            print(way, length, index, right, repr(text), flush=True)
-    means = {name: sum(seen[name] for seen in figures) / count for name in figures[0]}
-    return {"exact": right / count, "prompts": count, "mean tokens": tokens / count, **means}
+    return [batches[n * len(batches) // count] for n in range(count)]
 
 
 @torch.inference_mode()
-def measure(options: argparse.Namespace) -> None:
-    """Measure a checkpoint or folder, and add the results to the output."""
-    model = load_policy(options.checkpoint)
-    own = tokenizer_of_policy(options.checkpoint)
-    tokenizer = load_tokenizer(options.tokenizer) if own is None or options.tokenizer else own
+def measure(run: Run, options: argparse.Namespace) -> None:
+    """Measure a finished run, and both ends with its window, unless their results exist."""
+    model = load_policy(str(run.checkpoint))
+    tokenizer = tokenizer_of_policy(str(run.checkpoint))
+    assert tokenizer is not None
     lower_precision(model, "bfloat16")
     model.eval()
-    ways = options.ways.split(",")
-    counts = [int(n) for n in options.prompts.split(",")]
-    found: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, shared",
-        "torch": torch.__version__,
-        "attention_window": model.config.attention_window,
-        "num_sink_tokens": model.config.num_sink_tokens,
-        "command": " ".join(sys.argv),
-    }
-    if options.rows:
-        found["nats"] = measure_nats(model, options.tokenizer or tokenizer.name_or_path, ways, options.rows)
-    found["answers"] = {way: {} for way in ways}
-    path = Path(options.output)
-    for length, count in zip(LENGTHS, counts, strict=False):
-        for way in ways:
-            if count:
-                found["answers"][way][str(length)] = measure_answers(model, tokenizer, way, length, count)
-                write(path, options.name or Path(options.checkpoint).name, found)
-    write(path, options.name or Path(options.checkpoint).name, found)
+    window = model.config.attention_window
+    counts = dict(zip(LENGTHS, map(int, options.prompts.split(",")), strict=True))
+    ends = ENDS if STAGES[run.stage].lora is None else {}  # adapters change full attention
+    for name, source in {**ends, run.cell: None}.items():
+        row = find_row(window, run if source is None else Run(name, "", 0))
+        measurement = Measurement(model, tokenizer, source)
+        if "nats" not in row:
+            row["nats"] = measurement.nats(options.rows)
+            put(row)
+        for length, count in counts.items():
+            if count and str(length) not in row["answers"]:
+                row["answers"][str(length)] = measurement.exact(length, count)
+                put(row)
+        print(row, flush=True)
 
 
-def write(path: Path, name: str, found: dict[str, Any]) -> None:
-    """Add results to a JSON file under a name."""
-    held = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(held | {name: found}, indent=2) + "\n")
+def find_row(window: int, run: Run) -> dict[str, Any]:
+    """Return a run's row, empty if nothing was measured."""
+    wanted: dict[str, Any] = {"window": window, **run._asdict(), "answers": {}}
+    return next((row for row in rows() if key(row) == key(wanted)), wanted)
 
 
-def curve(run: Path) -> None:
-    """Print the validation metrics by step as a Markdown table."""
-    log = read_log(run)
-    names = [*(f"val/nats/{way}" for way in WAYS), "val/recovered"]
-    print("| step | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    for step in sorted(log.get(names[0], {})):
-        print(f"| {step + 1} | " + " | ".join(f"{log[name][step]:.4f}" for name in names) + " |")
+def rows() -> list[dict[str, Any]]:
+    """Return the rows measured so far."""
+    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the values that identify a row."""
+    return tuple(row[name] for name in ("window", "cell", "stage", "seed"))
+
+
+def put(row: dict[str, Any]) -> None:
+    """Write a row, replacing any row with the same key."""
+    kept = [other for other in rows() if key(other) != key(row)]
+    lines = ",\n".join(json.dumps(each) for each in sorted([*kept, row], key=key))
+    machine = json.dumps(f"{platform.machine()}, {os.cpu_count()} cores, one thread")
+    DATA.write_text(f'{{"machine": {machine}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+
+
+def recovered(row: dict[str, Any], name: str) -> float:
+    """Return the share of the nats between window and full attention that a row recovers."""
+    ends = {each["cell"]: each for each in rows() if each["window"] == row["window"] and each["cell"] in ENDS}
+    if missing := ENDS.keys() - ends.keys():
+        names = " and ".join(sorted(missing))
+        raise SystemExit(f"{names} with window {row['window']} not measured; measure stage regression first")
+    full, window = ends["full"]["nats"][name], ends["window"]["nats"][name]
+    return (window - row["nats"][name]) / (window - full)
+
+
+def likelihoods() -> Table:
+    """Return the table of nats and answers, with intervals over seeds."""
+    lengths = [str(length) for length in LENGTHS]
+    names = ("beyond window", "beyond 128")
+    table = [["model", "window", "seeds", "nats", "recovered", "beyond 128", "recovered"]]
+    table[0] += [f"exact at {length}" for length in lengths]
+    for (window, cell, stage), group in grouped():
+        nats = [
+            text
+            for name in names
+            for text in (
+                mean_and_half([row["nats"][name] for row in group]),
+                f"{mean_and_half([100 * recovered(row, name) for row in group], 0)} %",
+            )
+        ]
+        table.append([" ".join((cell, stage)).strip(), str(window), str(len(group)), *nats])
+        table[-1] += [shown_answers([row["answers"].get(length) for row in group]) for length in lengths]
+    return table
+
+
+def grouped() -> Iterator[tuple[tuple[int, str, str], list[dict[str, Any]]]]:
+    """Yield the rows of all seeds by window, cell and stage: both ends, then the order of CELLS and STAGES."""
+    for window in sorted({row["window"] for row in rows()}):
+        for cell in (*ENDS, *CELLS):
+            for stage in ("", *STAGES):
+                group = [row for row in rows() if key(row)[:3] == (window, cell, stage)]
+                if group:
+                    yield (window, cell, stage), group
+
+
+def shown_answers(answers: list[dict[str, Any] | None]) -> str:
+    """Return the mean share of right answers, or nothing if no seed has any."""
+    found = [100 * each["exact"] for each in answers if each]
+    return f"{mean_and_half(found, 0)} %" if found else ""
+
+
+def costs() -> Table:
+    """Return the table of states and times of full attention, the window and the plain memories of the first seed."""
+    table = [["model", "tokens", "state", "s for the prompt", "ms per token after it"]]
+    for (window, cell, stage), group in grouped():
+        for cost in group[0]["answers"].values() if window == 64 and (stage, cell) in SHOWN else ():
+            figures = [f"{cost['state bytes'] / 1e6:.1f} MB", f"{cost['read seconds']:.1f}"]
+            figures.append(f"{1000 * cost['seconds per token']:.0f}")
+            table.append([" ".join((cell, stage)).strip(), f"{cost['tokens']:,.0f}", *figures])
+    return table
+
+
+SHOWN = (("", "full"), ("", "window"), ("regression", "plain"), ("lora", "plain"))
+
+
+def curve() -> None:
+    """Draw the share of the nats that validation sees recovered by minutes of training, and print it by step."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=160)
+    axes = figure.subplots()
+    for stage, colour in zip(STAGES, ("#999999", "#c8553d", "#7fb3c4", "#1f6f8b"), strict=True):
+        for seed in range(3):
+            run = Run("plain", stage, seed)
+            if run.checkpoint.exists():
+                found = {step + 1: value for step, value in read_log(run.folder)["val/recovered"].items()}
+                print(run.stage, run.seed, {step: round(value, 3) for step, value in found.items()})
+                begun = STAGES["regression"].steps if STAGES[stage].after else 0
+                axes.plot(
+                    [begun + step for step in found], [100 * value for value in found.values()], "o-", color=colour
+                )
+                axes.lines[-1].set_label(stage if seed == 0 else None)
+    axes.set(xlabel="steps (one text of 512 tokens or one prompt each)", ylabel="nats recovered (%)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURE)
 
 
 def main() -> None:
-    """Train, measure or print a curve, as requested."""
+    """Train, measure, write or draw, as requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train")
-    command.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    command.add_argument("--cells", default=",".join(CELLS))
-    command.add_argument("--seeds", default="0,1,2")
-    command.add_argument("--steps", type=int, default=300)
-    command = commands.add_parser("measure")
-    command.add_argument("--checkpoint", required=True)
-    command.add_argument("--tokenizer", help="tokenizer folder or name, if the checkpoint's has moved")
-    command.add_argument("--name", help="name in the output (default: the checkpoint's)")
-    command.add_argument("--ways", default=",".join(WAYS), help="head sources to measure")
-    command.add_argument("--rows", type=int, default=40, help="number of rows of held-out text")
-    command.add_argument("--prompts", default="48,24,8", help="number of prompts of 400, 1,000 and 4,000 tokens")
-    command.add_argument("--output", default="docs/data/retrofit.json")
-    command = commands.add_parser("curve")
-    command.add_argument("--run", type=Path, required=True)
+    for name in ("train", "measure"):
+        command = commands.add_parser(name)
+        command.add_argument("--cells", default="plain", help=f"separated by semicolons: {'; '.join(CELLS)}")
+        command.add_argument(
+            "--stages", default="regression;kl;lora", help=f"separated by semicolons: {'; '.join(STAGES)}"
+        )
+        command.add_argument("--seeds", default="0,1,2")
+        if name == "train":
+            command.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
+        else:
+            command.add_argument("--rows", type=int, default=40, help="number of rows of held-out text")
+            command.add_argument(
+                "--prompts", default="64,32,16", help="number of prompts of 400, 1,000 and 4,000 tokens"
+            )
+    commands.add_parser("write")
+    commands.add_parser("curve")
     options = parser.parse_args()
-    if options.command == "train":
-        for seed in map(int, options.seeds.split(",")):
-            for cell in options.cells.split(","):
-                train(options.base, cell, seed, options.steps)
-    elif options.command == "measure":
-        measure(options)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if options.command == "write":
+        write_tables("retrofit", [likelihoods(), costs()])
+    elif options.command == "curve":
+        curve()
     else:
-        curve(options.run)
+        for seed in map(int, options.seeds.split(",")):
+            for cell in options.cells.split(";"):
+                for stage in options.stages.split(";"):
+                    run = Run(cell, stage, seed)
+                    train(run, options.base) if options.command == "train" else measure(run, options)
 
 
 if __name__ == "__main__":
