@@ -16,7 +16,7 @@ from .model.sequence import LastDocument
 from .model.sinks import Places
 from .model.state import KeyBuffer, PlainKeys
 
-__version__ = "0.1.0"
+__version__ = "0.1.0rc1"
 
 AutoConfig.register(HybridMemConfig.model_type, HybridMemConfig)
 AutoModel.register(HybridMemConfig, HybridMemModel)

@@ -6,9 +6,9 @@
     python scripts/results_retrofit.py curve
 
 `train` runs the configs of the stages with the changes of each cell, one run after another; it resumes interrupted runs
-and skips finished ones. `measure` adds the results of each finished run to docs/data/retrofit.json, and of full
-attention and the window alone. `write` writes the tables of docs/results/retrofit.md. `curve` draws the validation
-metrics of the runs by minutes of training.
+and skips finished ones. `measure` adds the results of each finished run to docs/data/retrofit.json, with the nats of
+every hundredth step, and of full attention and the window alone. `write` writes the tables of
+docs/results/retrofit.md. `curve` draws the recovered nats by step.
 """
 
 import argparse
@@ -37,7 +37,6 @@ from hybridmem.rl.rollouts.policy import lower_precision
 from hybridmem.tasks import Facts
 from hybridmem.training.checkpoints.contents import load_policy, tokenizer_of_policy
 from hybridmem.training.checkpoints.durable import to_go_on_from
-from hybridmem.training.logs import read_log
 from hybridmem.training.retrofit_losses import beyond_window, every_source, nats_beyond, read
 
 ROOT = Path("runs/results_retrofit")
@@ -76,7 +75,10 @@ ENDS = {"full": "full", "window": "none"}  # source of all heads, without memori
 LENGTHS = {400: 1600, 1000: 4000, 4000: 16000}  # approximate tokens and characters of a prompt
 BLOCK = {400: 16, 1000: 8, 4000: 1}  # prompts at a time
 MAX_NEW_TOKENS = 20
-VALIDATED = 16  # rows of text in each validation of a run
+EVERY = 100  # steps between the points of a curve
+WINDOW = 64  # of the figure, and of the table of costs
+COLOURS = {"regression": "#c8553d", "kl": "#7fb3c4", "lora": "#1f6f8b"}
+COSTS = (("", "full"), ("", "window"), ("regression", "plain"), ("lora", "plain"))
 TIMED = 2  # prompts whose answers are timed, one token at a time
 
 
@@ -95,7 +97,11 @@ class Run(NamedTuple):
     @property
     def checkpoint(self) -> Path:
         """The last checkpoint of the run."""
-        return self.folder / f"step={STAGES[self.stage].steps}.ckpt"
+        return self.at(STAGES[self.stage].steps)
+
+    def at(self, step: int) -> Path:
+        """Return the checkpoint of a step."""
+        return self.folder / f"step={step}.ckpt"
 
 
 def train(run: Run, base: str) -> None:
@@ -122,8 +128,7 @@ def settings(run: Run, base: str) -> dict[str, Any]:
     config["seed_everything"] = config["data"]["init_args"]["seed"] = seed
     for part in config["data"]["init_args"]["parts"]:
         part["init_args"] |= {"seed": seed, "tokenizer": base}
-    config["trainer"] |= {"max_steps": stage.steps, "default_root_dir": str(run.folder)}
-    config["trainer"] |= {"val_check_interval": 100, "limit_val_batches": VALIDATED}
+    config["trainer"] |= {"max_steps": stage.steps, "default_root_dir": str(run.folder), "limit_val_batches": 0}
     changes = CELLS[run.cell]
     if stage.after is None:
         config["model"]["init_args"] |= changes | {"base": base}
@@ -205,13 +210,9 @@ def held_out_rows(tokenizer: str, count: int) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Measure a finished run, and both ends with its window, unless their results exist."""
-    model = load_policy(str(run.checkpoint))
-    tokenizer = tokenizer_of_policy(str(run.checkpoint))
-    assert tokenizer is not None
-    lower_precision(model, "bfloat16")
-    model.eval()
-    window = model.config.attention_window
     counts = dict(zip(LENGTHS, map(int, options.prompts.split(",")), strict=True))
+    model, tokenizer = load(run.checkpoint)
+    window = model.config.attention_window
     ends = ENDS if STAGES[run.stage].lora is None else {}  # adapters change full attention
     for name, source in {**ends, run.cell: None}.items():
         row = find_row(window, run if source is None else Run(name, "", 0))
@@ -224,6 +225,20 @@ def measure(run: Run, options: argparse.Namespace) -> None:
                 row["answers"][str(length)] = measurement.exact(length, count)
                 put(row)
         print(row, flush=True)
+    row = find_row(window, run)
+    row.setdefault("by step", {})
+    for step in range(EVERY, STAGES[run.stage].steps, EVERY):
+        if str(step) not in row["by step"]:
+            row["by step"][str(step)] = Measurement(*load(run.at(step)), None).nats(options.rows)
+            put(row)
+
+
+def load(checkpoint: Path) -> tuple[HybridMemForCausalLM, PreTrainedTokenizerBase]:
+    """Return the model of a checkpoint in bfloat16, and its tokenizer."""
+    model, tokenizer = load_policy(str(checkpoint)), tokenizer_of_policy(str(checkpoint))
+    assert tokenizer is not None
+    lower_precision(model, "bfloat16")
+    return model.eval(), tokenizer
 
 
 def find_row(window: int, run: Run) -> dict[str, Any]:
@@ -250,14 +265,14 @@ def put(row: dict[str, Any]) -> None:
     DATA.write_text(f'{{"machine": {machine}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
-def recovered(row: dict[str, Any], name: str) -> float:
-    """Return the share of the nats between window and full attention that a row recovers."""
+def recovered(row: dict[str, Any], nats: dict[str, float], name: str) -> float:
+    """Return the share of the nats between window and full attention that a row's model recovers."""
     ends = {each["cell"]: each for each in rows() if each["window"] == row["window"] and each["cell"] in ENDS}
     if missing := ENDS.keys() - ends.keys():
         names = " and ".join(sorted(missing))
         raise SystemExit(f"{names} with window {row['window']} not measured; measure stage regression first")
     full, window = ends["full"]["nats"][name], ends["window"]["nats"][name]
-    return (window - row["nats"][name]) / (window - full)
+    return (window - nats[name]) / (window - full)
 
 
 def likelihoods() -> Table:
@@ -272,7 +287,7 @@ def likelihoods() -> Table:
             for name in names
             for text in (
                 mean_and_half([row["nats"][name] for row in group]),
-                f"{mean_and_half([100 * recovered(row, name) for row in group], 0)} %",
+                f"{mean_and_half([100 * recovered(row, row['nats'], name) for row in group], 0)} %",
             )
         ]
         table.append([" ".join((cell, stage)).strip(), str(window), str(len(group)), *nats])
@@ -300,32 +315,26 @@ def costs() -> Table:
     """Return the table of states and times of full attention, the window and the plain memories of the first seed."""
     table = [["model", "tokens", "state", "s for the prompt", "ms per token after it"]]
     for (window, cell, stage), group in grouped():
-        for cost in group[0]["answers"].values() if window == 64 and (stage, cell) in SHOWN else ():
+        for cost in group[0]["answers"].values() if window == WINDOW and (stage, cell) in COSTS else ():
             figures = [f"{cost['state bytes'] / 1e6:.1f} MB", f"{cost['read seconds']:.1f}"]
             figures.append(f"{1000 * cost['seconds per token']:.0f}")
             table.append([" ".join((cell, stage)).strip(), f"{cost['tokens']:,.0f}", *figures])
     return table
 
 
-SHOWN = (("", "full"), ("", "window"), ("regression", "plain"), ("lora", "plain"))
-
-
 def curve() -> None:
-    """Draw the share of the nats that validation sees recovered by minutes of training, and print it by step."""
+    """Draw the share of the nats beyond the window that each seed recovers, by step."""
     figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=160)
     axes = figure.subplots()
-    for stage, colour in zip(STAGES, ("#999999", "#c8553d", "#7fb3c4", "#1f6f8b"), strict=True):
-        for seed in range(3):
-            run = Run("plain", stage, seed)
-            if run.checkpoint.exists():
-                found = {step + 1: value for step, value in read_log(run.folder)["val/recovered"].items()}
-                print(run.stage, run.seed, {step: round(value, 3) for step, value in found.items()})
-                begun = STAGES["regression"].steps if STAGES[stage].after else 0
-                axes.plot(
-                    [begun + step for step in found], [100 * value for value in found.values()], "o-", color=colour
-                )
-                axes.lines[-1].set_label(stage if seed == 0 else None)
-    axes.set(xlabel="steps (one text of 512 tokens or one prompt each)", ylabel="nats recovered (%)")
+    for (window, cell, stage), group in grouped():
+        for row in group if (window, cell) == (WINDOW, "plain") and stage in COLOURS else ():
+            begun = STAGES["regression"].steps if STAGES[stage].after else 0
+            points = {**row.get("by step", {}), STAGES[stage].steps: row["nats"]}
+            steps = [begun + int(step) for step in points]
+            shares = [100 * recovered(row, nats, "beyond window") for nats in points.values()]
+            label = stage if row is group[0] else None
+            axes.plot(steps, shares, "o-", color=COLOURS[stage], label=label)
+    axes.set(xlabel="steps of one text or prompt", ylabel="nats recovered (%)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURE)
