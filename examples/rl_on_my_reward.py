@@ -11,8 +11,8 @@ from functools import partial
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 
+from hybridmem.cli.console import run_script
 from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO, AttentionRL
 from hybridmem.training import PolicyModule, WarmupCosine
@@ -38,6 +38,15 @@ def parses(line: str) -> bool:
 
 
 def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: str = "runs/examples/rl"):
+    """Train by reward, and validate before and after.
+
+    Args:
+        model: folder that train_on_files saved, or another byte-level model.
+        steps: optimiser steps.
+        batch: prompts in each rollout.
+        group: responses to each prompt.
+        output: folder of the trained model.
+    """
     L.seed_everything(0)
     module = PolicyModule(
         model,
@@ -56,4 +65,4 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

@@ -9,9 +9,9 @@ from functools import partial
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 
 from hybridmem import HybridMemConfig
+from hybridmem.cli.console import run_script
 from hybridmem.data import TextDataModule
 from hybridmem.training import PretrainModule, WarmupCosine
 
@@ -24,6 +24,16 @@ def main(
     row: int = 1024,
     output: str = "runs/examples/text",
 ):
+    """Train, save and sample.
+
+    Args:
+        path: file or folder to read; the standard library's source if not given.
+        pattern: names of the files to read in a folder.
+        steps: optimiser steps.
+        width: hidden size of the model, a multiple of 4.
+        row: bytes in a training row.
+        output: folder of the trained model.
+    """
     L.seed_everything(0)
     config = HybridMemConfig(
         layer_types=["swa", "mag", "swa"],  # one memory between two windows
@@ -56,4 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

@@ -245,7 +245,7 @@ def record_reads(stages: Stages, model: Path, other: Path, prompt: Path, name: s
     path, part = stages.folder / name, stages.folder / f"{name}.part"
     if not path.exists():
         with stages.timed("recording the tokens that both models read"):
-            show(str(model), prompt, str(other), part, **options)
+            show(str(model), str(prompt), str(other), part, **options)
             part.replace(path)
 
 

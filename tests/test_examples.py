@@ -11,7 +11,7 @@ from tests.hybridmem.training.runs import write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = Path(__file__).parents[1] / "examples"
-MOST_LINES = 60
+MOST_LINES = 72
 TINY = dict(steps=2, width=16, row=64)
 
 
