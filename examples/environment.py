@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from hybridmem import HybridMemConfig
 from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO
 from hybridmem.training import PolicyModule, PretrainModule, WarmupCosine
@@ -54,7 +55,8 @@ def main(warm_up: int = 250, steps: int = 40, games: int = 20, folder: str = "ru
     L.seed_everything(seed)
     config = HybridMemConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, attention_window=32)
     schedule = partial(WarmupCosine, warmup_steps=1)
-    trainer = partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = partial(L.Trainer, accelerator="cpu", num_sanity_val_steps=0, **quiet)
     start = PretrainModule(config, optimizer=partial(AdamW, lr=3e-3), lr_scheduler=schedule)
     trainer(max_steps=warm_up).fit(start, TaskDataModule(Opening(), num_val=games))
     start.model.save_pretrained(folder)

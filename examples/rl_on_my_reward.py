@@ -13,6 +13,7 @@ import lightning as L
 import torch
 
 from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO, AttentionRL
 from hybridmem.training import PolicyModule, WarmupCosine
@@ -57,7 +58,8 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
         lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )
     data = TaskDataModule(Lines(), mode="prompts", batch_size=batch, num_val=4, tokenizer=model)
-    trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = L.Trainer(max_steps=steps, accelerator="cpu", **quiet)
     trainer.validate(module, data)
     trainer.fit(module, data)
     trainer.validate(module, data)

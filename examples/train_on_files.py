@@ -12,6 +12,7 @@ import torch
 
 from hybridmem import HybridMemConfig
 from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TextDataModule
 from hybridmem.training import PretrainModule, WarmupCosine
 
@@ -53,8 +54,8 @@ def main(
     )
     data = TextDataModule(path, pattern=pattern, sequence_length=row, max_val_bytes=200_000)
     when = dict(max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None, num_sanity_val_steps=0)
-    files = dict(logger=False, enable_checkpointing=False)
-    trainer = L.Trainer(**when, **files, accelerator="cpu", gradient_clip_val=1.0)
+    output_only = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = L.Trainer(**when, **output_only, accelerator="cpu", gradient_clip_val=1.0)
     trainer.fit(module, data)
 
     module.model.save_pretrained(output)

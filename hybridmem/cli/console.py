@@ -18,6 +18,8 @@ from hybridmem.training.errors import SettingsError, StoppedError
 
 from .parsing import SETTINGS_ERRORS, CommandParser, one_line
 
+FORMAT_WARNING = warnings.formatwarning
+PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 HUB_LOGGER = "huggingface_hub.utils._http"  # of one line for each attempt to reach the hub
 RANK_ZERO_LOGGER = "lightning.pytorch.utilities.rank_zero"
@@ -82,7 +84,17 @@ def hide_useless_lines() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger(RANK_ZERO_LOGGER).addFilter(is_useful)
     logging.getLogger(HUB_LOGGER).addFilter(Once())
+    warnings.formatwarning = format_warning
     disable_progress_bar()
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning of this package in one line, and others with the place of their code."""
+    if Path(filename).is_relative_to(PACKAGE):
+        return f"warning: {message}\n"
+    return FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 class Once(logging.Filter):

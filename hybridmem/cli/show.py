@@ -61,7 +61,7 @@ def show(
         readings.append((label, reading, tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_page(readings, title, output)
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def short_names(names: list[str]) -> list[str]:

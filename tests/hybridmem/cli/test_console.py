@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from hybridmem.cli.console import Once, hide_useless_lines, is_useful
+from hybridmem.cli.console import PACKAGE, Once, format_warning, hide_useless_lines, is_useful
 
 SCRIPT = '''
 from hybridmem.checks import at_least
@@ -82,6 +82,12 @@ def test_useless_lines():
     assert is_useful(record("GPU available: True (cuda), used: False"))
     once = Once()
     assert [once.filter(record(line)) for line in ("Name not known", "Retrying in 1s")] == [True, False]
+
+
+def test_warnings_of_the_package_are_one_line():
+    own = str(PACKAGE / "training" / "pretrain.py")
+    assert format_warning("look here", UserWarning, own, 9) == "warning: look here\n"
+    assert "/lib/other.py:9:" in format_warning("look here", UserWarning, "/lib/other.py", 9)
 
 
 def test_the_advice_on_manual_optimization_is_hidden():

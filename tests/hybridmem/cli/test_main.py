@@ -170,6 +170,10 @@ def test_a_missing_model_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "generate", "--model", tmp_path / "no_model", "--prompt", "a")
     assert "no_model does not exist; give a folder written by hybridmem export" in capsys.readouterr().err
+    (tmp_path / "last.ckpt").write_text("")
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "generate", "--model", tmp_path / "last.ckpt", "--prompt", "a")
+    assert "is a file; if it is a checkpoint, export it first: hybridmem export --ckpt_path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def weights_of(model, layer, kind):
 @pytest.mark.parametrize("name", ["mag", "llama"])
 def test_the_page_agrees_with_the_recorder(folders, prompt, tmp_path, monkeypatch, capsys, name):
     page = show(monkeypatch, folders / name, prompt, tmp_path / "new" / "p.html", "--max_new_tokens", 5, "--top", 64)
-    assert re.match(r"wrote .*p.html \(0.\d MB\)", capsys.readouterr().out)
+    assert re.match(r"wrote .*p.html \([\d,]+ kB\)", capsys.readouterr().out)
     (found,) = models_of(page)
     assert found["name"] == name
     start = ["<|bos|>"] if name == "mag" else []
