@@ -9,9 +9,8 @@ memory (mag), answers and reward raise accuracy from 45 to about 60 %. After Ctr
 
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from hybridmem.cli.compare import compare
+from hybridmem.cli.console import run_script
 from hybridmem.compare import Comparison
 from hybridmem.compare.grid import FitOptions, Objectives
 
@@ -30,6 +29,16 @@ def main(
     width: int = 128,
     output: Path = Path("runs/examples/compare"),
 ):
+    """Run the grid.
+
+    Args:
+        architectures: variants of the model, such as swa, mag, mal, mac, lmm and full.
+        controls: answers (supervised), reward (GRPO) or both.
+        warm_up_steps: supervised steps before all controls.
+        steps: optimiser steps of each control.
+        width: hidden size of the models.
+        output: folder of all runs and the report.
+    """
     recall = Comparison(
         warm_up=CONFIGS / "recall_warmup.yaml",
         train=CONFIGS / "recall.yaml",
@@ -44,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

@@ -7,10 +7,11 @@ look. Over two seeds, val/reward rises from 0.15 to 1 (greedy), and val/pass@1 f
 from functools import partial
 
 import lightning as L
-from jsonargparse import auto_cli
 from torch.optim import AdamW
 
 from hybridmem import HybridMemConfig
+from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO
 from hybridmem.training import PolicyModule, PretrainModule, WarmupCosine
@@ -42,10 +43,20 @@ class Opening:
 
 
 def main(warm_up: int = 250, steps: int = 40, games: int = 20, folder: str = "runs/examples/vault", seed: int = 0):
+    """Train on demonstrations, then by reward.
+
+    Args:
+        warm_up: supervised steps on demonstrations.
+        steps: steps by reward.
+        games: games in each step and each validation.
+        folder: where to save the model after the warm-up.
+        seed: seed of weights and games.
+    """
     L.seed_everything(seed)
     config = HybridMemConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, attention_window=32)
     schedule = partial(WarmupCosine, warmup_steps=1)
-    trainer = partial(L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = partial(L.Trainer, accelerator="cpu", num_sanity_val_steps=0, **quiet)
     start = PretrainModule(config, optimizer=partial(AdamW, lr=3e-3), lr_scheduler=schedule)
     trainer(max_steps=warm_up).fit(start, TaskDataModule(Opening(), num_val=games))
     start.model.save_pretrained(folder)
@@ -57,4 +68,4 @@ def main(warm_up: int = 250, steps: int = 40, games: int = 20, folder: str = "ru
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

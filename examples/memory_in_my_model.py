@@ -5,11 +5,13 @@
 The model reads pairs of a key and a value, then keys alone, and learns in half a minute to answer with the values.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
-from jsonargparse import auto_cli
 from torch import nn
 
+from hybridmem.cli.console import run_script
 from hybridmem_kernels import memory_scan
 
 KEYS, VALUES = 64, 16  # value 0 marks a question
@@ -39,6 +41,14 @@ def pairs_then_questions(batch: int, pairs: int):
 
 
 def main(steps: int = 600, pairs: int = 12):
+    """Train, and read a row in two pieces.
+
+    Args:
+        steps: optimiser steps.
+        pairs: pairs of a key and a value in each row, up to 64.
+    """
+    if not 1 <= pairs <= KEYS:
+        sys.exit(f"--pairs {pairs} must be between 1 and {KEYS}")
     torch.manual_seed(0)
     model = MemoryModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -57,4 +67,4 @@ def main(steps: int = 600, pairs: int = 12):
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

@@ -7,10 +7,10 @@ Any causal language model of transformers has the first panel; a layer with a me
 
 import matplotlib.pyplot as plt
 import torch
-from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybridmem  # noqa: F401  registers its models with transformers
+from hybridmem.cli.console import run_script
 from hybridmem.rl import AttentionRecorder
 from hybridmem.rl.attention.distributions import allocation, attention, memory
 
@@ -18,6 +18,14 @@ TEXT = "def area(width, height):\n    return width * height\n\nprint(area(3, 4))
 
 
 def main(model: str, layer: int = -1, text: str = TEXT, output: str = "attention.png"):
+    """Record one layer and draw it.
+
+    Args:
+        model: folder or name of a causal language model.
+        layer: index of the layer; negative ones count from the end.
+        text: text to read.
+        output: image file to write.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     lm = AutoModelForCausalLM.from_pretrained(model).eval()
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -46,4 +54,4 @@ def main(model: str, layer: int = -1, text: str = TEXT, output: str = "attention
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

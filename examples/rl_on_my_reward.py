@@ -11,8 +11,9 @@ from functools import partial
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 
+from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TaskDataModule
 from hybridmem.rl import GRPO, AttentionRL
 from hybridmem.training import PolicyModule, WarmupCosine
@@ -38,6 +39,15 @@ def parses(line: str) -> bool:
 
 
 def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: str = "runs/examples/rl"):
+    """Train by reward, and validate before and after.
+
+    Args:
+        model: folder that train_on_files saved, or another byte-level model.
+        steps: optimiser steps.
+        batch: prompts in each rollout.
+        group: responses to each prompt.
+        output: folder of the trained model.
+    """
     L.seed_everything(0)
     module = PolicyModule(
         model,
@@ -48,7 +58,8 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
         lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )
     data = TaskDataModule(Lines(), mode="prompts", batch_size=batch, num_val=4, tokenizer=model)
-    trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = L.Trainer(max_steps=steps, accelerator="cpu", **quiet)
     trainer.validate(module, data)
     trainer.fit(module, data)
     trainer.validate(module, data)
@@ -56,4 +67,4 @@ def main(model: str, steps: int = 60, batch: int = 8, group: int = 16, output: s
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

@@ -9,9 +9,10 @@ from functools import partial
 
 import lightning as L
 import torch
-from jsonargparse import auto_cli
 
 from hybridmem import HybridMemConfig
+from hybridmem.cli.console import run_script
+from hybridmem.cli.progress import StepBar
 from hybridmem.data import TextDataModule
 from hybridmem.training import PretrainModule, WarmupCosine
 
@@ -24,6 +25,16 @@ def main(
     row: int = 1024,
     output: str = "runs/examples/text",
 ):
+    """Train, save and sample.
+
+    Args:
+        path: file or folder to read; the standard library's source if not given.
+        pattern: names of the files to read in a folder.
+        steps: optimiser steps.
+        width: hidden size of the model, a multiple of 4.
+        row: bytes in a training row.
+        output: folder of the trained model.
+    """
     L.seed_everything(0)
     config = HybridMemConfig(
         layer_types=["swa", "mag", "swa"],  # one memory between two windows
@@ -43,8 +54,8 @@ def main(
     )
     data = TextDataModule(path, pattern=pattern, sequence_length=row, max_val_bytes=200_000)
     when = dict(max_steps=steps, val_check_interval=steps, check_val_every_n_epoch=None, num_sanity_val_steps=0)
-    files = dict(logger=False, enable_checkpointing=False)
-    trainer = L.Trainer(**when, **files, accelerator="cpu", gradient_clip_val=1.0)
+    output_only = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[StepBar()])
+    trainer = L.Trainer(**when, **output_only, accelerator="cpu", gradient_clip_val=1.0)
     trainer.fit(module, data)
 
     module.model.save_pretrained(output)
@@ -56,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_script(main)

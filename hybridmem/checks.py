@@ -26,18 +26,20 @@ def between_0_and_1(**settings: float) -> None:
             raise ValueError(f"{name} must lie between 0 and 1, not be {value}")
 
 
-def number_held_out(val_fraction: float, total: int, things: str, remedy: str = "") -> int:
-    """Return the number of validation items among `total`; both parts must be non-empty.
+def number_held_out(val_fraction: float, total: int, things: str, remedy: str = "give more of them") -> int:
+    """Return the number of validation items among `total`: the fraction, but at least one, and not all.
 
     `things` and `remedy` are inserted into the error message.
+
+    Raises:
+        ValueError: there are fewer than two items.
     """
-    held_out = round(total * val_fraction)
-    if not 0 < held_out < total:
+    if total < 2:
         raise ValueError(
-            f"val_fraction={val_fraction} of {things} leaves {held_out} for validation and {total - held_out} for "
-            f"training: change val_fraction{remedy}"
+            f"val_fraction={val_fraction} holds out at least one of two or more {things}, but there is {total}: "
+            f"{remedy}"
         )
-    return held_out
+    return min(max(round(total * val_fraction), 1), total - 1)
 
 
 def one_of(choices: Sequence[str], **settings: str) -> None:

@@ -7,6 +7,7 @@ can read the file but not save the resulting model, so the weights are copied in
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,8 @@ def save(place: Path, made: Path) -> None:
     for name in ("gguf", "accelerate"):  # transformers needs both to read the file
         if find_spec(name) is None:
             fail(f'{name} is not installed; run pip install "hybridmem[convert]"')
+    print("converting the weights")
+    os.environ["TQDM_DISABLE"] = "1"  # transformers draws four bars; tqdm reads this when it is imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from compare_runs import AT_POSITION, draw, last, loss_by_position
+from quickstart_gates import BUDGET, DRAWS, NextBytes, cache_sentence, gate_sentence, measure_gates, read_gate_arms
 from quickstart_heads import Arm, measure, read_arms, sentence, write_whole
 from quickstart_page import Page
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from hybridmem.cli.convert import convert
 from hybridmem.cli.export import export
@@ -33,11 +35,13 @@ from hybridmem.training.checkpoints.durable import to_go_on_from
 from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.logs import read_log
 
+SCRIPTS = Path(__file__).parent  # for tasks that are defined here
 NAMES = {"mag": "window and memory", "swa": "window alone"}
 WINDOW_ONLY = "[swa, swa, swa]"
 CHARACTERS = 800  # of a prompt with facts
 SHOWN = 3  # questions on the page
 SAMPLE = 200  # bytes
+SMALLER = 4  # times as many prompts for the small model as for SmolLM2
 FINISHED = "finished"
 CHECKPOINTS = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -107,8 +111,12 @@ def run(*arguments: str) -> None:
     Raises:
         StageError: the command failed.
     """
+    path = os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        [sys.executable, *arguments], start_new_session=True, stdout=None, stderr=subprocess.PIPE
+        [sys.executable, *arguments],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path},
     )
     try:
         _, errors = process.communicate()
@@ -134,8 +142,14 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
     add_two(stages, page)
     base, problem = find_model(stages, options.model)
     if base is None:
-        console.print(f"SmolLM2 is missing ({problem}); the page compares the two small models instead", soft_wrap=True)
-        add_reads(stages, page, problem)
+        console.print(
+            f"SmolLM2 is missing ({problem}); the model just trained takes its place: reward chooses the heads of its "
+            "gate that read the memory",
+            soft_wrap=True,
+        )
+        learn_gates(stages, options)
+        add_gates(stages, page, problem, options)
+        add_reads(stages, page)
     else:
         name = "SmolLM2" if options.model is None else base.name
         allocation = Allocation.load(options.allocation)
@@ -245,7 +259,7 @@ def record_reads(stages: Stages, model: Path, other: Path, prompt: Path, name: s
     path, part = stages.folder / name, stages.folder / f"{name}.part"
     if not path.exists():
         with stages.timed("recording the tokens that both models read"):
-            show(str(model), prompt, str(other), part, **options)
+            show(str(model), str(prompt), str(other), part, **options)
             part.replace(path)
 
 
@@ -290,12 +304,65 @@ def add_answers(page: Page, arms: list[Arm], task: Facts) -> None:
         page.table(["", "answer"], rows)
 
 
-def add_reads(stages: Stages, page: Page, problem: str) -> None:
+def learn_gates(stages: Stages, given: argparse.Namespace) -> None:
+    """Learn from reward which heads of the small model's gate read the memory, and measure them."""
+    model, path = stages.folder / "mag_model", stages.folder / "gates.json"
+    settings = {"source": "none", "prefill": "allocated", "initial": 0.5, "budget": BUDGET}
+    settings |= {"attention_window": None, "num_sink_tokens": None}  # those of the configuration are SmolLM2's
+    options = {
+        "trainer.max_steps": given.rollouts,
+        "trainer.callbacks": [CHECKPOINTS],
+        "model.init_args.model": str(model),
+        "model.init_args.dtype": "float32",
+        "model.init_args.num_generations": 8,
+        "model.init_args.max_completion_length": NextBytes().length,
+        "model.init_args.objectives": [{"class_path": "hybridmem.rl.AllocationRL", "init_args": settings}],
+        "data.init_args.tokenizer": str(model),
+        "data.init_args.chat_template": False,
+        "data.init_args.batch_size": 8,
+        "data.init_args.task": {"class_path": "quickstart_gates.NextBytes"},
+    }
+    title, folder = "learning from reward which heads read the memory", stages.folder / "gates"
+    stages.fit(title, given.reward_config, folder, options)
+    if not path.exists():
+        learned = gate_logits(stages).flatten()
+        opened = learned.argsort(descending=True, stable=True)[: round(BUDGET * learned.numel())]
+        with stages.timed("continuing held-out source"):
+            measure_gates(model, opened.tolist(), SMALLER * given.prompts, path)
+
+
+def gate_logits(stages: Stages) -> Tensor:
+    """Return the learned logits of the gate's heads."""
+    return load_checkpoint(stages.folder / "gates" / "last.ckpt")["state_dict"]["learned.Allocation.logits"]
+
+
+def add_gates(stages: Stages, page: Page, problem: str, given: argparse.Namespace) -> None:
+    """Add the comparison of the gate's heads and their map, in place of the pretrained model's."""
+    arms, model = read_gate_arms(stages.folder / "gates.json"), stages.folder / "mag_model"
+    task = NextBytes()
+    prompts, said = SMALLER * given.prompts, gate_sentence(arms)
+    stages.console.print(f"{said} ({prompts} held-out prompts)", soft_wrap=True)
+    page.heading("Heads of the model just trained that need the memory")
+    page.text(f"{said[0].upper()}{said[1:]}; {cache_sentence(model)}.", "answer")
+    page.text(
+        f"SmolLM2 is missing ({problem}); run scripts/quickstart again to add its heads. The small model answers no "
+        f"questions, so the reward is a dense one: the share of the next {task.length} characters of source that it "
+        f"writes before the first wrong one, after {task.context} characters. {given.rollouts} rollouts chose the "
+        "heads, and the model itself stayed frozen. A head that is not chosen reads the window alone. "
+        f"{prompts} prompts of held-out files were continued under each choice; the score of random heads is the mean "
+        f"over {DRAWS} draws.",
+        "soft",
+    )
+    draw_allocation(gate_logits(stages).sigmoid()).savefig(stages.folder / "gates.png")
+    page.image(stages.folder / "gates.png", "probability of every head of the gate to read the memory")
+    for number, example in enumerate(task.example("val", number) for number in range(SHOWN)):
+        page.folded(f"Text {number + 1}: {example['answer']!r} comes next", example["prompt"])
+        page.table(["", "written"], [[arm.name, repr(arm.texts[number])] for arm in arms])
+
+
+def add_reads(stages: Stages, page: Page) -> None:
     """Add continuations and reads of the two small models, in place of the pretrained model."""
     page.heading("The same prompt to both models")
-    page.text(
-        f"SmolLM2 is missing ({problem}), so no heads were chosen; run scripts/quickstart again to add them.", "soft"
-    )
     prompt = stages.folder / "prompt.txt"
     prompt.write_text("class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.")
     text = prompt.read_text()

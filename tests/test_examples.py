@@ -1,5 +1,6 @@
 """The examples run with tiny settings, and do what they promise."""
 
+import json
 import re
 import runpy
 import sys
@@ -11,14 +12,14 @@ from tests.hybridmem.training.runs import write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = Path(__file__).parents[1] / "examples"
-MOST_LINES = 60
+MOST_LINES = 72
 TINY = dict(steps=2, width=16, row=64)
 
 
 def run(name: str, **settings) -> None:
     """Run an example as its command line does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *(f"--{option}={value}" for option, value in settings.items())])
+        patch.setattr(sys, "argv", [f"{name}.py", *(f"--{option}={value}" for option, value in settings.items())])
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
 
@@ -32,7 +33,10 @@ def text_model(tmp_path_factory) -> str:
 
 def test_train_on_files(tmp_path, capsys):
     run("train_on_files", path=write_text(tmp_path / "text"), pattern="*.txt", **TINY, output=tmp_path / "m")
-    assert re.search(r"\d\.\d\d bits per byte", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"\d\.\d\d bits per byte", said)
+    assert "Epoch" not in said
+    assert "Trainable params" not in said
     assert (tmp_path / "m" / "model.safetensors").exists()
 
 
@@ -62,6 +66,7 @@ def test_plot_attention(text_model, tmp_path):
 def test_compare(tmp_path):
     run("compare", architectures="[swa]", controls="[answers]", warm_up_steps=20, steps=20, width=16, output=tmp_path)
     assert "answers" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["command"].startswith("python ")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -7,9 +7,11 @@ import shlex
 import subprocess
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.hybridmem.models import tiny_model
 from tests.hybridmem.training.runs import hybridmem
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,16 @@ def test_scripts_accept_their_options(command, monkeypatch):
     execute = runpy.run_path if command[0].endswith(".py") else runpy.run_module
     with pytest.raises(Parsed):
         execute(command[0], run_name="__main__")
+
+
+def test_the_python_example_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    tiny_model().save_pretrained(tmp_path / "my_model")
+    found: dict[str, Any] = {}
+    exec(example.replace("my_model", str(tmp_path / "my_model")), found)
+    assert found["out"].shape == found["v"].shape
+    assert found["out"].isfinite().all()
+    assert type(found["model"]).__name__ == "HybridMemForCausalLM"
 
 
 def test_the_readme_is_short():

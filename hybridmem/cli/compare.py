@@ -68,7 +68,7 @@ def compare(
         with held(waiting, output):
             _execute(waiting, tasks, output, parallel)
     if only is None:
-        results = collect(tasks, output, command=_command(sys.argv[1:]))
+        results = collect(tasks, output, command=_command(sys.argv))
         results["configuration"] = _plain({name: asdict(task) for name, task in tasks.items()})
         add_subnetworks(results, output)
         (output / RESULTS).write_text(as_json(results))
@@ -76,8 +76,10 @@ def compare(
 
 
 def _command(arguments: list[str]) -> str:
-    """Return the command that produces these results, without `report_only`."""
-    line = shlex.join(["hybridmem", *arguments])
+    """Return the command line that produces these results, of hybridmem or a script, without `report_only`."""
+    program, *options = arguments
+    is_script = program.endswith(".py") and Path(program).name != "__main__.py"
+    line = shlex.join([*(["python", program] if is_script else ["hybridmem"]), *options])
     return re.sub(r" --report_only(=| )\S+", "", line)
 
 

@@ -32,6 +32,9 @@ def generate(
     refuse_adapter(model)
     if not model.exists():
         raise FileNotFoundError(f"model={model} does not exist; give a folder written by hybridmem export")
+    if model.is_file():
+        command = f"hybridmem export --ckpt_path {model} --output FOLDER"
+        raise ValueError(f"model={model} is a file; if it is a checkpoint, export it first: {command}")
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"model={model} has no config.json; give a folder written by hybridmem export")
     if max_new_tokens < 1:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import signal
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +30,7 @@ from hybridmem.training.checkpoints.loading import load_checkpoint
 from hybridmem.training.checkpoints.sharded import DurableModelParallelStrategy, is_sharded
 from hybridmem.training.checkpoints.starting_points import check_starting_points
 from hybridmem.training.denormals import flush_denormals
-from hybridmem.training.errors import SettingsError, StoppedError, named
+from hybridmem.training.errors import SettingsError, named
 from hybridmem.training.policy.module import PolicyModule
 from hybridmem.training.precision import choose_precision, precision_advice
 from hybridmem.training.pretrain import PretrainModule
@@ -39,13 +39,14 @@ from hybridmem.training.run_lock import RUN_LOCK, LockedError, hold
 from hybridmem.training.trackers import check_packages
 
 from .compare import compare
-from .console import hide_useless_lines
+from .console import hide_useless_lines, one_line_exits
 from .consolidate import consolidate
 from .convert import convert
 from .eval import evaluate
 from .export import export
 from .generate import generate
 from .parsing import CommandParser, TrainingParser, one_line, refuse_null_arguments, refuse_nulls, settings_errors
+from .progress import with_bar
 from .report import report
 from .show import show
 from .subnetwork import subnetwork
@@ -80,7 +81,6 @@ NOT_BAREBONES = (
     "profiler",
 )
 EXAMPLES = {"model": "training.PretrainModule", "data": "data.TextDataModule"}
-INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
 USAGE = """usage: hybridmem COMMAND [--config FILE] [options]
 
@@ -152,6 +152,8 @@ class HybridMemCLI(LightningCLI):
         else:
             settings["logger"] = self._loggers(root)
         given = self._get(self.config_init, "trainer")
+        if given["enable_progress_bar"] is not False and not barebones:
+            settings["callbacks"] = with_bar(given["callbacks"])
         precision = choose_precision(given, type(self.model))
         if precision is not None:
             settings["precision"] = precision
@@ -186,6 +188,18 @@ class HybridMemCLI(LightningCLI):
             super()._set_seed()
         except ValueError as error:
             raise SettingsError(f"seed_everything: {error}") from error
+
+    def after_fit(self) -> None:
+        """Name the last checkpoint, and the command that exports it."""
+        written = [
+            callback.last_model_path or callback._last_checkpoint_saved
+            for callback in self.trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint)
+        ]
+        path = next(filter(None, written), None)
+        if path is not None and isinstance(self.model, Trained) and self.trainer.is_global_zero:
+            command = shlex.join(["hybridmem", "export", "--ckpt_path", path, "--output", "my_model"])
+            print(f"wrote {path}; next: {command}")
 
     def predict(self, **arguments: Any) -> None:
         """Predict, and write one line of JSON per row."""
@@ -360,42 +374,35 @@ def main() -> None:
     hide_useless_lines()
     keep_freed_memory()
     flush_denormals()
-    try:
-        if arguments[0] in COMMANDS:
-            with settings_errors():
-                auto_cli(COMMANDS, args=named_folders(arguments), as_positional=False, parser_class=CommandParser)
-                sys.stdout.flush()
-        elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
-            commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
-            raise SettingsError(f"unknown command {arguments[0]!r}; choose one of {commands}")
-        else:
-            HybridMemCLI(
-                L.LightningModule,
-                L.LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
-                parser_kwargs={"description": "Train and evaluate hybrid models of neural memory and attention."},
-                auto_configure_optimizers=False,
-                parser_class=TrainingParser,
-            )
-    except SettingsError as error:
-        print(f"hybridmem: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except StoppedError as error:
-        print(f"hybridmem: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-    except ProcessLost as error:
-        print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # sys.exit would wait for the remaining processes of the group
-    except BrokenPipeError:  # as in `hybridmem … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print("hybridmem: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except SystemExit as exit:
-        # Lightning turns Ctrl-C into exit status 1, which would mean an error.
-        sys.exit(INTERRUPTED if isinstance(exit.__context__, KeyboardInterrupt) else exit.code)
+    with one_line_exits("hybridmem"):
+        try:
+            run(arguments)
+        except ProcessLost as error:
+            print(f"hybridmem: error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # sys.exit would wait for the remaining processes of the group
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a command."""
+    if arguments[0] in COMMANDS:
+        command, *options = named_folders(arguments)
+        named_as = dict(prog=f"hybridmem {command}", parser_class=CommandParser)
+        with settings_errors():
+            auto_cli(COMMANDS[command], args=options, as_positional=False, **named_as)
+            sys.stdout.flush()
+    elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:
+        commands = ", ".join((*TRAINING_COMMANDS, *COMMANDS))
+        raise SettingsError(f"unknown command {arguments[0]!r}; choose one of {commands}")
+    else:
+        HybridMemCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [RandomState(), GracefulStop()]},
+            parser_kwargs={"description": "Train and evaluate hybrid models of neural memory and attention."},
+            auto_configure_optimizers=False,
+            parser_class=TrainingParser,
+        )

@@ -16,6 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from hybridmem.tasks.task import flaw_of_class
 from hybridmem.training.errors import SettingsError
 
+# Errors from checks of settings and files.
+SETTINGS_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError, MisconfigurationException)
 # Lines that jsonargparse adds around the actual error.
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>"
@@ -26,6 +28,9 @@ NOISE = re.compile(
 # HybridMemConfig without a class_path are no PreTrainedConfig.
 OTHER_CONFIG = re.compile(r"- Problem with given class_path 'transformers\.PreTrainedConfig':\n.*")
 NOT_A_TASK = re.compile(r"Import path (\S+) does not implement protocol Task")
+REQUIRED = re.compile(r"the following arguments are required: (.*)")
+SUBCOMMAND = re.compile(r"^(fit|validate|test|predict)\.")
+TYPE = re.compile(r"<class\s+'(?:\w+\.)*(\w+)'>")  # a type's repr in messages and, broken into lines, in help
 KEY = re.compile(r'Parser key "([^"]+)":\s*')
 
 
@@ -36,7 +41,7 @@ def settings_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of a pipe is gone; not an error in settings
         raise
-    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError, MisconfigurationException) as error:
+    except SETTINGS_ERRORS as error:
         raise SettingsError(one_line(str(error))) from error
 
 
@@ -95,10 +100,14 @@ def one_line(message: str) -> str:
         if sentence and not NOISE.match(sentence) and sentence not in sentences:
             sentences.append(sentence)
     text = "; ".join(sentences) or " ".join(message.split())
-    text = NOT_A_TASK.sub(_flaw_of_task, text)
-    if "are required" in text:
-        text += " (give --config FILE)"
+    text = TYPE.sub(r"\1", NOT_A_TASK.sub(_flaw_of_task, REQUIRED.sub(_required_options, text)))
     return f"{'.'.join(names)}: {text}" if names else text
+
+
+def _required_options(found: re.Match[str]) -> str:
+    """Name required options as a user writes them."""
+    options = [f"--{SUBCOMMAND.sub('', name)}" for name in found[1].split(", ")]
+    return f"{', '.join(options)} {'is' if len(options) == 1 else 'are'} required (or --config FILE with the settings)"
 
 
 def _flaw_of_task(found: re.Match[str]) -> str:
@@ -107,6 +116,10 @@ def _flaw_of_task(found: re.Match[str]) -> str:
 
 
 class _OneLineErrors(ArgumentParser):
+    def format_help(self) -> str:
+        """Return the help with the names of types."""
+        return TYPE.sub(r"\1", super().format_help())
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a SettingsError instead of printing all options."""
         if not self.exit_on_error:

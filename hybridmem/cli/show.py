@@ -1,5 +1,6 @@
 """`hybridmem show`: a page with the tokens that a model reads, by layer and head."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ MOST_READS = 64
 
 def show(
     model: str,
-    prompt: Path,
+    prompt: str,
     other: str | None = None,
     output: Path = Path("page.html"),
     max_new_tokens: int = 64,
@@ -36,7 +37,7 @@ def show(
 
     Args:
         model: Hugging Face folder or name of a causal LM, or a checkpoint of `hybridmem fit`.
-        prompt: text file with the prompt.
+        prompt: text, or the path of a file with the text.
         other: second model to run on the prompt.
         output: HTML file to write.
         max_new_tokens: maximum length of each model's greedy continuation; 0 shows the prompt alone.
@@ -47,7 +48,7 @@ def show(
     """
     at_least(0, max_new_tokens=max_new_tokens)
     at_least(1, MOST_READS, top=top)
-    text = read_prompt(prompt)
+    title, text = read_prompt(prompt)
     if output.is_dir():
         raise ValueError(f"output={output} is a folder; name a file, such as {output / 'page.html'}")
     place = parse_device(device)
@@ -59,8 +60,8 @@ def show(
         reading = read_with(name, tokenizer, ids, max_new_tokens, layers, top, place)
         readings.append((label, reading, tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_page(readings, prompt.name, output)
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    write_page(readings, title, output)
+    print(f"wrote {output} ({output.stat().st_size / 1e3:,.0f} kB)")
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -69,22 +70,27 @@ def short_names(names: list[str]) -> list[str]:
     return parts if len(set(parts)) == len(parts) else names
 
 
-def read_prompt(path: Path) -> str:
-    """Return the text of a file.
+def read_prompt(prompt: str) -> tuple[str, str]:
+    """Return a title with the text: a file's name and contents, or the prompt itself.
 
     Raises:
-        ValueError: the file is empty or not UTF-8.
-        FileNotFoundError: the file does not exist.
+        ValueError: the text is empty, or the file is not UTF-8.
+        FileNotFoundError: the prompt looks like a path, without white space, but there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"prompt={path} is not a file; write the prompt to a text file and give its path")
+    path = Path(prompt)
+    if not os.path.isfile(prompt):  # unlike Path.is_file, accepts text of any length
+        if (path.suffix or len(path.parts) > 1) and not any(map(str.isspace, prompt)):
+            raise FileNotFoundError(f"prompt={prompt} is not a file; give a text file's path, or text with a space")
+        if not prompt:
+            raise ValueError("prompt is empty; write at least one character")
+        return "prompt", prompt
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text:
         raise ValueError(f"prompt={path} is empty; write at least one character")
-    return text
+    return path.name, text
 
 
 def prompt_ids(name: str, tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:

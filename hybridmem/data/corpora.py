@@ -109,10 +109,10 @@ def split_documents(
     """Split documents at random into training documents and a fraction of validation documents.
 
     Raises:
-        ValueError: One of the two would be empty.
+        ValueError: There is only one document.
     """
     total = len(documents)
-    held_out = number_held_out(val_fraction, total, f"{total} documents", ", or set val_path")
+    held_out = number_held_out(val_fraction, total, "documents", "split the file, or set val_path")
     chosen = set(permutation(len(documents), seed)[:held_out].tolist())
     train = [document for index, document in enumerate(documents) if index not in chosen]
     return train, [document for index, document in enumerate(documents) if index in chosen]

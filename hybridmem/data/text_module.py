@@ -41,7 +41,7 @@ class TextDataModule(L.LightningDataModule):
         val_batch_size: validation rows per rank and step; None takes batch_size.
         mode: "packed" gives independent rows in random order; "continuous" makes each row of a batch continue the same
             row of the previous batch, so that a state can be carried over.
-        val_fraction: the fraction of files to hold out without `val_path`.
+        val_fraction: the fraction of documents to hold out without `val_path`, but at least one.
         split_seed: seeds the choice of held-out files and of documents under a byte limit. It is separate from `seed`,
             so that runs with different seeds share their validation data.
         max_bytes: the maximum size of all training documents, for quick runs.

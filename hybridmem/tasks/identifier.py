@@ -170,7 +170,7 @@ def source_files(path: str | None) -> list[Path]:
 
 def split_files(files: list[Path], val_fraction: float, seed: int) -> dict[Split, list[Path]]:
     """Split files at random into training files and a fraction of validation files."""
-    held_out = number_held_out(val_fraction, len(files), f"{len(files)} files", ", or give more files")
+    held_out = number_held_out(val_fraction, len(files), "files", "give more files")
     chosen = set(np.random.default_rng((seed,)).permutation(len(files))[:held_out].tolist())
     return {
         "train": [file for number, file in enumerate(files) if number not in chosen],

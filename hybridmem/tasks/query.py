@@ -188,6 +188,6 @@ def words(text: str) -> list[str]:
 
 def split_texts(texts: list[str], val_fraction: float, seed: int) -> dict[Split, list[str]]:
     """Split texts at random into training texts and a fraction of validation texts."""
-    held_out = number_held_out(val_fraction, len(texts), f"{len(texts)} descriptions", ", or give more files")
+    held_out = number_held_out(val_fraction, len(texts), "descriptions", "give more files")
     order = np.random.default_rng((seed,)).permutation(len(texts)).tolist()
     return {"train": [texts[i] for i in order[held_out:]], "val": [texts[i] for i in order[:held_out]]}

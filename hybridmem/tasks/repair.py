@@ -156,7 +156,7 @@ class Repair:
                 f"max_length={max_length} and kinds={kinds} leave {number} functions with bugs; raise max_length, "
                 "allow more kinds, or set path to more files"
             )
-        held_out = number_held_out(val_fraction, number, f"{number} functions", ", or give more files")
+        held_out = number_held_out(val_fraction, number, "functions", "give more files")
         names = np.random.default_rng((seed,)).permutation(sorted(self.functions)).tolist()
         self.names: dict[Split, list[str]] = {"train": names[held_out:], "val": names[:held_out]}
         if min(map(len, self.names.values())) < num_files:

@@ -70,7 +70,7 @@ class SWEBench:
         self.image, self.test_command, self.directory, self.prompt = image, test_command, directory, prompt
         self.max_completion_length, self.seed = max_completion_length, seed
         rows = read_rows(dataset, split, data_files)
-        held_out = number_held_out(val_fraction, len(rows), f"{len(rows)} rows", ", or give more rows")
+        held_out = number_held_out(val_fraction, len(rows), "rows")
         order = np.random.default_rng((seed,)).permutation(len(rows)).tolist()
         chosen = [rows[number] for number in order]
         self.rows: dict[Split, list[dict[str, Any]]] = {"train": chosen[held_out:], "val": chosen[:held_out]}

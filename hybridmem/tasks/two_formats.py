@@ -92,7 +92,7 @@ def split_pairs(digits: int, val_fraction: float, seed: int) -> dict[Split, Int6
     least = 0 if digits == 1 else 10 ** (digits - 1)
     numbers = np.arange(least, 10**digits)
     pairs = np.stack(np.meshgrid(numbers, numbers), axis=-1).reshape(-1, 2)
-    held_out = number_held_out(val_fraction, len(pairs), f"{len(pairs)} pairs", ", or raise digits")
+    held_out = number_held_out(val_fraction, len(pairs), "pairs")
     shuffled = np.random.default_rng((seed,)).permutation(pairs)
     return {"train": shuffled[held_out:], "val": shuffled[:held_out]}
 

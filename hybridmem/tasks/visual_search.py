@@ -98,7 +98,7 @@ def split_patches(
     train, val = [], []
     for digit in range(NUM_DIGITS):
         shuffled = rng.permutation(images[digits == digit])
-        held_out = number_held_out(val_fraction, len(shuffled), f"the {len(shuffled)} images of {digit}")
+        held_out = number_held_out(val_fraction, len(shuffled), f"images of {digit}")
         val.append(shuffled[:held_out])
         train.append(shuffled[held_out:])
     return {"train": train, "val": val}

@@ -104,7 +104,7 @@ class Workspace:
         between_0_and_1(val_fraction=val_fraction)
         self.num_files, self.search, self.seed = num_files, search, seed
         functions = {name: line for name, line in functions_of(path).items() if len(line) <= max_line_length}
-        held_out = number_held_out(val_fraction, len(functions), f"{len(functions)} functions", ", or give more files")
+        held_out = number_held_out(val_fraction, len(functions), "functions", "give more files")
         names = np.random.default_rng((seed,)).permutation(sorted(functions)).tolist()
         self.names: dict[Split, list[str]] = {"train": names[held_out:], "val": names[:held_out]}
         if min(map(len, self.names.values())) < num_files:

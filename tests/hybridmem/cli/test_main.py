@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def test_fit_validate_test_predict_export_generate(tmp_path, monkeypatch, capsys
     assert 0 <= logged(tmp_path, "test/needle_accuracy/200")[0] <= 1
     exported = tmp_path / "exported"
     hybridmem(monkeypatch, "export", "--ckpt_path", checkpoint, "--output", exported)
+    assert "weights" not in capsys.readouterr().err  # nor any other progress bar of transformers
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     assert torch.equal(model.lm_head.weight, weights(checkpoint)["model.lm_head.weight"])
     assert len(tokenizer) == 259
@@ -87,12 +89,14 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, mode):
 
 
 @pytest.mark.parametrize(("interval", "kept"), [(4, ["previous", "step=4"]), (3, ["previous", "step=6"])])
-def test_the_last_checkpoint_holds_the_end_of_training(tmp_path, monkeypatch, interval, kept):
+def test_the_last_checkpoint_holds_the_end_of_training(tmp_path, monkeypatch, capsys, interval, kept):
     keeper = {"filename": "{step}", "save_last": True, "every_n_train_steps": interval}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper}
     hybridmem(monkeypatch, "fit", "--config", write_config(tmp_path, trainer__callbacks=[callback]))
     run = tmp_path / "run"
     assert sorted(path.stem for path in run.glob("*.ckpt")) == ["last", *kept]
+    said = f"wrote {run}/last.ckpt; next: hybridmem export --ckpt_path {run}/last.ckpt --output my_model"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
     before = (run / "last.ckpt").stat().st_mtime_ns
     hybridmem(monkeypatch, "fit", "--config", tmp_path / "config.yaml", "--ckpt_path", run / "last.ckpt")
@@ -166,6 +170,43 @@ def test_a_missing_model_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "generate", "--model", tmp_path / "no_model", "--prompt", "a")
     assert "no_model does not exist; give a folder written by hybridmem export" in capsys.readouterr().err
+    (tmp_path / "last.ckpt").write_text("")
+    with pytest.raises(SystemExit):
+        hybridmem(monkeypatch, "generate", "--model", tmp_path / "last.ckpt", "--prompt", "a")
+    assert "is a file; if it is a checkpoint, export it first: hybridmem export --ckpt_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("show", "--model, --prompt are required (or --config FILE with the settings)"),
+        ("compare", "--tasks is required (or --config FILE with the settings)"),
+        ("fit", "--data, --model are required (or --config FILE with the settings)"),
+        ("generate --max_new_tokens many", "max_new_tokens: Expected a int. Got value: many"),
+    ],
+)
+def test_errors_name_options_as_a_user_writes_them(monkeypatch, capsys, command, message):
+    with pytest.raises(SystemExit, match="2"):
+        hybridmem(monkeypatch, *command.split())
+    assert capsys.readouterr().err == f"hybridmem: error: {message}\n"
+
+
+@pytest.mark.parametrize("command", ["show", "export", "fit"])
+def test_help_has_no_reprs(monkeypatch, capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        hybridmem(monkeypatch, command, "--help")
+    shown = capsys.readouterr().out
+    assert command in shown.splitlines()[0]
+    assert not re.search(r"<class|<function|object at 0x", shown)
+
+
+@pytest.mark.parametrize(("length", "count"), [(8, 1), (9, 0)])
+def test_rows_within_the_window_are_pointed_out_once(tmp_path, monkeypatch, recwarn, length, count):
+    config = write_config(tmp_path, data__init_args__sequence_length=length, trainer__max_steps=3)
+    hybridmem(monkeypatch, "fit", "--config", config)
+    said = [str(warning.message) for warning in recwarn if "attention_window" in str(warning.message)]
+    assert len(said) == count
+    assert all("sequence_length=8 is within attention_window=8" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hybridmem import HybridMemForCausalLM
-from hybridmem.cli.show import parse_layers, short_names
+from hybridmem.cli.show import parse_layers, read_prompt, short_names
 from hybridmem.data import byte_tokenizer
 from hybridmem.evaluate.page import token_texts
 from hybridmem.rl.attention.distributions import attention, memory
@@ -82,7 +82,7 @@ def weights_of(model, layer, kind):
 @pytest.mark.parametrize("name", ["mag", "llama"])
 def test_the_page_agrees_with_the_recorder(folders, prompt, tmp_path, monkeypatch, capsys, name):
     page = show(monkeypatch, folders / name, prompt, tmp_path / "new" / "p.html", "--max_new_tokens", 5, "--top", 64)
-    assert re.match(r"wrote .*p.html \(0.\d MB\)", capsys.readouterr().out)
+    assert re.match(r"wrote .*p.html \([\d,]+ kB\)", capsys.readouterr().out)
     (found,) = models_of(page)
     assert found["name"] == name
     start = ["<|bos|>"] if name == "mag" else []
@@ -164,11 +164,7 @@ def flawed(folders, tmp_path_factory):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        (
-            "--prompt",
-            "nowhere.txt",
-            "prompt=.*nowhere.txt is not a file; write the prompt to a text file and give its path",
-        ),
+        ("--prompt", "nowhere.txt", "prompt=.*nowhere.txt is not a file; give a text file's path, or text with"),
         ("--prompt", "empty.txt", "prompt=.*empty.txt is empty; write at least one character"),
         ("--prompt", "bytes.txt", "prompt=.*bytes.txt is not UTF-8 text"),
         ("--model", "no_tokenizer", "model=.*no_tokenizer has no tokenizer"),
@@ -194,6 +190,20 @@ def test_errors_are_one_line(folders, flawed, prompt, tmp_path, monkeypatch, cap
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
     assert not (tmp_path / "p.html").exists()
+
+
+def test_a_prompt_is_text_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my prompt").write_text("from the file")
+    assert read_prompt("my prompt") == ("my prompt", "from the file")
+    assert read_prompt("my other prompt") == ("prompt", "my other prompt")
+    assert read_prompt("def")[1] == "def"
+    assert read_prompt("x. " * 2000)[1] == "x. " * 2000  # longer than a path may be
+    for name in ("prompt.txt", "prompts/first"):
+        with pytest.raises(FileNotFoundError, match="is not a file"):
+            read_prompt(name)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        read_prompt("")
 
 
 def test_layers_without_a_choice_are_spread_evenly():

@@ -96,14 +96,24 @@ def test_bad_lines_are_named(tmp_path, line, message):
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_split_shares_out_every_document(count, fraction, seed):
     documents = made_up([1] * count)
-    if not 0 < round(count * fraction) < count:
-        with pytest.raises(ValueError, match="change val_fraction, or set val_path"):
-            split_documents(documents, fraction, seed)
-        return
     train, val = split_documents(documents, fraction, seed)
-    assert len(val) == round(count * fraction)
+    assert train
+    assert val
+    assert len(val) in (1, count - 1) or len(val) == round(count * fraction)
     assert sorted(train + val, key=documents.index) == documents
     assert split_documents(documents, fraction, seed) == (train, val)
+
+
+def test_few_documents_leave_one_for_validation():
+    for count, fraction, held_out in ((2, 0.05, 1), (19, 0.01, 1), (3, 0.99, 2)):
+        _, val = split_documents(made_up([1] * count), fraction, seed=0)
+        assert len(val) == held_out
+
+
+def test_one_document_cannot_be_split():
+    said = "val_fraction=0.05 holds out at least one of two or more documents, but there is 1: split the file, or set"
+    with pytest.raises(ValueError, match=said):
+        split_documents(made_up([9]), 0.05, seed=0)
 
 
 def test_split_depends_on_the_seed():

@@ -159,7 +159,6 @@ def test_thinking(folder):
         ({"k": 0}, "k must be at least 1"),
         ({"reward_k": 0}, "reward_k must be at least 1"),
         ({"val_fraction": 1.0}, "val_fraction must lie"),
-        ({"val_fraction": 0.001}, "leaves 0 for validation"),
         ({"keep": 0.0}, "keep must lie between 0 and 1"),
         ({"max_query_length": 0}, "max_query_length must be at least 1"),
     ],

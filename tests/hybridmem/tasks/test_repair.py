@@ -227,7 +227,6 @@ def test_its_folder_goes_with_it(task):
         ({"num_shown": 16}, "num_shown=16 must be below 16"),
         ({"kinds": ["typo"]}, "kinds must be one of operator, comparison, constant, condition, not 'typo'"),
         ({"max_length": 10}, "leave 0 functions with bugs; raise max_length"),
-        ({"val_fraction": 0.01}, "val_fraction=0.01"),
     ],
 )
 def test_settings_that_leave_nothing(settings, said, code):

@@ -103,7 +103,6 @@ def test_it_is_a_task():
         (dict(digits=0), "digits must be at least 1"),
         (dict(digits=4), "digits=4 must be at most 3"),
         (dict(val_fraction=0.0), "val_fraction must lie between 0 and 1"),
-        (dict(val_fraction=0.001, digits=1), "leaves 0 for validation and 100 for training"),
         (dict(seed=-1), "seed must be at least 0"),
     ],
 )

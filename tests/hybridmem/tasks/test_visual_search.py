@@ -86,7 +86,6 @@ def test_refusals(monkeypatch):
     for options, message in [
         (dict(grid=0), "grid must be at least 1"),
         (dict(questions=[]), "must contain one or more of where, count"),
-        (dict(val_fraction=0.001), "val_fraction=0.001 of the 178 images of 0 leaves 0 for validation"),
     ]:
         with pytest.raises(ValueError, match=message):
             VisualSearch(**options)
