@@ -1,6 +1,6 @@
 """Seconds of a rollout of configs/rl/recall.yaml: 128 prompts, 8 responses to each, from an untrained model.
 
-    python scripts/bench_rollout.py [--rounds 5]
+    python scripts/bench_rollout.py [--rounds 5] [--precision bfloat16]
 
 To compare two versions of the package, run the script in turn with PYTHONPATH set to each.
 """
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
@@ -42,11 +43,12 @@ def main() -> None:
     sampling = Sampling(max_completion_length=task.max_completion_length)
     parts: dict[str, list[float]] = {"prefill": [], "rollout": []}
     for _ in range(arguments.rounds + 1):
-        began = clock()
-        with torch.no_grad():
-            prefill(model, prompts, responses)
-        between = clock()
-        sample(model, prompts, responses, sampling, [END], PAD)
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
+            began = clock()
+            with torch.no_grad():
+                prefill(model, prompts, responses)
+            between = clock()
+            sample(model, prompts, responses, sampling, [END], PAD)
         parts["prefill"].append(between - began)
         parts["rollout"].append(clock() - between)
     medians = {name: statistics.median(values[1:]) for name, values in parts.items()}

@@ -1,5 +1,6 @@
 """Short-range attention over a sliding window, a segment or the whole past, plus always-visible persistent tokens."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import HybridMemConfig
 from .convolution import ConvolutionState, ShortConvolution
-from .functional import linear_rows, rotate
+from .functional import block_pairs, linear_rows, rotate
 from .sequence import NOWHERE, TokenSequence, known_true, splits_tokens
 from .state import KeyBuffer, PlainKeys, key_buffer, map_state
 
@@ -192,9 +193,14 @@ class ShortRangeAttention(nn.Module):
 
     def front(self, like: Tensor) -> Float[Tensor, "batch two kv_heads front dim"]:
         """Return the persistent tokens' keys and values for every row."""
+        return torch.stack(self._front(like)).expand(len(like), -1, -1, -1, -1)
+
+    def _front(self, like: Tensor) -> tuple[Float[Tensor, "kv_heads front dim"], Float[Tensor, "kv_heads front dim"]]:
+        """Return the persistent tokens' keys and values, which are empty without such tokens."""
         if self.persistent_tokens is None:
-            return like.new_empty(len(like), 2, self.kv_heads, 0, self.head_dim)
-        return torch.stack(self._persistent(self.persistent_tokens, like.dtype)).expand(len(like), -1, -1, -1, -1)
+            nothing = like.new_empty(self.kv_heads, 0, self.head_dim)
+            return nothing, nothing
+        return self._persistent(self.persistent_tokens, like.dtype)
 
     def project(
         self, x: Float[Tensor, "batch time hidden"], state: ConvolutionState | None, sequence: TokenSequence
@@ -204,12 +210,10 @@ class ShortRangeAttention(nn.Module):
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
         cos, sin = (angles.to(qkv.dtype) for angles in sequence.angles)
-        if sequence.decodes:  # one rotation for both
-            heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            turned, v = rotate(heads[:, : -self.kv_heads], cos, sin), heads[:, -self.kv_heads :]
-            return turned[:, : self.heads], turned[:, self.heads :], v, state
-        q, k, v = self._split(qkv)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, state
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turning, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(turning, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        return q, k, v, state
 
     def keys_and_values(
         self, x: Float[Tensor, "batch time hidden"], sequence: TokenSequence
@@ -278,7 +282,9 @@ class ShortRangeAttention(nn.Module):
         window, past = self.window, keys.shape[2] - q.shape[2]
         blocks = -(-time // window)
         front, back = window - past, blocks * window - time
-        keys, values = (_block_pairs(F.pad(x, (0, 0, front, back)), window) for x in (keys, values))
+        dtype, q, keys, values = q.dtype, *self._widened(q, keys, values)
+        every = self._front(keys)
+        keys, values = (block_pairs(x, own, window, past) for x, own in zip((keys, values), every, strict=True))
         q = F.pad(q, (0, 0, 0, back)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
         memo = ("folded", window, past)
         if memo not in sequence.memo:
@@ -286,8 +292,16 @@ class ShortRangeAttention(nn.Module):
             if len(mask) == blocks != len(q):
                 mask = mask.expand(batch, *mask.shape).flatten(0, 1)
             sequence.memo[memo] = mask
-        out, _ = self._call(q, *self.with_persistent(keys, values), sequence.memo[memo])
-        return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time], None
+        with nullcontext() if q.dtype == dtype else torch.autocast(q.device.type, enabled=False):
+            out, _ = self._call(q, keys, values, sequence.memo[memo])
+        return out.to(dtype).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :time], None
+
+    @staticmethod
+    def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return tensors in at least float32 on a CPU, whose kernel of attention is four times slower in bfloat16."""
+        if tensors[0].device.type != "cpu":
+            return tensors
+        return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
     def _fold_visibility(
         self, blocks: int, front: int, back: int, documents: Tensor | None, device: torch.device
@@ -360,18 +374,6 @@ class ShortRangeAttention(nn.Module):
         kv = linear_rows(self.qkv_proj, tokens, self.heads * self.head_dim)
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).to(dtype).split(self.kv_heads)
         return F.pad(k[..., self.config.rotary_dim :], (self.config.rotary_dim, 0)), v
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), 1)
-        )
-        return q, k, v
-
-
-def _block_pairs(x: Float[Tensor, "batch kv_heads time dim"], size: int) -> Float[Tensor, "folded kv_heads pair dim"]:
-    """Concatenate each block with its predecessor; unlike `unfold`, this has a fast backward."""
-    blocks = x.unflatten(2, (-1, size)).transpose(1, 2)
-    return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=3).flatten(0, 1)
 
 
 def _last(x: Tensor, count: int, dim: int) -> Tensor:

@@ -7,7 +7,6 @@ so compiled graphs use the same formulas in plain PyTorch.
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -67,10 +66,11 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 def _normalized(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """Return x · weight / sqrt(scale · sum(x²) + eps), and the factor of each row."""
     wide = x if x.dtype in PRECISE else x.float()
-    squares = torch.linalg.vecdot(wide, wide)
+    # The norm reads the row once, where a product with itself would write its squares first.
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     if scale != 1:
         squares.mul_(scale)
-    inverse = squares.add_(eps).rsqrt_().unsqueeze(-1)
+    inverse = squares.add_(eps).rsqrt_()
     out = wide * inverse
     if weight is not None:
         out *= weight
@@ -147,11 +147,11 @@ class _CausalConvolution(torch.autograd.Function):
     @_without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, same_document: Tensor | None) -> Tensor:
         taps = weight.t().contiguous().to(x.dtype)
-        time = x.shape[1] - len(taps) + 1
-        out = torch.zeros_like(x[:, :time])
-        for row, into, same in _parts(x, out, same_document):
+        out = x.new_empty(x.shape[0], x.shape[1] - len(taps) + 1, x.shape[2])
+        for read, into, same in _parts(out.shape, same_document, x, out):
             for i, tap in enumerate(taps):
-                into.addcmul_(row.narrow(-2, i, time), tap if same is None else same[..., i, None] * tap)
+                tokens, factor = read.narrow(1, i, into.shape[1]), tap if same is None else same[..., i, None] * tap
+                into.addcmul_(tokens, factor) if i else torch.mul(tokens, factor, out=into)
         ctx.save_for_backward(x, taps, same_document)
         ctx.weight_dtype = weight.dtype
         return out
@@ -161,29 +161,89 @@ class _CausalConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, same_document = ctx.saved_tensors
-        time = grad.shape[1]
         grad_x, grad_taps = torch.zeros_like(x), torch.zeros_like(taps)
-        for row, into, through, same in _parts(x, grad_x, grad, same_document):
+        for read, into, through, same in _parts(grad.shape, same_document, x, grad_x, grad):
             for i, tap in enumerate(taps):
                 masked = through if same is None else through * same[..., i, None]
-                into.narrow(-2, i, time).addcmul_(masked, tap)
-                grad_taps[i] += (masked * row.narrow(-2, i, time)).flatten(0, -2).sum(0)
+                into.narrow(1, i, through.shape[1]).addcmul_(masked, tap)
+                grad_taps[i] += (masked * read.narrow(1, i, through.shape[1])).flatten(0, -2).sum(0)
         return grad_x, grad_taps.t().to(ctx.weight_dtype), None
 
 
-def _parts(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Split tensors into blocks of rows on the CPU, so that a block stays in the cache for all taps.
+def _parts(shape: torch.Size, mask: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Split tensors of `shape` into blocks of rows and of time on the CPU: a block stays in the cache for all taps.
 
-    The last tensor is a mask. It is replaced by None for rows where it is all True.
+    Blocks of a tensor with more time than `shape` overlap. The mask comes last, as None in blocks where it is all True.
     """
-    *data, mask = tensors
-    first = data[0]
-    assert first is not None
-    if first.device.type != "cpu":
-        return iter([tensors])
-    rows = max(1, IN_CACHE // max(1, first[:1].numel()))
-    masks = repeat(None) if mask is None else (None if part.all() else part for part in mask.split(rows))
-    return zip(*(x.split(rows) for x in data if x is not None), masks, strict=False)
+    batch, time, channels = shape
+    on_cpu = tensors[0].device.type == "cpu"
+    rows = max(1, IN_CACHE // max(1, time * channels) if on_cpu else batch)
+    steps = max(1, IN_CACHE // max(1, channels) if on_cpu else time)
+    for row in range(0, batch, rows):
+        for start in range(0, time, steps):
+            now = min(steps, time - start)
+            blocks = [x[row : row + rows].narrow(1, start, x.shape[1] - time + now) for x in tensors]
+            same = None if mask is None else mask[row : row + rows, start : start + now]
+            yield *blocks, None if same is None or (on_cpu and bool(same.all())) else same
+
+
+def block_pairs(
+    x: Float[Tensor, "batch heads read dim"], front: Float[Tensor, "heads front dim"], size: int, past: int
+) -> Float[Tensor, "folded heads columns dim"]:
+    """Return [front, the block before, the own block] for every block of `size` queries; places without a key are 0.
+
+    Args:
+        x: the keys, or the values.
+        front: those that precede every pair.
+        size: tokens of a block.
+        past: the number of keys before the first query, at most `size`.
+    """
+    blocks = -(-(x.shape[2] - past) // size)
+    if torch.compiler.is_compiling():
+        padded = F.pad(x, (0, 0, size - past, past + blocks * size - x.shape[2]))
+        cut = padded.unflatten(2, (-1, size)).transpose(1, 2)
+        return torch.cat((front.expand(len(x), blocks, -1, -1, -1), cut[:, :-1], cut[:, 1:]), dim=3).flatten(0, 1)
+    return _BlockPairs.apply(x, front, size, past)
+
+
+class _BlockPairs(torch.autograd.Function):
+    """Pairs of blocks in one pass; padding, pairing and putting the front before them take one each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, front: Tensor, size: int, past: int) -> Tensor:
+        batch, heads, read, dim = x.shape
+        blocks, width = -(-(read - past) // size), front.shape[1]
+        ctx.shapes, ctx.width, ctx.size, ctx.past = (x.shape, (batch, blocks)), width, size, past
+        pairs = x.new_empty(batch, blocks, heads, width + 2 * size, dim)
+        pairs[:, 0, :, : width + size - past] = 0
+        pairs[:, -1, :, width + size :] = 0
+        pairs[..., :width, :] = front
+        for places, keys in _places(pairs, x, size, past):
+            places.copy_(keys)
+        return pairs.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shape, folded = ctx.shapes
+        pairs, grad_x = grad.unflatten(0, folded), grad.new_zeros(shape)
+        for places, keys in _places(pairs, grad_x, ctx.size, ctx.past):
+            keys.add_(places)
+        return grad_x, pairs[..., : ctx.width, :].sum((0, 1)), None, None
+
+
+def _places(pairs: Tensor, x: Tensor, size: int, past: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of the places in pairs of blocks, and of the keys that they hold."""
+    whole = (x.shape[2] - past) // size
+    end = past + whole * size
+    before, own = pairs[..., -2 * size : -size, :], pairs[..., -size:, :]
+    for places, keys in (
+        (before[:, :1, :, size - past :], x[:, :, :past]),
+        (before[:, 1:], x[:, :, past : past + (pairs.shape[1] - 1) * size]),
+        (own[:, :whole], x[:, :, past:end]),
+        (own[:, whole:, :, : x.shape[2] - end], x[:, :, end:]),
+    ):
+        yield places, keys.unflatten(2, (places.shape[1], places.shape[3])).transpose(1, 2)
 
 
 def rotate(
@@ -229,7 +289,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    turned_first = (first * cos).addcmul_(second, sin, value=-direction)
-    turned_second = (second * cos).addcmul_(first, sin, value=direction)
-    return torch.cat((turned_first, turned_second, x[..., 2 * half :]), dim=-1)
+    # One product over whole rows, and two over half rows: short rows cost more per number.
+    turned = x * F.pad(torch.cat((cos, cos), dim=-1), (0, x.shape[-1] - 2 * half), value=1.0)
+    turned[..., :half].addcmul_(x[..., half : 2 * half], sin, value=-direction)
+    turned[..., half : 2 * half].addcmul_(x[..., :half], sin, value=direction)
+    return turned

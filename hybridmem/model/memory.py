@@ -155,7 +155,7 @@ class NeuralMemory(nn.Module):
         qkv = self.qkv_proj(x)
         if self.convolution is not None:
             qkv, state = self.convolution(qkv, state, sequence)
-        q, k, v = self._split(nn.functional.silu(qkv), sequence.decodes)
+        q, k, v = self._split(nn.functional.silu(qkv))
         return ScanInputs(q, k, v, *self._gates(x)), state
 
     def trace(
@@ -249,16 +249,11 @@ class NeuralMemory(nn.Module):
         """Split channels into heads."""
         return x.unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
-    def _split(
-        self, x: Float[Tensor, "batch time channels"], together: bool
-    ) -> tuple[Float[Tensor, "batch heads time dim"], ...]:
-        """Split channels into normalised queries and keys, and values; `together` takes one norm for both."""
-        heads = self._heads(x)
-        if together:
-            normal, v = l2_normalize(heads[:, : 2 * self.heads]), heads[:, 2 * self.heads :]
-            return normal[:, : self.heads], normal[:, self.heads :], v
-        q, k, v = heads.split(self.heads, dim=1)
-        return l2_normalize(q), l2_normalize(k), v
+    def _split(self, x: Float[Tensor, "batch time channels"]) -> tuple[Float[Tensor, "batch heads time dim"], ...]:
+        """Split channels into normalised queries and keys, and values."""
+        unnormalized, v = self._heads(x).split((2 * self.heads, self.heads), dim=1)
+        q, k = l2_normalize(unnormalized).split(self.heads, dim=1)
+        return q, k, v
 
     def _finish(
         self, out: Float[Tensor, "batch heads time dim"], x: Float[Tensor, "batch time hidden"]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from .attention import _block_pairs, _last
+from .attention import _last
+from .functional import block_pairs
 from .sequence import NOWHERE, PADDING, TokenSequence
 
 
@@ -97,8 +98,8 @@ class WindowPlan:
         """Return the keys, or the values, that each block attends to: [sinks, window]."""
         window = buffer[:, :, self.dropped :]
         if self.folded:
-            front, back = self.window - self.kept, self.blocks * self.window - self.time
-            window = _block_pairs(F.pad(buffer, (0, 0, front, back)), self.window)
+            nothing = buffer.new_empty(buffer.shape[1], 0, buffer.shape[3])  # sinks differ from row to row
+            window = block_pairs(buffer, nothing, self.window, self.kept)
         return torch.cat((self._block_sinks(sinks, buffer), window), dim=2) if self.seen_sinks else window
 
     @property

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridmem_kernels import MemoryState, memory_scan
+from hybridmem_kernels.memory_scan.chunked import fitting_size
 
 from .inputs import scan_inputs
 
@@ -133,6 +134,11 @@ def test_low_precision_inputs_accumulate_in_float32(dtype):
     tolerance = 4 * torch.finfo(dtype).eps + 1e-5
     torch.testing.assert_close(out.double(), again, rtol=tolerance, atol=tolerance)
     assert torch.isfinite(state.weight).all()
+
+
+@pytest.mark.parametrize(("time", "most", "size"), [(133, 32, 24), (1024, 64, 64), (50, 23, 16), (5, 16, 5)])
+def test_chunks_pad_the_row_as_little_as_they_can(time, most, size):
+    assert fitting_size(time, most) == size
 
 
 def test_an_empty_row_returns_the_state():

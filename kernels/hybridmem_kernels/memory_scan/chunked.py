@@ -40,9 +40,7 @@ def memory_scan_chunked(
 ) -> tuple[Float[Tensor, "batch heads time value_dim"], MemoryState]:
     """Compute (out, state) as defined by the reference, for any chunk size."""
     time = q.shape[2]
-    size = min(chunk_size, time)
-    if size > BASE:
-        size = -(-size // BASE) * BASE  # the inverse is blocked; the chunk size does not change the result
+    size = fitting_size(time, chunk_size)
     padding = -time % size
     if padding:
         mask = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
@@ -55,6 +53,17 @@ def memory_scan_chunked(
     with torch.autocast(q.device.type, enabled=False):
         out, weight, momentum = scan(q, k, v, *gates, *state, size)[:3]
     return out[:, :, :time] if padding else out, MemoryState(weight, momentum)
+
+
+def fitting_size(time: int, most: int) -> int:
+    """Return the size of chunks, which does not change the result: the one that pads the row least.
+
+    Chunks above BASE are its multiples, since the inverse is blocked, and at least half of `most`.
+    """
+    size = min(most, time)
+    if size > BASE:
+        size = -(-size // BASE) * BASE
+    return min(range(size, size // 2, -BASE), key=lambda size: -time % size)
 
 
 def to_chunks(x: Float[Tensor, "batch heads time dim"], size: int, dtype: torch.dtype) -> Float[Tensor, "n size dim"]:

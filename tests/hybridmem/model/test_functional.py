@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybridmem.model.functional import causal_convolution, l2_normalize, rms_norm, rotate
+from hybridmem.model import functional
+from hybridmem.model.functional import block_pairs, causal_convolution, l2_normalize, rms_norm, rotate
 from hybridmem.model.sequence import rotary_angles
 
 
@@ -30,7 +31,9 @@ def test_l2_normalize():
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_causal_convolution(documents):
+@pytest.mark.parametrize("in_cache", [functional.IN_CACHE, 6])  # a block of two rows, and blocks of two tokens
+def test_causal_convolution(documents, in_cache, monkeypatch):
+    monkeypatch.setattr(functional, "IN_CACHE", in_cache)
     x, weight = randn(2, 9, 3), randn(3, 4)
     same = (torch.rand(2, 6, 4) < 0.6) if documents else None
     taps = x.unfold(1, 4, 1).transpose(2, 3)  # batch, time, kernel, channels
@@ -39,6 +42,18 @@ def test_causal_convolution(documents):
     expected = torch.einsum("btkc,ck->btc", taps, weight)
     torch.testing.assert_close(causal_convolution(x, weight, same), expected)
     assert torch.autograd.gradcheck(lambda a, b: causal_convolution(a, b, same), (x, weight))
+
+
+@pytest.mark.parametrize(("past", "time"), [(0, 8), (0, 9), (2, 7), (4, 5)])
+@pytest.mark.parametrize("width", [0, 2])
+def test_block_pairs(past, time, width):
+    size, (x, front) = 4, (randn(2, 3, past + time, 5), randn(3, width, 5))
+    blocks = -(-time // size)
+    padded = F.pad(x, (0, 0, size - past, blocks * size - time))
+    pairs = padded.unfold(2, 2 * size, size).permute(0, 2, 1, 4, 3)  # batch, blocks, heads, columns, dim
+    expected = torch.cat((front.expand(2, blocks, -1, -1, -1), pairs), dim=3).flatten(0, 1)
+    torch.testing.assert_close(block_pairs(x, front, size, past), expected, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda a, b: block_pairs(a, b, size, past), (x, front))
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 4, 6])

@@ -178,7 +178,7 @@ def test_a_run_trains_and_logs(tmp_path, monkeypatch, model):
     assert max(logged(tmp_path, "sampling/sampling_logp_difference/max")) < 1e-4
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-12), ("32-true", 1e-5)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-12), ("32-true", 1e-5), ("bf16-mixed", 0.1)])
 def test_scores_equal_the_samplers_with_lora_and_dropout(tmp_path, monkeypatch, precision, tolerance):
     lora = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}
     changes = dict(model__init_args__lora=lora, model__init_args__objectives=[TOKENS], trainer__precision=precision)
