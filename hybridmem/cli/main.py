@@ -385,9 +385,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> None:
     """Run a command."""
     if arguments[0] in COMMANDS:
-        command, *options = named_folders(arguments)
-        named_as = dict(prog=f"hybridmem {command}", parser_class=CommandParser)
+        named_as = dict(prog=f"hybridmem {arguments[0]}", parser_class=CommandParser)
         with settings_errors():
+            command, *options = named_folders(arguments)
             auto_cli(COMMANDS[command], args=options, as_positional=False, **named_as)
             sys.stdout.flush()
     elif not arguments[0].startswith("-") and arguments[0] not in TRAINING_COMMANDS:

@@ -4,9 +4,6 @@ from typing import Any
 
 import torch
 
-from .policy.module import PolicyModule
-from .pretrain import PretrainModule
-
 FLOAT32 = (None, 32, "32", "32-true")
 
 
@@ -25,12 +22,13 @@ def gains_bfloat16() -> bool:
 def choose_precision(trainer: Any, module: type) -> str | None:
     """Return the precision for a trainer's settings that leave it open: bfloat16 where the CPU gains; None for float32.
 
-    Pretraining and reinforcement learning on `accelerator=cpu` take it. Rollouts, the scores that ratios start from and
-    training passes then have the same precision, and a memory's states and sums are float32 in all of them.
+    Modules with `takes_bfloat16` take it on `accelerator=cpu`: pretraining and reinforcement learning. Rollouts, the
+    scores that ratios start from and training passes then have the same precision, and a memory's states and sums are
+    float32 in all of them.
     """
     open_to_choice = trainer.accelerator == "cpu" and trainer.precision is None and not trainer.plugins
-    trained = issubclass(module, PretrainModule | PolicyModule)
-    return "bf16-mixed" if open_to_choice and trained and gains_bfloat16() else None
+    takes = getattr(module, "takes_bfloat16", False)
+    return "bf16-mixed" if open_to_choice and takes and gains_bfloat16() else None
 
 
 def precision_advice(trainer: Any, chosen: str | None) -> str | None:

@@ -63,6 +63,8 @@ class PretrainModule(L.LightningModule):
         ValueError: incompatible settings, before training starts.
     """
 
+    takes_bfloat16 = True  # where a CPU gains by it and no precision is set
+
     def __init__(
         self,
         config: HybridMemConfig | PreTrainedConfig,

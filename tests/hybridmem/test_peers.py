@@ -133,7 +133,7 @@ def test_a_wrong_type_in_a_hybridmem_configuration_names_one_setting(tmp_path, m
     with pytest.raises(SystemExit):
         hybridmem(monkeypatch, "fit", "--config", config)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "hybridmem: error: model.config.hidden_size: Expected a <class 'int'>. Got value: a"
+    assert error == "hybridmem: error: model.config.hidden_size: Expected a int. Got value: a"
 
 
 def test_unsupported_settings_name_the_remedy():

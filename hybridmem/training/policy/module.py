@@ -88,6 +88,8 @@ class PolicyModule(L.LightningModule):
         ValueError: settings that are incompatible or have no effect, before training starts.
     """
 
+    takes_bfloat16 = True  # where a CPU gains by it and no precision is set
+
     def __init__(
         self,
         model: str,

@@ -58,11 +58,14 @@ def memory_scan_chunked(
 def fitting_size(time: int, most: int) -> int:
     """Return the size of chunks, which does not change the result: the one that pads the row least.
 
-    Chunks above BASE are its multiples, since the inverse is blocked, and at least half of `most`.
+    Chunks above BASE are its multiples, since the inverse is blocked, and at least half of `most`. Compiled graphs,
+    which serve rows of many lengths, take the largest.
     """
     size = min(most, time)
     if size > BASE:
         size = -(-size // BASE) * BASE
+    if torch.compiler.is_compiling():
+        return size
     return min(range(size, size // 2, -BASE), key=lambda size: -time % size)
 
 

@@ -74,7 +74,7 @@ def test_unchanged_tensors_have_no_overlap(folders, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["A"], "subnetwork.after"),
+        (["A"], "--after is required"),
         (["A", "B", "C", "A"], "subnetwork takes at most 3 folders, not 4: "),
         (["A", "missing"], "missing does not exist: give a Hugging Face folder"),
         (["A", "empty"], "holds neither model.safetensors nor model.safetensors.index.json"),
