@@ -276,22 +276,24 @@ def recovered(row: dict[str, Any], nats: dict[str, float], name: str) -> float:
 
 
 def likelihoods() -> Table:
-    """Return the table of nats and answers, with intervals over seeds."""
-    lengths = [str(length) for length in LENGTHS]
+    """Return the table of nats, with intervals over seeds."""
     names = ("beyond window", "beyond 128")
     table = [["model", "window", "seeds", "nats", "recovered", "beyond 128", "recovered"]]
-    table[0] += [f"exact at {length}" for length in lengths]
     for (window, cell, stage), group in grouped():
-        nats = [
-            text
-            for name in names
-            for text in (
-                mean_and_half([row["nats"][name] for row in group]),
-                f"{mean_and_half([100 * recovered(row, row['nats'], name) for row in group], 0)} %",
-            )
-        ]
-        table.append([" ".join((cell, stage)).strip(), str(window), str(len(group)), *nats])
-        table[-1] += [shown_answers([row["answers"].get(length) for row in group]) for length in lengths]
+        table.append([" ".join((cell, stage)).strip(), str(window), str(len(group))])
+        for name in names:
+            table[-1].append(mean_and_half([row["nats"][name] for row in group]))
+            table[-1].append(f"{mean_and_half([100 * recovered(row, row['nats'], name) for row in group], 0)} %")
+    return table
+
+
+def exact_answers() -> Table:
+    """Return the table of right answers, with intervals over seeds, for models that answered."""
+    table = [["model", "window", *(f"{length:,} tokens" for length in LENGTHS)]]
+    for (window, cell, stage), group in grouped():
+        answers = [shown_answers([row["answers"].get(str(length)) for row in group]) for length in LENGTHS]
+        if any(answers):
+            table.append([" ".join((cell, stage)).strip(), str(window), *answers])
     return table
 
 
@@ -363,7 +365,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.command == "write":
-        write_tables("retrofit", [likelihoods(), costs()])
+        write_tables("retrofit", [likelihoods(), exact_answers(), costs()])
     elif options.command == "curve":
         curve()
     else:
