@@ -87,31 +87,36 @@ def choices(learned: list[int], heads: int) -> list[tuple[str, list[list[int]]]]
 def measure_gates(folder: Path, learned: list[int], prompts: int, path: Path) -> None:
     """Continue held-out source under every choice of heads, and write the arms to a JSON file."""
     model = HybridMemForCausalLM.from_pretrained(folder)
+    tokenizer = tokenizer_of_policy(str(folder))
     task, units = NextBytes(), GateUnits(model)
+    examples = [task.example("val", number) for number in range(prompts)]
     heads = len(units.layers) * units.num_heads
     arms = []
     for name, drawn in choices(learned, heads):
-        answers = [written(model, folder, units, opened, task, prompts) for opened in drawn]
+        answers = [written(model, tokenizer, units, opened, task, examples) for opened in drawn]
         scores = [score for _, score in answers]
         arms.append(GateArm(name, len(drawn[0]), sum(scores) / len(scores), answers[0][0]))
     write_whole(path, json.dumps([asdict(arm) for arm in arms], indent=1) + "\n")
 
 
 def written(
-    model: HybridMemForCausalLM, folder: Path, units: GateUnits, opened: list[int], task: NextBytes, prompts: int
+    model: HybridMemForCausalLM,
+    tokenizer: Any,
+    units: GateUnits,
+    opened: list[int],
+    task: NextBytes,
+    examples: list[dict[str, Any]],
 ) -> tuple[list[str], float]:
     """Return the answers with some heads open, and their mean score."""
-    tokenizer: Any = tokenizer_of_policy(str(folder))
-    examples = [task.example("val", number) for number in range(prompts)]
     share = torch.zeros(1, len(units.layers) * units.num_heads)
     share[:, opened] = 1
     texts: list[str] = []
     with units.applied(model, share.view(1, len(units.layers), units.num_heads)):
-        for first in range(0, prompts, BLOCK):
+        for first in range(0, len(examples), BLOCK):
             asked = [example["prompt"] for example in examples[first : first + BLOCK]]
             texts += answer(model, tokenizer, asked, task.length)
     earned = task.reward([e["prompt"] for e in examples], texts, [e["answer"] for e in examples])
-    return texts, sum(earned) / prompts
+    return texts, sum(earned) / len(examples)
 
 
 def read_gate_arms(path: Path) -> list[GateArm]:

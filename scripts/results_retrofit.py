@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,6 +193,7 @@ class Measurement:
         return {"tokens": len(prompt), "read seconds": seconds, "seconds per token": each, "state bytes": size}
 
 
+@cache
 def held_out_rows(tokenizer: str, count: int) -> list[dict[str, Any]]:
     """Return rows of 512 tokens, evenly spaced in the standard library's held-out files."""
     data = TextDataModule(
