@@ -17,7 +17,6 @@ counts the heads that finished runs open in common.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from greedy_answers import answer
 from matplotlib.figure import Figure
+from measured import find_row, put_row, read_rows
 from torch import Tensor
 
 from hybridmem.convert import Allocation
@@ -210,7 +210,7 @@ def measure(options: argparse.Namespace) -> None:
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads)
     measurement = prepare(model, tokenizer, options)
     for cell in cells(options):
-        row = find_row(cell)
+        row = row_of(cell)
         if len(row["values"]) >= options.prompts:
             continue
         order = order_of_heads(cell, shape) if 0 < cell.closed < 1 else torch.arange(shape[0] * shape[1])
@@ -219,40 +219,20 @@ def measure(options: argparse.Namespace) -> None:
             with model.head_sources(chosen):
                 row["values"] += measurement(len(row["values"]))
             row[SCORES[options.task]] = sum(row["values"]) / len(row["values"])
-            put_row(row)
+            put_row(DATA, row, Cell._fields)
             print({name: value for name, value in row.items() if name != "values"}, len(row["values"]), flush=True)
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that identify a row."""
-    return tuple(row.get(name) for name in Cell._fields)
-
-
-def rows() -> list[dict[str, Any]]:
-    """Return the rows measured so far."""
-    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
-
-
-def find_row(cell: Cell) -> dict[str, Any]:
+def row_of(cell: Cell) -> dict[str, Any]:
     """Return a cell's row, empty if nothing was measured."""
     estimator = ("mixed" if cell.control in SUPERVISED else "sampled") if cell.trains else None
-    wanted = cell._asdict() | {"estimator": estimator, "values": []}
-    return next((row for row in rows() if key(row) == key(wanted)), wanted)
-
-
-def put_row(row: dict[str, Any]) -> None:
-    """Write a row, replacing any row with the same key."""
-    kept = [other for other in rows() if key(other) != key(row)]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    DATA.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(each) for each in sorted([*kept, row], key=lambda each: str(key(each))))
-    DATA.write_text(f'{{"machine": {json.dumps(machine)}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+    return find_row(DATA, cell._asdict() | {"estimator": estimator, "values": []}, Cell._fields)
 
 
 def curve(control: str, source: str, tokens: int, window: int, task: str) -> dict[float, list[float]]:
     """Return the score of each seed by the share closed, both ends included."""
     found: dict[float, list[float]] = {}
-    for row in rows():
+    for row in read_rows(DATA):
         end = row["closed"] == 0 or (row["closed"] == 1 and row["source"] == source)
         alike = row["control"] == control and row["source"] == source
         if (alike or end) and (row["task"], row["tokens"], row["window"]) == (task, tokens, window):
@@ -348,7 +328,7 @@ def write_files(options: argparse.Namespace) -> None:
                 "task": "Facts",
                 "rollouts": STEPS["reward"] + STEPS[LONGER],
                 "seed": 0,
-                "accuracy": find_row(cell)["accuracy"],
+                "accuracy": row_of(cell)["accuracy"],
                 "command": "python scripts/results_allocation.py train --seeds 0",
             }
             chosen = sources(cell, order_of_heads(cell, shape), shape)

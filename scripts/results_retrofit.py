@@ -12,9 +12,7 @@ docs/results/retrofit.md. `curve` draws the recovered nats by step.
 """
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,6 +25,7 @@ import torch
 import yaml
 from greedy_answers import answer
 from matplotlib.figure import Figure
+from measured import find_row, key, put_row, read_rows
 from tables import Table, mean_and_half, write_tables
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -76,6 +75,7 @@ ENDS = {"full": "full", "window": "none"}  # source of all heads, without memori
 LENGTHS = {400: 1600, 1000: 4000, 4000: 16000}  # approximate tokens and characters of a prompt
 BLOCK = {400: 16, 1000: 8, 4000: 1}  # prompts at a time
 MAX_NEW_TOKENS = 20
+KEY = ("window", "cell", "stage", "seed")  # of a row in DATA
 EVERY = 100  # steps between the points of a curve
 WINDOW = 64  # of the figure, and of the table of costs
 COLOURS = {"regression": "#c8553d", "kl": "#7fb3c4", "lora": "#1f6f8b"}
@@ -217,22 +217,22 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     window = model.config.attention_window
     ends = ENDS if STAGES[run.stage].lora is None else {}  # adapters change full attention
     for name, source in {**ends, run.cell: None}.items():
-        row = find_row(window, run if source is None else Run(name, "", 0))
+        row = row_of(window, run if source is None else Run(name, "", 0))
         measurement = Measurement(model, tokenizer, source)
         if "nats" not in row:
             row["nats"] = measurement.nats(options.rows)
-            put(row)
+            put_row(DATA, row, KEY)
         for length, count in counts.items():
             if count and str(length) not in row["answers"]:
                 row["answers"][str(length)] = measurement.exact(length, count)
-                put(row)
+                put_row(DATA, row, KEY)
         print(row, flush=True)
-    row = find_row(window, run)
+    row = row_of(window, run)
     row.setdefault("by step", {})
     for step in range(EVERY, STAGES[run.stage].steps, EVERY):
         if str(step) not in row["by step"]:
             row["by step"][str(step)] = Measurement(*load(run.at(step)), None).nats(options.rows)
-            put(row)
+            put_row(DATA, row, KEY)
 
 
 def load(checkpoint: Path) -> tuple[HybridMemForCausalLM, PreTrainedTokenizerBase]:
@@ -243,33 +243,14 @@ def load(checkpoint: Path) -> tuple[HybridMemForCausalLM, PreTrainedTokenizerBas
     return model.eval(), tokenizer
 
 
-def find_row(window: int, run: Run) -> dict[str, Any]:
+def row_of(window: int, run: Run) -> dict[str, Any]:
     """Return a run's row, empty if nothing was measured."""
-    wanted: dict[str, Any] = {"window": window, **run._asdict(), "answers": {}}
-    return next((row for row in rows() if key(row) == key(wanted)), wanted)
-
-
-def rows() -> list[dict[str, Any]]:
-    """Return the rows measured so far."""
-    return json.loads(DATA.read_text())["rows"] if DATA.exists() else []
-
-
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the values that identify a row."""
-    return tuple(row[name] for name in ("window", "cell", "stage", "seed"))
-
-
-def put(row: dict[str, Any]) -> None:
-    """Write a row, replacing any row with the same key."""
-    kept = [other for other in rows() if key(other) != key(row)]
-    lines = ",\n".join(json.dumps(each) for each in sorted([*kept, row], key=key))
-    machine = json.dumps(f"{platform.machine()}, {os.cpu_count()} cores, one thread")
-    DATA.write_text(f'{{"machine": {machine}, "torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n')
+    return find_row(DATA, {"window": window, **run._asdict(), "answers": {}}, KEY)
 
 
 def recovered(row: dict[str, Any], nats: dict[str, float], name: str) -> float:
     """Return the share of the nats between window and full attention that a row's model recovers."""
-    ends = {each["cell"]: each for each in rows() if each["window"] == row["window"] and each["cell"] in ENDS}
+    ends = {each["cell"]: each for each in read_rows(DATA) if each["window"] == row["window"] and each["cell"] in ENDS}
     if missing := ENDS.keys() - ends.keys():
         names = " and ".join(sorted(missing))
         raise SystemExit(f"{names} with window {row['window']} not measured; measure stage regression first")
@@ -301,10 +282,10 @@ def exact_answers() -> Table:
 
 def grouped() -> Iterator[tuple[tuple[int, str, str], list[dict[str, Any]]]]:
     """Yield the rows of all seeds by window, cell and stage: both ends, then the order of CELLS and STAGES."""
-    for window in sorted({row["window"] for row in rows()}):
+    for window in sorted({row["window"] for row in read_rows(DATA)}):
         for cell in (*ENDS, *CELLS):
             for stage in ("", *STAGES):
-                group = [row for row in rows() if key(row)[:3] == (window, cell, stage)]
+                group = [row for row in read_rows(DATA) if key(row, KEY[:3]) == (window, cell, stage)]
                 if group:
                     yield (window, cell, stage), group
 

@@ -24,6 +24,10 @@ def row(cell, stage, seed, nats, exact, window=64):
     return {"window": window, "cell": cell, "stage": stage, "seed": seed, "nats": both, "answers": answers}
 
 
+def put(script, measured):
+    script.put_row(script.DATA, measured, script.KEY)
+
+
 def test_later_stages_start_from_the_stage_before_on_other_texts(script):
     first = script.settings(script.Run("no feature maps", "regression", 1), "base")
     later = script.settings(script.Run("no feature maps", "lora", 1), "base")
@@ -36,10 +40,10 @@ def test_later_stages_start_from_the_stage_before_on_other_texts(script):
 
 
 def test_tables_give_the_recovered_share_over_seeds(script):
-    script.put(row("full", "", 0, 1.0, 0.75))
-    script.put(row("window", "", 0, 2.0, 0.25))
+    put(script, row("full", "", 0, 1.0, 0.75))
+    put(script, row("window", "", 0, 2.0, 0.25))
     for seed, nats in enumerate((1.4, 1.5, 1.6)):
-        script.put(row("plain", "regression", seed, nats, 0.5))
+        put(script, row("plain", "regression", seed, nats, 0.5))
     _, full, window, plain = script.likelihoods()[:4]
     assert full[:5] == ["full", "64", "1", "1.000", "100 %"]
     assert window[4] == "0 %"
@@ -48,16 +52,16 @@ def test_tables_give_the_recovered_share_over_seeds(script):
 
 
 def test_a_measured_row_replaces_its_predecessor(script):
-    script.put(row("plain", "kl", 0, 1.4, 0.5))
-    script.put(row("plain", "kl", 0, 1.3, 0.5))
+    put(script, row("plain", "kl", 0, 1.4, 0.5))
+    put(script, row("plain", "kl", 0, 1.3, 0.5))
     (kept,) = json.loads(script.DATA.read_text())["rows"]
     assert kept["nats"]["beyond window"] == 1.3
-    assert script.find_row(64, script.Run("plain", "kl", 0)) == kept
-    assert script.find_row(64, script.Run("plain", "kl", 1))["answers"] == {}
+    assert script.row_of(64, script.Run("plain", "kl", 0)) == kept
+    assert script.row_of(64, script.Run("plain", "kl", 1))["answers"] == {}
 
 
 def test_tables_need_full_attention_with_the_same_window(script):
-    script.put(row("full", "", 0, 1.0, 0.75))
-    script.put(row("plain", "lora", 0, 1.4, 0.5))
+    put(script, row("full", "", 0, 1.0, 0.75))
+    put(script, row("plain", "lora", 0, 1.4, 0.5))
     with pytest.raises(SystemExit, match="window with window 64 not measured"):
         script.likelihoods()
